@@ -116,9 +116,7 @@ class LlamaConfig:
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary embedding turns pairs)")
         _require(isinstance(self.tied_head, bool), "tied_head", self.tied_head, "true or false")
         scaling = self.rope_scaling
-        _require(
-            scaling is None or isinstance(scaling, RopeScaling), "rope_scaling", scaling, "nothing or a RopeScaling"
-        )
+        _require(scaling is None or isinstance(scaling, RopeScaling), "rope_scaling", scaling, "nothing or a RopeScaling")
 
     @property
     def group(self) -> int:
