@@ -1,0 +1,104 @@
+"""One attention call for training and decoding, multi-head and grouped-query, and the table of its backends.
+
+All arrays have heads before length, so that the products are batched matrix products without copies.
+A backend computes exactly what `reference` computes or is not in the table: no mask is ever dropped.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from llama_jax.axes import Array, Bool, Float, Int
+from llama_jax.errors import InputError
+from llama_jax.model.chunked import chunked_attention
+
+
+class Mask(NamedTuple):
+    """Which keys a query sees; every field narrows it further.
+
+    Attributes:
+      start: key slot of each row's first query; `None` means 0. Query `t` of row `b` stands at slot `start[b] + t`.
+      lengths: number of valid keys of each row; `None` means all.
+      documents: document number of each token, for packed rows (queries and keys of the same tokens, so `S = T`);
+        a query sees keys of its own document only. `None` means one document.
+    """
+
+    start: Int[Array, " B"] | None = None
+    lengths: Int[Array, " B"] | None = None
+    documents: Int[Array, "B T"] | None = None
+
+
+def visible(mask: Mask, causal: bool, batch: int, queries: int, keys: int) -> Bool[Array, "B T S"]:
+    """The mask written out: whether query `t` of row `b` sees key `s`."""
+    slots = jnp.arange(keys)[None, None, :]
+    start = jnp.zeros((batch,), jnp.int32) if mask.start is None else mask.start
+    seen = jnp.ones((batch, queries, keys), bool)
+    if causal:
+        seen &= slots <= start[:, None, None] + jnp.arange(queries)[None, :, None]
+    if mask.lengths is not None:
+        seen &= slots < mask.lengths[:, None, None]
+    if mask.documents is not None:
+        seen &= mask.documents[:, :, None] == mask.documents[:, None, :]
+    return seen
+
+
+def reference_attention(
+    q: Float[Array, "B N T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask, causal: bool
+) -> Float[Array, "B N T H"]:
+    """softmax(q k^T / sqrt(H)) v with all scores in memory, scores and softmax in float32. A query that sees no key gets 0."""
+    batch, heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads * queries, head_dim)
+    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
+    seen = visible(mask, causal, batch, queries, keys)[:, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)), 0.0)
+    weights /= jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    weights = weights.astype(v.dtype).reshape(batch, kv_heads, heads // kv_heads * queries, keys)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(q.shape)
+
+
+def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool) -> Array:
+    return chunked_attention(q, k, v, mask.start, mask.lengths, mask.documents, causal)
+
+
+BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked}
+
+# Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep anyway.
+_FEW_SCORES = 512 * 512
+
+
+def choose_backend(name: str, queries: int, keys: int) -> str:
+    """The backend that a name stands for: `auto` is `reference` for few scores (decoding, short rows), else `chunked`.
+
+    Raises:
+      InputError: for an unknown name.
+    """
+    if name == "auto":
+        return "reference" if queries * keys <= _FEW_SCORES else "chunked"
+    if name not in BACKENDS:
+        raise InputError(f"attention backend {name!r} is unknown; auto, {', '.join(BACKENDS)} expected")
+    return name
+
+
+def attend(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Mask = Mask(),
+    causal: bool = True,
+    backend: str = "auto",
+) -> Float[Array, "B N T H"]:
+    """Attention of every query over the keys it may see; `N` is a multiple of `K` (grouped queries).
+
+    Raises:
+      InputError: for an unknown backend, and for a document mask with other keys than the queries' own.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if mask.documents is not None and (queries != keys or mask.start is not None):
+        raise InputError(f"a document mask needs the keys of its own {queries} tokens; {keys} cache slots were given")
+    return BACKENDS[choose_backend(backend, queries, keys)](q, k, v, mask, causal)

@@ -1,0 +1,159 @@
+"""The parts of a LLaMA layer: thin linen modules that declare parameters and call pure functions.
+
+The mathematics lives in the functions (`rms_norm`, `swiglu`, `rotate`, `attend`), usable without any module.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llama_jax.axes import Array, Float, Int
+from llama_jax.config import LlamaConfig
+from llama_jax.model.attention import Mask, attend
+from llama_jax.model.cache import LayerCache, append
+from llama_jax.model.options import ModelOptions
+from llama_jax.model.rope import Rotation, rotate
+from llama_jax.parallel.sharding import PARAMETER_AXES, constrain, gathered
+
+# Standard deviation of fresh weights; those that write into the residual stream are narrower by sqrt(2 * layers), so that
+# the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
+_INIT_STD = 0.02
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """X / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in the dtype of `x` (arXiv:1910.07467)."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """silu(gate) * up (arXiv:2002.05202)."""
+    return jax.nn.silu(gate) * up
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned scale."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis."""
+        scale = self.param("scale", nn.initializers.ones_init(), (self.config.dim,))
+        return rms_norm(x, scale, self.config.norm_eps)
+
+
+def _weights(
+    module: nn.Module, options: ModelOptions, stds: dict[str, float], shapes: dict[str, tuple[int, int]]
+) -> list[Array]:
+    """Declares the matrices of a module and returns them in the compute dtype, gathered for use."""
+    declared = [module.param(name, nn.initializers.normal(stds[name]), shape) for name, shape in shapes.items()]
+    return [gathered(w, PARAMETER_AXES[name], options.compute_dtype, options.rules) for name, w in zip(shapes, declared)]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, without the norm before and the residual after."""
+
+    config: LlamaConfig
+    options: ModelOptions = ModelOptions()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        turn: Rotation,
+        documents: Int[Array, "B T"] | None = None,
+        cache: LayerCache | None = None,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Attends over `x` itself, or over the cache with `x` appended at `lengths`; hands the cache back."""
+        config, rules = self.config, self.options.rules
+        inner, outer = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        shapes = {"wq": (config.dim, inner), "wk": (config.dim, outer), "wv": (config.dim, outer), "wo": (inner, config.dim)}
+        stds = {"wq": _INIT_STD, "wk": _INIT_STD, "wv": _INIT_STD, "wo": _INIT_STD * (2 * config.layers) ** -0.5}
+        wq, wk, wv, wo = _weights(self, self.options, stds, shapes)
+
+        def heads(w: Array, axis: str) -> Array:
+            flat = constrain(x @ w, ("batch", "length", axis), rules)
+            return flat.reshape(*x.shape[:2], -1, config.head_dim)
+
+        q = checkpoint_name(rotate(heads(wq, "heads"), turn), "q").swapaxes(1, 2)
+        k = checkpoint_name(rotate(heads(wk, "kv_heads"), turn), "k").swapaxes(1, 2)
+        v = checkpoint_name(heads(wv, "kv_heads"), "v").swapaxes(1, 2)
+        if cache is None:
+            out = attend(q, k, v, Mask(documents=documents), backend=self.options.attention)
+        else:
+            cache = append(cache, k, v, lengths)
+            out = attend(
+                q, cache.keys.astype(q.dtype), cache.values.astype(q.dtype), Mask(start=lengths), backend=self.options.attention
+            )
+        # Heads stay apart in the contraction: flattening them first costs a copy of `out` on TPU.
+        out = jnp.einsum("bnth,nhd->btd", out, wo.reshape(config.heads, config.head_dim, config.dim))
+        return constrain(out, ("batch", "length", "width"), rules), cache
+
+
+class FeedForward(nn.Module):
+    """down(silu(x gate) * (x up)), without the norm before and the residual after."""
+
+    config: LlamaConfig
+    options: ModelOptions = ModelOptions()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the feed-forward layer to every token."""
+        dim, ffn, rules = self.config.dim, self.config.ffn_dim, self.options.rules
+        shapes = {"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}
+        stds = {"gate": _INIT_STD, "up": _INIT_STD, "down": _INIT_STD * (2 * self.config.layers) ** -0.5}
+        w_gate, w_up, w_down = _weights(self, self.options, stds, shapes)
+        gate = checkpoint_name(constrain(x @ w_gate, ("batch", "length", "ffn"), rules), "gate")
+        up = checkpoint_name(constrain(x @ w_up, ("batch", "length", "ffn"), rules), "up")
+        return constrain(swiglu(gate, up) @ w_down, ("batch", "length", "width"), rules)
+
+
+class Layer(nn.Module):
+    """One layer of the residual stream: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    config: LlamaConfig
+    options: ModelOptions = ModelOptions()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache | None,
+        turn: Rotation,
+        documents: Int[Array, "B T"] | None,
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """The stream after the layer, and the layer's cache with the new tokens (carry and output of `nn.scan`)."""
+        attention = Attention(self.config, self.options, name="attention")
+        feed_forward = FeedForward(self.config, self.options, name="feed_forward")
+        attended, cache = attention(RMSNorm(self.config, name="attention_norm")(x), turn, documents, cache, lengths)
+        x = checkpoint_name(x + attended, "middle")
+        x = x + feed_forward(RMSNorm(self.config, name="feed_forward_norm")(x))
+        self.sow("residual", "stream", x, reduce_fn=lambda _, new: new, init_fn=lambda: ())
+        return x, cache
+
+
+def layer_class(options: ModelOptions) -> Callable[..., nn.Module]:
+    """`Layer`, rematerialised as the options say."""
+    if options.remat == "none":
+        return Layer
+    # Inside a scan the loop itself keeps the compiler from merging the recomputation with the first pass.
+    return nn.remat(Layer, policy=options.remat_policy, prevent_cse=not options.scan)
+
+
+def scanned_layers(config: LlamaConfig, options: ModelOptions, name: str) -> nn.Module:
+    """All layers as one body scanned over weights (and cache) stacked on a leading axis."""
+    body = nn.scan(
+        layer_class(options),
+        variable_axes={"params": 0, "residual": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=config.layers,
+    )
+    return body(config, options, name=name)

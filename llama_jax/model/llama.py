@@ -1,0 +1,180 @@
+"""LLaMA: embedding, layers, final norm, head. One forward pass; training is decoding without a cache."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax.axes import Array, Float, Int, Num, Parameters
+from llama_jax.config import LlamaConfig
+from llama_jax.model.cache import Cache, LayerCache
+from llama_jax.model.layers import _INIT_STD, RMSNorm, layer_class, scanned_layers
+from llama_jax.model.options import ModelOptions
+from llama_jax.model.rope import Rotation, rotation
+from llama_jax.parallel.sharding import PARAMETER_AXES, constrain, gathered
+
+Caches = LayerCache | tuple[LayerCache, ...] | None
+
+
+class Features(NamedTuple):
+    """What the layers make of a batch: the final normed stream, ready for the head, and the cache after it."""
+
+    last: Float[Array, "B T D"]
+    cache: Cache | None
+
+
+class Llama(nn.Module):
+    """A LLaMA. `Llama(config).init(key, tokens)["params"]` is a nested dict of plain arrays.
+
+    Inputs are token ids `[B, T]` (integers) or embeddings `[B, T, D]` (floats) everywhere.
+    """
+
+    config: LlamaConfig
+    options: ModelOptions = ModelOptions()
+
+    def setup(self) -> None:
+        """Declares the parameters; see `llama_jax.accounting.parameter_shapes` for the tree."""
+        config = self.config
+        self.embedding = self.param("embedding", nn.initializers.normal(_INIT_STD), (config.vocab_size, config.dim))
+        if self.options.scan:
+            self.layers = scanned_layers(config, self.options, "layers")
+        else:
+            make = layer_class(self.options)
+            self.layers = [make(config, self.options, name=f"layers_{i}") for i in range(config.layers)]
+        self.final_norm = RMSNorm(config)
+        if not config.tied_head:
+            self.head = self.param("head", nn.initializers.normal(_INIT_STD), (config.dim, config.vocab_size))
+
+    def embed(self, inputs: Num[Array, "B T *D"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table in the compute dtype; embeddings pass through."""
+        if jnp.issubdtype(inputs.dtype, jnp.integer):
+            table = gathered(self.embedding, PARAMETER_AXES["embedding"], self.options.compute_dtype, self.options.rules)
+            inputs = jnp.take(table, inputs, axis=0)
+        return constrain(inputs.astype(self.options.compute_dtype), ("batch", "length", "width"), self.options.rules)
+
+    def features(
+        self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None, cache: Cache | None = None
+    ) -> Features:
+        """The forward pass up to the head.
+
+        Args:
+          inputs: token ids or embeddings.
+          documents: document number of each token of a packed row; attention does not cross documents.
+          cache: keys and values of the tokens before; the new tokens are written from `cache.lengths` on. The cache
+            comes back with the new tokens in it and `lengths` as they were: the caller knows how many are real.
+        """
+        x = self.embed(inputs)
+        batch, length = x.shape[:2]
+        lengths = None if cache is None else cache.lengths
+        start = jnp.zeros((batch, 1), jnp.int32) if lengths is None else lengths[:, None]
+        turn = rotation(start + jnp.arange(length, dtype=jnp.int32), self.config)
+        x, new_layers = self._run_layers(x, None if cache is None else cache.layers, turn, documents, lengths)
+        return Features(self.final_norm(x), None if cache is None else Cache(new_layers, cache.lengths))
+
+    def _run_layers(
+        self, x: Array, caches: Caches, turn: Rotation, documents: Array | None, lengths: Array | None
+    ) -> tuple[Array, Caches]:
+        if self.options.scan:
+            return self.layers(x, caches, turn, documents, lengths)
+        new = []
+        for i, layer in enumerate(self.layers):
+            x, cache = layer(x, None if caches is None else caches[i], turn, documents, lengths)
+            new.append(cache)
+        return x, tuple(new)
+
+    def head_matrix(self) -> Float[Array, "D V"]:
+        """The output head in the compute dtype: its own matrix, or the embedding table transposed."""
+        name = "embedding" if self.config.tied_head else "head"
+        matrix = self.embedding if self.config.tied_head else self.head
+        matrix = gathered(matrix, PARAMETER_AXES[name], self.options.compute_dtype, self.options.rules)
+        return matrix.T if self.config.tied_head else matrix
+
+    def unembed(self, last: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits in float32."""
+        logits = jnp.einsum("btd,dv->btv", last, self.head_matrix(), preferred_element_type=jnp.float32)
+        return constrain(logits, ("batch", "length", "vocab"), self.options.rules)
+
+    def __call__(self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Logits of the next token at every position, float32."""
+        return self.unembed(self.features(inputs, documents).last)
+
+
+def stack(params: Parameters) -> Parameters:
+    """The stacked form of an unrolled parameter tree (layers on a leading axis); a stacked tree comes back as it is."""
+    if "layers" in params:
+        return params
+    names = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name.split("_")[1]))
+    rest = {name: value for name, value in params.items() if name not in names}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *[params[name] for name in names])}
+
+
+def unstack(params: Parameters) -> Parameters:
+    """The unrolled form (`layers_0`, `layers_1`, ...) of a stacked parameter tree; an unrolled tree comes back as it is."""
+    if "layers" not in params:
+        return params
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+
+
+def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Llama:
+    """The module that fits the form of a parameter tree; `options` are those of `ModelOptions` except `scan`."""
+    return Llama(config, ModelOptions(scan="layers" in params, **options))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def _logits(params: Parameters, inputs: Array, documents: Array | None, config: LlamaConfig, options: ModelOptions) -> Array:
+    return Llama(config, options).apply({"params": params}, inputs, documents)
+
+
+def logits(
+    params: Parameters,
+    inputs: Num[Array, "B T *D"],
+    config: LlamaConfig,
+    documents: Int[Array, "B T"] | None = None,
+    **options: object,
+) -> Float[Array, "B T V"]:
+    """Logits of the next token at every position, float32, compiled.
+
+    Args:
+      params: parameters, stacked or unrolled.
+      inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
+      config: the architecture.
+      documents: document numbers of packed rows.
+      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+    """
+    return _logits(params, inputs, documents, config, model_for(params, config, **options).options)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options"))
+def _hidden_states(params: Parameters, inputs: Array, config: LlamaConfig, options: ModelOptions) -> Array:
+    model = Llama(config, options)
+    embedded = model.apply({"params": params}, inputs, method="embed")
+    _, sown = model.apply({"params": params}, inputs, method="features", mutable=["residual"])
+    streams = sown["residual"]
+    if options.scan:
+        after = streams["layers"]["stream"]
+    else:
+        after = jnp.stack([streams[f"layers_{i}"]["stream"] for i in range(config.layers)])
+    return jnp.concatenate([embedded[None], after])
+
+
+def hidden_states(
+    params: Parameters, inputs: Num[Array, "B T *D"], config: LlamaConfig, **options: object
+) -> Float[Array, "L+1 B T D"]:
+    """The residual stream before the first layer and after each layer (before the final norm).
+
+    Args:
+      params: parameters, stacked or unrolled.
+      inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
+      config: the architecture.
+      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+    """
+    return _hidden_states(params, inputs, config, model_for(params, config, **options).options)
+
+
+def embed(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The embeddings of tokens, to be changed and passed on in place of the tokens."""
+    return jnp.take(params["embedding"], tokens, axis=0)

@@ -1,0 +1,60 @@
+"""How a model is run: choices that never change what it computes, only where, how fast and in how much memory."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_policies
+
+from llama_jax.errors import InputError
+from llama_jax.parallel.sharding import TRAINING, Rules
+
+# Activations of a layer that rematerialisation may keep, in the order in which they arise.
+REMAT_NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Static choices of one compiled program.
+
+    Attributes:
+      dtype: dtype of activations and of weights in use; norms, rotary embedding, softmax and loss are always float32.
+      scan: run the layers as one scanned body over stacked weights (compile time does not grow with depth), or unrolled
+        over per-layer weights (faster decoding). The parameter tree has the matching form; see `stack` and `unstack`.
+      remat: what the backward pass keeps of each layer: `none` (everything, nothing is recomputed), `full` (only the
+        layer's input), or names joined by `+`, of `q k v context middle gate up`.
+      attention: attention backend, see `llama_jax.model.attention`.
+      rules: axis name -> mesh axes, see `llama_jax.parallel.sharding`.
+
+    Raises:
+      InputError: naming the option that is wrong.
+    """
+
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+    attention: str = "auto"
+    rules: Rules = TRAINING
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise InputError(f"dtype {self.dtype!r} given; float32, bfloat16 or float16 expected")
+        unknown = [name for name in self.saved_names if name not in REMAT_NAMES]
+        if unknown:
+            raise InputError(
+                f"remat {self.remat!r}: {unknown[0]!r} is unknown; none, full, or {'+'.join(REMAT_NAMES)} or some of these expected"
+            )
+
+    @property
+    def saved_names(self) -> tuple[str, ...]:
+        """The activations that the backward pass keeps when it recomputes the rest."""
+        return () if self.remat in ("none", "full") else tuple(self.remat.split("+"))
+
+    @property
+    def remat_policy(self) -> object:
+        """The policy for `jax.checkpoint`."""
+        return checkpoint_policies.save_only_these_names(*self.saved_names)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as a dtype."""
+        return jnp.dtype(self.dtype)

@@ -1,0 +1,53 @@
+"""Rotary position embedding (arXiv:2104.09864), in the half layout: channel `i` of a head turns with channel `i + H/2`."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.axes import Array, Float, Int
+from llama_jax.config import LlamaConfig, RopeScaling
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles, one per position and channel pair."""
+
+    cos: Float[Array, "B T H/2"]
+    sin: Float[Array, "B T H/2"]
+
+
+def _stretch(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Frequencies after scaling: divided as a whole (`linear`) or for long wavelengths only (`llama3`)."""
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context
+    wavelength = 2 * np.pi / frequencies
+    # 0 where the wavelength is longer than context/low (divide), 1 where shorter than context/high (keep), linear between.
+    keep = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Angle by which each channel pair turns from one position to the next, radians, `[H/2]` float32.
+
+    `theta^(-2i/H)`, scaled as the config says. Source for `llama3`: arXiv:2407.21783 and Meta's llama-models,
+    models/llama3/model.py, with the factor taken from the config (it is 32 for Llama 3.2, not 8).
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling)
+    return frequencies.astype(np.float32)
+
+
+def rotation(positions: Int[Array, "B T"], config: LlamaConfig) -> Rotation:
+    """The rotation of each position, angles in float32."""
+    angles = positions[:, :, None].astype(jnp.float32) * inverse_frequencies(config)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
+    """Turns the heads of queries or keys to their positions; computed in float32, returned in the dtype of `x`."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,136 @@
+"""Sharding in two tables: parameter name -> axis names, axis name -> mesh axes.
+
+A parameter is found by the last part of its path, so the same table serves the stacked tree, the unrolled tree and the
+optimizer's moments, which repeat the tree. The rules that turn axis names into mesh axes differ between training (weights
+sharded over `fsdp`, gathered when used) and serving (weights resident, sharded over `tensor` only).
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from llama_jax.axes import Array, PyTree
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+
+PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "scale": ("norm",),
+    "wq": ("embed", "heads"),
+    "wk": ("embed", "kv_heads"),
+    "wv": ("embed", "kv_heads"),
+    "wo": ("heads", "embed"),
+    "gate": ("embed", "ffn"),
+    "up": ("embed", "ffn"),
+    "down": ("ffn", "embed"),
+}
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]  # axis name -> mesh axes; a tuple of pairs, so that modules can be hashed
+
+# Axis names of activations: `batch`, `length`, `width` (the residual stream) and the names above.
+TRAINING: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("embed", ("fsdp",)),
+    ("vocab", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("ffn", ("tensor",)),
+    ("norm", ()),
+    ("layers", ()),
+    ("length", ()),
+    ("width", ()),
+)
+SERVING: Rules = tuple(
+    (axis, ("data", "fsdp") if axis == "batch" else () if axis == "embed" else mesh_axes) for axis, mesh_axes in TRAINING
+)
+
+
+def partition_spec(axes: tuple[str, ...], rules: Rules) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions carry these axis names."""
+    table = dict(rules)
+    return PartitionSpec(*[table[axis] or None for axis in axes])
+
+
+def parameter_spec(path: tuple, ndim: int, rules: Rules) -> PartitionSpec:
+    """Where the array at a path of a parameter (or optimizer) tree lives; what is no parameter is replicated.
+
+    Args:
+      path: key path as given by `jax.tree_util.tree_map_with_path`.
+      ndim: dimensions of the array; one more than the table says means layers stacked on a leading axis.
+      rules: axis name -> mesh axes.
+    """
+    axes = PARAMETER_AXES.get(str(getattr(path[-1], "key", "")) if path else "")
+    if axes is None or ndim < len(axes):
+        return PartitionSpec()
+    return partition_spec(("layers",) * (ndim - len(axes)) + axes, rules)
+
+
+def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+    """A `NamedSharding` for every array of a tree of parameters, optimizer state, or both."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf.ndim, rules)), tree
+    )
+
+
+def check_divisible(config: LlamaConfig, mesh: Mesh, rules: Rules) -> None:
+    """Refuses a mesh whose axes do not divide the model.
+
+    Raises:
+      InputError: naming the dimension, its size, and the mesh axes that should divide it.
+    """
+    table = dict(rules)
+    sizes = {
+        "vocab": config.vocab_size,
+        "embed": config.dim,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "ffn": config.ffn_dim,
+    }
+    for axis, size in sizes.items():
+        parts = [mesh.shape[name] for name in table[axis]]
+        total = 1
+        for part in parts:
+            total *= part
+        if size % total:
+            raise InputError(
+                f"mesh axis {'*'.join(table[axis])} of size {total} does not divide {axis} ({size}); choose a divisor"
+            )
+
+
+def constrain(x: Array, axes: tuple[str, ...], rules: Rules) -> Array:
+    """Pins an activation to the mesh set by `jax.set_mesh`; without a mesh, nothing happens."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
+
+
+def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules) -> Array:
+    """A weight shard in the compute dtype, gathered over `fsdp` for use.
+
+    Cast first, so that the gather moves the narrow type; the transpose of the first constraint brings the gradient back
+    sharded (reduce-scattered), which the compiler does not do by itself.
+    """
+    narrow = weight.astype(dtype)
+    if jax.sharding.get_abstract_mesh().empty:
+        return narrow
+    whole = tuple((axis, tuple(m for m in mesh_axes if m != "fsdp")) for axis, mesh_axes in rules)
+    return constrain(constrain(narrow, axes, rules), axes, whole)
+
+
+def batch_spec(rules: Rules, leading: int = 0) -> PartitionSpec:
+    """Where the rows of a batch live; `leading` unsharded dimensions (micro-batches) stand before the rows."""
+    return PartitionSpec(*[None] * leading, dict(rules)["batch"])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def as_dtype(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """The floating-point arrays of a tree in another dtype."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
