@@ -29,6 +29,9 @@ class Mask(NamedTuple):
     documents: Int[Array, "B T"] | None = None
 
 
+NO_MASK = Mask()
+
+
 def visible(mask: Mask, causal: bool, batch: int, queries: int, keys: int) -> Bool[Array, "B T S"]:
     """The mask written out: whether query `t` of row `b` sees key `s`."""
     slots = jnp.arange(keys)[None, None, :]
@@ -89,7 +92,7 @@ def attend(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    mask: Mask = Mask(),
+    mask: Mask = NO_MASK,
     causal: bool = True,
     backend: str = "auto",
 ) -> Float[Array, "B N T H"]:

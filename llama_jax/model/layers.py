@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.axes import Array, Float, Int
+from llama_jax.axes import Array, Float
 from llama_jax.config import LlamaConfig
-from llama_jax.model.attention import Mask, attend
+from llama_jax.model.attention import NO_MASK, Mask, attend
 from llama_jax.model.cache import LayerCache, append
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.rope import Rotation, rotate
@@ -66,11 +66,10 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         turn: Rotation,
-        documents: Int[Array, "B T"] | None = None,
+        mask: Mask = NO_MASK,
         cache: LayerCache | None = None,
-        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends over `x` itself, or over the cache with `x` appended at `lengths`; hands the cache back."""
+        """Attends over `x` itself, or over the cache with `x` appended at `mask.start`; hands the cache back."""
         config, rules = self.config, self.options.rules
         inner, outer = config.heads * config.head_dim, config.kv_heads * config.head_dim
         shapes = {"wq": (config.dim, inner), "wk": (config.dim, outer), "wv": (config.dim, outer), "wo": (inner, config.dim)}
@@ -84,13 +83,10 @@ class Attention(nn.Module):
         q = checkpoint_name(rotate(heads(wq, "heads"), turn), "q").swapaxes(1, 2)
         k = checkpoint_name(rotate(heads(wk, "kv_heads"), turn), "k").swapaxes(1, 2)
         v = checkpoint_name(heads(wv, "kv_heads"), "v").swapaxes(1, 2)
-        if cache is None:
-            out = attend(q, k, v, Mask(documents=documents), backend=self.options.attention)
-        else:
-            cache = append(cache, k, v, lengths)
-            out = attend(
-                q, cache.keys.astype(q.dtype), cache.values.astype(q.dtype), Mask(start=lengths), backend=self.options.attention
-            )
+        if cache is not None and mask.start is not None:
+            cache = append(cache, k, v, mask.start)
+            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+        out = attend(q, k, v, mask, backend=self.options.attention)
         # Heads stay apart in the contraction: flattening them first costs a copy of `out` on TPU.
         out = jnp.einsum("bnth,nhd->btd", out, wo.reshape(config.heads, config.head_dim, config.dim))
         return constrain(out, ("batch", "length", "width"), rules), cache
@@ -126,13 +122,12 @@ class Layer(nn.Module):
         x: Float[Array, "B T D"],
         cache: LayerCache | None,
         turn: Rotation,
-        documents: Int[Array, "B T"] | None,
-        lengths: Int[Array, " B"] | None,
+        mask: Mask,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """The stream after the layer, and the layer's cache with the new tokens (carry and output of `nn.scan`)."""
         attention = Attention(self.config, self.options, name="attention")
         feed_forward = FeedForward(self.config, self.options, name="feed_forward")
-        attended, cache = attention(RMSNorm(self.config, name="attention_norm")(x), turn, documents, cache, lengths)
+        attended, cache = attention(RMSNorm(self.config, name="attention_norm")(x), turn, mask, cache)
         x = checkpoint_name(x + attended, "middle")
         x = x + feed_forward(RMSNorm(self.config, name="feed_forward_norm")(x))
         self.sow("residual", "stream", x, reduce_fn=lambda _, new: new, init_fn=lambda: ())
@@ -153,7 +148,7 @@ def scanned_layers(config: LlamaConfig, options: ModelOptions, name: str) -> nn.
         layer_class(options),
         variable_axes={"params": 0, "residual": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast),
         length=config.layers,
     )
     return body(config, options, name=name)

@@ -1,7 +1,7 @@
 """LLaMA: embedding, layers, final norm, head. One forward pass; training is decoding without a cache."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,13 +9,12 @@ import jax.numpy as jnp
 
 from llama_jax.axes import Array, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
-from llama_jax.model.cache import Cache, LayerCache
+from llama_jax.model.attention import Mask
+from llama_jax.model.cache import Cache
 from llama_jax.model.layers import _INIT_STD, RMSNorm, layer_class, scanned_layers
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.rope import Rotation, rotation
 from llama_jax.parallel.sharding import PARAMETER_AXES, constrain, gathered
-
-Caches = LayerCache | tuple[LayerCache, ...] | None
 
 
 class Features(NamedTuple):
@@ -39,7 +38,7 @@ class Llama(nn.Module):
         config = self.config
         self.embedding = self.param("embedding", nn.initializers.normal(_INIT_STD), (config.vocab_size, config.dim))
         if self.options.scan:
-            self.layers = scanned_layers(config, self.options, "layers")
+            self.layers: Any = scanned_layers(config, self.options, "layers")
         else:
             make = layer_class(self.options)
             self.layers = [make(config, self.options, name=f"layers_{i}") for i in range(config.layers)]
@@ -67,20 +66,21 @@ class Llama(nn.Module):
         """
         x = self.embed(inputs)
         batch, length = x.shape[:2]
-        lengths = None if cache is None else cache.lengths
-        start = jnp.zeros((batch, 1), jnp.int32) if lengths is None else lengths[:, None]
-        turn = rotation(start + jnp.arange(length, dtype=jnp.int32), self.config)
-        x, new_layers = self._run_layers(x, None if cache is None else cache.layers, turn, documents, lengths)
-        return Features(self.final_norm(x), None if cache is None else Cache(new_layers, cache.lengths))
+        start = None if cache is None else cache.lengths
+        first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
+        turn = rotation(first + jnp.arange(length, dtype=jnp.int32), self.config)
+        mask = Mask(start=start, documents=documents)
+        if cache is None:
+            return Features(self.final_norm(self._run_layers(x, None, turn, mask)[0]), None)
+        x, layers = self._run_layers(x, cache.layers, turn, mask)
+        return Features(self.final_norm(x), Cache(layers, cache.lengths))
 
-    def _run_layers(
-        self, x: Array, caches: Caches, turn: Rotation, documents: Array | None, lengths: Array | None
-    ) -> tuple[Array, Caches]:
+    def _run_layers(self, x: Array, caches: Any, turn: Rotation, mask: Mask) -> tuple[Array, Any]:
         if self.options.scan:
-            return self.layers(x, caches, turn, documents, lengths)
+            return self.layers(x, caches, turn, mask)
         new = []
         for i, layer in enumerate(self.layers):
-            x, cache = layer(x, None if caches is None else caches[i], turn, documents, lengths)
+            x, cache = layer(x, None if caches is None else caches[i], turn, mask)
             new.append(cache)
         return x, tuple(new)
 
@@ -124,9 +124,14 @@ def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Lla
     return Llama(config, ModelOptions(scan="layers" in params, **options))  # type: ignore[arg-type]
 
 
+def apply(model: Llama, params: Parameters, *args: Any, method: str | None = None) -> Any:
+    """`model.apply` on a plain parameter tree."""
+    return model.apply({"params": params}, *args, method=method)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "options"))
 def _logits(params: Parameters, inputs: Array, documents: Array | None, config: LlamaConfig, options: ModelOptions) -> Array:
-    return Llama(config, options).apply({"params": params}, inputs, documents)
+    return apply(Llama(config, options), params, inputs, documents)
 
 
 def logits(
@@ -151,7 +156,7 @@ def logits(
 @functools.partial(jax.jit, static_argnames=("config", "options"))
 def _hidden_states(params: Parameters, inputs: Array, config: LlamaConfig, options: ModelOptions) -> Array:
     model = Llama(config, options)
-    embedded = model.apply({"params": params}, inputs, method="embed")
+    embedded = apply(model, params, inputs, method="embed")
     _, sown = model.apply({"params": params}, inputs, method="features", mutable=["residual"])
     streams = sown["residual"]
     if options.scan:
@@ -163,8 +168,8 @@ def _hidden_states(params: Parameters, inputs: Array, config: LlamaConfig, optio
 
 def hidden_states(
     params: Parameters, inputs: Num[Array, "B T *D"], config: LlamaConfig, **options: object
-) -> Float[Array, "L+1 B T D"]:
-    """The residual stream before the first layer and after each layer (before the final norm).
+) -> Float[Array, "L1 B T D"]:
+    """The residual stream before the first layer and after each layer: `L + 1` entries, none of them through the final norm.
 
     Args:
       params: parameters, stacked or unrolled.

@@ -1,6 +1,7 @@
 """How a model is run: choices that never change what it computes, only where, how fast and in how much memory."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
@@ -41,7 +42,7 @@ class ModelOptions:
         unknown = [name for name in self.saved_names if name not in REMAT_NAMES]
         if unknown:
             raise InputError(
-                f"remat {self.remat!r}: {unknown[0]!r} is unknown; none, full, or {'+'.join(REMAT_NAMES)} or some of these expected"
+                f"remat {self.remat!r}: {unknown[0]!r} is unknown; none, full, or some of {'+'.join(REMAT_NAMES)} expected"
             )
 
     @property
@@ -50,7 +51,7 @@ class ModelOptions:
         return () if self.remat in ("none", "full") else tuple(self.remat.split("+"))
 
     @property
-    def remat_policy(self) -> object:
+    def remat_policy(self) -> Callable[..., bool]:
         """The policy for `jax.checkpoint`."""
         return checkpoint_policies.save_only_these_names(*self.saved_names)
 

@@ -10,17 +10,17 @@ from llama_jax.config import LlamaConfig, RopeScaling
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles, one per position and channel pair."""
+    """Cosines and sines of the angles, one per position and channel pair (`R = H / 2` pairs)."""
 
-    cos: Float[Array, "B T H/2"]
-    sin: Float[Array, "B T H/2"]
+    cos: Float[Array, "B T R"]
+    sin: Float[Array, "B T R"]
 
 
 def _stretch(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Frequencies after scaling: divided as a whole (`linear`) or for long wavelengths only (`llama3`)."""
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
-    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context
+    low, high, context = (float(x or 0) for x in (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context))
     wavelength = 2 * np.pi / frequencies
     # 0 where the wavelength is longer than context/low (divide), 1 where shorter than context/high (keep), linear between.
     keep = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
