@@ -1,0 +1,118 @@
+"""The header of a token file: what it says about itself, and where in the file what lies.
+
+magic, version, length and CRC-32 of the header   20 bytes
+header                                            JSON, up to byte 4096
+tokens                                            uint16 or uint32, little endian
+padding to a multiple of 8 bytes
+starts: position of each document's first token   uint64, little endian
+"""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llama_jax.errors import CorruptError, InputError
+
+VERSION = 1
+TOKENS_AT = 4096  # bytes
+START_DTYPE: np.dtype = np.dtype("<u8")
+
+_MAGIC = b"LJTOKENS"
+_PREAMBLE = struct.Struct("<8sIII")
+_TOKEN_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+class TokenHeader(NamedTuple):
+    """What a token file says about itself.
+
+    Attributes:
+      dtype: `uint16` where the vocabulary allows, else `uint32`.
+      tokens: number of tokens, begin and end tokens included.
+      documents: number of documents; each has at least one token.
+      bytes_of_text: UTF-8 bytes of the text that was encoded: the denominator of bits per byte.
+      vocab_size: every token is below it.
+      tokenizer_sha256: of the tokenizer's file.
+      sources_sha256: of the documents' names and texts.
+      tokens_crc32: checksum of the tokens' bytes.
+      starts_crc32: checksum of the starts' bytes.
+    """
+
+    dtype: str
+    tokens: int
+    documents: int
+    bytes_of_text: int
+    vocab_size: int
+    tokenizer_sha256: str
+    sources_sha256: str
+    tokens_crc32: int
+    starts_crc32: int
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        """The type of the tokens in the file."""
+        return _TOKEN_DTYPES[self.dtype]
+
+    @property
+    def starts_at(self) -> int:
+        """Byte at which the starts begin."""
+        tokens_end = TOKENS_AT + self.tokens * self.token_dtype.itemsize
+        return -(-tokens_end // START_DTYPE.itemsize) * START_DTYPE.itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the whole file."""
+        return self.starts_at + self.documents * START_DTYPE.itemsize
+
+
+def choose_dtype(vocab_size: int) -> str:
+    """The smallest type of token that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def pack_header(header: TokenHeader) -> bytes:
+    """The first bytes of the file."""
+    body = json.dumps(header._asdict()).encode()
+    return _PREAMBLE.pack(_MAGIC, VERSION, len(body), zlib.crc32(body)) + body
+
+
+def read_header(path: Path) -> TokenHeader:
+    """Reads and checks the header of a file.
+
+    Raises:
+      InputError: the file cannot be read.
+      CorruptError: it is not a token file of this version, or its header is damaged.
+    """
+    block = _read_block(path)
+    if len(block) < TOKENS_AT or not block.startswith(_MAGIC):
+        raise CorruptError(f"{path}: not a token file, or cut off in its header; prepare the data again")
+    _, version, length, crc = _PREAMBLE.unpack_from(block)
+    if version != VERSION:
+        raise CorruptError(f"{path}: token file of version {version}, {VERSION} expected; prepare the data again")
+    body = block[_PREAMBLE.size : _PREAMBLE.size + length]
+    if zlib.crc32(body) != crc:
+        raise CorruptError(f"{path}: the checksum of its header is wrong; prepare the data again")
+    return _parse(path, body)
+
+
+def _read_block(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(TOKENS_AT)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; a token file expected") from None
+
+
+def _parse(path: Path, body: bytes) -> TokenHeader:
+    """The header as typed values: a checksum proves that it is whole, not that this program wrote it."""
+    try:
+        header = TokenHeader(**json.loads(body))
+    except (ValueError, TypeError, RecursionError):
+        raise CorruptError(f"{path}: its header is not one of a token file; prepare the data again") from None
+    types_fit = all(type(value) is TokenHeader.__annotations__[name] for name, value in header._asdict().items())
+    if not types_fit or header.dtype not in _TOKEN_DTYPES or min(header.tokens, header.documents) < 1:
+        raise CorruptError(f"{path}: its header has values of a wrong kind; prepare the data again")
+    return header
