@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.axes import Array, Bool, Float, Int
+from llama_jax.axes import Array, Bool, Float, Int, Num
 
 # Rows of one block. Larger blocks mean fewer loop turns, smaller ones less memory and less work thrown away at the diagonal.
 BLOCK = 256
@@ -53,7 +53,7 @@ class _Blocks(NamedTuple):
         return jnp.maximum(0, (j * self.size - jnp.max(self.start)) // self.size)
 
 
-def _cut(x: Float[Array, "B n T H"], size: int) -> Float[Array, "blocks B n C H"]:
+def _cut(x: Num[Array, "B n T H"], size: int) -> Num[Array, "blocks B n C H"]:
     """Pads the length to whole blocks and brings the blocks to the front."""
     batch, heads, length, head_dim = x.shape
     blocks = -(-length // size)

@@ -1,0 +1,97 @@
+"""Choosing the next token: a value with one number per row, no flags, so that one program serves every mixture."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.axes import Array, Float, Int
+from llama_jax.errors import InputError
+
+
+class Sampling(NamedTuple):
+    """How each row draws its tokens.
+
+    Attributes:
+      temperature: logits are divided by it; 0 means the most probable token, always.
+      top_k: only the `k` most probable tokens are drawn from; 0 means all.
+      top_p: only the most probable tokens that together reach this probability are drawn from; 1 means all.
+      seed: a row's draws depend on its seed and on the position of the token, not on the other rows.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    seed: Int[Array, " B"]
+
+
+def _per_row(name: str, value: float | Sequence[float], rows: int, dtype: type, low: float, high: float) -> np.ndarray:
+    values = np.broadcast_to(np.asarray(value), (rows,)) if np.ndim(value) == 0 or len(np.asarray(value)) == rows else None
+    if values is None:
+        raise InputError(f"{name}: {len(np.asarray(value))} values given for {rows} rows; one for all or one a row expected")
+    bad = [v for v in values.tolist() if not low <= v <= high]
+    if bad:
+        raise InputError(f"{name}: {bad[0]} given; a number from {low:g} to {high:g} expected")
+    return values.astype(dtype)
+
+
+def make_sampling(
+    rows: int,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    seed: int | Sequence[int] = 0,
+) -> Sampling:
+    """A `Sampling` for `rows` rows from one number for all, or one a row.
+
+    Rows that share one seed draw differently all the same: row `i` gets `seed + i`.
+
+    Raises:
+      InputError: naming the setting that is out of range or has the wrong number of values.
+    """
+    seeds = np.arange(rows) + seed if np.ndim(seed) == 0 else seed
+    return Sampling(
+        jnp.asarray(_per_row("temperature", temperature, rows, np.float32, 0.0, 100.0)),
+        jnp.asarray(_per_row("top_k", top_k, rows, np.int32, 0, 1 << 30)),
+        jnp.asarray(_per_row("top_p", top_p, rows, np.float32, 0.0, 1.0)),
+        jnp.asarray(_per_row("seed", seeds, rows, np.int64, 0, (1 << 31) - 1).astype(np.int32)),
+    )
+
+
+def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits after temperature, top-k and top-p, in that order; tokens that cannot be drawn are at -inf.
+
+    The most probable token always stays; tokens that tie with the last one kept stay too. Rows at temperature 0 are
+    left at temperature 1: their draw is not used.
+    """
+    vocab = logits.shape[-1]
+    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    ordered = -jnp.sort(-scaled, axis=-1)
+    rank = jnp.arange(vocab)[None]
+    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, vocab)[:, None]
+    probabilities = jax.nn.softmax(jnp.where(rank < top_k, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (rank == 0) | ((rank < top_k) & (before < sampling.top_p[:, None]))
+    last = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scaled >= last, scaled, -jnp.inf)
+
+
+def sample(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The next token of each row.
+
+    Args:
+      logits: float32.
+      sampling: settings of each row.
+      position: position of the token to be drawn, which the row's randomness is folded with; no key is consumed twice.
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(sampling.seed, position)
+        drawn = jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
+        return jnp.where(sampling.temperature > 0, drawn, best)
+
+    # Sorting a vocabulary costs as much as a layer; when every row is greedy it is not done.
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: best)
