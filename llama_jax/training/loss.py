@@ -1,0 +1,95 @@
+"""Cross-entropy of the next token without the logits: they exist for one chunk of tokens at a time.
+
+The forward pass also forms the gradients of features and head while a chunk's logits are at hand, so that training makes
+three matrix products with the head instead of four and never holds `[B, T, V]`, neither forward nor backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llama_jax.axes import Array, Float, Int, Parameters
+from llama_jax.data.batches import Batch
+from llama_jax.model.llama import Llama, apply
+
+
+def _chunks(x: Array, count: int, size: int) -> Array:
+    """[B, T, ...] padded with zeros to `count * size` tokens and cut: [count, B, size, ...]."""
+    pads = ((0, 0), (0, count * size - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
+    cut = jnp.pad(x, pads).reshape(x.shape[0], count, size, *x.shape[2:])
+    return jnp.moveaxis(cut, 1, 0)
+
+
+def _cut(features: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
+    """Features, targets and weights in chunks of about `chunk` tokens of the whole batch; padding weighs nothing."""
+    batch, length = targets.shape
+    size = max(1, min(length, chunk // batch))
+    count = -(-length // size)
+    return _chunks(features, count, size), _chunks(targets, count, size), _chunks(weights, count, size)
+
+
+def _losses(features: Array, head: Array, targets: Array) -> tuple[Float[Array, "B C V"], Float[Array, "B C"]]:
+    """Log-probabilities of a chunk's tokens and the loss at its targets, float32."""
+    logits = jnp.einsum("bcd,dv->bcv", features, head, preferred_element_type=jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    return log_probabilities, -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    features: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Sum of weight * -log p(target), in nats, float32.
+
+    Args:
+      features: normed stream, ready for the head.
+      head: output matrix.
+      targets: the token to be predicted at each position.
+      weights: 0 leaves a position out.
+      chunk: tokens of the whole batch whose logits exist at one time.
+    """
+
+    def add(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        part, target, weight = piece
+        return total + jnp.sum(weight * _losses(part, head, target)[1]), None
+
+    return lax.scan(add, jnp.zeros((), jnp.float32), _cut(features, targets, weights, chunk))[0]
+
+
+def _cross_entropy_forward(features: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, tuple]:
+    def add(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        total, d_head = carry
+        part, target, weight = piece
+        log_probabilities, losses = _losses(part, head, target)
+        at_target = lax.broadcasted_iota(jnp.int32, log_probabilities.shape, 2) == target[..., None]
+        d_logits = ((jnp.exp(log_probabilities) - at_target) * weight[..., None]).astype(part.dtype)
+        d_part = jnp.einsum("bcv,dv->bcd", d_logits, head, preferred_element_type=jnp.float32)
+        d_head += jnp.einsum("bcd,bcv->dv", part, d_logits, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(weight * losses), d_head), d_part.astype(part.dtype)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
+    (total, d_head), parts = lax.scan(add, start, _cut(features, targets, weights, chunk))
+    batch, length, dim = features.shape
+    d_features = jnp.moveaxis(parts, 0, 1).reshape(batch, -1, dim)[:, :length]
+    return total, (d_features, d_head.astype(head.dtype))
+
+
+def _cross_entropy_backward(chunk: int, saved: tuple[Array, Array], scale: Array) -> tuple:
+    d_features, d_head = saved
+    return (d_features * scale).astype(d_features.dtype), (d_head * scale).astype(d_head.dtype), None, None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def batch_loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, ""]:
+    """Sum over a batch of weight * -log p(target) in nats; divide by the sum of the weights for the mean a token."""
+    last = apply(model, params, batch.tokens, batch.documents, method="features").last
+    head = apply(model, params, method="head_matrix")
+    return cross_entropy(last, head, batch.targets, batch.weights, chunk)
