@@ -133,7 +133,7 @@ def _cut_windows(token_file: TokenFile, windows: np.ndarray, length: int) -> Bat
 def _document_numbers(starts: np.ndarray, first: int, count: int) -> np.ndarray:
     """Documents of the tokens from `first` to `first + count - 1`, numbered from 1."""
     # Keys of the array's own type: any other would have the whole mapped array converted for each look-up.
-    begin, end = np.searchsorted(starts, np.array([first + 1, first + count], np.uint64))
+    begin, end = np.searchsorted(starts, np.array([first, first + count], np.uint64))
     changes = np.zeros(count, np.int32)
     changes[:1] = 1
     changes[(starts[begin:end] - np.uint64(first)).astype(np.int64)] = 1

@@ -98,10 +98,21 @@ def test_another_recipe_is_stored_beside_it(tmp_path, documents, changes):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("change", [{"text": "other text\n"}, {"name": "other name"}])
-def test_another_text_or_name_is_stored_beside_it(tmp_path, documents, change):
-    run(tmp_path, documents)
-    run(tmp_path, [*documents[:-1], documents[-1]._replace(**change)])
+def training_name(number):
+    """A name on the training side."""
+    return next(name for name in (f"{number} {letter}" for letter in "abcdefgh") if not is_held_out(name, 0.2))
+
+
+@pytest.mark.parametrize("change", [
+    lambda a, b: (a._replace(text="other text\n"), b),
+    lambda a, b: (a._replace(name=training_name("renamed")), b),
+    lambda a, b: (a._replace(text=a.text + b.text[:5]), b._replace(text=b.text[5:])),
+    lambda a, b: (b, a),
+])  # fmt: skip
+def test_another_text_name_border_or_order_is_stored_beside_it(tmp_path, documents, change):
+    pair = [Document(training_name(number), write_text(number)) for number in (100, 200)]
+    run(tmp_path, [*documents, *pair])
+    run(tmp_path, [*documents, *change(*pair)])
     assert len(list(tmp_path.iterdir())) == 2
 
 
