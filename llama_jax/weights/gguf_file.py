@@ -128,13 +128,23 @@ class _Header:
         return number
 
     def string(self) -> str:
-        length = self.number(_UINT64)
-        self.require(length)
-        start, self.position = self.position, self.position + length
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """One loop without calls of ours: a vocabulary with its merges is a few hundred thousand texts."""
+        self.require(count * _UINT64.size)
+        texts, end = [], self.position
         try:
-            return str(self.data[start : self.position], "utf-8")
-        except UnicodeDecodeError:
-            self.refuse("a text that is not UTF-8")
+            for _ in range(count):
+                (length,) = _UINT64.unpack_from(self.data, end)
+                start, end = end + _UINT64.size, end + _UINT64.size + length
+                if end > len(self.data):
+                    self.refuse(f"a text of {length} bytes, more bytes than there are,")
+                texts.append(str(self.data[start:end], "utf-8"))
+        except (struct.error, UnicodeDecodeError) as error:
+            self.refuse("the file ends" if isinstance(error, struct.error) else "a text that is not UTF-8")
+        self.position = end
+        return texts
 
     def counts(self) -> tuple[int, int]:
         """The numbers of tensors and of metadata entries, after magic and version."""
@@ -174,8 +184,7 @@ class _Header:
     def array(self) -> list:
         kind, count = self.number(_UINT32), self.number(_UINT64)
         if kind == _STRING:
-            self.require(count * _UINT64.size)
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         if kind == _ARRAY:
             self.refuse("an array of arrays, which is not supported,")
         if kind not in _NUMBERS:

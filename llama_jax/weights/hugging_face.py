@@ -167,5 +167,5 @@ def _require_fitting(config: LlamaConfig, files: Mapping[str, Any]) -> None:
 
 def _equal(one: Any, other: Any, rows: int) -> bool:
     """Whether two matrices on file are the same, some rows at a time."""
-    starts = range(0, rows, _COMPARED_ROWS)
-    return all(np.array_equal(one[i : i + _COMPARED_ROWS], other[i : i + _COMPARED_ROWS]) for i in starts)
+    bounds = ((start, min(start + _COMPARED_ROWS, rows)) for start in range(0, rows, _COMPARED_ROWS))
+    return all(np.array_equal(one[start:end], other[start:end]) for start, end in bounds)

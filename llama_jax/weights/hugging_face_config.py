@@ -6,7 +6,7 @@ from typing import Any
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
 from llama_jax.weights.source import shown
-from llama_jax.weights.values import quotient, real, whole
+from llama_jax.weights.values import flag, quotient, real, whole
 
 _READ = {
     "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "model_type", "num_attention_heads",
@@ -73,7 +73,7 @@ def config_from_hugging_face(values: Mapping[str, Any]) -> LlamaConfig:
         rope_theta=real(rope, "rope_theta", 10000.0),
         rope_scaling=_rope_scaling(rope),
         context_length=whole(values, "max_position_embeddings", 2048),
-        tied_head=values.get("tie_word_embeddings", False),
+        tied_head=flag(values, "tie_word_embeddings", False),
     )
 
 

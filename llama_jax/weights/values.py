@@ -32,6 +32,14 @@ def real(values: Mapping[str, Any], key: str, default: float | None = None) -> f
         raise InputError(f"{key} is {shown(value)}; a smaller number expected") from None
 
 
+def flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """True or false; as `whole` otherwise."""
+    value = _given(values, key, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{key} is {shown(value)}; true or false expected")
+    return value
+
+
 def quotient(values: Mapping[str, Any], dim_key: str, heads_key: str) -> int:
     """The width of a head that nothing else states: the width of the model shared out evenly.
 

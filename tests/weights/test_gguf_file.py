@@ -1,0 +1,186 @@
+"""The GGUF reader: the same as the original library on good files, InputError and nothing else on bad ones."""
+
+import struct
+import time
+import tracemalloc
+
+import gguf
+import numpy as np
+import pytest
+
+from llama_jax.errors import InputError
+from llama_jax.weights.gguf import GgufFile, GgufSource
+
+HEAD = b"GGUF" + struct.pack("<I", 3)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def entry(key: str, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def record(name: str, shape=(4,), kind=0, offset=0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def refusal(path, data: bytes) -> str:
+    path.write_bytes(data)
+    with pytest.raises(InputError) as refused:
+        GgufFile.open(path)
+    message = str(refused.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.smollm2
+def test_real_metadata_equal_the_original_librarys(smollm2_gguf, original):
+    fields = {key: field.contents() for key, field in original.fields.items() if not key.startswith("GGUF.")}
+    assert GgufFile.open(smollm2_gguf).metadata == fields
+
+
+@pytest.mark.smollm2
+def test_real_header_is_read_fast(smollm2_gguf):
+    def seconds() -> float:
+        start = time.perf_counter()
+        GgufFile.open(smollm2_gguf)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.3
+
+
+@pytest.mark.smollm2
+def test_real_tensors_equal_the_original_librarys(smollm2_gguf, original):
+    file = GgufFile.open(smollm2_gguf)
+    originals = {tensor.name: tensor for tensor in original.tensors}
+    assert file.tensors.keys() == originals.keys()
+    for name, tensor in originals.items():
+        ours = file.tensors[name]
+        assert (ours.shape, ours.type) == (tuple(map(int, tensor.shape))[::-1], tensor.tensor_type.name)
+        assert (ours.offset, ours.nbytes) == (tensor.data_offset, tensor.n_bytes)
+        if name.startswith(("token_embd", "blk.0.", "blk.29.", "output_norm")):
+            np.testing.assert_array_equal(file.read(name), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+
+
+def test_every_kind_of_metadata_is_read(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "kinds.gguf", "llama")
+    wanted = {}
+    for kind, value in {"int8": -8, "uint8": 8, "int16": -16, "uint16": 16, "int32": -32, "uint32": 1 << 31, "int64": -64,
+                        "uint64": 1 << 63, "float32": 0.5, "float64": 0.1, "bool": True, "string": "é\n"}.items():  # fmt: skip
+        getattr(writer, f"add_{kind}")(kind, value)
+        wanted[kind] = value
+    wanted |= {"texts": ["a", "", "é"], "numbers": [1, -2, 3], "reals": [0.5, 1.5], "flags": [True, False]}
+    for key in ("texts", "numbers", "reals", "flags"):
+        writer.add_array(key, wanted[key])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata = GgufFile.open(tmp_path / "kinds.gguf").metadata
+    assert {key: metadata[key] for key in wanted} == wanted
+    assert [type(metadata[key]) for key in wanted] == [type(value) for value in wanted.values()]
+
+
+def test_version_2_reads_like_version_3(write_gguf):
+    path = write_gguf()
+    latest = GgufFile.open(path)
+    path.write_bytes(b"GGUF" + struct.pack("<I", 2) + path.read_bytes()[8:])
+    assert GgufFile.open(path).metadata == latest.metadata
+    assert GgufFile.open(path).tensors == latest.tensors
+
+
+def test_missing_file_and_directory_are_input_errors(tmp_path):
+    for path in (tmp_path / "none.gguf", tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            GgufFile.open(path)
+
+
+LONG = 1 << 40
+ALIGNED = [entry("general.alignment", 4, struct.pack("<I", 32))]
+
+
+@pytest.mark.parametrize(
+    ("entries", "records", "named"),
+    [
+        ([entry("k", 9, struct.pack("<IQ", 0, LONG) + bytes(64))], [], "1099511627776 more bytes"),
+        ([entry("k", 9, struct.pack("<IQ", 8, LONG) + bytes(64))], [], "more bytes"),
+        ([entry("k", 9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 0, 0))], [], "array of arrays"),
+        ([entry("k", 9, struct.pack("<IQ", 77, 1) + bytes(8))], [], "type 77"),
+        ([entry("k", 8, struct.pack("<Q", LONG))], [], "more bytes"),
+        ([entry("k", 8, struct.pack("<Q", 2) + b"\xff\xff")], [], "UTF-8"),
+        ([entry("k", 13, bytes(8))], [], "type 13"),
+        ([entry("same", 4, bytes(4)), entry("same", 4, bytes(4))], [], "a second 'same'"),
+        ([entry("general.alignment", 4, struct.pack("<I", 3))], [], "alignment is 3"),
+        ([entry("general.alignment", 4, struct.pack("<I", 0))], [], "alignment is 0"),
+        ([entry("general.alignment", 8, text("x"))], [], "alignment is 'x'"),
+        (ALIGNED, [record("t"), record("t", offset=32)], "a second 't'"),
+        (ALIGNED, [record("t"), record("u", offset=0)], "'u' lies over"),
+        (ALIGNED, [record("t", offset=8)], "'t' is not aligned"),
+        (ALIGNED, [record("t", shape=(1000,))], "cut short"),
+        (ALIGNED, [record("t", offset=1 << 62)], "cut short"),
+        (ALIGNED, [record("t", shape=(1 << 33, 1 << 33))], "cut short"),
+        (ALIGNED, [record("t", shape=(0, 4))], "shape"),
+        (ALIGNED, [record("t", shape=(48, 4), kind=2)], "whole blocks of 32"),
+        (ALIGNED, [record("t", shape=(1, 1, 1, 1, 1))], "5 dimensions"),
+        (ALIGNED, [record("t", shape=())], "0 dimensions"),
+        (ALIGNED, [record("t", kind=999)], "element type 999"),
+    ],
+)
+def test_hostile_headers_are_refused_at_once(tmp_path, entries, records, named):
+    data = HEAD + struct.pack("<QQ", len(records), len(entries)) + b"".join(entries + records) + bytes(256)
+    tracemalloc.start()
+    start = time.perf_counter()
+    assert named in refusal(tmp_path / "hostile.gguf", data)
+    assert time.perf_counter() - start < 0.5
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_other_formats_and_versions_are_refused_by_name(tmp_path):
+    path = tmp_path / "other.gguf"
+    assert "not a GGUF file" in refusal(path, b"GGML" + bytes(60))
+    assert "not a GGUF file" in refusal(path, b"")
+    assert "version 1 " in refusal(path, b"GGUF" + struct.pack("<I", 1) + bytes(60))
+    assert "big-endian" in refusal(path, b"GGUF" + struct.pack(">I", 3) + bytes(60))
+    assert "more bytes" in refusal(path, HEAD + struct.pack("<QQ", LONG, 0) + bytes(60))
+    assert "more bytes" in refusal(path, HEAD + struct.pack("<QQ", 0, LONG) + bytes(60))
+
+
+def test_every_truncation_is_refused(write_gguf, tmp_path):
+    data = write_gguf().read_bytes()
+    lengths = np.random.default_rng(3).integers(0, len(data) - 1, 60).tolist()
+    for length in [*range(40), *lengths]:
+        refusal(tmp_path / "cut.gguf", data[:length])
+
+
+def test_mutated_files_load_or_raise_input_error(write_gguf, tmp_path):
+    data = write_gguf().read_bytes()
+    random = np.random.default_rng(4)
+    path = tmp_path / "mutated.gguf"
+    outcomes = []
+    start = time.perf_counter()
+    for _ in range(300):
+        mutated = bytearray(data)
+        for position in random.integers(0, 2500, random.integers(1, 6)):
+            mutated[position] = random.integers(0, 256)
+        path.write_bytes(mutated)
+        try:
+            file = GgufSource.open(path).file
+            for name in file.tensors:
+                file.read(name)
+            outcomes.append("read")
+        except InputError:
+            outcomes.append("refused")
+    assert time.perf_counter() - start < 20
+    assert min(outcomes.count("read"), outcomes.count("refused")) > 20
+
+
+def test_unsupported_element_types_are_refused_by_name_when_read(write_gguf):
+    path = write_gguf(types={"output.weight": "Q5_0"})
+    with pytest.raises(InputError, match=r"'output.weight' has type Q5_0"):
+        GgufFile.open(path).read("output.weight")
+    with pytest.raises(InputError, match="'absent' is missing"):
+        GgufFile.open(path).read("absent")
