@@ -1,0 +1,178 @@
+"""Byte-pair tokenizers of the `tokenizers` library: `tokenizer.json`, the form Llama 3 and its kin are shared in."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from llama_jax.errors import InputError
+from llama_jax.text.files import read_json, read_text, special_token
+from llama_jax.text.surface import Surface, require_characters
+
+_LARGEST_FILE = 128 << 20
+_SPACE = "\u2581"
+
+
+def _byte_characters() -> dict[int, int]:
+    """For `str.translate`: character that stands for a byte in byte-level vocabularies -> that byte (GPT-2's code)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {byte: byte for byte in printable} | {0x100 + n: byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_characters()
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    """Bytes of a piece in which one character stands for each byte."""
+    try:
+        return piece.translate(_BYTE_OF_CHARACTER).encode("latin-1")
+    except UnicodeEncodeError:  # not spelled in that code: an entry that the vocabulary holds as plain text
+        return piece.encode()
+
+
+def _spaced_bytes(piece: str) -> bytes:
+    """Bytes of a piece spelled as SentencePiece does: `▁` for a space, `<0x0A>` for a byte."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace(_SPACE, " ").encode()
+
+
+_SPELLINGS: dict[frozenset[str], Callable[[str], bytes]] = {
+    frozenset({"ByteLevel"}): _byte_level_bytes,
+    frozenset({"Metaspace"}): _spaced_bytes,
+    frozenset({"Replace", "ByteFallback", "Fuse"}): _spaced_bytes,
+    frozenset({"Replace", "ByteFallback", "Fuse", "Strip"}): _spaced_bytes,
+}
+
+
+def _decoder_parts(tokenizer: tokenizers.Tokenizer) -> frozenset[str]:
+    """Names of the steps that turn pieces into text."""
+    decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {"type": "none"}
+    return frozenset(step["type"] for step in decoder.get("decoders", [decoder]))
+
+
+def _spelling(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+    """How the vocabulary spells bytes, told by the decoder."""
+    parts = _decoder_parts(tokenizer)
+    if parts not in _SPELLINGS:
+        raise InputError(
+            f"tokenizer.json: decoder {'+'.join(sorted(parts))} given, ByteLevel, Metaspace or ByteFallback expected"
+        )
+    return _SPELLINGS[parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class BytePairTokenizer:
+    """A `llama_jax.text.tokenizer.Tokenizer` around one of the `tokenizers` library.
+
+    Attributes:
+      tokenizer: the library's object; set here to leave special tokens inside text as text and never to cut or pad.
+      begin_id: id of the token that begins a text, or `None`.
+      end_id: id of the token that ends a text, or `None`.
+      adds_begin: whether a plain prompt begins with `begin_id`.
+
+    Raises:
+      InputError: for a model that is not byte-pair, or spelled in an unknown way.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    begin_id: int | None
+    end_id: int | None
+    adds_begin: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokenizer.model, models.BPE):
+            raise InputError(f"tokenizer.json: model {type(self.tokenizer.model).__name__} given, BPE expected")
+        _spelling(self.tokenizer)
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()  # tokenizer.json may ask for 512 tokens at most, unseen
+        self.tokenizer.no_padding()
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of token ids: one more than the largest."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Special tokens and their ids."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {entry.content: token for token, entry in added.items() if entry.special}
+
+    @functools.cached_property
+    def surface(self) -> Surface:
+        """The bytes of every token."""
+        spelling = _spelling(self.tokenizer)
+        pieces = [b""] * self.vocab_size
+        for piece, token in self.tokenizer.get_vocab(with_added_tokens=False).items():
+            pieces[token] = spelling(piece)
+        for token, added in self.tokenizer.get_added_tokens_decoder().items():
+            pieces[token] = b"" if added.special else added.content.encode()
+        spaced = (token for token, piece in enumerate(pieces) if piece.startswith(b" ") and spelling is _spaced_bytes)
+        return Surface(tuple(pieces), {token: self.tokenizer.decode([token]).encode() for token in spaced})
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; special tokens written in it stay text, nothing is added.
+
+        Raises:
+          InputError: for text that is not valid Unicode.
+        """
+        return self.tokenizer.encode(require_characters(text), add_special_tokens=False).ids
+
+    def encode_after_special(self, text: str) -> list[int]:
+        """Ids of text behind a special token, where no word begins unless the tokenizer says so for every stretch."""
+        return self._inner.encode(require_characters(text), add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _inner(self) -> tokenizers.Tokenizer:
+        """The tokenizer as it acts inside a text: a copy if it marks only the very first word, else itself."""
+        splitter = self.tokenizer.pre_tokenizer
+        if not isinstance(splitter, pre_tokenizers.Metaspace) or splitter.prepend_scheme != "first":
+            return self.tokenizer
+        inner = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        inner.encode_special_tokens = True
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(splitter.replacement, prepend_scheme="never", split=splitter.split)
+        return inner
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self.surface.decode(tokens)
+
+
+def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
+    """Reads a `tokenizer.json`, and what the files beside it say about begin and end.
+
+    `adds_begin` is `add_bos_token` of `tokenizer_config.json`, else what the tokenizer's own post-processor does.
+
+    Raises:
+      InputError: for a damaged file, and for declared tokens that the vocabulary does not hold.
+    """
+    text = read_text(path, _LARGEST_FILE)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+    first = next(iter(tokenizer.encode("", add_special_tokens=True).ids), None)
+    begin_id = _declared_id(path, tokenizer, "bos_token")
+    adds_begin = read_json(path.parent / "tokenizer_config.json").get("add_bos_token")
+    end_id = _declared_id(path, tokenizer, "eos_token")
+    if begin_id is None and first != end_id:
+        begin_id = first
+    if adds_begin is None:
+        adds_begin = first == begin_id
+    return BytePairTokenizer(tokenizer, begin_id, end_id, begin_id is not None and bool(adds_begin))
+
+
+def _declared_id(path: pathlib.Path, tokenizer: tokenizers.Tokenizer, role: str) -> int | None:
+    """Id of the token that the files beside a tokenizer.json declare for a role."""
+    token = special_token(path.parent, role)
+    found = None if token is None else tokenizer.token_to_id(token)
+    if token is not None and found is None:
+        raise InputError(f"{path}: {role} {token!r} is declared, but the vocabulary does not hold it")
+    return found

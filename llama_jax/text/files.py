@@ -1,0 +1,53 @@
+"""The small JSON files that lie beside a model's tokenizer."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from llama_jax.errors import InputError
+
+_LARGEST_JSON = 32 << 20
+_SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def read_text(path: pathlib.Path, largest: int) -> str:
+    """A UTF-8 file of at most `largest` bytes.
+
+    Raises:
+      InputError: for larger files and other encodings.
+    """
+    size = path.stat().st_size
+    if size > largest:
+        raise InputError(f"{path}: {size} bytes given, at most {largest} expected")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; the file is damaged or of another kind") from None
+
+
+def read_json(path: pathlib.Path) -> Mapping[str, Any]:
+    """A file that holds one JSON object; a file that does not exist reads as an empty one.
+
+    Raises:
+      InputError: for anything else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(read_text(path, _LARGEST_JSON))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a JSON {type(values).__name__} given, an object expected")
+    return values
+
+
+def special_token(directory: pathlib.Path, role: str) -> str | None:
+    """The text of a special token (`role` is `bos_token` or `eos_token`) as the model's files declare it."""
+    declared = (read_json(directory / name).get(role) for name in _SPECIAL_TOKEN_FILES)
+    value = next((value for value in declared if value is not None), None)
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str | None):
+        raise InputError(f"{directory}: {role} is {value!r}, a string expected")
+    return text

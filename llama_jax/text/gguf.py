@@ -1,0 +1,179 @@
+"""The tokenizer inside a GGUF file, rebuilt from its metadata.
+
+Source: llama.cpp, which defines the format; splitting rules by name are those of its `llama-vocab.cpp`.
+"""
+
+import collections
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from llama_jax.errors import InputError
+from llama_jax.text.byte_pair import BytePairTokenizer
+from llama_jax.text.model_proto import Piece, model_proto
+from llama_jax.text.sentence_piece import SentencePieceTokenizer, processor_from_bytes
+from llama_jax.text.tokenizer import Tokenizer
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; the others are 1 normal, 5 unused, 6 byte
+
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
+    """Text as characters that stand for bytes; `use_regex` splits it by GPT-2's pattern before."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _isolate(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _llama3_splitter() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([_isolate(_LLAMA3_PATTERN), _byte_level(False)])
+
+
+def _smollm_splitter() -> pre_tokenizers.PreTokenizer:
+    """Each digit alone, then GPT-2's pattern. (The conversion in transformers 5 leaves the digits out.)"""
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level(True)])
+
+
+def _gpt2_splitter() -> pre_tokenizers.PreTokenizer:
+    return _byte_level(True)
+
+
+def _default_splitter() -> pre_tokenizers.PreTokenizer:
+    """What llama.cpp does with the name `default`: not GPT-2's pattern alone, but punctuation and digits besides."""
+    cuts = map(_isolate, (r"[\p{P}$+<=>^~|]+", _GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"))
+    return pre_tokenizers.Sequence([*cuts, _byte_level(False)])
+
+
+class _Rule(NamedTuple):
+    """How text is cut into words before pairs are merged.
+
+    `whole_words`: a word that is itself in the vocabulary is one token, whatever the merges say.
+    """
+
+    splitter: Callable[[], pre_tokenizers.PreTokenizer]
+    whole_words: bool
+    adds_begin: bool
+
+
+_RULES = {
+    "llama-bpe": _Rule(_llama3_splitter, whole_words=True, adds_begin=True),
+    "llama3": _Rule(_llama3_splitter, whole_words=True, adds_begin=True),
+    "smollm": _Rule(_smollm_splitter, whole_words=False, adds_begin=False),
+    "gpt-2": _Rule(_gpt2_splitter, whole_words=False, adds_begin=False),
+    "default": _Rule(_default_splitter, whole_words=False, adds_begin=False),
+}
+
+
+class _Vocabulary(NamedTuple):
+    """Tokens by id, with their types."""
+
+    tokens: list[str]
+    kinds: list[int]
+
+    def of_kind(self, kind: int) -> list[str]:
+        """The tokens of one type, in the order of their ids."""
+        return [token for token, its_kind in zip(self.tokens, self.kinds) if its_kind == kind]
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
+    """The tokenizer that GGUF metadata describe.
+
+    Args:
+      metadata: the file's keys and values; those that begin with `tokenizer.ggml.` are read.
+
+    Raises:
+      InputError: naming the key that is missing or wrong, or the kind or splitting rule that is unknown.
+    """
+    kind = _value(metadata, "model", str)
+    if kind not in _READERS:
+        raise InputError(f"tokenizer.ggml.model: {kind!r} given, {' or '.join(_READERS)} expected")
+    return _READERS[kind](metadata)
+
+
+def _byte_pair(metadata: Mapping[str, object]) -> BytePairTokenizer:
+    """Kind `gpt2`: byte-level pairs, merged in the order of a list."""
+    name = _value(metadata, "pre", str)
+    if name not in _RULES:
+        raise InputError(f"tokenizer.ggml.pre: {name!r} is unknown; known are {', '.join(_RULES)}")
+    rule, vocabulary = _RULES[name], _vocabulary(metadata)
+    merges = [tuple(merge.split(" ")) for merge in _values(metadata, "merges", str)]
+    identity = {token: number for number, token in enumerate(vocabulary.tokens)}
+    try:
+        tokenizer = tokenizers.Tokenizer(models.BPE(identity, merges, ignore_merges=rule.whole_words))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"tokenizer.ggml.merges: they do not fit the tokens ({error})") from None
+    tokenizer.pre_tokenizer = rule.splitter()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in vocabulary.of_kind(_CONTROL)])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in vocabulary.of_kind(_USER_DEFINED)])
+    begin = _token_id(metadata, "bos_token_id", vocabulary, None)
+    end = _token_id(metadata, "eos_token_id", vocabulary, None)
+    adds_begin = _value(metadata, "add_bos_token", bool, rule.adds_begin)
+    return BytePairTokenizer(tokenizer, begin, end, adds_begin and begin is not None)
+
+
+def _sentence_piece(metadata: Mapping[str, object]) -> SentencePieceTokenizer:
+    """Kind `llama`: pieces with scores, merged best score first."""
+    vocabulary = _vocabulary(metadata)
+    scores = _values(metadata, "scores", float)
+    if len(scores) != len(vocabulary.tokens):
+        raise InputError(f"tokenizer.ggml.scores: {len(scores)} given for {len(vocabulary.tokens)} tokens")
+    unknown = vocabulary.of_kind(_UNKNOWN)
+    if len(unknown) != 1:
+        raise InputError(f"tokenizer.ggml.token_type: {len(unknown)} unknown tokens (type 2) given, one expected")
+    pieces = map(Piece, vocabulary.tokens, scores, vocabulary.kinds)
+    model = model_proto(pieces, unknown[0], _value(metadata, "add_space_prefix", bool, True))
+    begin = _token_id(metadata, "bos_token_id", vocabulary, 1)
+    end = _token_id(metadata, "eos_token_id", vocabulary, 2)
+    adds_begin = _value(metadata, "add_bos_token", bool, True)
+    return SentencePieceTokenizer(processor_from_bytes(model, "tokenizer.ggml.tokens"), begin, end, adds_begin)
+
+
+_READERS: dict[str, Callable[[Mapping[str, object]], Tokenizer]] = {"gpt2": _byte_pair, "llama": _sentence_piece}
+
+
+def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
+    """The tokens and their types, checked to belong together."""
+    tokens, kinds = _values(metadata, "tokens", str), _values(metadata, "token_type", int)
+    if len(tokens) != len(kinds):
+        raise InputError(f"tokenizer.ggml.token_type: {len(kinds)} types given for {len(tokens)} tokens")
+    token, count = next(iter(collections.Counter(tokens).most_common(1)), ("", 1))
+    if count > 1:
+        raise InputError(f"tokenizer.ggml.tokens: {token!r:.60} stands there {count} times")
+    wrong = next((kind for kind in kinds if not 1 <= kind <= 6), None)
+    if wrong is not None:
+        raise InputError(f"tokenizer.ggml.token_type: type {wrong} given, 1 to 6 expected")
+    return _Vocabulary(tokens, kinds)
+
+
+def _value(metadata: Mapping[str, object], name: str, kind: type, default: Any = None) -> Any:
+    """A single value of a given type; without a default it must be there."""
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, kind):
+        raise InputError(f"tokenizer.ggml.{name}: {value!r:.60} given, a {kind.__name__} expected")
+    return value
+
+
+def _values(metadata: Mapping[str, object], name: str, kind: type) -> list[Any]:
+    """A list of values of a given type."""
+    values = _value(metadata, name, list)
+    if not all(isinstance(value, kind) for value in values):
+        raise InputError(f"tokenizer.ggml.{name}: a list of {kind.__name__} expected, another type found in it")
+    return values
+
+
+def _token_id(metadata: Mapping[str, object], name: str, vocabulary: _Vocabulary, default: int | None) -> int | None:
+    """An id that must lie in the vocabulary, or `None` where there is none."""
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if value is not None and not (isinstance(value, int) and 0 <= value < len(vocabulary.tokens)):
+        raise InputError(f"tokenizer.ggml.{name}: {value!r} given, an id below {len(vocabulary.tokens)} expected")
+    return value

@@ -1,0 +1,62 @@
+"""Which tokens end an answer."""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+
+from llama_jax.errors import InputError
+from llama_jax.text.files import read_json
+from llama_jax.text.tokenizer import Tokenizer
+
+# Ends of a turn or a text in Llama 3, ChatML (SmolLM2) and GPT-2's kin; models do not always declare all they use.
+_END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
+_GGUF_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def stop_ids(tokenizer: Tokenizer, declared: Iterable[int] = ()) -> tuple[int, ...]:
+    """All ids that end an answer, ascending.
+
+    Args:
+      tokenizer: gives its end token and the end-of-turn tokens known by name.
+      declared: ids that the model's files declare (`declared_stop_ids`, `declared_stop_ids_from_gguf`).
+
+    Raises:
+      InputError: for a declared id outside the vocabulary.
+    """
+    declared = tuple(declared)
+    wrong = [token for token in declared if not 0 <= token < tokenizer.vocab_size]
+    if wrong:
+        raise InputError(f"eos_token_id {wrong[0]}: the tokenizer has {tokenizer.vocab_size} tokens, numbered from 0")
+    known = {tokenizer.special_tokens[token] for token in _END_TOKENS if token in tokenizer.special_tokens}
+    end = set() if tokenizer.end_id is None else {tokenizer.end_id}
+    return tuple(sorted(known | end | set(declared)))
+
+
+def declared_stop_ids(directory: pathlib.Path) -> tuple[int, ...]:
+    """`eos_token_id` of `generation_config.json` and `config.json`, one id or a list, in a model's directory.
+
+    Raises:
+      InputError: for values that are no ids.
+    """
+    names = ("generation_config.json", "config.json")
+    return sum(
+        (_ids(f"{directory / name}: eos_token_id", read_json(directory / name).get("eos_token_id")) for name in names), ()
+    )
+
+
+def declared_stop_ids_from_gguf(metadata: Mapping[str, object]) -> tuple[int, ...]:
+    """Ids of the end-of-text, end-of-turn and end-of-message tokens in GGUF metadata.
+
+    Raises:
+      InputError: for values that are no ids.
+    """
+    keys = (f"tokenizer.ggml.{key}" for key in _GGUF_KEYS)
+    return sum((_ids(key, metadata.get(key)) for key in keys), ())
+
+
+def _ids(origin: str, value: object) -> tuple[int, ...]:
+    """One id or several as a tuple; `None` is no id."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    wrong = [item for item in values if not isinstance(item, int) or isinstance(item, bool)]
+    if wrong:
+        raise InputError(f"{origin}: {wrong[0]!r} given, a token id or a list of them expected")
+    return tuple(values)
