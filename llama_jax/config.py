@@ -5,6 +5,7 @@ No field that is a number of the model has a default: a forgotten one is an erro
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from llama_jax.errors import InputError
 
@@ -122,3 +123,17 @@ class LlamaConfig:
     def group(self) -> int:
         """`G`, the query heads that share one key/value head."""
         return self.heads // self.kv_heads
+
+
+def config_from_dict(values: Mapping) -> LlamaConfig:
+    """The inverse of `dataclasses.asdict` for a `LlamaConfig`, for values that come from a file.
+
+    Raises:
+      InputError: naming fields that are missing or unknown.
+    """
+    expected = {field.name for field in dataclasses.fields(LlamaConfig)}
+    wrong = sorted(expected ^ set(values))
+    if wrong:
+        raise InputError(f"model: {'field ' + wrong[0]} is {'missing' if wrong[0] in expected else 'unknown'}")
+    scaling = values["rope_scaling"]
+    return LlamaConfig(**{**values, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})

@@ -1,7 +1,7 @@
 """Generation driven from the host: prompts in lists, compiled programs by bucket, tokens streamed in chunks."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,8 @@ class Generator:
     Attributes:
       model: the module that is run.
       params: its parameters.
-      buckets: the buckets compiled so far, in order: two programs (prefill, decoding loop) each.
+      buckets: the buckets met so far, in order; each needs two programs (prefill, decoding loop).
+      compilations: programs compiled so far.
     """
 
     def __init__(self, params: Parameters, config: LlamaConfig, **options: Any) -> None:
@@ -76,8 +77,18 @@ class Generator:
         self.model: Llama = model_for(params, config, **options)
         self.params = params
         self.buckets: list[Bucket] = []
-        self._begin = jax.jit(functools.partial(begin, self.model), donate_argnums=(3,))
-        self._advance = jax.jit(functools.partial(advance, self.model, room=_ROOM), donate_argnums=(1,))
+        self.compilations = 0
+        self._begin = jax.jit(self._counted(functools.partial(begin, self.model)), donate_argnums=(3,))
+        self._advance = jax.jit(self._counted(functools.partial(advance, self.model, room=_ROOM)), donate_argnums=(1,))
+
+    def _counted(self, function: Callable) -> Callable:
+        """The function, counting its traces: JAX traces once for each program that it compiles."""
+
+        def traced(*args: Any) -> Any:
+            self.compilations += 1
+            return function(*args)
+
+        return traced
 
     def stream(
         self,
@@ -148,10 +159,6 @@ class Generator:
             for text, piece in zip(texts, pieces):
                 text += piece
         return [Tokens(text, stop_reason(text, stop_ids)) for text in texts]
-
-    def compilations(self) -> int:
-        """Programs compiled so far by this generator, as counted by JAX."""
-        return self._begin._cache_size() + self._advance._cache_size()
 
 
 def stop_reason(token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:

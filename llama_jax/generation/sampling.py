@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llama_jax.axes import Array, Float, Int
 from llama_jax.errors import InputError
@@ -27,14 +28,14 @@ class Sampling(NamedTuple):
     seed: Int[Array, " B"]
 
 
-def _per_row(name: str, value: float | Sequence[float], rows: int, dtype: type, low: float, high: float) -> np.ndarray:
-    values = np.broadcast_to(np.asarray(value), (rows,)) if np.ndim(value) == 0 or len(np.asarray(value)) == rows else None
-    if values is None:
-        raise InputError(f"{name}: {len(np.asarray(value))} values given for {rows} rows; one for all or one a row expected")
-    bad = [v for v in values.tolist() if not low <= v <= high]
+def _per_row(name: str, value: ArrayLike, rows: int, dtype: type, low: float, high: float) -> np.ndarray:
+    values = np.asarray(value)
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
+        raise InputError(f"{name}: {values.size} values given for {rows} rows; one for all or one a row expected")
+    bad = [v for v in values.ravel().tolist() if not low <= v <= high]
     if bad:
         raise InputError(f"{name}: {bad[0]} given; a number from {low:g} to {high:g} expected")
-    return values.astype(dtype)
+    return np.broadcast_to(values, (rows,)).astype(dtype)
 
 
 def make_sampling(

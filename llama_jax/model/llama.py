@@ -101,24 +101,6 @@ class Llama(nn.Module):
         return self.unembed(self.features(inputs, documents).last)
 
 
-def stack(params: Parameters) -> Parameters:
-    """The stacked form of an unrolled parameter tree (layers on a leading axis); a stacked tree comes back as it is."""
-    if "layers" in params:
-        return params
-    names = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name.split("_")[1]))
-    rest = {name: value for name, value in params.items() if name not in names}
-    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *[params[name] for name in names])}
-
-
-def unstack(params: Parameters) -> Parameters:
-    """The unrolled form (`layers_0`, `layers_1`, ...) of a stacked parameter tree; an unrolled tree comes back as it is."""
-    if "layers" not in params:
-        return params
-    rest = {name: value for name, value in params.items() if name != "layers"}
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
-
-
 def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Llama:
     """The module that fits the form of a parameter tree; `options` are those of `ModelOptions` except `scan`."""
     return Llama(config, ModelOptions(scan="layers" in params, **options))  # type: ignore[arg-type]

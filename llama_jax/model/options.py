@@ -20,7 +20,7 @@ class ModelOptions:
     Attributes:
       dtype: dtype of activations and of weights in use; norms, rotary embedding, softmax and loss are always float32.
       scan: run the layers as one scanned body over stacked weights (compile time does not grow with depth), or unrolled
-        over per-layer weights (faster decoding). The parameter tree has the matching form; see `stack` and `unstack`.
+        over per-layer weights (faster decoding). The parameter tree has the matching form; see `llama_jax.weights.forms`.
       remat: what the backward pass keeps of each layer: `none` (everything, nothing is recomputed), `full` (only the
         layer's input), or names joined by `+`, of `q k v context middle gate up`.
       attention: attention backend, see `llama_jax.model.attention`.

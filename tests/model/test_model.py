@@ -10,9 +10,10 @@ from support import LLAMA3_SCALING, TINY, VARIANTS, random_parameters, random_to
 
 from llama_jax.errors import InputError
 from llama_jax.model.layers import rms_norm, swiglu
-from llama_jax.model.llama import Llama, embed, hidden_states, logits, stack, unstack
+from llama_jax.model.llama import Llama, embed, hidden_states, logits
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.rope import inverse_frequencies, rotate, rotation
+from llama_jax.weights.forms import stack, unstack
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

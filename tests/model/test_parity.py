@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support import VARIANTS, random_parameters, random_tokens, torch_name, transformers_model
 
-from llama_jax.model.llama import hidden_states, logits, unstack
+from llama_jax.model.llama import hidden_states, logits
+from llama_jax.weights.forms import unstack
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
 pytestmark = pytest.mark.parity

@@ -11,7 +11,7 @@ import pytest
 from support import TINY, VARIANTS, random_parameters, random_tokens
 
 from llama_jax.data.batches import Batch
-from llama_jax.model.llama import Llama, logits, stack, unstack
+from llama_jax.model.llama import Llama, logits
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.config import OptimizerConfig
@@ -27,6 +27,7 @@ from llama_jax.training.step import (
     state_shapes,
     train_step,
 )
+from llama_jax.weights.forms import stack, unstack
 
 # Divisible by every axis of a 2 x 2 x 2 mesh.
 CONFIG = dataclasses.replace(TINY, vocab_size=96)
