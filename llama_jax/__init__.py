@@ -1,3 +1,99 @@
-"""LLaMA 1 to 3.3 in JAX and Flax: pretrain, fine-tune and generate, from a laptop to a TPU pod."""
+"""LLaMA 1 to 3.3 in JAX and Flax: pretrain, fine-tune and generate, from a laptop to a TPU pod.
+
+    import llama_jax
+    model = llama_jax.load("SmolLM2-135M-Instruct.Q4_1.gguf")
+    print(llama_jax.generate(model, ["What is the capital of France?"], chat=True)[0].text)
+
+The names below are loaded when they are first used, so importing the package is instant and changes nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llama_jax.accounting import matmul_parameters, parameter_count, parameter_shapes, training_flops_per_token
+    from llama_jax.config import LlamaConfig, RopeScaling
+    from llama_jax.errors import CorruptError, InputError
+    from llama_jax.generation.decode import generate_tokens
+    from llama_jax.generation.generate import Generator
+    from llama_jax.generation.sampling import Sampling, make_sampling
+    from llama_jax.generation.text import generate, stream
+    from llama_jax.model.attention import attend
+    from llama_jax.model.cache import init_cache
+    from llama_jax.model.llama import Llama, embed, hidden_states, logits
+    from llama_jax.model.options import ModelOptions
+    from llama_jax.parallel.mesh import make_mesh
+    from llama_jax.presets import PRESETS, preset
+    from llama_jax.training.evaluate import evaluate_text
+    from llama_jax.training.loss import mean_loss
+    from llama_jax.weights.forms import stack, unstack
+    from llama_jax.weights.load import Pretrained, load
+
+_MODULES = {
+    "accounting": ("matmul_parameters", "parameter_count", "parameter_shapes", "training_flops_per_token"),
+    "config": ("LlamaConfig", "RopeScaling"),
+    "errors": ("CorruptError", "InputError"),
+    "generation.decode": ("generate_tokens",),
+    "generation.generate": ("Generator",),
+    "generation.sampling": ("Sampling", "make_sampling"),
+    "generation.text": ("generate", "stream"),
+    "model.attention": ("attend",),
+    "model.cache": ("init_cache",),
+    "model.llama": ("Llama", "embed", "hidden_states", "logits"),
+    "model.options": ("ModelOptions",),
+    "parallel.mesh": ("make_mesh",),
+    "presets": ("PRESETS", "preset"),
+    "training.evaluate": ("evaluate_text",),
+    "training.loss": ("mean_loss",),
+    "weights.forms": ("stack", "unstack"),
+    "weights.load": ("Pretrained", "load"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "PRESETS",
+    "CorruptError",
+    "Generator",
+    "InputError",
+    "Llama",
+    "LlamaConfig",
+    "ModelOptions",
+    "Pretrained",
+    "RopeScaling",
+    "Sampling",
+    "attend",
+    "embed",
+    "evaluate_text",
+    "generate",
+    "generate_tokens",
+    "hidden_states",
+    "init_cache",
+    "load",
+    "logits",
+    "make_mesh",
+    "make_sampling",
+    "matmul_parameters",
+    "mean_loss",
+    "parameter_count",
+    "parameter_shapes",
+    "preset",
+    "stack",
+    "stream",
+    "training_flops_per_token",
+    "unstack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported at its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"llama_jax.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,6 +15,7 @@ from llama_jax.generation.decode import NOTHING, Progress, advance, begin
 from llama_jax.generation.sampling import Sampling, make_sampling
 from llama_jax.model.cache import init_cache
 from llama_jax.model.llama import Llama, model_for
+from llama_jax.model.options import ModelOptions
 
 _SMALLEST_BUCKET = 16
 _ROOM = 32  # tokens a row that one call of the decoding loop can return at most
@@ -62,24 +63,21 @@ def _check(prompts: Sequence[Sequence[int]], config: LlamaConfig, max_new_tokens
             raise InputError(f"prompt {i + 1} holds token {max(prompt)}; the vocabulary ends at {config.vocab_size - 1}")
 
 
-class Generator:
-    """Decoding programs of one model, compiled once per bucket and kept.
+class Programs:
+    """The compiled programs of one model, kept for the life of the process and shared by all its generators.
 
     Attributes:
       model: the module that is run.
-      params: its parameters.
-      buckets: the buckets met so far, in order; each needs two programs (prefill, decoding loop).
-      compilations: programs compiled so far.
+      begin: `llama_jax.generation.decode.begin`, compiled; consumes the cache.
+      advance: `llama_jax.generation.decode.advance`, compiled; consumes the progress.
+      compilations: programs compiled so far: one of each kind for every bucket met.
     """
 
-    def __init__(self, params: Parameters, config: LlamaConfig, **options: Any) -> None:
-        """`params` in either form (unrolled decodes faster); `options` are those of `ModelOptions` except `scan`."""
-        self.model: Llama = model_for(params, config, **options)
-        self.params = params
-        self.buckets: list[Bucket] = []
+    def __init__(self, model: Llama) -> None:
+        self.model = model
         self.compilations = 0
-        self._begin = jax.jit(self._counted(functools.partial(begin, self.model)), donate_argnums=(3,))
-        self._advance = jax.jit(self._counted(functools.partial(advance, self.model, room=_ROOM)), donate_argnums=(1,))
+        self.begin = jax.jit(self._counted(functools.partial(begin, model)), donate_argnums=(3,))
+        self.advance = jax.jit(self._counted(functools.partial(advance, model, room=_ROOM)), donate_argnums=(1,))
 
     def _counted(self, function: Callable) -> Callable:
         """The function, counting its traces: JAX traces once for each program that it compiles."""
@@ -89,6 +87,26 @@ class Generator:
             return function(*args)
 
         return traced
+
+
+@functools.cache
+def programs_of(config: LlamaConfig, options: ModelOptions) -> Programs:
+    """The programs of a model run in one way."""
+    return Programs(Llama(config, options))
+
+
+class Generator:
+    """Decoding with one set of parameters.
+
+    Attributes:
+      params: the parameters.
+      programs: what is compiled for them; reports the number of compilations.
+    """
+
+    def __init__(self, params: Parameters, config: LlamaConfig, **options: Any) -> None:
+        """`params` in either form (unrolled decodes faster); `options` are those of `ModelOptions` except `scan`."""
+        self.params = params
+        self.programs = programs_of(config, model_for(params, config, **options).options)
 
     def stream(
         self,
@@ -110,13 +128,11 @@ class Generator:
         Raises:
           InputError: for an empty prompt, one longer than the context, or a token outside the vocabulary.
         """
-        config = self.model.config
+        config = self.programs.model.config
         _check(prompts, config, max_new_tokens)
         lengths = [len(prompt) for prompt in prompts]
         budgets = [min(max_new_tokens, config.context_length - length) for length in lengths]
         bucket = choose_bucket(lengths, max(budgets))
-        if bucket not in self.buckets:
-            self.buckets.append(bucket)
         sampling = sampling if sampling is not None else make_sampling(len(prompts))
         stops = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
         progress, drawn = self._prefill(prompts, budgets, bucket, sampling, stops)
@@ -125,7 +141,7 @@ class Generator:
         pending = drawn[:, None]
         for _ in range(-(-max(budgets) // steps) + 1):
             # The next chunk is under way before the last one is fetched: the device never waits for the host.
-            progress, following = self._advance(self.params, progress, sampling, stops, steps)
+            progress, following = self.programs.advance(self.params, progress, sampling, stops, steps)
             fetched = np.asarray(pending)[: len(prompts)]
             yield [row[row != NOTHING].tolist() for row in fetched]
             if (fetched[:, -1] == NOTHING).all():
@@ -141,10 +157,11 @@ class Generator:
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
         lengths = jnp.asarray([len(prompt) for prompt in prompts] + [1] * spare, jnp.int32)
-        options = self.model.options
-        cache = init_cache(self.model.config, bucket.rows, bucket.slots, options.compute_dtype, options.scan)
+        model = self.programs.model
+        options = model.options
+        cache = init_cache(model.config, bucket.rows, bucket.slots, options.compute_dtype, options.scan)
         budget = jnp.asarray(budgets + [0] * spare, jnp.int32)
-        return self._begin(self.params, tokens, lengths, cache, _pad_sampling(sampling, bucket.rows), stops, budget)
+        return self.programs.begin(self.params, tokens, lengths, cache, _pad_sampling(sampling, bucket.rows), stops, budget)
 
     def generate(
         self,

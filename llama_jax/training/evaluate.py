@@ -1,19 +1,25 @@
 """Held-out loss: every token of a token file predicted once, in nats a token and bits a byte of text."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.axes import Array, Parameters
 from llama_jax.data.batches import Batch, sequential_windows
 from llama_jax.data.token_file import TokenFile
-from llama_jax.model.llama import Llama
+from llama_jax.errors import InputError
+from llama_jax.model.llama import Llama, model_for
 from llama_jax.parallel.sharding import batch_spec
+from llama_jax.text.tokenizer import encode_prompt
 from llama_jax.training.loss import batch_loss
+from llama_jax.weights.load import Pretrained
+
+_TEXT_CHUNK = 1024  # tokens whose logits exist at one time
 
 
 class Evaluation(NamedTuple):
@@ -49,3 +55,42 @@ def evaluate(
     parts = [run(params, jax.device_put(batch, rows)) for batch in sequential_windows(token_file, length, batch_rows)]
     nats, targets = (math.fsum(float(part[i]) for part in parts) for i in range(2))
     return make_evaluation(nats, int(targets), token_file.header.bytes_of_text)
+
+
+def evaluate_text(model: Pretrained, text: str, length: int | None = None, **options: Any) -> Evaluation:
+    """Loss of a model on a text, in windows of `length` tokens that each begin without a past.
+
+    Every token is predicted once, but for the first of the text where the model's tokenizer puts no begin token before it.
+
+    Args:
+      model: from `llama_jax.load`.
+      text: any text.
+      length: tokens of a window; the model's context by default.
+      **options: `dtype`, `attention`, `rules` of `ModelOptions`.
+
+    Raises:
+      InputError: for a text of fewer than two tokens, a length out of range, and a model without tokenizer.
+    """
+    if model.tokenizer is None:
+        raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
+    ids = np.asarray(encode_prompt(model.tokenizer, text), np.int32)
+    context = model.config.context_length
+    length = min(context if length is None else length, max(1, len(ids) - 1))
+    if len(ids) < 2 or not 1 <= length <= context:
+        raise InputError(
+            f"a text of {len(ids)} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} expected"
+        )
+    llama = model_for(model.params, model.config, **options)
+    run = batch_evaluator(llama, _TEXT_CHUNK)
+    nats = math.fsum(float(run(model.params, window)[0]) for window in _text_windows(ids, length))
+    return make_evaluation(nats, len(ids) - 1, len(text.encode()))
+
+
+def _text_windows(ids: np.ndarray, length: int) -> Iterator[Batch]:
+    """One row at a time; the last one filled up with targets of weight 0."""
+    for first in range(0, len(ids) - 1, length):
+        window = ids[first : first + length + 1]
+        padded = np.zeros(length + 1, np.int32)
+        padded[: len(window)] = window
+        weights = (np.arange(length) < len(window) - 1).astype(np.float32)
+        yield Batch(padded[None, :-1], padded[None, 1:], weights[None], np.ones((1, length), np.int32))

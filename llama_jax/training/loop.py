@@ -38,8 +38,11 @@ from llama_jax.training.step import (
     sharded_step,
     state_shapes,
 )
-from llama_jax.weights.checkpoint import Checkpoints, SaveError
+from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER
+
+RUN_METRICS = "metrics.jsonl"
+RUN_CONFIG = "config.yaml"
 
 Stop = Callable[[int], bool]  # asked after every step whether to save and end there
 
@@ -92,7 +95,7 @@ class Run:
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             self.display.start(self._heading(first, unigram), config.run.steps)
-            metrics = MetricsFile(self.directory / "metrics.jsonl", first, self.display.event)
+            metrics = MetricsFile(self.directory / RUN_METRICS, first, self.display.event)
             state, saved = self._steps(state, first, checkpoints, metrics, should_stop)
             done = int(state.step) == config.run.steps
             evaluation = self._evaluate(state) if done else None
@@ -323,3 +326,16 @@ def fingerprint(state: TrainState) -> str:
     for leaf in jax.tree.leaves(state):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint in a run's directory, 0 if there is none."""
+    checkpoints = directory / RUN_CHECKPOINTS
+    return max(list_steps(checkpoints), default=0)
+
+
+def clear_run(directory: Path) -> None:
+    """Removes what a run wrote into its directory, so that the next one starts anew; prepared data stays."""
+    shutil.rmtree(directory / RUN_CHECKPOINTS, ignore_errors=True)
+    for name in (RUN_METRICS, RUN_TOKENIZER, RUN_CONFIG):
+        (directory / name).unlink(missing_ok=True)

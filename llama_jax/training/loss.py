@@ -5,14 +5,18 @@ three matrix products with the head instead of four and never holds `[B, T, V]`,
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from llama_jax.axes import Array, Float, Int, Parameters
+from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
-from llama_jax.model.llama import Llama, apply
+from llama_jax.model.llama import Llama, apply, model_for
+
+_MEAN_CHUNK = 2048  # tokens whose logits exist at one time in `mean_loss`
 
 
 def _chunks(x: Array, count: int, size: int) -> Array:
@@ -93,3 +97,24 @@ def batch_loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Fl
     last = apply(model, params, batch.tokens, batch.documents, method="features").last
     head = apply(model, params, method="head_matrix")
     return cross_entropy(last, head, batch.targets, batch.weights, chunk)
+
+
+def mean_loss(
+    params: Parameters,
+    tokens: Int[Array, "B T"],
+    config: LlamaConfig,
+    weights: Float[Array, "B T"] | None = None,
+    **options: Any,
+) -> Float[Array, ""]:
+    """Mean loss of predicting each token from those before it, nats a token; differentiable in `params`.
+
+    Args:
+      params: parameters, stacked or unrolled.
+      tokens: token ids; the last one is only predicted, the first one only given.
+      config: the architecture.
+      weights: how much each token counts as a target; the first column does not matter. All alike by default.
+      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+    """
+    counted = jnp.ones(tokens.shape, jnp.float32)[:, 1:] if weights is None else weights[:, 1:]
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], counted, jnp.ones_like(tokens[:, 1:]))
+    return batch_loss(model_for(params, config, **options), params, batch, _MEAN_CHUNK) / jnp.sum(counted)

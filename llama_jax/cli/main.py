@@ -1,0 +1,43 @@
+"""`python -m llama_jax VERB`, also installed as `llama-jax VERB`."""
+
+import difflib
+import importlib
+import sys
+
+from llama_jax import __version__
+from llama_jax.cli.program import run_program
+from llama_jax.errors import InputError
+
+_VERBS = {
+    "train": ("llama_jax.cli.train", "train a LLaMA, or go on with a run"),
+    "infer": ("llama_jax.cli.infer", "generate text"),
+    "eval": ("llama_jax.cli.evaluate", "loss on a text file"),
+}
+
+
+def usage() -> str:
+    """The list of verbs."""
+    verbs = "\n".join(f"  {verb:8} {meaning}" for verb, (_, meaning) in _VERBS.items())
+    head, foot = "usage: llama-jax VERB [options]", "llama-jax VERB --help lists the options of a verb."
+    return f"llama_jax {__version__}\n{head}\n\n{verbs}\n\n{foot}"
+
+
+def run_verb(arguments: list[str]) -> int:
+    """Runs the verb that the first argument names.
+
+    Raises:
+      InputError: for an unknown verb, with the nearest known one.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "--version"):
+        print(__version__ if arguments == ["--version"] else usage())
+        return 0
+    verb, *rest = arguments
+    if verb not in _VERBS:
+        near = difflib.get_close_matches(verb, _VERBS, n=1, cutoff=0.4) or list(_VERBS)
+        raise InputError(f"verb {verb!r} is unknown; the nearest is {near[0]}")
+    return importlib.import_module(_VERBS[verb][0]).main(rest)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_program(lambda: run_verb(sys.argv[1:])))
