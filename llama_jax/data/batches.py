@@ -7,7 +7,7 @@ is the first of the next window, so that over an epoch every token is an input o
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -27,10 +27,10 @@ class Batch(NamedTuple):
       documents: number of the input's document inside its row, from 1; 0 on padding. Equal numbers may attend.
     """
 
-    tokens: Int32[np.ndarray, "B T"]
-    targets: Int32[np.ndarray, "B T"]
-    weights: Float32[np.ndarray, "B T"]
-    documents: Int32[np.ndarray, "B T"]
+    tokens: Int32[Any, "B T"]
+    targets: Int32[Any, "B T"]
+    weights: Float32[Any, "B T"]
+    documents: Int32[Any, "B T"]
 
 
 @dataclasses.dataclass(frozen=True)
