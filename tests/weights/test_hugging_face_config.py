@@ -158,6 +158,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_scaling": {"rope_type": ["linear"], "factor": 4.0}}, "rope_type"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_scaling": LLAMA3}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}}, "original_max_position_embeddings"),
         ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "'factor'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}}, "attention_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
