@@ -1,0 +1,254 @@
+"""One training run as data: every key that `train.py` understands, with its meaning, default and range.
+
+The sections are frozen dataclasses; what a YAML file calls `optimizer.learning_rate` is here
+`OptimizerConfig.learning_rate`. Numbers of the model have no defaults (see `llama_jax.config`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+
+# Inclusive ranges, by section and key. Upper ends of counts are far above any use and keep typing errors out of loops.
+_RANGES: dict[str, tuple[float, float]] = {
+    "run.steps": (1, 10**9),
+    "run.seed": (0, 2**32 - 1),
+    "run.log_every": (1, 10**9),
+    "run.eval_every": (0, 10**9),
+    "run.checkpoint_every": (1, 10**9),
+    "run.keep_checkpoints": (1, 10**6),
+    "compute.loss_chunk": (1, 10**9),
+    "data.vocab_size": (1, 1 << 22),
+    "data.held_out_fraction": (0, 0.5),
+    "data.length": (1, 1 << 27),
+    "data.batch_rows": (1, 10**9),
+    "data.accumulation": (1, 10**6),
+    "data.seed": (0, 2**32 - 1),
+    "optimizer.learning_rate": (0, 10),
+    "optimizer.warmup_steps": (0, 10**9),
+    "optimizer.final_fraction": (0, 1),
+    "optimizer.beta1": (0, 0.999999),
+    "optimizer.beta2": (0, 0.999999),
+    "optimizer.eps": (0, 1),
+    "optimizer.weight_decay": (0, 10),
+    "optimizer.clip_norm": (1e-9, 1e9),
+}
+_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{key}: {value!r} given, {expected} expected")
+
+
+def _require_in_range(key: str, value: object, whole: bool) -> None:
+    low, high = _RANGES[key]
+    kinds = int if whole else (int, float)
+    number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    expected = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
+    _require(number and low <= value <= high, key, value, expected)  # type: ignore[operator]
+
+
+def _require_kind(key: str, value: object, kind: type) -> None:
+    expected = {bool: "true or false", str: "a text that is not empty"}[kind]
+    _require(isinstance(value, kind) and value != "", key, value, expected)
+
+
+def _check_fields(section: str, config: object) -> None:
+    """Checks every field by its declared type: numbers by `_RANGES`, texts and switches by kind."""
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        key, value = f"{section}.{field.name}", getattr(config, field.name)
+        if key in _RANGES:
+            _require_in_range(key, value, whole=field.type is int)
+        elif field.type in (bool, str):
+            _require_kind(key, value, field.type)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long the run is, where it writes, and how often.
+
+    Attributes:
+      dir: directory of the run: metrics, checkpoints, tokenizer and the resolved config.
+      steps: optimizer updates in all, those before a resume included.
+      seed: of the initial parameters.
+      overwrite: start anew even where `dir` holds a run; otherwise that run is resumed.
+      log_every: steps between two lines of metrics.
+      eval_every: steps between two evaluations on held-out text; 0 for none.
+      checkpoint_every: steps between two checkpoints; the last step always has one.
+      keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    dir: str = "runs/debug"
+    steps: int = 1000
+    seed: int = 0
+    overwrite: bool = False
+    log_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        _check_fields("run", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is computed; nothing here changes what is computed beyond rounding.
+
+    Attributes:
+      dtype: of activations and of weights in matrix products; `auto` is float32 on a CPU and bfloat16 elsewhere.
+      remat: what the forward pass keeps for the backward pass: `none` (recompute nothing), `full` (recompute each
+        layer), `dots` (keep matrix products) or a name the model knows.
+      scan_layers: run the layers as one compiled loop (compile time does not grow with depth) instead of unrolled.
+      attention: backend of the attention; `auto` takes the best that the device supports.
+      loss_chunk: tokens whose logits exist at one time in the loss.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: str = "none"
+    scan_layers: bool = True
+    attention: str = "auto"
+    loss_chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in _DTYPES, "compute.dtype", self.dtype, " or ".join(_DTYPES))
+        _check_fields("compute", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text is trained on and how it is cut into batches.
+
+    Attributes:
+      paths: text files and folders of them; empty for the standard library of the running Python.
+      vocab_size: of the tokenizer to train when `tokenizer` is not given; at most `model.vocab_size`.
+      tokenizer: path of an existing tokenizer file; null to train one on the text.
+      held_out_fraction: share of the documents kept out of training, for evaluation.
+      length: `T`, tokens predicted in a row.
+      batch_rows: rows of one optimizer update, over all devices and micro-batches.
+      accumulation: micro-batches an update is computed in; divides `batch_rows`.
+      seed: of the order of the data.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    paths: tuple[str, ...] = ()
+    vocab_size: int = 4096
+    tokenizer: str | None = None
+    held_out_fraction: float = 0.02
+    length: int = 256
+    batch_rows: int = 8
+    accumulation: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_fields("data", self)
+        texts = isinstance(self.paths, tuple) and all(isinstance(path, str) and path for path in self.paths)
+        _require(texts, "data.paths", self.paths, "a list of paths such as [text, notes.md]")
+        named = self.tokenizer is None or (isinstance(self.tokenizer, str) and self.tokenizer != "")
+        _require(named, "data.tokenizer", self.tokenizer, "a path or null")
+        _require(self.batch_rows % self.accumulation == 0, "data.accumulation", self.accumulation,
+                 f"a divisor of data.batch_rows ({self.batch_rows})")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay.
+
+    Attributes:
+      learning_rate: peak, reached at the end of the warm-up.
+      warmup_steps: updates in which the learning rate rises from 0 to its peak; at most `run.steps`.
+      final_fraction: learning rate of the last update, as a fraction of the peak.
+      beta1: decay of the mean of the gradient.
+      beta2: decay of the mean of its square.
+      eps: added to the root of the mean square.
+      weight_decay: decoupled; applied to matrices, not to the scales of norms.
+      clip_norm: largest global norm of a gradient; a longer one is scaled down to it.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_fields("optimizer", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices.
+
+    Attributes:
+      data: copies of the model, each with its own rows of the batch.
+      fsdp: ways in which parameters and rows are split together.
+      tensor: ways in which each matrix product is split.
+
+    At most one of them is -1: the rest of the devices.
+
+    Raises:
+      InputError: naming the key, for anything else.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            _require(whole and (size == -1 or size >= 1), f"mesh.{name}", size, "a number of devices, or -1 for the rest")
+        open_axes: Sequence[str] = [name for name, size in sizes.items() if size == -1]
+        _require(len(open_axes) <= 1, f"mesh.{open_axes[-1] if open_axes else ''}", -1, "-1 on one axis of the mesh only")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run, resolved: what `config.yaml` in the directory of a run holds.
+
+    Attributes:
+      run: how long, where to, how often.
+      model: the architecture; in a YAML file or on the command line also the name of a preset such as `llama3.2-1b`.
+      compute: how the model is computed.
+      data: text and batches.
+      optimizer: AdamW and its schedule.
+      mesh: how devices share the work.
+
+    Raises:
+      InputError: naming the key, where two sections contradict each other.
+    """
+
+    run: RunConfig = RunConfig()
+    model: LlamaConfig
+    compute: ComputeConfig = ComputeConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        context, vocabulary, steps = self.model.context_length, self.model.vocab_size, self.run.steps
+        _require(self.data.length <= context, "data.length", self.data.length,
+                 f"at most model.context_length ({context})")  # fmt: skip
+        fits = self.data.tokenizer is not None or self.data.vocab_size <= vocabulary
+        _require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")
+        warmup = self.optimizer.warmup_steps
+        _require(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most run.steps ({steps})")
