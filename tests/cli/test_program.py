@@ -1,0 +1,48 @@
+"""How programs end."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llama_jax.cli.program import run_program
+from llama_jax.errors import CorruptError, InputError
+
+
+def ending(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_status_of_the_program(status, capsys):
+    assert run_program(lambda: status) == status
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("error", "status", "text"), [
+    (InputError("run.steps: 0 given"), 2, "error: run.steps: 0 given\n"),
+    (InputError("two\n  lines"), 2, "error: two lines\n"),
+    (CorruptError("checkpoint 5"), 5, "error: checkpoint 5\n"),
+    (KeyboardInterrupt(), 130, ""),
+])  # fmt: skip
+def test_an_error_of_the_user(error, status, text, capsys):
+    assert run_program(ending(error)) == status
+    assert capsys.readouterr() == ("", text)
+
+
+def test_our_own_errors_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_program(ending(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_goes_away(lines):
+    code = "import sys; from llama_jax.cli.program import run_program\n"
+    code += f"def main():\n  for _ in range({lines}): print('x' * 50)\n  return 0\nsys.exit(run_program(main))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b""
+        assert program.wait(timeout=30) == 141
