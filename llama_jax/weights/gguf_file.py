@@ -114,24 +114,28 @@ class _Header:
         self.position = 0
 
     def refuse(self, what: str) -> NoReturn:
+        """Raises an `InputError` that says where."""
         raise InputError(f"damaged GGUF header: {what} at byte {self.position}")
 
     def require(self, nbytes: int) -> None:
+        """Refuses a header with fewer bytes left."""
         left = len(self.data) - self.position
         if nbytes > left:
             self.refuse(f"{nbytes} more bytes declared than the {left} there are" if nbytes > 8 else "the file ends")
 
     def number(self, layout: struct.Struct) -> Any:
+        """One number."""
         self.require(layout.size)
         (number,) = layout.unpack_from(self.data, self.position)
         self.position += layout.size
         return number
 
     def string(self) -> str:
+        """One text, with its length in front."""
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """One loop without calls of ours: a vocabulary with its merges is a few hundred thousand texts."""
+        """Texts, in one loop without calls of ours: a vocabulary with its merges has a few hundred thousand."""
         self.require(count * _UINT64.size)
         texts, end = [], self.position
         try:
@@ -182,6 +186,7 @@ class _Header:
         return self.number(_STRUCTS[kind])
 
     def array(self) -> list:
+        """An array of numbers or of texts."""
         kind, count = self.number(_UINT32), self.number(_UINT64)
         if kind == _STRING:
             return self.strings(count)
