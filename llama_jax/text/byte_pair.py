@@ -81,7 +81,7 @@ class BytePairTokenizer:
       InputError: for a model that is not byte-pair, or spelled in an unknown way.
     """
 
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer = dataclasses.field(repr=False)  # its own repr is a screenful of merges
     begin_id: int | None
     end_id: int | None
     adds_begin: bool

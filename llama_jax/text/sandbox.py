@@ -27,8 +27,8 @@ LARGEST_OUTPUT = 1 << 20
 
 _BUDGET = 1 << 24
 _FORBIDDEN = _BUDGET + 1
-_STEP_COST = 64  # an iteration or a call
-_ENTRY_COST = 16  # a value held by a list
+_STEP_COST = 256  # an iteration or a call
+_ENTRY_COST = 64  # a value held by a list
 _METER = "the meter"  # with a space, so no template can name it
 
 _FILTERS = (

@@ -87,7 +87,8 @@ def processor_from_bytes(model: bytes, origin: str) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
+        processor.id_to_piece(list(range(processor.vocab_size())))  # pieces that are not UTF-8 show up here
+    except (RuntimeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{origin}: not a SentencePiece model ({reason}); give an intact tokenizer.model") from None
     return processor

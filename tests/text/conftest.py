@@ -1,0 +1,75 @@
+"""Small tokenizers of every kind, trained on the spot, and texts that trip tokenizers."""
+
+import io
+import pathlib
+import random
+
+import gguf
+import pytest
+import sentencepiece
+from trained import PROSE, byte_level
+
+from llama_jax.text.byte_pair import BytePairTokenizer
+from llama_jax.text.gguf import tokenizer_from_gguf
+from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
+from llama_jax.text.tokenizer import Tokenizer
+
+TRICKY = [
+    "", " ", "  ", "\n", "\t\tx", " leading", "trailing ", "a  b   c", "\r\n\r\n", "\u00a0x\u3000y",
+    "def f(x):\n    return x**2  # 12345\n", "2024-01-31 12:00:07.123", "in 1999, 7 of 10", "x=0b1010, 1e-5",
+    "你好，世界！", "日本語のテキスト 123", "नमस्ते", "👩‍👩‍👧‍👦 🎉🏽", "e\u0301 é ﬁ Ⅷ ½", "русский ТЕКСТ",
+    "<s>", "</s>", "<unk>", "<0x41>", "▁under", "<|im_end|>", "<|im_start|>user\n", "<|endoftext|> x", "<|eot_id|>",
+    "I'LL we're they'Ve 's", "don't!!!???", "a\u200bb", "\x00\x01\x7f", "���", "𝒜𝓑", "ＡＢＣ１２３", "...\n\n\n...",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """More than 200 texts: tricky ones, slices of prose, random characters."""
+    rng = random.Random(0)
+    slices = [PROSE[start : start + rng.randrange(1, 120)] for start in (rng.randrange(len(PROSE)) for _ in range(150))]
+    alphabet = "ab Z  09\n\t.,'s-_<|>é你🎉\u0301▁"
+    noise = ["".join(rng.choices(alphabet, k=rng.randrange(1, 40))) for _ in range(100)]
+    return TRICKY + slices + noise
+
+
+@pytest.fixture(scope="session")
+def sentence_piece_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A byte-pair SentencePiece model with byte fallback and one more control symbol, in the manner of LLaMA 1 and 2."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROSE.splitlines()), model_writer=model, vocab_size=500, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, num_threads=1,
+        allow_whitespace_only_pieces=True, control_symbols=["<|im_end|>"], minloglevel=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("sentence_piece") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_metadata(smollm2_gguf: pathlib.Path) -> dict[str, object]:
+    """The tokenizer's part of the real file's metadata, read by the gguf package."""
+    fields = gguf.GGUFReader(smollm2_gguf).fields
+    return {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+
+
+@pytest.fixture(scope="session")
+def sentence_piece(sentence_piece_path: pathlib.Path) -> SentencePieceTokenizer:
+    return load_sentence_piece(sentence_piece_path)
+
+
+@pytest.fixture(scope="session")
+def byte_pair() -> BytePairTokenizer:
+    return BytePairTokenizer(byte_level(), begin_id=None, end_id=2, adds_begin=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_metadata: dict[str, object]) -> Tokenizer:
+    return tokenizer_from_gguf(smollm2_metadata)
+
+
+@pytest.fixture(params=["sentence_piece", "byte_pair", "smollm2"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """One tokenizer of each kind."""
+    return request.getfixturevalue(request.param)
