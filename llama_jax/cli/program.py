@@ -1,6 +1,5 @@
 """How a program ends: one line and a status in place of a traceback."""
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -28,7 +27,5 @@ def run_program(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; with nowhere to write to, that would print a second error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return status

@@ -165,10 +165,11 @@ class Checkpoints:
           CorruptError: if there are checkpoints and all are damaged.
         """
         newest = _newest(self._directory, lambda step: self.restore(step, like))
-        damaged = [step for step in self.steps() if newest and step > newest.step]
-        for step in damaged:
-            _set_aside(self._directory / str(step))
-        self._manager.reload()
+        if newest is not None:
+            for step in self.steps():
+                if step > newest.step:
+                    _set_aside(self._directory / str(step))
+            self._manager.reload()
         return newest
 
     def close(self) -> None:
