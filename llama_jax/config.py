@@ -4,7 +4,6 @@ No field that is a number of the model has a default: a forgotten one is an erro
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 from llama_jax.errors import InputError
@@ -15,21 +14,22 @@ _LARGEST = {
     "head_dim": 1 << 12, "ffn_dim": 1 << 20, "context_length": 1 << 27,
 }  # fmt: skip
 
+_HUGE = 1e18  # above every real value; also refuses infinity, and compares with integers of any size
+
 
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
         raise InputError(f"{field}: {value!r} given, {expected} expected")
 
 
-def _require_count(field: str, value: object) -> None:
-    largest = _LARGEST[field.rsplit(".", 1)[-1]]
+def _require_count(field: str, value: object, largest: int) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     _require(whole and 1 <= value <= largest, field, value, f"a whole number from 1 to {largest}")  # type: ignore[operator]
 
 
 def _require_positive(field: str, value: object) -> None:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(real and math.isfinite(value) and value > 0, field, value, "a positive number")  # type: ignore[arg-type,operator]
+    _require(real and 0 < value < _HUGE, field, value, "a positive number")  # type: ignore[arg-type,operator]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +61,20 @@ class RopeScaling:
             "default, linear or llama3",
         )
         _require_positive("rope_scaling.factor", self.factor)
-        llama3_only = ("low_freq_factor", "high_freq_factor", "original_context")
-        for name in llama3_only:
-            value = getattr(self, name)
-            if self.rope_type == "llama3":
-                _require_positive(f"rope_scaling.{name}", value)
-            else:
-                _require(value is None, f"rope_scaling.{name}", value, f"nothing with rope_type {self.rope_type}")
         if self.rope_type == "llama3":
-            _require(self.low_freq_factor < self.high_freq_factor, "rope_scaling.low_freq_factor", self.low_freq_factor,  # type: ignore[operator]
-                     f"a number below high_freq_factor ({self.high_freq_factor})")  # fmt: skip
+            self._check_llama3()
+            return
+        for name in ("low_freq_factor", "high_freq_factor", "original_context"):
+            value = getattr(self, name)
+            _require(value is None, f"rope_scaling.{name}", value, f"nothing with rope_type {self.rope_type}")
+
+    def _check_llama3(self) -> None:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        _require_positive("rope_scaling.low_freq_factor", low)
+        _require_positive("rope_scaling.high_freq_factor", high)
+        _require_count("rope_scaling.original_context", self.original_context, _LARGEST["context_length"])
+        below = f"a number below high_freq_factor ({high})"
+        _require(low < high, "rope_scaling.low_freq_factor", low, below)  # type: ignore[operator]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +113,8 @@ class LlamaConfig:
     tied_head: bool
 
     def __post_init__(self) -> None:
-        for name in _LARGEST:
-            _require_count(name, getattr(self, name))
+        for name, largest in _LARGEST.items():
+            _require_count(name, getattr(self, name), largest)
         _require_positive("norm_eps", self.norm_eps)
         _require_positive("rope_theta", self.rope_theta)
         _require(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})")

@@ -168,7 +168,7 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: peak, reached at the end of the warm-up.
-      warmup_steps: updates in which the learning rate rises from 0 to its peak; at most `run.steps`.
+      warmup_steps: updates in which the learning rate rises to its peak.
       final_fraction: learning rate of the last update, as a fraction of the peak.
       beta1: decay of the mean of the gradient.
       beta2: decay of the mean of its square.
@@ -245,10 +245,8 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        context, vocabulary, steps = self.model.context_length, self.model.vocab_size, self.run.steps
+        context, vocabulary = self.model.context_length, self.model.vocab_size
         _require(self.data.length <= context, "data.length", self.data.length,
                  f"at most model.context_length ({context})")  # fmt: skip
         fits = self.data.tokenizer is not None or self.data.vocab_size <= vocabulary
         _require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")
-        warmup = self.optimizer.warmup_steps
-        _require(warmup <= steps, "optimizer.warmup_steps", warmup, f"at most run.steps ({steps})")

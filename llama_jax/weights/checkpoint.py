@@ -10,6 +10,7 @@ checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but wha
 This is the only module that imports Orbax.
 """
 
+import contextlib
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,6 +235,18 @@ def restore_parameters(directory: Path, dtype: jax.typing.DTypeLike | None = Non
     if newest is None:
         raise InputError(f"{directory}: no checkpoint there, the checkpoints of a run expected")
     return newest if dtype is None else newest._replace(state=jax.tree.map(lambda x: x.astype(dtype), newest.state))
+
+
+def read_metadata(directory: Path) -> dict | None:
+    """The metadata of the newest checkpoint whose manifest is whole, `None` if there is none; nothing is changed.
+
+    Args:
+      directory: as for `Checkpoints.open`.
+    """
+    for step in reversed(list_steps(directory)):
+        with contextlib.suppress(CorruptError):
+            return _manifest(directory, step).metadata
+    return None
 
 
 def _read_parameters(directory: Path, step: int) -> PyTree:

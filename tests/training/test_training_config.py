@@ -50,7 +50,6 @@ def test_a_wrong_value_is_refused_by_name(key, value):
 @pytest.mark.parametrize(("key", "other"), [
     ("data.length", {"data": DataConfig(length=257)}),
     ("data.vocab_size", {"data": DataConfig(vocab_size=4097)}),
-    ("optimizer.warmup_steps", {"run": RunConfig(steps=50)}),
 ])  # fmt: skip
 def test_sections_that_contradict_each_other(key, other):
     with pytest.raises(InputError, match=f"^{key}: "):
