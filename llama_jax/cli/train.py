@@ -1,5 +1,7 @@
 """`train`: a run described by a YAML file and overrides; the same command again goes on where it stopped."""
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -9,7 +11,8 @@ from types import FrameType
 
 from llama_jax.cli.arguments import parse_train, to_yaml
 from llama_jax.cli.compilation import keep_compiled_programs
-from llama_jax.errors import InputError
+from llama_jax.cli.program import DAMAGED
+from llama_jax.data.atomic import atomic_write
 from llama_jax.training.config import TrainConfig
 
 _DEFAULT = pathlib.Path("configs/debug.yaml")
@@ -27,25 +30,20 @@ class StopRequest:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print(f"{signal.Signals(number).name}: saving after this step; once more to end at once", file=sys.stderr, flush=True)
+        line = f"{signal.Signals(number).name}: saving after this step; once more to end at once\n"
+        with contextlib.suppress(OSError):  # nobody may be listening any more; the state is to be saved all the same
+            os.write(2, line.encode())  # print is not safe in a handler: the signal may have come inside another print
 
     def __call__(self, step: int) -> bool:
         """Asked by the loop after every step."""
         return self._asked
 
 
-def make_directory(directory: pathlib.Path) -> None:
-    """Makes the directory of a run.
-
-    Raises:
-      InputError: if it cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"run.dir: {directory} cannot be made ({error.strerror}); name a writable directory") from None
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"run.dir: {directory} cannot be written; name a writable directory")
+def write_config(config: TrainConfig, path: pathlib.Path) -> None:
+    """Writes the resolved config, from which the run can be gone on with: so without the wish to start anew."""
+    lasting = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False))
+    with atomic_write(path) as file:
+        file.write(to_yaml(lasting).encode())
 
 
 def finished_line(config: TrainConfig, step: int) -> str:
@@ -59,27 +57,24 @@ def finished_line(config: TrainConfig, step: int) -> str:
 def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
     """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last state could not be saved."""
     config = parse_train(arguments, default)
-    directory = pathlib.Path(config.run.dir)
-    make_directory(directory)
     from llama_jax.training.display import open_display
-    from llama_jax.training.loop import RUN_CONFIG, Run, clear_run, newest_step, summary_lines
+    from llama_jax.training.loop import RUN_CONFIG, Run, newest_step, summary_lines
 
-    keep_compiled_programs()
-    stop = StopRequest()
-    if config.run.overwrite:
-        clear_run(directory)
-    step = newest_step(directory)
+    directory = pathlib.Path(config.run.dir)
+    step = 0 if config.run.overwrite else newest_step(directory)
     if step >= config.run.steps:
         print(finished_line(config, step))
         return 0
+    keep_compiled_programs()
+    stop = StopRequest()
     started = time.perf_counter()
     display = open_display(sys.stdout, interactive=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb")
     rows: dict[str, str] = {}
     try:
         run = Run(config, display)
-        (directory / RUN_CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        write_config(config, directory / RUN_CONFIG)
         summary = run.train(stop)
         rows = summary_lines(summary, time.perf_counter() - started)
     finally:
         display.finish(rows)
-    return 0 if summary.saved else 5
+    return 0 if summary.saved else DAMAGED

@@ -13,7 +13,7 @@ def unigram_cross_entropy(train: TokenFile, held_out: TokenFile) -> float:
     Counts the targets that evaluation counts: all tokens but the first of each document.
     """
     counts, targets = _count_targets(train) + 1, _count_targets(held_out)
-    return math.log(counts.sum()) - float(targets @ np.log(counts)) / float(targets.sum())
+    return math.log(counts.sum()) - float(targets @ np.log(counts)) / max(1.0, float(targets.sum()))
 
 
 def _count_targets(token_file: TokenFile) -> np.ndarray:

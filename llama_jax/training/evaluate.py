@@ -52,8 +52,11 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Loss over a whole token file, in windows of `length` tokens, `batch_rows` at a time."""
     rows = NamedSharding(mesh, batch_spec(model.options.rules))
-    parts = [run(params, jax.device_put(batch, rows)) for batch in sequential_windows(token_file, length, batch_rows)]
-    nats, targets = (math.fsum(float(part[i]) for part in parts) for i in range(2))
+    parts: list[tuple[Array, Array]] = []
+    for batch in sequential_windows(token_file, length, batch_rows):
+        jax.block_until_ready(parts[-2:-1])  # the host must not run ahead and fill the device with batches
+        parts.append(run(params, jax.device_put(batch, rows)))
+    nats, targets = (math.fsum(column) for column in zip(*jax.device_get(parts)))
     return make_evaluation(nats, int(targets), token_file.header.bytes_of_text)
 
 

@@ -1,9 +1,10 @@
 """A run from its first step to its last: text to batches, batches to updates, updates to checkpoints."""
 
 import dataclasses
+import functools
 import hashlib
+import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from jax.sharding import Mesh
 from llama_jax.accounting import parameter_count
 from llama_jax.data.batches import PackedBatches
 from llama_jax.data.corpus import read_corpus, standard_library
-from llama_jax.data.prepare import PreparedData, prepare
+from llama_jax.data.prepare import PreparedData, copy_tokenizer, prepare
+from llama_jax.data.split import Split, split_documents
 from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama
@@ -30,7 +32,6 @@ from llama_jax.training.metrics import MetricsFile, StepRecord
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama_jax.training.step import (
     Recipe,
-    StepMetrics,
     TrainState,
     batch_sharding,
     micro_batches,
@@ -38,7 +39,8 @@ from llama_jax.training.step import (
     sharded_step,
     state_shapes,
 )
-from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps
+from llama_jax.training.step_log import StepLog
+from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER
 
 RUN_METRICS = "metrics.jsonl"
@@ -53,7 +55,7 @@ class Summary(NamedTuple):
     Attributes:
       step: updates done.
       steps: updates wanted.
-      evaluation: on the held-out text with the final parameters; `None` where the run was stopped before its end.
+      evaluation: on the held-out text with the final parameters; `None` where this call did not come to the end.
       unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline.
       saved: whether the last state is on disk.
     """
@@ -69,19 +71,29 @@ class Run:
     """The parts of one run, built once: data, mesh, programs, checkpoints. Use as `Run(config, display).train()`."""
 
     def __init__(self, config: TrainConfig, display: Display) -> None:
-        """Prepares data and mesh; compiles nothing yet.
+        """Checks the config, the cheapest checks first, and prepares the data; compiles nothing yet.
+
+        Until `train` is called, a run that the directory holds is not touched.
 
         Raises:
-          InputError: naming what in the config does not fit the text, the tokenizer or the devices.
+          InputError: naming what in the config does not fit the devices, the tokenizer, the text, or the run to go on with.
         """
         self.config = config
         self.display = display
         self.directory = Path(config.run.dir)
-        self.data = prepare_data(config, display)
-        self.batches = PackedBatches(self.data.train, config.data.batch_rows, config.data.length, config.data.seed)
         self.mesh = run_mesh(config)
         self.recipe = make_recipe(config)
-        self.metadata = describe_run(config, self.data)
+        require_vocabulary(config)
+        make_directory(self.directory)
+        saved = None if config.run.overwrite else read_metadata(self.directory / RUN_CHECKPOINTS)
+        split = split_corpus(config)
+        self.metadata = describe_run(config, split)
+        require_same_run(saved, self.metadata, self.directory)  # before the text is encoded, which may take long
+        self.data = prepare_data(config, split, display)
+        self.metadata["tokenizer (hash)"] = self.data.train.header.tokenizer_sha256[:16]
+        require_same_run(saved, self.metadata, self.directory)
+        self.batches = PackedBatches(self.data.train, config.data.batch_rows, config.data.length, config.data.seed)
+        self._evaluator = batch_evaluator(self.recipe.model, self.recipe.loss_chunk)
 
     def train(self, should_stop: Stop = lambda step: False) -> Summary:
         """Trains until `run.steps` updates are done in all, from the newest checkpoint of the directory if there is one.
@@ -90,29 +102,29 @@ class Run:
           should_stop: asked after every update; when it says so, the state is saved and the run ends early.
         """
         config, mesh = self.config, self.mesh
+        if config.run.overwrite:
+            clear_run(self.directory)
+        copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
         unigram = unigram_cross_entropy(self.data.train, self.data.held_out)
         with jax.set_mesh(mesh), Checkpoints.open(self.directory / RUN_CHECKPOINTS, config.run.keep_checkpoints) as checkpoints:
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             self.display.start(self._heading(first, unigram), config.run.steps)
             metrics = MetricsFile(self.directory / RUN_METRICS, first, self.display.event)
-            state, saved = self._steps(state, first, checkpoints, metrics, should_stop)
-            done = int(state.step) == config.run.steps
-            evaluation = self._evaluate(state) if done else None
-            if evaluation:
-                metrics.write(config.run.steps, _flat(evaluation))
+            state, evaluation = self._steps(state, first, checkpoints, metrics, should_stop)
             metrics.close()
-        return Summary(int(state.step), config.run.steps, evaluation, unigram, saved)
+            self._attempt(checkpoints.wait)
+            step = int(state.step)
+            return Summary(step, config.run.steps, evaluation, unigram, saved=step in checkpoints.steps())
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
-        """The newest good state, checked to be of this run, or a fresh one."""
+        """The newest good state, or a fresh one."""
         restored = checkpoints.restore_newest(state_shapes(self.recipe, self.mesh))
         if restored is None:
             return sharded_init(self.recipe, self.mesh)(jax.random.key(self.config.run.seed))
         for warning in restored.warnings:
             self.display.event(f"warning: {warning}")
-        require_same_run(restored.metadata, self.metadata, self.directory)
-        return TrainState(*restored.state) if not isinstance(restored.state, TrainState) else restored.state
+        return restored.state
 
     def _heading(self, first: int, unigram: float) -> list[str]:
         config, devices = self.config, self.mesh.devices.size
@@ -130,116 +142,107 @@ class Run:
 
     def _steps(
         self, state: TrainState, first: int, checkpoints: Checkpoints, metrics: MetricsFile, should_stop: Stop
-    ) -> tuple[TrainState, bool]:
-        """The loop itself; returns the last state and whether it is on disk."""
-        run, data = self.config.run, self.config.data
+    ) -> tuple[TrainState, Evaluation | None]:
+        """The loop itself; returns the last state and, at the end of the run, its evaluation."""
+        run, accumulation = self.config.run, self.config.data.accumulation
         step_program, sharding = sharded_step(self.recipe, self.mesh), batch_sharding(self.recipe, self.mesh)
         log = StepLog(self.config)
         for step in range(first, run.steps):
-            batch = jax.device_put(micro_batches(self.batches.batch(step), data.accumulation), sharding)
+            batch = jax.device_put(micro_batches(self.batches.batch(step), accumulation), sharding)
             state, figures = step_program(state, batch)
             log.add(figures)
             done = step + 1
-            ending = done == run.steps or should_stop(done)
-            if done % run.log_every == 0 or ending:
-                evaluated = run.eval_every and done % run.eval_every == 0 and not ending
-                record = log.record(done, self._evaluate(state) if evaluated else None)
-                metrics.write(done, record.flat())
-                self.display.step(record)
-            if done % run.checkpoint_every == 0 or ending:
-                self._save(checkpoints, state, done)
+            last = done == run.steps
+            ending = last or should_stop(done)
+            evaluating = last or (not ending and is_due(done, run.eval_every))
+            evaluation = None
+            if ending or evaluating or is_due(done, run.log_every):
+                record = log.record(done)
+                evaluation = self._evaluate(state) if evaluating else None
+                self._report(record, evaluation, metrics)
+                self._attempt(checkpoints.poll)
+                log.start_clock()
+            # After the metrics, so that what a checkpoint holds is never missing there.
+            if ending or is_due(done, run.checkpoint_every):
+                self._attempt(functools.partial(checkpoints.save, done, state, self.metadata))
             if ending:
-                break
-        return state, self._settle(checkpoints)
+                return state, evaluation
+        return state, None
 
-    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int) -> None:
-        """Starts a checkpoint; a failing disk is reported and training goes on."""
-        if step in checkpoints.steps():
-            return
+    def _report(self, record: StepRecord, evaluation: Evaluation | None, metrics: MetricsFile) -> None:
+        """Shows and keeps the figures of a step."""
+        more = _flat(evaluation) if evaluation else {}
+        metrics.write(record.step, record.flat() | more)
+        self.display.step(record._replace(held_out_loss=evaluation.nats_per_token if evaluation else None))
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Does something with checkpoints; a failing disk is reported and training goes on."""
         try:
-            checkpoints.save(step, state, self.metadata)
+            action()
         except SaveError as error:
             self.display.event(f"warning: {error}")
-
-    def _settle(self, checkpoints: Checkpoints) -> bool:
-        """Waits for the last checkpoint."""
-        try:
-            checkpoints.wait()
-        except SaveError as error:
-            self.display.event(f"warning: {error}")
-            return False
-        return True
 
     def _evaluate(self, state: TrainState) -> Evaluation:
         data, model = self.config.data, self.recipe.model
-        if not hasattr(self, "_evaluator"):
-            self._evaluator = batch_evaluator(model, self.recipe.loss_chunk)
         rows = data.batch_rows // data.accumulation
         return evaluate(self._evaluator, state.params, self.data.held_out, data.length, rows, self.mesh, model)
 
 
-class StepLog:
-    """Figures of the updates since the last record, left on the device until a record is made."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._tokens_per_step = config.data.batch_rows * config.data.length
-        self._pending: list[StepMetrics] = []
-        self._since = 0.0
-        self._timed = 0  # updates since `_since`
-        self._warm = False
-
-    def add(self, figures: StepMetrics) -> None:
-        """Takes the figures of one update; the first is waited for and not timed, since it holds the compilation."""
-        self._pending.append(figures)
-        if self._warm:
-            self._timed += 1
-            return
-        jax.block_until_ready(figures)
-        self._since, self._warm = time.perf_counter(), True
-
-    def record(self, step: int, evaluation: Evaluation | None) -> StepRecord:
-        """The mean loss since the last record, the latest of everything else, and the speed."""
-        figures = jax.device_get(self._pending)
-        seconds = (time.perf_counter() - self._since) / max(1, self._timed)
-        self._pending, self._since, self._timed = [], time.perf_counter(), 0
-        last = figures[-1]
-        return StepRecord(
-            step=step,
-            loss=float(np.mean([f.loss for f in figures])),
-            learning_rate=float(last.learning_rate),
-            gradient_norm=float(last.grad_norm),
-            tokens=step * self._tokens_per_step,
-            tokens_per_second=self._tokens_per_step / seconds,
-            step_seconds=seconds,
-            held_out_loss=evaluation.nats_per_token if evaluation else None,
-        )
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after this one; 0 is never."""
+    return every > 0 and step % every == 0
 
 
-def prepare_data(config: TrainConfig, display: Display) -> PreparedData:
+def make_directory(directory: Path) -> None:
+    """Makes the directory of a run.
+
+    Raises:
+      InputError: if it cannot be made or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.dir: {directory} cannot be made ({error.strerror}); name a writable directory") from None
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"run.dir: {directory} cannot be written; name a writable directory")
+
+
+def split_corpus(config: TrainConfig) -> Split:
+    """The text of a run, its two sides."""
+    paths = config.data.paths
+    return split_documents(lambda: read_corpus(paths) if paths else standard_library(), config.data.held_out_fraction)
+
+
+def prepare_data(config: TrainConfig, split: Split, display: Display) -> PreparedData:
     """Token files and tokenizer of a run, below its directory; made once, then opened."""
-    directory, data = Path(config.run.dir), config.data
-    documents = standard_library if not data.paths else lambda: read_corpus(data.paths)
     reported: list[str] = []
 
     def on_progress(stage: str, done: int, total: int) -> None:
-        if stage not in reported and stage != "read":
+        if stage not in reported:
             reported.append(stage)
             display.event({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
 
-    prepared = prepare(
-        directory / "data",
-        documents,
-        vocab_size=data.vocab_size,
-        held_out_fraction=data.held_out_fraction,
-        seed=data.seed,
-        tokenizer_path=Path(data.tokenizer) if data.tokenizer else None,
+    return prepare(
+        Path(config.run.dir) / "data",
+        split,
+        vocab_size=config.data.vocab_size,
+        seed=config.data.seed,
+        tokenizer_path=Path(config.data.tokenizer) if config.data.tokenizer else None,
         on_progress=on_progress,
     )
-    vocabulary = load_tokenizer(prepared.tokenizer_path).vocab_size
+
+
+def require_vocabulary(config: TrainConfig) -> None:
+    """Refuses a given tokenizer with tokens that the model does not have.
+
+    Raises:
+      InputError: with both sizes; or if there is no such tokenizer.
+    """
+    if config.data.tokenizer is None:
+        return
+    vocabulary = load_tokenizer(Path(config.data.tokenizer)).vocab_size
     if vocabulary > config.model.vocab_size:
         raise InputError(f"model.vocab_size: {config.model.vocab_size} given, at least {vocabulary} (the tokenizer's) expected")
-    shutil.copyfile(prepared.tokenizer_path, directory / RUN_TOKENIZER)
-    return prepared
 
 
 def run_mesh(config: TrainConfig) -> Mesh:
@@ -266,28 +269,38 @@ def make_recipe(config: TrainConfig) -> Recipe:
     )
 
 
-def describe_run(config: TrainConfig, data: PreparedData) -> dict:
-    """What a checkpoint says of its run: a resume with another of these is refused."""
+def describe_run(config: TrainConfig, split: Split) -> dict:
+    """What a checkpoint says of its run, but for its tokenizer: a resume with another of these is refused."""
+    data = config.data
+    trained = {"vocab_size": data.vocab_size} if data.tokenizer is None else {}
     return {
         "model": dataclasses.asdict(config.model),
-        "tokenizer": data.train.header.tokenizer_sha256,
         "data": {
-            "sources": data.train.header.sources_sha256,
-            "length": config.data.length,
-            "batch_rows": config.data.batch_rows,
-            "seed": config.data.seed,
+            "held_out_fraction": data.held_out_fraction,
+            "length": data.length,
+            "batch_rows": data.batch_rows,
+            "seed": data.seed,
+            **trained,
+            "paths (hash of the text)": split.train.sha256[:16],
         },
     }
 
 
-def require_same_run(saved: dict, wanted: dict, directory: Path) -> None:
+def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:
     """Refuses to go on with another model, tokenizer or data order than the checkpoint's.
+
+    Args:
+      saved: metadata of the checkpoint, if there is one.
+      wanted: the same of this run; a section that it does not have yet is not looked at.
+      directory: of the run.
 
     Raises:
       InputError: naming the first difference.
     """
-    before, now = _leaves(saved), _leaves(wanted)
-    for key in sorted(before.keys() | now.keys()):
+    if saved is None:
+        return
+    before, now = _leaves({section: saved.get(section) for section in wanted}), _leaves(wanted)
+    for key in [*now, *before]:
         if before.get(key) != now.get(key):
             raise InputError(
                 f"{directory} holds a run with {key} {before.get(key)!r}, {now.get(key)!r} was asked for; "
@@ -335,7 +348,6 @@ def newest_step(directory: Path) -> int:
 
 
 def clear_run(directory: Path) -> None:
-    """Removes what a run wrote into its directory, so that the next one starts anew; prepared data stays."""
+    """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
     shutil.rmtree(directory / RUN_CHECKPOINTS, ignore_errors=True)
-    for name in (RUN_METRICS, RUN_TOKENIZER, RUN_CONFIG):
-        (directory / name).unlink(missing_ok=True)
+    (directory / RUN_METRICS).unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""From the figures of single updates to records, without waiting for the device in between."""
+
+import time
+
+import jax
+import numpy as np
+
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.metrics import StepRecord
+from llama_jax.training.step import StepMetrics
+
+
+class StepLog:
+    """Figures of the updates since the last record, left on the device until a record is made.
+
+    Saving counts as time of the updates, evaluation and the compilation in the first update do not.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._tokens_per_step = config.data.batch_rows * config.data.length
+        self._pending: list[StepMetrics] = []
+        self._timed = 0  # updates since the clock was started
+        self._first_seconds: float | None = None
+        self._since = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """Leaves the time since the last record out of the next one."""
+        self._since = time.perf_counter()
+
+    def add(self, figures: StepMetrics) -> None:
+        """Takes the figures of one update; the first is waited for."""
+        self._pending.append(figures)
+        if self._first_seconds is not None:
+            self._timed += 1
+            return
+        jax.block_until_ready(figures)
+        self._first_seconds = time.perf_counter() - self._since
+        self.start_clock()
+
+    def record(self, step: int) -> StepRecord:
+        """The mean loss since the last record, the latest of everything else, and the speed.
+
+        A record of the first update alone has no better time to show than one with the compilation in it.
+        """
+        figures = jax.device_get(self._pending)
+        elapsed = time.perf_counter() - self._since
+        seconds = elapsed / self._timed if self._timed else self._first_seconds or elapsed
+        self._pending, self._timed = [], 0
+        last = figures[-1]
+        return StepRecord(
+            step=step,
+            loss=float(np.mean([f.loss for f in figures])),
+            learning_rate=float(last.learning_rate),
+            gradient_norm=float(last.grad_norm),
+            tokens=step * self._tokens_per_step,
+            tokens_per_second=self._tokens_per_step / seconds,
+            step_seconds=seconds,
+        )
