@@ -1,6 +1,12 @@
 """`python -m llama_jax VERB`."""
 
-from llama_jax.cli.main import main
+
+def run() -> None:
+    """Imported late, so that the package's root depends on no program."""
+    from llama_jax.cli.main import main
+
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -36,6 +36,7 @@ def parameter_count(config: LlamaConfig) -> int:
     """Parameters in all; a tied head counts once."""
 
     def count(shapes: Shapes) -> int:
+        """Parameters below one node of the tree."""
         return sum(count(s) if isinstance(s, dict) else math.prod(s) for s in shapes.values())
 
     return count(parameter_shapes(config))

@@ -46,6 +46,7 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike = j
     leading = (config.layers,) if scan else ()
 
     def layer() -> LayerCache:
+        """Fresh arrays each time: caches are donated, so no two may share memory."""
         return LayerCache(jnp.zeros(leading + shape, dtype), jnp.zeros(leading + shape, dtype))
 
     return Cache(layer() if scan else tuple(layer() for _ in range(config.layers)), jnp.zeros((batch,), jnp.int32))

@@ -88,7 +88,10 @@ def _forward(q: Array, k: Array, v: Array, blocks: _Blocks) -> tuple[Float[Array
     """Output and logsumexp of every query; q [blocks B K G C H], k and v [blocks B K C H]."""
 
     def query_block(i: Array) -> tuple[Array, Array]:
+        """All keys that the queries of block `i` see, block by block."""
+
         def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            """Adds key block `j` to the running maximum, sum and output."""
             peak, total, out = carry
             seen = blocks.visible(i, j)
             scores = _scores(q[i], k[j], seen)
@@ -115,7 +118,10 @@ def _backward(
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # sum of weight * d_weight, per query
 
     def key_block(dq: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+        """Gradients of key block `j`; those of the queries that see it are added to `dq`."""
+
         def query_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            """Adds what query block `i` contributes."""
             dq, dk, dv = carry
             seen = blocks.visible(i, j)
             weights = jnp.where(seen[:, None, None], jnp.exp(_scores(q[i], k[j], seen) - lse[i][..., None]), 0.0)

@@ -77,6 +77,7 @@ class Attention(nn.Module):
         wq, wk, wv, wo = _weights(self, self.options, stds, shapes)
 
         def heads(w: Array, axis: str) -> Array:
+            """Projects the stream to heads `[B, T, n, H]`."""
             flat = constrain(x @ w, ("batch", "length", axis), rules)
             return flat.reshape(*x.shape[:2], -1, config.head_dim)
 

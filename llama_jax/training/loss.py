@@ -60,6 +60,7 @@ def cross_entropy(
     """
 
     def add(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        """Adds the loss of a chunk."""
         part, target, weight = piece
         return total + jnp.sum(weight * _losses(part, head, target)[1]), None
 
@@ -68,6 +69,7 @@ def cross_entropy(
 
 def _cross_entropy_forward(features: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, tuple]:
     def add(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        """Adds the loss of a chunk and its part of the head's gradient; gives the gradient of its features."""
         total, d_head = carry
         part, target, weight = piece
         log_probabilities, losses = _losses(part, head, target)

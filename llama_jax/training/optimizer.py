@@ -17,6 +17,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     warmup, decay = config.warmup_steps, max(1, steps - config.warmup_steps)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        """The learning rate after `count` updates."""
         done = jnp.asarray(count, jnp.float32) + 1
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((done - warmup) / decay, 0, 1)))
         return jnp.where(done <= warmup, peak * done / max(1, warmup), final + (peak - final) * cosine)

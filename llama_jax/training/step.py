@@ -72,6 +72,7 @@ def summed_gradients(recipe: Recipe, params: Parameters, batch: Batch) -> tuple[
         return loss_and_gradient(params, jax.tree.map(lambda x: x[0], batch))
 
     def add(carry: tuple[Array, Parameters], micro: Batch) -> tuple[tuple[Array, Parameters], None]:
+        """Adds the loss and gradient of a micro-batch."""
         return jax.tree.map(jnp.add, carry, loss_and_gradient(params, micro)), None
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
