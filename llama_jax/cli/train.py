@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import signal
@@ -39,6 +40,12 @@ class StopRequest:
         return self._asked
 
 
+def quiet_libraries() -> None:
+    """Leaves it to the loop to tell, in a line, of a checkpoint that failed: Orbax logs hundreds, one traceback a thread."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def write_config(config: TrainConfig, path: pathlib.Path) -> None:
     """Writes the resolved config, from which the run can be gone on with: so without the wish to start anew."""
     lasting = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False))
@@ -66,6 +73,7 @@ def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
         print(finished_line(config, step))
         return 0
     keep_compiled_programs()
+    quiet_libraries()
     stop = StopRequest()
     started = time.perf_counter()
     display = open_display(sys.stdout, interactive=sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb")

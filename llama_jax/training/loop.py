@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from llama_jax.accounting import parameter_count
 from llama_jax.data.batches import PackedBatches
 from llama_jax.data.corpus import read_corpus, standard_library
-from llama_jax.data.prepare import PreparedData, copy_tokenizer, prepare
+from llama_jax.data.prepare import PreparedData, copy_tokenizer, hash_tokenizer, prepare
 from llama_jax.data.split import Split, split_documents
 from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.errors import InputError
+from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
@@ -45,6 +46,10 @@ from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER
 
 RUN_METRICS = "metrics.jsonl"
 RUN_CONFIG = "config.yaml"
+
+# Keys in the metadata of checkpoints that stand for what a config only names the place of.
+_TEXT = "paths (hash of the text)"
+_TOKENIZER = "data.tokenizer (hash)"
 
 Stop = Callable[[int], bool]  # asked after every step whether to save and end there
 
@@ -90,7 +95,7 @@ class Run:
         self.metadata = describe_run(config, split)
         require_same_run(saved, self.metadata, self.directory)  # before the text is encoded, which may take long
         self.data = prepare_data(config, split, display)
-        self.metadata["tokenizer (hash)"] = self.data.train.header.tokenizer_sha256[:16]
+        self.metadata[_TOKENIZER] = self.data.train.header.tokenizer_sha256[:16]
         require_same_run(saved, self.metadata, self.directory)
         self.batches = PackedBatches(self.data.train, config.data.batch_rows, config.data.length, config.data.seed)
         self._evaluator = batch_evaluator(self.recipe.model, self.recipe.loss_chunk)
@@ -262,7 +267,8 @@ def make_recipe(config: TrainConfig) -> Recipe:
     compute = config.compute
     platform = jax.devices()[0].platform
     dtype = compute.dtype if compute.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-    options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=compute.attention)
+    attention = choose_backend(compute.attention, config.data.length, config.data.length)
+    options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention)
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
     return Recipe(
         Llama(config.model, options), make_optimizer(config.optimizer, config.run.steps), schedule, compute.loss_chunk
@@ -270,20 +276,19 @@ def make_recipe(config: TrainConfig) -> Recipe:
 
 
 def describe_run(config: TrainConfig, split: Split) -> dict:
-    """What a checkpoint says of its run, but for its tokenizer: a resume with another of these is refused."""
+    """What a checkpoint says of its run, but for a tokenizer yet to be trained: resuming with another of these is refused."""
     data = config.data
-    trained = {"vocab_size": data.vocab_size} if data.tokenizer is None else {}
-    return {
-        "model": dataclasses.asdict(config.model),
-        "data": {
-            "held_out_fraction": data.held_out_fraction,
-            "length": data.length,
-            "batch_rows": data.batch_rows,
-            "seed": data.seed,
-            **trained,
-            "paths (hash of the text)": split.train.sha256[:16],
-        },
+    values: dict[str, object] = {
+        "held_out_fraction": data.held_out_fraction,  # before the text, whose hash follows it: the first difference is told
+        _TEXT: split.train.sha256[:16],
+        "length": data.length,
+        "batch_rows": data.batch_rows,
+        "seed": data.seed,
     }
+    if data.tokenizer is None:
+        return {"model": dataclasses.asdict(config.model), "data": values | {"vocab_size": data.vocab_size}}
+    given = hash_tokenizer(Path(data.tokenizer))[:16]
+    return {"model": dataclasses.asdict(config.model), _TOKENIZER: given, "data": values}
 
 
 def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:

@@ -11,6 +11,8 @@ This is the only module that imports Orbax.
 """
 
 import contextlib
+import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,5 +318,6 @@ def _set_aside(entry: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line of readable length: TensorStore's run over many."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+    """An error in one line of readable length: TensorStore's run over many, what the system said far behind."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return textwrap.shorten(os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}", 160, placeholder=" ...")

@@ -1,0 +1,373 @@
+"""train.py as people run it: stopped, killed, resumed, refused, piped. Real processes, real signals."""
+
+import dataclasses
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from tiny_runs import (
+    ROOT,
+    child_environment,
+    read_lines,
+    read_state,
+    snapshot,
+    start_train,
+    state_bytes,
+    tiny_config,
+    train,
+    without_speed,
+    write_corpus,
+    write_yaml,
+)
+
+from llama_jax.cli.arguments import parse_train
+from llama_jax.cli.program import run_program
+from llama_jax.cli.train import main
+from llama_jax.training.config import TrainConfig
+
+STEPS = 30
+STOP = 17  # no multiple of any interval
+# What a program does that uses the library: stops where it likes.
+DRIVER = """
+import io, pathlib, sys
+from llama_jax.cli.arguments import parse_train
+from llama_jax.training.display import open_display
+from llama_jax.training.loop import Run
+config = parse_train(sys.argv[2:], pathlib.Path())
+print(Run(config, open_display(sys.stdout, interactive=False)).train(should_stop=lambda step: step == int(sys.argv[1])))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def run(tmp_path, corpus):
+    """A run of 30 steps that writes into the test's own directory."""
+    return make_run(tmp_path, corpus)
+
+
+def make_run(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> TrainConfig:
+    intervals = {"steps": STEPS, "eval_every": 10, "checkpoint_every": 5}
+    config = tiny_config(directory / "run", corpus, run=intervals)
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    config = dataclasses.replace(config, **changed)
+    write_yaml(directory / "tiny.yaml", config)
+    return config
+
+
+def arguments(config: TrainConfig, *more: str) -> list[str]:
+    return ["--config", str(pathlib.Path(config.run.dir).parent / "tiny.yaml"), *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus) -> TrainConfig:
+    """The same run, finished in one go."""
+    config = make_run(tmp_path_factory.mktemp("undisturbed"), corpus)
+    train(arguments(config))
+    return config
+
+
+@pytest.fixture
+def finished(tmp_path, undisturbed, corpus) -> TrainConfig:
+    """A copy of the finished run, to be spoilt."""
+    shutil.copytree(undisturbed.run.dir, tmp_path / "run")
+    return make_run(tmp_path, corpus)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """Takes back the handlers of programs that run inside the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def assert_same_end(config: TrainConfig, reference: TrainConfig, skip: tuple[str, ...] = ()) -> None:
+    """Both runs ended in the same state, bit by bit, by way of the same metrics."""
+    steps = reference.run.steps
+    ours, theirs = (state_bytes(read_state(c, steps)) for c in (config, reference))
+    assert len(ours) == 1 + 3 * 11 + 2  # step; parameters and two moments; counts of the optimizer and its schedule
+    assert [path for path in ours if ours[path] != theirs[path]] == []
+    lines, expected = (without_speed(read_lines(pathlib.Path(c.run.dir))) for c in (config, reference))
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert [drop(line, skip) for line in lines] == [drop(line, skip) for line in expected]
+
+
+def drop(line: dict, names: tuple[str, ...]) -> dict:
+    return {name: value for name, value in line.items() if name not in names}
+
+
+def stop_in_process(config: TrainConfig, step: int, devices: int = 1) -> None:
+    command = [sys.executable, "-c", DRIVER, str(step), *arguments(config)]
+    done = subprocess.run(command, env=child_environment(devices), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"Summary(step={step}, steps={config.run.steps}, evaluation=None" in done.stdout
+    assert done.stdout.rstrip().endswith("saved=True)")
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    """Reads a run's output until the line of a step."""
+    for line in process.stdout:
+        if re.match(rf" *{step}/", line):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def in_process(capsys, *words: str) -> tuple[int, str, str]:
+    """Exit status, output and errors of train.py's main function."""
+    status = run_program(lambda: main(list(words)))
+    return status, *capsys.readouterr()
+
+
+# Going on
+
+
+def test_a_stopped_run_goes_on_in_another_process_to_the_same_bits(run, undisturbed):
+    stop_in_process(run, STOP)
+    output = train(arguments(run)).stdout
+    assert f"going on from step {STOP}" in output
+    assert_same_end(run, undisturbed)
+
+
+def test_the_same_with_accumulation_on_two_devices(tmp_path, corpus):
+    runs = []
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+        changes = {"run": {"steps": 12}, "data": {"accumulation": 2}, "mesh": {"data": 1, "fsdp": 2}}
+        runs.append(make_run(tmp_path / name, corpus, **changes))
+    assert "2 x cpu (data 1 x fsdp 2 x tensor 1)" in train(arguments(runs[0]), devices=2).stdout
+    stop_in_process(runs[1], 6, devices=2)
+    train(arguments(runs[1]), devices=2)
+    assert_same_end(runs[1], runs[0])
+
+
+def test_sigterm_saves_and_the_same_command_ends_the_run(run, undisturbed):
+    with start_train(arguments(run)) as process:
+        wait_for_step(process, 7)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors == "SIGTERM: saving after this step; once more to end at once\n"
+    reached = read_lines(pathlib.Path(run.run.dir))[-1]["step"]
+    assert 7 <= reached < STEPS
+    assert f"{reached} of {STEPS}" in output
+    assert max(int(path.name) for path in pathlib.Path(run.run.dir, "checkpoints").iterdir()) == reached
+    train(arguments(run))
+    # A run that is asked to end does not stop to evaluate.
+    assert_same_end(run, undisturbed, skip=("held_out/loss", "held_out/bits_per_byte", "held_out/tokens"))
+
+
+def test_a_second_signal_ends_at_once(run):
+    with start_train(arguments(run, "--run.steps", "100000", "--run.checkpoint_every", "100000")) as process:
+        wait_for_step(process, 2)
+        process.send_signal(signal.SIGSTOP)  # so that both signals are there before the next step
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_kill_9_at_any_moment_loses_nothing_that_was_saved(run, undisturbed):
+    source = random.Random()
+    moments = (source.randint(1, STEPS - 3), source.random() / 10)
+    print("killed at", moments)
+    with start_train(arguments(run)) as process:
+        wait_for_step(process, moments[0])
+        time.sleep(moments[1])
+        process.kill()
+    train(arguments(run))
+    assert_same_end(run, undisturbed)
+
+
+# Nothing left to do, more steps, anew
+
+
+def test_a_finished_run_is_left_alone(undisturbed):
+    before = snapshot(pathlib.Path(undisturbed.run.dir))
+    done = train(arguments(undisturbed))
+    assert re.fullmatch(rf"{undisturbed.run.dir} has {STEPS} of {STEPS} steps: nothing left to do\. .*\n", done.stdout)
+    assert done.stderr == ""
+    assert snapshot(pathlib.Path(undisturbed.run.dir)) == before
+
+
+def test_more_steps_go_on_on_other_devices_with_another_rhythm(finished, capsys):
+    words = ("--run.steps", "33", "--run.log_every", "2", "--data.accumulation", "1", "--optimizer.learning_rate", "1e-3")
+    words += ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")  # the test's own 8 devices
+    status, output, errors = in_process(capsys, *arguments(finished, *words))
+    assert (status, errors) == (0, "")
+    assert f"going on from step {STEPS}" in output
+    assert [line["step"] for line in read_lines(pathlib.Path(finished.run.dir))] == [*range(1, 31), 32, 33]
+
+
+def test_overwrite_starts_anew_on_the_prepared_data(finished, undisturbed):
+    directory = pathlib.Path(finished.run.dir)
+    before = snapshot(directory / "data")
+    output = train(arguments(finished, "--run.overwrite", "true")).stdout
+    assert "from the start" in output
+    assert "encoding" not in output
+    assert snapshot(directory / "data") == before
+    assert_same_end(finished, undisturbed)
+    assert parse_train(["--config", str(directory / "config.yaml")], pathlib.Path()).run.overwrite is False
+
+
+def test_overwrite_with_a_mistake_loses_nothing(finished, capsys):
+    before = snapshot(pathlib.Path(finished.run.dir))
+    words = ("--run.overwrite", "true", "--mesh.data", "8")  # rows do not divide by it
+    assert in_process(capsys, *arguments(finished, *words))[0] == 2
+    assert snapshot(pathlib.Path(finished.run.dir)) == before
+
+
+# What a run leaves behind
+
+
+def test_metrics_are_one_object_a_step(undisturbed):
+    lines = read_lines(pathlib.Path(undisturbed.run.dir))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "held_out/loss" in line] == [10, 20, 30]
+    assert [line["train/tokens"] for line in lines] == [4 * 32 * step for step in range(1, STEPS + 1)]
+    assert all(line["speed/step_seconds"] > 1e-4 for line in lines)
+
+
+def test_config_parses_back_equal(undisturbed):
+    path = pathlib.Path(undisturbed.run.dir) / "config.yaml"
+    assert parse_train(["--config", str(path)], pathlib.Path()) == undisturbed
+
+
+def test_newest_checkpoints_are_kept(undisturbed):
+    assert sorted(path.name for path in pathlib.Path(undisturbed.run.dir, "checkpoints").iterdir()) == ["20", "25", "30"]
+
+
+# Another run in the same directory
+
+
+@pytest.mark.parametrize(("words", "key"), [
+    (["--model.dim", "64"], "model.dim"),
+    (["--model.rope_theta", "500000"], "model.rope_theta"),
+    (["--model.rope_scaling.rope_type", "linear", "--model.rope_scaling.factor", "2"], "model.rope_scaling"),
+    (["--data.seed", "1"], "data.seed"),
+    (["--data.batch_rows", "8"], "data.batch_rows"),
+    (["--data.length", "16"], "data.length"),
+    (["--data.held_out_fraction", "0.3"], "data.held_out_fraction"),
+    (["--data.vocab_size", "300"], "data.vocab_size"),
+    (["--data.tokenizer", "OTHER/tokenizer.model"], "data.tokenizer"),
+    (["--data.paths", "[OTHER]"], "data.paths"),
+])  # fmt: skip
+def test_going_on_with_another_run_is_refused(finished, tmp_path, words, key, capsys):
+    other = tmp_path / "other"
+    write_corpus(other, 19)
+    shutil.copy(pathlib.Path(finished.run.dir, "tokenizer.model"), other)
+    with (other / "tokenizer.model").open("ab") as file:
+        file.write(b"\x28\x00")  # a field that SentencePiece does not know: the same pieces in another file
+    words = [word.replace("OTHER", str(other)) for word in words]
+    before = snapshot(pathlib.Path(finished.run.dir))
+    status, output, errors = in_process(capsys, *arguments(finished, "--run.steps", "50", "--mesh.tensor", "2",
+                                        "--mesh.fsdp", "4", "--mesh.data", "1", *words))  # fmt: skip
+    assert (status, output) == (2, "")
+    assert re.fullmatch(rf"error: .* holds a run with {re.escape(key)}[ .].* was asked for; .*\n", errors)
+    assert snapshot(pathlib.Path(finished.run.dir)) == before
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--optimizer.learning_rat", "1"], "key 'optimizer.learning_rat' is unknown; the nearest is optimizer.learning_rate"),
+    (["--run.steps", "many"], "run.steps: 'many' given, a whole number expected"),
+    (["--model", "llama3.2-1x"], "preset 'llama3.2-1x' is unknown; the nearest are llama3.2-1b"),
+    (["--mesh.data", "3"], "mesh data 3 .* does not make up the 8 devices"),
+    (["--mesh.data", "8"], "data.batch_rows: micro-batches of 4 rows given; a multiple of .* expected"),
+    (["--data.batch_rows", "6", "--data.accumulation", "4"], "data.accumulation: 4 given, a divisor of data.batch_rows"),
+    (["--mesh.tensor", "8"], "kv_heads|heads"),
+    (["--data.tokenizer", "TOKENIZER", "--model.vocab_size", "100"], r"model.vocab_size: 100 given, at least 320"),
+    (["--data.tokenizer", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model: no such file"),
+    (["--compute.attention", "fast"], "attention"),
+    (["--compute.remat", "some"], "remat"),
+])  # fmt: skip
+@pytest.mark.parametrize("there", [False, True])
+def test_a_mistake_is_one_line_and_leaves_no_trace(run, undisturbed, words, message, there, capsys):
+    directory = pathlib.Path(run.run.dir)
+    if there:
+        directory.mkdir()
+        (directory / "notes.txt").write_text("mine")
+    before = snapshot(directory.parent)
+    words = [word.replace("TOKENIZER", f"{undisturbed.run.dir}/tokenizer.model") for word in words]
+    mesh = [] if "mesh" in " ".join(words) else ["--mesh.data", "4", "--mesh.tensor", "2"]
+    status, output, errors = in_process(capsys, *arguments(run, *mesh, *words))
+    assert (status, output) == (2, "")
+    assert re.fullmatch(rf"error: .*({message}).*\n", errors), errors
+    assert snapshot(directory.parent) == before
+
+
+@pytest.mark.parametrize("directory", ["file/run", "file", "/proc/run"])
+def test_a_directory_that_cannot_be_written(tmp_path, run, directory, capsys):
+    (tmp_path / "file").write_text("mine")
+    before = snapshot(tmp_path)
+    words = ("--run.dir", str(tmp_path / directory), "--mesh.data", "4", "--mesh.tensor", "2")
+    status, output, errors = in_process(capsys, *arguments(run, *words))
+    assert (status, output) == (2, "")
+    assert re.fullmatch(r"error: run\.dir: .*; name a writable directory\n", errors)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_mistake_in_a_real_process(run):
+    done = train(arguments(run, "--data.paths", "[/nowhere]"), status=2)
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: /nowhere: .*\n", done.stderr)
+
+
+# The disk, the terminal, the default
+
+
+def test_a_disk_that_fails_is_told_and_training_goes_on(run, undisturbed, monkeypatch):
+    # Metrics and config fit under the limit, which stands for a full disk; checkpoints do not.
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # which must not be left with halves of programs
+    shutil.copytree(f"{undisturbed.run.dir}/data", f"{run.run.dir}/data")
+    with start_train(arguments(run, "--run.steps", "12")) as process:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert "ERROR" not in errors  # TensorStore's own threads cannot be kept from printing
+    warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
+    reasons = [re.search(r"checkpoints/(\d+) was not written: (.*)", line).groups() for line in warnings]
+    assert reasons == [(step, "File too large") for step in ("5", "10", "12")]
+    assert [line["step"] for line in read_lines(pathlib.Path(run.run.dir))] == list(range(1, 13))
+    assert "12 of 12" in output
+
+
+def test_output_into_a_file_has_no_control_codes(run, tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        train(arguments(run, "--run.steps", "3"), stdout=log, stderr=log)
+    text = (tmp_path / "log").read_text()
+    assert "3/3" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\x80-\x9f]", text)
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(run):
+    with start_train(arguments(run, "--run.steps", "100000")) as process:
+        assert process.stdout.readline() != ""
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141
+
+
+def test_without_arguments_it_is_the_debug_run(tmp_path):
+    shown = train(["--print_config"], cwd=tmp_path).stdout
+    values = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
+    resolved = yaml.safe_load(shown)
+    assert resolved["run"]["dir"] == "runs/debug"
+    for section, keys in values.items():
+        assert keys.items() <= resolved[section].items()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,329 @@
+"""The loop from inside: what it evaluates, what it trains on, what it learns, what it survives."""
+
+import collections
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import random_parameters
+from tiny_runs import MODEL, WORDS, read_lines, read_state, snapshot, state_bytes, tiny_config, write_corpus
+
+import llama_jax
+from llama_jax.data.corpus import is_held_out
+from llama_jax.data.token_file import write_tokens
+from llama_jax.errors import InputError
+from llama_jax.model.llama import Llama, logits
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.training import evaluate as evaluate_module
+from llama_jax.training import loop, step, step_log
+from llama_jax.training.evaluate import batch_evaluator, evaluate
+from llama_jax.training.loop import Run, fingerprint
+from llama_jax.training.step import StepMetrics
+from llama_jax.weights.checkpoint import SaveError
+
+
+class Recorder:
+    """A display that remembers."""
+
+    def __init__(self):
+        self.heading, self.records, self.events, self.summary = [], [], [], {}
+
+    def start(self, heading, steps):
+        self.heading = list(heading)
+
+    def step(self, record):
+        self.records.append(record)
+
+    def event(self, text):
+        self.events.append(text)
+
+    def finish(self, summary):
+        self.summary = dict(summary)
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def config(tmp_path, corpus):
+    return tiny_config(tmp_path / "run", corpus)
+
+
+def changed(config, **sections):
+    values = {name: dataclasses.replace(getattr(config, name), **changes) for name, changes in sections.items()}
+    return dataclasses.replace(config, **values)
+
+
+# Evaluation
+
+
+def nats_by_hand(params, documents: list[list[int]], length: int) -> tuple[float, int]:
+    """Summed loss in float64, window by window, and the number of targets."""
+    ids = np.concatenate(documents)
+    number = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+    total, count = 0.0, 0
+    for first in range(0, len(ids) - 1, length):
+        window, of = ids[first : first + length + 1], number[first : first + length + 1]
+        inputs, inside = (jnp.asarray(values[None, :-1], jnp.int32) for values in (window, of - of[0] + 1))
+        scores = np.asarray(logits(params, inputs, MODEL, inside), np.float64)[0]
+        log_probabilities = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        log_probabilities -= scores.max(-1, keepdims=True)
+        counted = of[1:] == of[:-1]
+        total -= log_probabilities[np.arange(len(window) - 1), window[1:]][counted].sum()
+        count += int(counted.sum())
+    return total, count
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_held_out_loss_equals_float64_by_hand(tmp_path, rows):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 320, size).tolist() for size in (5, 90, 1, 33, 64, 2, 47)]
+    file = write_tokens(
+        tmp_path / "x.tokens", documents, vocab_size=320, bytes_of_text=777, tokenizer_sha256="", sources_sha256=""
+    )
+    params, model, mesh = random_parameters(MODEL), Llama(MODEL), make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        found = evaluate(batch_evaluator(model, 50), params, file, 32, rows, mesh, model)
+    nats, count = nats_by_hand(params, documents, 32)
+    assert found.tokens == count == sum(map(len, documents)) - len(documents)
+    assert found.nats_per_token == pytest.approx(nats / count, rel=2e-6)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 777, rel=2e-6)
+
+
+def test_a_run_reports_the_held_out_loss_of_its_last_state(config, corpus):
+    display = Recorder()
+    summary = Run(config, display).train()
+    directory = pathlib.Path(config.run.dir)
+    texts = {path.name: path.read_text() for path in corpus.iterdir()}
+    held_out = [texts[name] for name in sorted(texts) if is_held_out(name, 0.2)]
+    tokenizer = load_tokenizer(directory / "tokenizer.model")
+    documents = [[1, *tokenizer.encode(text), 2] for text in held_out]
+    nats, count = nats_by_hand(read_state(config, 12).params, documents, 32)
+    evaluation = summary.evaluation
+    assert (evaluation.tokens, evaluation.nats_per_token) == (count, pytest.approx(nats / count, rel=2e-6))
+    assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / len("".join(held_out)), rel=2e-6)
+    last = read_lines(directory)[-1]
+    assert [last[f"held_out/{name}"] for name in ("loss", "bits_per_byte", "tokens")] == [*evaluation[1:], evaluation[0]]
+    assert (summary.step, summary.saved) == (12, True)
+
+    # The baseline: held-out tokens guessed by how often the training text has them, each count raised by one.
+    training = [[*tokenizer.encode(texts[name]), 2] for name in texts if not is_held_out(name, 0.2)]
+    counts = collections.Counter(id for ids in training for id in ids)
+    targets = [id for ids in documents for id in ids[1:]]
+    unigram = -sum(math.log((counts[id] + 1) / (counts.total() + 320)) for id in targets) / len(targets)
+    assert summary.unigram == pytest.approx(unigram)
+    assert any(f"unigram entropy of the held-out text {unigram:.3f}" in line for line in display.heading)
+
+
+def test_no_held_out_document_is_trained_on(config, monkeypatch, corpus):
+    batches = []
+    monkeypatch.setattr(loop, "micro_batches", lambda batch, a: batches.append(batch.tokens) or step.micro_batches(batch, a))
+    run = Run(changed(config, run={"steps": 60, "eval_every": 0, "checkpoint_every": 60}), Recorder())
+    run.train()
+    assert len(batches) == 60 > run.batches.windows / 4  # more than an epoch
+    tokenizer = load_tokenizer(run.data.tokenizer_path)
+    text = "\n".join(tokenizer.decode(row.tolist()) for batch in batches for row in batch)
+    seen = {int(number) for number in re.findall(r"<(\d+)>", text)}
+    assert seen == {number for number in range(20) if not is_held_out(f"{number}.txt", 0.2)}
+    assert len(seen) < 20
+
+
+def test_evaluation_is_due_whatever_the_rhythm_of_the_log(config):
+    Run(changed(config, run={"log_every": 4, "eval_every": 5}), Recorder()).train()
+    lines = read_lines(pathlib.Path(config.run.dir))
+    assert [(line["step"], "held_out/loss" in line) for line in lines] == [
+        (4, False), (5, True), (8, False), (10, True), (12, True)]  # fmt: skip
+
+
+def test_a_record_means_the_losses_since_the_one_before(config, tmp_path):
+    displays = Recorder(), Recorder()
+    Run(config, displays[0]).train()
+    Run(changed(config, run={"dir": str(tmp_path / "other"), "log_every": 6, "eval_every": 0}), displays[1]).train()
+    losses = [record.loss for record in displays[0].records]
+    expected = [np.mean(losses[:6]), np.mean(losses[6:])]
+    np.testing.assert_allclose([record.loss for record in displays[1].records], expected, rtol=1e-6)
+
+
+def test_evaluation_and_compilation_are_no_part_of_the_step_time(config, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(step_log.time, "perf_counter", lambda: now[0])
+    log = step_log.StepLog(config)
+    figures = StepMetrics(*map(np.float32, (2, 1, 1e-3, 128)))
+
+    def update(seconds):
+        now[0] += seconds
+        log.add(figures)
+
+    update(30)  # with the compilation
+    assert log.record(1).step_seconds == 30
+    now[0] += 1000  # evaluation
+    log.start_clock()
+    update(2)
+    update(4)
+    record = log.record(3)
+    assert (record.step_seconds, record.tokens_per_second, record.tokens) == (3, 4 * 32 / 3, 3 * 4 * 32)
+
+
+# One program
+
+
+def test_the_step_is_traced_once_whatever_else_happens(config, monkeypatch):
+    traces = collections.Counter()
+
+    def counted(name, function):
+        def call(*args):
+            traces[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(step, "train_step", counted("step", step.train_step))
+    monkeypatch.setattr(evaluate_module, "batch_loss", counted("evaluation", evaluate_module.batch_loss))
+    run = changed(config, run={"eval_every": 3, "checkpoint_every": 2})
+    Run(run, Recorder()).train(should_stop=lambda done: done == 7)
+    assert traces == {"step": 1, "evaluation": 1}
+    Run(run, Recorder()).train()  # from a restored state
+    assert traces == {"step": 2, "evaluation": 2}
+
+
+# Checkpoints
+
+
+def fail_to_save(monkeypatch, steps, when):
+    """Makes saves of some steps fail, at their start or in the background."""
+    save, poll = loop.Checkpoints.save, loop.Checkpoints.poll
+    broken = []
+
+    def failing_save(self, number, state, metadata):
+        if number not in steps:
+            return save(self, number, state, metadata)
+        if when == "start":
+            raise SaveError(f"checkpoint {number} was not written: full")
+        return broken.append(number)
+
+    def failing_poll(self):
+        if broken:
+            raise SaveError(f"checkpoint {broken.pop()} was not written: full")
+        poll(self)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", failing_save)
+    monkeypatch.setattr(loop.Checkpoints, "poll", failing_poll)
+
+
+@pytest.mark.parametrize("when", ["start", "background"])
+def test_a_save_that_fails_is_told_and_the_next_one_counts(config, monkeypatch, when):
+    fail_to_save(monkeypatch, {4, 8}, when)
+    display = Recorder()
+    summary = Run(config, display).train()
+    warnings = [line for line in display.events if line.startswith("warning")]
+    assert warnings == [f"warning: checkpoint {number} was not written: full" for number in (4, 8)]
+    assert (summary.step, summary.saved) == (12, True)
+    assert len(display.records) == 12
+
+
+@pytest.mark.parametrize("when", ["start", "background"])
+def test_a_last_save_that_fails_is_no_success(config, monkeypatch, when):
+    fail_to_save(monkeypatch, {12}, when)
+    assert Run(config, Recorder()).train().saved is False
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_bit(config, tmp_path):
+    reference = changed(config, run={"dir": str(tmp_path / "reference")})
+    Run(reference, Recorder()).train()
+    Run(config, Recorder()).train(should_stop=lambda done: done == 8)
+    files = [path for path in pathlib.Path(config.run.dir, "checkpoints", "8", "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    display = Recorder()
+    Run(config, display).train()
+    assert any(line.startswith("warning: checkpoint") and "/8" in line for line in display.events)
+    assert display.records[0].step == 5
+    assert [line["step"] for line in read_lines(pathlib.Path(config.run.dir))] == list(range(1, 13))
+    assert state_bytes(read_state(config, 12)) == state_bytes(read_state(reference, 12))
+
+
+def test_fingerprint_tells_single_bits(config):
+    Run(config, Recorder()).train()
+    state = jax.device_get(read_state(config, 12))
+    other = jax.device_get(read_state(config, 8))
+    assert fingerprint(state) == fingerprint(jax.tree.map(np.copy, state)) != fingerprint(other)
+    flipped = jax.tree.map(np.copy, state)
+    flipped.params["embedding"].view(np.uint8)[3, 5] ^= 1
+    assert fingerprint(flipped) != fingerprint(state)
+
+
+def test_making_a_run_touches_nothing_of_the_one_before(config):
+    Run(config, Recorder()).train()
+    before = snapshot(pathlib.Path(config.run.dir))
+    Run(changed(config, run={"overwrite": True}), Recorder())
+    assert snapshot(pathlib.Path(config.run.dir)) == before
+
+
+def test_overwrite_starts_anew(config):
+    Run(config, Recorder()).train()
+    display = Recorder()
+    Run(changed(config, run={"overwrite": True, "steps": 3}), display).train()
+    assert [record.step for record in display.records] == [1, 2, 3]
+    assert [line["step"] for line in read_lines(pathlib.Path(config.run.dir))] == [1, 2, 3]
+
+
+def test_too_little_text_for_a_batch_is_explained(config):
+    with pytest.raises(InputError, match="windows"):
+        Run(changed(config, data={"batch_rows": 10_000}), Recorder())
+
+
+# Text
+
+
+def test_a_folder_with_a_tokenizer_is_taken_with_the_files_beside_it(config, tiny_directory):
+    data = {"tokenizer": str(tiny_directory)}
+    vocabulary = load_tokenizer(tiny_directory).vocab_size
+    Run(changed(config, data=data, model={"vocab_size": vocabulary}, run={"steps": 2}), Recorder()).train()
+    ours, theirs = llama_jax.load(config.run.dir).tokenizer, load_tokenizer(tiny_directory)
+    assert (ours.begin_id, ours.end_id, ours.vocab_size) == (theirs.begin_id, theirs.end_id, theirs.vocab_size)
+    assert ours.encode("the cat sat") == theirs.encode("the cat sat")
+
+
+def test_of_a_single_file_the_end_is_held_out(config, tmp_path):
+    path = tmp_path / "single.txt"
+    path.write_text("".join(f"{' '.join(WORDS[number % 7 :])} {number}\n" for number in range(500)))
+    run = Run(changed(config, data={"paths": (str(path),)}, run={"steps": 2}), Recorder())
+    tokenizer = load_tokenizer(run.data.tokenizer_path)
+    train, held_out = (tokenizer.decode(file.tokens.tolist()) for file in (run.data.train, run.data.held_out))
+    assert train + held_out == path.read_text()
+    assert 0.2 <= len(held_out) / len(train + held_out) < 0.22
+    assert run.train().evaluation.tokens == run.data.held_out.header.tokens - 1
+
+
+def test_repeated_lines_are_learned_and_continued(config, tmp_path):
+    line = "the quick brown fox jumps over the lazy dog, then it rests a while.\n"
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for number in range(100):
+        (folder / f"{number}.txt").write_text(line * 3)
+    data = {"paths": (str(folder),), "vocab_size": 290, "batch_rows": 8}
+    run = {"steps": 150, "log_every": 50, "eval_every": 0, "checkpoint_every": 150}
+    display = Recorder()
+    summary = Run(changed(config, data=data, run=run, optimizer={"warmup_steps": 10}), display).train()
+    losses = [round(record.loss, 3) for record in display.records]
+    print(f"held-out {summary.evaluation.nats_per_token:.3f}, unigram {summary.unigram:.3f} nats a token; training {losses}")
+    assert summary.evaluation.nats_per_token < 0.3 * summary.unigram
+    (completion,) = llama_jax.generate(llama_jax.load(config.run.dir), [line[:10]], max_new_tokens=20)
+    assert len(completion.text) >= 20
+    assert line[10:].startswith(completion.text)
