@@ -35,7 +35,7 @@ class Pretrained(NamedTuple):
       tokenizer: text to ids and back; `None` for a Hugging Face directory without tokenizer files.
       template: how the model wants a conversation written; `None` if its files say nothing.
       stop_ids: tokens that end a text.
-      origin: one line that says what was loaded, for people.
+      origin: one line that says what was loaded, damaged checkpoints that were passed over included; for people.
     """
 
     config: LlamaConfig
@@ -92,4 +92,6 @@ def _load_run(path: pathlib.Path, dtype: DTypeLike, form: Form) -> Pretrained:
     config = config_from_dict(restored.metadata["model"])
     params = unstack(restored.state) if form == "unrolled" else restored.state
     tokenizer = load_tokenizer(path / RUN_TOKENIZER)
-    return Pretrained(config, params, tokenizer, None, stop_ids(tokenizer), f"run {path.name} at step {restored.step}")
+    warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
+    origin = f"run {path.name} at step {restored.step}{warnings}"
+    return Pretrained(config, params, tokenizer, None, stop_ids(tokenizer), origin)

@@ -1,0 +1,172 @@
+"""`load`: every kind of model on disk, found by what lies at the path, and the same weights whoever wrote them."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hub import TEMPLATE, TINY_CONTEXT
+from support import TINY, random_parameters, random_tokens
+
+from llama_jax.errors import CorruptError, InputError
+from llama_jax.generation.text import generate
+from llama_jax.model.llama import logits
+from llama_jax.weights.checkpoint import Checkpoints
+from llama_jax.weights.load import load
+
+
+def test_hugging_face_directory(tiny_directory):
+    model = load(tiny_directory)
+    assert model.config == dataclasses.replace(TINY, vocab_size=model.tokenizer.vocab_size, context_length=TINY_CONTEXT)
+    assert model.template.source == TEMPLATE
+    assert model.stop_ids == (0, 2)  # what the config declares, and the end of a turn that it forgets
+    assert model.origin == "Hugging Face tiny"
+    assert model.tokenizer.decode(model.tokenizer.encode("cat 你好")) == "cat 你好"
+
+
+@pytest.mark.parity
+def test_hugging_face_logits_equal_transformers(tiny_directory):
+    """transformers reads the same directory."""
+    torch = pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
+    import transformers
+
+    model = load(tiny_directory)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32)
+    tokens = random_tokens(model.config, (2, 30))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
+    np.testing.assert_allclose(logits(model.params, tokens, model.config), expected, atol=1e-4, rtol=0)
+
+
+def test_forms_and_dtypes(tiny_directory):
+    stacked = load(tiny_directory, "bfloat16", form="stacked")
+    unrolled = load(str(tiny_directory), "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves((stacked.params, unrolled.params))} == {jnp.dtype("bfloat16")}
+    wq = stacked.params["layers"]["attention"]["wq"]
+    assert (wq[1] == unrolled.params["layers_1"]["attention"]["wq"]).all()
+    assert wq.shape[0] == stacked.config.layers
+
+
+def test_without_a_tokenizer(tiny_directory, tmp_path):
+    """Weights alone are enough for all that needs no text."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_directory / name, tmp_path)
+    model = load(tmp_path)
+    assert model.tokenizer is None
+    assert model.template is None
+    assert model.stop_ids == (0,)
+    with pytest.raises(InputError, match=r"has no tokenizer: put its tokenizer\.json"):
+        generate(model, ["a"])
+
+
+@pytest.mark.smollm2
+def test_gguf_file(smollm2_model):
+    assert smollm2_model.origin == "GGUF SmolLM2-135M-Instruct.Q4_1.gguf"
+    special = smollm2_model.tokenizer.special_tokens
+    assert smollm2_model.stop_ids == (special["<|endoftext|>"], special["<|im_end|>"])
+    assert "<|im_start|>" in smollm2_model.template.source
+
+
+@pytest.mark.parity
+@pytest.mark.smollm2
+def test_gguf_logits_equal_transformers(smollm2_model, smollm2_torch):
+    """Weights that the gguf package dequantised and this test's own code put in order."""
+    torch = pytest.importorskip("torch")
+    tokens = random_tokens(smollm2_model.config, (1, 50))
+    with torch.no_grad():
+        expected = smollm2_torch(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
+    got = np.asarray(logits(smollm2_model.params, tokens, smollm2_model.config))
+    assert np.abs(expected).max() > 10
+    np.testing.assert_allclose(got, expected, atol=2e-3, rtol=0)
+
+
+CONFIG = dataclasses.replace(TINY, layers=2, vocab_size=500)
+
+
+@pytest.fixture
+def run(tmp_path, sentence_piece_file) -> pathlib.Path:
+    """A run directory as `train.py` leaves it: two checkpoints, of steps 5 and 9, and the tokenizer."""
+    directory = tmp_path / "run"
+    with Checkpoints.open(directory / "checkpoints", keep=3) as checkpoints:
+        for step in (5, 9):
+            state = {"params": random_parameters(CONFIG, seed=step), "step": jnp.int32(step)}
+            checkpoints.save(step, state, {"model": dataclasses.asdict(CONFIG)})
+    shutil.copy(sentence_piece_file, directory / "tokenizer.model")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sentence_piece_file(tmp_path_factory) -> pathlib.Path:
+    import pydoc_data.topics
+
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(pydoc_data.topics.topics["for"].splitlines() * 20), model_writer=file, vocab_size=400,
+            model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2, hard_vocab_limit=False,
+        )  # fmt: skip
+    return path
+
+
+def test_run_directory(run):
+    model = load(run)
+    assert model.origin == "run run at step 9"
+    assert model.config == CONFIG
+    tokens = random_tokens(CONFIG, (1, 9))
+    expected = logits(random_parameters(CONFIG, seed=9), tokens, CONFIG)
+    np.testing.assert_allclose(logits(model.params, tokens, CONFIG), expected, atol=1e-5)
+    assert model.tokenizer.decode(model.tokenizer.encode("for it")) == "for it"
+    assert model.stop_ids == (model.tokenizer.end_id,)
+    assert load(run, form="stacked").params["layers"]["attention"]["wq"].shape[0] == 2
+
+
+def damage(run: pathlib.Path, step: int) -> None:
+    for path in (run / "checkpoints" / str(step) / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-7] + b"damaged")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run):
+    damage(run, 9)
+    model = load(run)
+    assert model.origin.startswith("run run at step 5 (")
+    assert "checkpoints/9 is damaged" in model.origin
+    assert "\n" not in model.origin
+    damage(run, 5)
+    with pytest.raises(CorruptError, match="all checkpoints are damaged"):
+        load(run)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "another file", "a directory without either"])
+def test_a_path_that_is_none_of_these(kind, tmp_path):
+    path = tmp_path / "model"
+    if kind == "another file":
+        path.write_text("Some text.")
+    if kind == "a directory without either":
+        path.mkdir()
+    with pytest.raises(InputError) as refused:
+        load(path)
+    assert str(refused.value) == (
+        f"{path}: {kind} given; a run directory, a Hugging Face directory (config.json) or a .gguf file expected"
+    )
+
+
+def test_damaged_files_are_named(tiny_directory, tmp_path):
+    path = tmp_path / "text.gguf"
+    path.write_text("Some text that is no model. " * 10)
+    with pytest.raises(InputError, match=r"text\.gguf"):
+        load(path)
+    directory = pathlib.Path(shutil.copytree(tiny_directory, tmp_path / "damaged"))
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load(directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(InputError, match="gpt2"):
+        load(directory)
