@@ -72,7 +72,8 @@ def evaluate_text(model: Pretrained, text: str, length: int | None = None, **opt
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
     Raises:
-      InputError: for a text of fewer than two tokens, a length out of range, and a model without tokenizer.
+      InputError: for a text of fewer than two tokens, a length out of range, a model without tokenizer, and a tokenizer
+        with tokens that the model does not have.
     """
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
@@ -83,6 +84,9 @@ def evaluate_text(model: Pretrained, text: str, length: int | None = None, **opt
         raise InputError(
             f"a text of {len(ids)} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} expected"
         )
+    vocabulary = model.config.vocab_size
+    if ids.max() >= vocabulary:
+        raise InputError(f"the text holds token {ids.max()}; the vocabulary goes from 0 to {vocabulary - 1}")
     llama = model_for(model.params, model.config, **options)
     run = batch_evaluator(llama, _TEXT_CHUNK)
     nats = math.fsum(float(run(model.params, window)[0]) for window in _text_windows(ids, length))

@@ -1,0 +1,160 @@
+"""`eval`: held-out loss of a text, against its definition and against transformers."""
+
+import json
+import math
+import pydoc_data.topics
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.cli.evaluate import main
+from llama_jax.cli.program import run_program
+from llama_jax.errors import InputError
+from llama_jax.model.llama import logits
+from llama_jax.text.tokenizer import encode_prompt
+from llama_jax.training.evaluate import evaluate_text
+from llama_jax.weights.load import load
+
+TEXT = "The cat sat on the mat. 你好, 🎉 the dog saw it.\n" * 3
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_directory):
+    return load(tiny_directory)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run(*arguments) -> int:
+    return run_program(lambda: main([str(argument) for argument in arguments]))
+
+
+def summed_loss(model, ids: list[int], length: int) -> float:
+    """-log p of every token but the first, in float64; each window of targets sees the tokens of its own window only."""
+    total = 0.0
+    for first in range(0, len(ids) - 1, length):
+        window = np.array(ids[first : first + length + 1])
+        scores = np.asarray(logits(model.params, jnp.asarray(window[None, :-1], jnp.int32), model.config)[0], np.float64)
+        peak = scores.max(axis=1)
+        normalizer = peak + np.log(np.exp(scores - peak[:, None]).sum(axis=1))
+        total += float((normalizer - scores[np.arange(len(window) - 1), window[1:]]).sum())
+    return total
+
+
+@pytest.mark.parametrize("length", [None, 1, 20, 1000])
+def test_the_definition(tiny, length):
+    ids = encode_prompt(tiny.tokenizer, TEXT)
+    expected = summed_loss(tiny, ids, length or len(ids))
+    result = evaluate_text(tiny, TEXT, length)
+    assert result.tokens == len(ids) - 1
+    assert result.nats_per_token == pytest.approx(expected / (len(ids) - 1), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(expected / math.log(2) / len(TEXT.encode()), rel=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.smollm2
+def test_the_loss_of_transformers(smollm2_model, smollm2_torch):
+    """The real model on real prose, the last window shorter than the others."""
+    torch = pytest.importorskip("torch")
+    text = pydoc_data.topics.topics["for"][:2000]
+    ids = encode_prompt(smollm2_model.tokenizer, text)
+    length = 200
+    assert 2 * length < len(ids) < 3 * length
+    losses = []
+    for first in range(0, len(ids) - 1, length):
+        window = torch.tensor([ids[first : first + length + 1]])
+        with torch.no_grad():
+            scores = smollm2_torch(window[:, :-1]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(scores, window[0, 1:], reduction="sum").item())
+    result = evaluate_text(smollm2_model, text, length)
+    assert result.tokens == len(ids) - 1
+    assert 1 < result.nats_per_token < 4  # a model that has read such prose
+    assert result.nats_per_token == pytest.approx(sum(losses) / (len(ids) - 1), abs=1e-4)
+
+
+def test_program(tiny_directory, tiny, text_file, capsys):
+    expected = evaluate_text(tiny, TEXT, 20)
+    assert run("--model", tiny_directory, "--text", text_file, "--length", 20) == 0
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert lines == {
+        "tokens": str(expected.tokens),
+        "nats_per_token": f"{expected.nats_per_token:.6f}",
+        "bits_per_byte": f"{expected.bits_per_byte:.6f}",
+    }
+
+
+def test_json_as_a_process(tiny_directory, tiny, text_file):
+    command = ["-m", "llama_jax", "eval", "--model", tiny_directory, "--text", text_file, "--length", "20", "--json"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, b"")
+    result = json.loads(done.stdout)
+    assert list(result) == ["tokens", "nats_per_token", "bits_per_byte"]
+    assert result == pytest.approx(evaluate_text(tiny, TEXT, 20)._asdict(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "cannot be read (No such file or directory); --text takes a text file"),
+    (b"good \xff", "not UTF-8 text at byte 5; convert it first"),
+    (b"", "a text of 0 tokens"),
+    (b"a", "a text of 1 tokens"),
+])  # fmt: skip
+def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert run("--model", tiny_directory, "--text", path) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--text", "."], "cannot be read (Is a directory)"),
+    (["--text", __file__, "--length", "0"], "windows of 0"),
+    (["--text", __file__, "--length", "-3"], "windows of -3"),
+    (["--text", __file__, "--length", "ten"], "argument --length: invalid int value: 'ten'"),
+    (["--txt", __file__], "argument '--txt' is unknown; the nearest is --text"),
+    ([], "the following arguments are required: --text"),
+])  # fmt: skip
+def test_wrong_use_is_one_line(tiny_directory, capsys, arguments, words):
+    assert run("--model", tiny_directory, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_a_length_beyond_the_context(tiny):
+    model = tiny._replace(config=type(tiny.config)(**{**tiny.config.__dict__, "context_length": 16}))
+    with pytest.raises(InputError, match="windows of 17: at least 2 tokens, windows of 1 to 16 expected"):
+        evaluate_text(model, TEXT, 17)
+    assert evaluate_text(model, TEXT) == evaluate_text(tiny, TEXT, 16)
+
+
+def test_a_tokenizer_of_another_model(tiny):
+    """Ids beyond the embedding table would be read as nothing at all, and the loss be no number."""
+    vocab = 100
+    small = tiny._replace(
+        config=type(tiny.config)(**{**tiny.config.__dict__, "vocab_size": vocab}),
+        params=jax.tree.map(lambda leaf: leaf, {**tiny.params, "embedding": tiny.params["embedding"][:vocab],
+                                                "head": tiny.params["head"][:, :vocab]}),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"the text holds token \d+; the vocabulary goes from 0 to 99"):
+        evaluate_text(small, TEXT, 20)
+
+
+def test_a_model_without_tokenizer(tiny):
+    with pytest.raises(InputError, match="has no tokenizer"):
+        evaluate_text(tiny._replace(tokenizer=None), TEXT)
