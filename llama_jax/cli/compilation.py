@@ -13,12 +13,12 @@ def keep_compiled_programs() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    directory = base / "llama_jax" / "compiled"
     try:
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        directory = base / "llama_jax" / "compiled"
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         directory.chmod(0o700)
-    except OSError:
-        return  # a home that cannot be written to: compile anew each time
+    except (OSError, RuntimeError):
+        return  # a home that cannot be written to, or a user without one: compile anew each time
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

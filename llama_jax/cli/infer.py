@@ -1,6 +1,7 @@
 """`infer`: prompts in, text out. Text goes to standard output, everything else to standard error."""
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -38,22 +39,37 @@ def read_prompts(given: list[str] | None) -> list[str]:
     """The prompts of the command line, or one a line from standard input.
 
     Raises:
-      InputError: if there is none.
+      InputError: if there is none, and for standard input that is not UTF-8.
     """
     if given:
-        return [sys.stdin.read() if prompt == "-" else prompt for prompt in given]
+        return [_read_standard_input() if prompt == "-" else prompt for prompt in given]
     if sys.stdin.isatty():
         raise InputError("no prompt given; --prompt TEXT, or lines on standard input expected")
-    prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    # Not `splitlines`: that also ends a line at a form feed or U+2028, which are text here.
+    prompts = [line.removesuffix("\r") for line in _read_standard_input().split("\n") if line.strip()]
     if not prompts:
         raise InputError("standard input is empty; one prompt a line expected")
     return prompts
+
+
+def _read_standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text at byte {error.start}; convert it first") from None
+
+
+def prepare_output(json: bool) -> None:
+    """JSON is UTF-8 wherever it goes; text is in the terminal's encoding, with `?` for characters that it lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8" if json else None, errors="strict" if json else "replace")
 
 
 def main(arguments: list[str], prog: str = "infer") -> int:
     """Runs `infer` and returns its exit status."""
     options = make_parser(prog).parse(arguments)
     prompts = read_prompts(options.prompt)
+    prepare_output(options.json)
     # Only now: --help and wrong options need neither JAX nor seconds.
     from llama_jax.generation.text import stream
     from llama_jax.weights.load import load

@@ -29,7 +29,8 @@ class OptionParser(argparse.ArgumentParser):
         for word in arguments:
             option = word.partition("=")[0]
             if option.startswith("--") and option not in known:
-                near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+                near = [name for name in known if name.startswith(option)] if len(option) > 3 else []
+                near += difflib.get_close_matches(option, known, n=1, cutoff=0.4)
                 raise InputError(f"argument {option!r} is unknown; " + (f"the nearest is {near[0]}" if near else "see --help"))
         return self.parse_args(arguments)
 

@@ -1,0 +1,100 @@
+"""Text in, text out, with a model of random weights: its text is noise, broken characters included."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from llama_jax.errors import InputError
+from llama_jax.generation.generate import Generator
+from llama_jax.generation.sampling import make_sampling
+from llama_jax.generation.text import Completion, encode_user, generate, stream
+from llama_jax.weights.load import Pretrained, load
+
+PROMPTS = ["The cat sat", "你好 🎉", "a"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_directory) -> Pretrained:
+    """The model of the directory, with a context small enough to be reached."""
+    model = load(tiny_directory)
+    return model._replace(config=dataclasses.replace(model.config, context_length=64))
+
+
+@pytest.fixture(scope="module")
+def completions(tiny) -> list[Completion]:
+    return generate(tiny, PROMPTS, max_new_tokens=30, temperature=1.0, seed=4)
+
+
+def test_completions_are_the_decoded_ids(tiny, completions):
+    prompts = [tiny.tokenizer.encode(prompt) for prompt in PROMPTS]
+    expected = Generator(tiny.params, tiny.config).generate(prompts, 30, make_sampling(3, 1.0, seed=4), tiny.stop_ids)
+    for completion, text, prompt, row in zip(completions, PROMPTS, prompts, expected):
+        assert completion == Completion(
+            text, tiny.tokenizer.decode(row.token_ids), row.token_ids, row.stop_reason, len(prompt), len(row.token_ids)
+        )
+    assert any("\ufffd" in completion.text for completion in completions)  # noise: some bytes are no characters
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_pieces_make_up_the_completions(tiny, completions, chunk):
+    pieces = list(stream(tiny, PROMPTS, max_new_tokens=30, temperature=1.0, seed=4, chunk=chunk))
+    for row, completion in enumerate(completions):
+        own = [piece for piece in pieces if piece.row == row]
+        assert [piece.completion for piece in own] == [None] * (len(own) - 1) + [completion]
+        assert "".join(piece.text for piece in own) == completion.text
+        assert sum(piece.tokens for piece in own) == completion.new_tokens
+        assert max(piece.tokens for piece in own) == chunk
+
+
+def test_settings_per_prompt(tiny, completions):
+    """A row's settings and seed are its own."""
+    settings = {"temperature": [0.0, 1.0, 1.0], "top_k": [0, 0, 1], "seed": [9, 5, 6]}
+    got = generate(tiny, PROMPTS, max_new_tokens=30, **settings)
+    greedy = generate(tiny, PROMPTS, max_new_tokens=30)
+    assert [row.token_ids for row in got] == [greedy[0].token_ids, completions[1].token_ids, greedy[2].token_ids]
+    assert greedy[1].token_ids != completions[1].token_ids
+
+
+def test_chat_goes_through_the_template(tiny):
+    special, encode = tiny.tokenizer.special_tokens, tiny.tokenizer.encode
+    written = ["<|im_start|>", "user\nHi", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
+    expected = [[special[part]] if part in special else encode(part) for part in written]
+    assert encode_user(tiny, "Hi", chat=True) == list(itertools.chain(*expected))
+    assert encode_user(tiny, "Hi", chat=False) == encode("Hi")
+
+
+def test_a_prompt_that_fills_the_context(tiny):
+    """Beside one that does not: an empty answer, not a missing one."""
+    full = generate(tiny, [" the" * 64, "a"], max_new_tokens=3)
+    assert full[0] == Completion(" the" * 64, "", [], "length", 64, 0)
+    assert full[1].new_tokens == 3
+
+
+@pytest.mark.parametrize(("prompt", "settings", "words"), [
+    ("", {}, "prompt 1 has 0 tokens; 1 to 64"),
+    (" the" * 65, {}, "prompt 1 has 65 tokens; 1 to 64"),
+    ("a", {"max_new_tokens": -1}, "max_new_tokens: -1"),
+    ("a", {"temperature": -1.0}, "temperature: -1.0"),
+    ("a", {"top_k": -1}, "top_k: -1"),
+    ("a", {"top_p": 2.0}, "top_p: 2.0"),
+    ("a", {"seed": -1}, "seed: -1"),
+    ("a", {"temperature": [1.0, 1.0]}, "temperature: 2 values given for 1 rows"),
+    ("a\udc80", {}, "surrogate"),
+    ("a", {"dtype": "int8"}, "dtype 'int8'"),
+    ("a", {"attention": "flash"}, "attention backend 'flash'"),
+])  # fmt: skip
+def test_what_cannot_be_done(tiny, prompt, settings, words):
+    with pytest.raises(InputError, match=words):
+        generate(tiny, [prompt], **settings)
+
+
+def test_a_model_without_tokenizer_or_template(tiny):
+    with pytest.raises(InputError, match="Hugging Face tiny has no tokenizer"):
+        generate(tiny._replace(tokenizer=None), ["a"])
+    with pytest.raises(InputError, match="Hugging Face tiny has no chat template"):
+        generate(tiny._replace(template=None), ["a"], chat=True)
+
+
+def test_no_prompts(tiny):
+    assert generate(tiny, []) == []
