@@ -29,7 +29,7 @@ def _require_count(field: str, value: object, largest: int) -> None:
 
 def _require_positive(field: str, value: object) -> None:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(real and 0 < value < _HUGE, field, value, "a positive number")  # type: ignore[arg-type,operator]
+    _require(real and 0 < value < _HUGE, field, value, "a positive number")  # type: ignore[operator]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """`infer`: prompts in, text out. Text goes to standard output, everything else to standard error."""
 
-import argparse
 import io
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llama_jax.cli.compilation import keep_compiled_programs
@@ -91,7 +90,10 @@ def main(arguments: list[str], prog: str = "infer") -> int:
         dtype=dtype,
     )
     meter = Meter()
-    completions = write(meter.watch(pieces), prompts, options)
+    ordered = in_order(meter.watch(pieces), len(prompts))
+    echo = sys.stdout.isatty() and not options.chat
+    echoed = [f"{_DIM}{prompt}{_PLAIN}" if echo else "" for prompt in prompts]
+    completions = write_json(ordered) if options.json else write_text(ordered, echoed)
     note(meter.report(completions))
     return 0
 
@@ -101,29 +103,39 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def write(pieces: Iterable["Piece"], prompts: list[str], options: argparse.Namespace) -> list["Completion"]:
-    """Writes the answers to standard output in the order of the prompts, each as it comes; returns them."""
-    completions: dict[int, Completion] = {}
-    texts = ["" for _ in prompts]
-    written, current = 0, 0
-    echo = not options.json and not options.chat and sys.stdout.isatty()
-    emit = (lambda text: None) if options.json else (lambda text: print(text, end="", flush=True))
-    emit(f"{_DIM}{prompts[0]}{_PLAIN}" if echo else "")
+def in_order(pieces: Iterable["Piece"], prompts: int) -> Iterator["Piece"]:
+    """The same pieces, those of a prompt held back until the prompts before it have ended."""
+    held: list[list[Piece]] = [[] for _ in range(prompts)]
+    current = 0
     for piece in pieces:
-        texts[piece.row] += piece.text
+        held[piece.row].append(piece)
+        while current < prompts and held[current]:
+            ready, held[current] = held[current], []
+            yield from ready
+            current += ready[-1].completion is not None
+
+
+def write_json(pieces: Iterable["Piece"]) -> list["Completion"]:
+    """Writes one JSON object a prompt, each as it is complete; returns the completions."""
+    completions: list[Completion] = []
+    for piece in pieces:
         if piece.completion is not None:
-            completions[piece.row] = piece.completion
-        while current < len(prompts):
-            emit(texts[current][written:])
-            written = len(texts[current])
-            if current not in completions:
-                break
-            emit("\n")
-            if options.json:
-                print(json.dumps(completions[current]._asdict(), ensure_ascii=False), flush=True)
-            current, written = current + 1, 0
-            emit(f"{_DIM}{prompts[current]}{_PLAIN}" if echo and current < len(prompts) else "")
-    return [completions[row] for row in range(len(prompts))]
+            print(json.dumps(piece.completion._asdict(), ensure_ascii=False), flush=True)
+            completions.append(piece.completion)
+    return completions
+
+
+def write_text(pieces: Iterable["Piece"], echoed: Sequence[str]) -> list["Completion"]:
+    """Writes texts as they come, each after what is to be echoed before it; returns the completions."""
+    completions: list[Completion] = []
+    begun = -1
+    for piece in pieces:
+        print((echoed[piece.row] if piece.row > begun else "") + piece.text, end="", flush=True)
+        begun = piece.row
+        if piece.completion is not None:
+            print(flush=True)
+            completions.append(piece.completion)
+    return completions
 
 
 class Meter:

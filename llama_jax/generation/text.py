@@ -81,12 +81,15 @@ class _Row:
         self.new: list[int] = []
         self.text = ""
         self.finished = False
-        self._decoder = StreamDecoder(require_tokenizer(model))
+        self._tokenizer = require_tokenizer(model)
+        self._decoder = StreamDecoder(self._tokenizer)
 
     def take(self, tokens: list[int], ended: bool) -> str:
         """Adds tokens; the text that became certain."""
         self.new += tokens
-        added = "".join(self._decoder.push(token) for token in tokens) + (self._decoder.flush() if ended else "")
+        # A model may have more rows than its tokenizer has tokens (padding); a token drawn from these has no text.
+        known = [token for token in tokens if token < self._tokenizer.vocab_size]
+        added = "".join(self._decoder.push(token) for token in known) + (self._decoder.flush() if ended else "")
         self.text += added
         return added
 

@@ -1,6 +1,5 @@
 """`infer.py`: text on standard output, everything else on standard error, and one line for what is wrong."""
 
-import argparse
 import io
 import json
 import os
@@ -13,7 +12,7 @@ import sys
 
 import pytest
 
-from llama_jax.cli.infer import main, write
+from llama_jax.cli.infer import in_order, main, write_text
 from llama_jax.cli.program import run_program
 from llama_jax.generation.text import Completion, Piece, generate
 from llama_jax.weights.load import load
@@ -205,10 +204,11 @@ def test_help(capsys):
     assert "--max-new-tokens N" in capsys.readouterr().out
 
 
-def test_a_terminal_shows_the_prompt_before_its_text(monkeypatch, capsys):
+def test_texts_come_in_the_order_of_their_prompts(capsys):
     """Pieces of two prompts come interleaved; they are written one text after the other."""
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     ends = [Completion("p0", "a b", [1, 2], "length", 1, 2), Completion("p1", "cd", [3, 4], "stop", 1, 2)]
     pieces = [Piece(0, "a", 1, None), Piece(1, "c", 1, None), Piece(1, "d", 1, ends[1]), Piece(0, " b", 1, ends[0])]
-    assert write(pieces, ["p0", "p1"], argparse.Namespace(json=False, chat=False)) == ends
-    assert capsys.readouterr().out == "\x1b[2mp0\x1b[0ma b\n\x1b[2mp1\x1b[0mcd\n"
+    assert write_text(in_order(pieces, 2), ["<p0>", "<p1>"]) == ends
+    assert capsys.readouterr().out == "<p0>a b\n<p1>cd\n"
+    assert write_json(in_order(pieces, 2)) == ends
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [end._asdict() for end in ends]
