@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from llama_jax.cli.infer import in_order, main, write_text
+from llama_jax.cli.infer import in_order, main, write_json, write_text
 from llama_jax.cli.program import run_program
 from llama_jax.generation.text import Completion, Piece, generate
 from llama_jax.weights.load import load
