@@ -118,7 +118,7 @@ def test_interrupted(tiny_directory):
         rest, errors = program.communicate(timeout=120)
     assert program.returncode == 130
     assert begun
-    assert (begun + rest).count(b"\n") < 60000
+    assert len(begun + rest) < 8192  # written as it came, not when a buffer was full
     assert len(errors.splitlines()) == 1, errors
     assert b"loaded" in errors
 

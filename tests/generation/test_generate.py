@@ -161,7 +161,7 @@ def test_the_context_ends_the_text():
     """Not one token beyond it, and those before it as if it were longer."""
     lengths = [20, 31, 32, 9]
     prompts = [(PROMPTS[3])[:length] for length in lengths]
-    got = of_context(32).generate(prompts, 1_000_000, make_sampling(4, 1.0))
+    got = of_context(32).generate(prompts, 1000, make_sampling(4, 1.0))
     free = of_context(128).generate(prompts, 30, make_sampling(4, 1.0))
     assert [len(row.token_ids) for row in got] == [12, 1, 0, 23]
     assert {row.stop_reason for row in got} == {"length"}

@@ -123,6 +123,7 @@ def test_run_directory(run):
     np.testing.assert_allclose(logits(model.params, tokens, CONFIG), expected, atol=1e-5)
     assert model.tokenizer.decode(model.tokenizer.encode("for it")) == "for it"
     assert model.stop_ids == (model.tokenizer.end_id,)
+    assert "layers_1" in model.params
     assert load(run, form="stacked").params["layers"]["attention"]["wq"].shape[0] == 2
 
 
