@@ -5,8 +5,6 @@ import os
 import pathlib
 import platform
 import sys
-import time
-from collections.abc import Callable, Mapping
 
 
 def heading(*packages: str) -> str:
@@ -24,16 +22,3 @@ def heading(*packages: str) -> str:
             f"versions  Python {platform.python_version()}, {versions}",
         ]
     )
-
-
-def best_of_rounds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Shortest time in seconds of each run; the runs take turns, so that a slow spell of the machine hits all alike."""
-    for run in runs.values():
-        run()  # compilation and caches
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
