@@ -19,7 +19,7 @@ demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources
 	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
 	@$(BIN)/python train.py --config configs/demo.yaml --run.dir $(RUN)
 	@echo "demo: the model continues 'def '"
-	@$(BIN)/python infer.py --model $(RUN) --prompt "def "
+	@$(BIN)/python infer.py --model $(RUN) --prompt "def " --max-new-tokens 120 --temperature 0.5 --seed 2
 
 test: lint ## lint, types and the whole suite; JOBS processes (2)
 	@$(call run_suite,$(VENV))

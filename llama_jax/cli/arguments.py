@@ -82,12 +82,15 @@ _PARENTS = {key.rpartition(".")[0] for key in _KEYS} - {""}
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader without its traps: keys given twice and aliases, which can stand for more than memory holds."""
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: typing.Any) -> yaml.Node | None:
+        """A node of the file that is no alias."""
+
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="an alias is not accepted", problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping whose keys are all different."""
         keys = [key for key, _ in node.value]
         for index, key in enumerate(keys):
             if any(key.value == earlier.value for earlier in keys[:index]):
