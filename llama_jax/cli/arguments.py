@@ -84,7 +84,6 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: typing.Any) -> yaml.Node | None:
         """A node of the file that is no alias."""
-
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="an alias is not accepted", problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
