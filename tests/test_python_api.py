@@ -1,10 +1,12 @@
 """The public names, used as a researcher would on a real model: load, look inside, change, differentiate, generate."""
 
+import contextlib
 import inspect
 import math
+import pathlib
+import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,18 +30,14 @@ def test_names_are_in_order_and_no_other_is_there():
 
 @pytest.fixture(scope="module")
 def session(smollm2_gguf):
-    """What the example of the README computes, by name."""
-    # fmt: off
-    config, params, tokenizer, *_ = model = llama_jax.load(smollm2_gguf, form="stacked")
-    tokens = jnp.asarray([tokenizer.encode("The capital of France is Paris.")])
-    scores = llama_jax.logits(params, tokens, config)                           # [1, T, V]
-    stream = llama_jax.hidden_states(params, tokens, config)                    # [L + 1, 1, T, D]
-    embedded = llama_jax.embed(params, tokens)                                  # [1, T, D]
-    louder = llama_jax.logits(params, embedded * 1.5, config)                   # embeddings in place of tokens
-    loss, gradient = jax.value_and_grad(llama_jax.mean_loss)(params, tokens, config)
-    answer = llama_jax.generate(model, ["What is the capital of France?"], chat=True, max_new_tokens=12)[0].text
-    # fmt: on
-    return dict(locals())
+    """What the README's example computes, by name: its very lines are run, beside the real weights."""
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(example.splitlines()) <= 10
+    names: dict = {}
+    with contextlib.chdir(smollm2_gguf.parent):
+        exec(example, names)
+    return names
 
 
 @pytest.mark.smollm2

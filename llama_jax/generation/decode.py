@@ -86,10 +86,12 @@ def advance(
     """
 
     def unfinished(carry: tuple[Array, Progress, Array]) -> Array:
+        """Whether steps are left and a row that needs them."""
         step, progress, _ = carry
         return (step < steps) & ~jnp.all(progress.done)
 
     def step(carry: tuple[Array, Progress, Array]) -> tuple[Array, Progress, Array]:
+        """One token of every row."""
         step, progress, out = carry
         lengths = progress.cache.lengths
         logits, cache = decode(model, params, progress.token, progress.cache)

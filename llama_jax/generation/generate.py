@@ -96,6 +96,7 @@ class Programs:
         """The function, counting its traces: JAX traces once for each program that it compiles."""
 
         def traced(*args: Any) -> Any:
+            """Runs in Python only while JAX traces."""
             self.compilations += 1
             return function(*args)
 

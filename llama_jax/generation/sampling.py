@@ -100,6 +100,7 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array,
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
+        """Tokens of rows that are not greedy, each from its own key."""
         keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(sampling.seed, position)
         drawn = jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, best)

@@ -174,6 +174,7 @@ class _Toll(NodeTransformer):
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
+        """A loop pays for each turn; a recursive one is refused."""
         if node.recursive:
             raise SecurityError("it loops recursively")
         self.generic_visit(node)
@@ -181,13 +182,16 @@ class _Toll(NodeTransformer):
         return node
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
+        """Text of the template itself, printed like any value."""
         return nodes.Const(node.data, lineno=node.lineno)  # as an expression it passes `_printed`
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+        """`~` joins through the meter."""
         self.generic_visit(node)
         return self._through(nodes.List(node.nodes, lineno=node.lineno), "_joined")
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        """Both sides pay for their size."""
         self.generic_visit(node)
         node.expr = self._through(node.expr, "_pay")
         for operand in node.ops:
@@ -195,6 +199,7 @@ class _Toll(NodeTransformer):
         return node
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
+        """A filter pays for what it takes and for what it makes."""
         self.generic_visit(node)
         node.args = [self._through(argument, "_pay") for argument in node.args]
         if node.node is None:  # of a filter block, which hands it the text printed inside
@@ -203,24 +208,29 @@ class _Toll(NodeTransformer):
         return self._through(node, "_made")
 
     def visit_Test(self, node: nodes.Test) -> nodes.Test:
+        """A test pays for what it looks at."""
         self.generic_visit(node)
         node.node = self._through(node.node, "_pay")
         node.args = [self._through(argument, "_pay") for argument in node.args]
         return node
 
     def visit_List(self, node: nodes.List) -> nodes.Filter:
+        """A list pays for its making."""
         self.generic_visit(node)
         return self._through(node, "_made")
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Filter:
+        """A dict pays for its making."""
         self.generic_visit(node)
         return self._through(node, "_made")
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Tuple | nodes.Filter:
+        """A tuple that is a value pays for its making."""
         self.generic_visit(node)
         return self._through(node, "_made") if node.ctx == "load" else node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem | nodes.Filter:
+        """A slice pays for its making."""
         self.generic_visit(node)
         return self._through(node, "_made") if isinstance(node.arg, nodes.Slice) else node
 

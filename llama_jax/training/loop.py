@@ -223,6 +223,7 @@ def prepare_data(config: TrainConfig, split: Split, display: Display) -> Prepare
     reported: list[str] = []
 
     def on_progress(stage: str, done: int, total: int) -> None:
+        """Says once that a stage has begun."""
         if stage not in reported:
             reported.append(stage)
             display.event({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])

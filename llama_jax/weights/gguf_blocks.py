@@ -35,6 +35,7 @@ class BlockType(NamedTuple):
 
 def _as_floats(dtype: type) -> Decode:
     def decode(data: np.ndarray) -> np.ndarray:
+        """The bytes as numbers, nothing copied."""
         return data.view(dtype)
 
     return decode
