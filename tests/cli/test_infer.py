@@ -112,7 +112,8 @@ def test_interrupted(tiny_directory):
     code += f"sys.argv[0] = 'infer.py'; runpy.run_path({str(ROOT / 'infer.py')!r}, run_name='__main__')"
     arguments = ["--model", tiny_directory, "--prompt", "The cat", "--max-new-tokens", "60000"]
     command = [sys.executable, "-c", code, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as program:
         begun = program.stdout.read(8)
         program.send_signal(signal.SIGINT)
         rest, errors = program.communicate(timeout=120)
