@@ -119,7 +119,7 @@ def test_interrupted(tiny_directory):
         rest, errors = program.communicate(timeout=120)
     assert program.returncode == 130
     assert begun
-    assert len(begun + rest) < 8192  # written as it came, not when a buffer was full
+    assert len(begun + rest) < 2048  # written as it came, not when a buffer (of 4096 bytes or more) was full
     assert len(errors.splitlines()) == 1, errors
     assert b"loaded" in errors
 
