@@ -6,6 +6,8 @@ import pathlib
 # Before jax is imported: virtual devices for the mesh tests, and a cache of compiled programs that outlives the session.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# XLA's CPU client has as many threads as cores, and with fewer threads than virtual devices in collectives it can stand still.
+os.environ.setdefault("NPROC", "16")
 _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

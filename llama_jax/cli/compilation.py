@@ -1,4 +1,4 @@
-"""Compiled programs kept between runs, so that the second start of a model takes seconds less than the first."""
+"""What JAX is told before it starts: where to keep compiled programs, and how many threads virtual devices need."""
 
 import os
 import pathlib
@@ -22,3 +22,13 @@ def keep_compiled_programs() -> None:
         return  # a home that cannot be written to, or a user without one: compile anew each time
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def make_room_for_virtual_devices() -> None:
+    """Gives XLA's CPU client threads enough for virtual devices (XLA_FLAGS=--xla_force_host_platform_device_count=8).
+
+    It has one thread a core by default; with fewer threads than devices waiting in collectives, a program can stand still
+    until XLA aborts it. To be called before JAX meets its devices.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("NPROC", "16")

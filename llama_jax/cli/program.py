@@ -1,5 +1,6 @@
 """How a program ends: one line and a status in place of a traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -10,13 +11,17 @@ DAMAGED = 5
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+# What a full or read-only disk answers: nothing to be traced in the program.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+
 
 def run_program(main: Callable[[], int]) -> int:
     """Runs a program and gives its exit status.
 
     Returns:
-      What `main` returns; 2 for wrong input and 5 for a damaged file of ours, after `error: LINE` on stderr; 130 when
-      interrupted; 141 when the reader of our output has gone (as in `... | head -1`), without a word.
+      What `main` returns; after `error: LINE` on stderr, 2 for wrong input or a disk that is full or read-only, and 5 for
+      a damaged file of ours; 130 when interrupted; 141 when the reader of our output has gone (as in `... | head -1`),
+      without a word.
     """
     try:
         status = main()
@@ -28,4 +33,9 @@ def run_program(main: Callable[[], int]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}; make room or name another directory", file=sys.stderr)
+        return WRONG_INPUT
     return status

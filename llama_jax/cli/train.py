@@ -11,7 +11,7 @@ import time
 from types import FrameType
 
 from llama_jax.cli.arguments import parse_train, to_yaml
-from llama_jax.cli.compilation import keep_compiled_programs
+from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.program import DAMAGED
 from llama_jax.data.atomic import atomic_write
 from llama_jax.training.config import TrainConfig
@@ -64,6 +64,7 @@ def finished_line(config: TrainConfig, step: int) -> str:
 def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
     """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last state could not be saved."""
     config = parse_train(arguments, default)
+    make_room_for_virtual_devices()
     from llama_jax.training.display import open_display
     from llama_jax.training.loop import RUN_CONFIG, Run, newest_step, summary_lines
 

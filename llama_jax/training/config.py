@@ -133,7 +133,7 @@ class DataConfig:
       paths: text files and folders of them; empty for the standard library of the running Python.
       vocab_size: of the tokenizer to train when `tokenizer` is not given; at most `model.vocab_size`.
       tokenizer: path of an existing tokenizer file; null to train one on the text.
-      held_out_fraction: share of the documents kept out of training, for evaluation.
+      held_out_fraction: share of the documents kept out of training, for evaluation; of a single file, its end.
       length: `T`, tokens predicted in a row.
       batch_rows: rows of one optimizer update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in; divides `batch_rows`.

@@ -1,5 +1,6 @@
 """How programs end."""
 
+import errno
 import subprocess
 import sys
 
@@ -46,3 +47,13 @@ def test_a_reader_that_goes_away(lines):
         program.stdout.close()
         assert program.stderr.read() == b""
         assert program.wait(timeout=30) == 141
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def full() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/data")
+
+    assert run_program(full) == 2
+    assert capsys.readouterr().err == "error: runs/x/data: No space left on device; make room or name another directory\n"
+    with pytest.raises(OSError, match="odd"):  # what is not known to be the machine's fault keeps its traceback
+        run_program(lambda: (_ for _ in ()).throw(OSError(errno.EBADF, "odd")))
