@@ -53,7 +53,8 @@ def parse_train(arguments: list[str], default: Path) -> TrainConfig:
         _parser(default).print_help()
         raise SystemExit(0)
     files = [Path(str(value)) for key, value in pairs if key == "config"] or [default]
-    overrides = [(key, value) for key, value in pairs if key not in ("config", *_SWITCHES)]
+    # A section as a whole (--model PRESET) comes before its keys, so that the order of the flags does not matter.
+    overrides = sorted([pair for pair in pairs if pair[0] not in ("config", *_SWITCHES)], key=lambda pair: "." in pair[0])
     config = _build(_merge([pair for path in files for pair in _read_file(path)] + _checked(overrides)), default)
     if "print_config" in switches:
         print(to_yaml(config), end="")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 
 def keep_compiled_programs() -> None:
@@ -30,5 +31,6 @@ def make_room_for_virtual_devices() -> None:
     It has one thread a core by default; with fewer threads than devices waiting in collectives, a program can stand still
     until XLA aborts it. To be called before JAX meets its devices.
     """
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        os.environ.setdefault("NPROC", "16")
+    found = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if found:
+        os.environ.setdefault("NPROC", str(max(16, 2 * int(found[1]))))

@@ -11,8 +11,8 @@ DAMAGED = 5
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-# What a full or read-only disk answers: nothing to be traced in the program.
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+# What a full or read-only disk, or an impossible path, is answered with: nothing to be traced in the program.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.ENAMETOOLONG)
 
 
 def run_program(main: Callable[[], int]) -> int:

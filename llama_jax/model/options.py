@@ -19,6 +19,7 @@ class ModelOptions:
 
     Attributes:
       dtype: dtype of activations and of weights in use; norms, rotary embedding, softmax and loss are always float32.
+        (Products of float32 have XLA's default precision: on TPUs and TF32 GPUs set `jax_default_matmul_precision`.)
       scan: run the layers as one scanned body over stacked weights (compile time does not grow with depth), or unrolled
         over per-layer weights (faster decoding). The parameter tree has the matching form; see `llama_jax.weights.forms`.
       remat: what the backward pass keeps of each layer: `none` (everything, nothing is recomputed), `full` (only the

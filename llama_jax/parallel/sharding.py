@@ -1,14 +1,13 @@
 """Sharding in two tables: parameter name -> axis names, axis name -> mesh axes.
 
 A parameter is found by the last part of its path, so the same table serves the stacked tree, the unrolled tree and the
-optimizer's moments, which repeat the tree. The rules that turn axis names into mesh axes differ between training (weights
-sharded over `fsdp`, gathered when used) and serving (weights resident, sharded over `tensor` only).
+optimizer's moments, which repeat the tree. The rules that turn axis names into mesh axes are a value, so that another use
+of the model can have others; those of training shard weights over `fsdp` and `tensor` and gather them when used.
 """
 
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -43,9 +42,6 @@ TRAINING: Rules = (
     ("layers", ()),
     ("length", ()),
     ("width", ()),
-)
-SERVING: Rules = tuple(
-    (axis, ("data", "fsdp") if axis == "batch" else () if axis == "embed" else mesh_axes) for axis, mesh_axes in TRAINING
 )
 
 
@@ -129,8 +125,3 @@ def batch_spec(rules: Rules, leading: int = 0) -> PartitionSpec:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def as_dtype(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """The floating-point arrays of a tree in another dtype."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

@@ -105,7 +105,7 @@ class ComputeConfig:
     Attributes:
       dtype: of activations and of weights in matrix products; `auto` is float32 on a CPU and bfloat16 elsewhere.
       remat: what the forward pass keeps for the backward pass: `none` (recompute nothing), `full` (recompute each
-        layer), `dots` (keep matrix products) or a name the model knows.
+        layer), or names joined by + of what to keep: `q k v context middle gate up`.
       scan_layers: run the layers as one compiled loop (compile time does not grow with depth) instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
       loss_chunk: tokens whose logits exist at one time in the loss.

@@ -28,7 +28,8 @@ class Evaluation(NamedTuple):
     Attributes:
       tokens: targets that counted: every token of a document but its first.
       nats_per_token: mean of -log p.
-      bits_per_byte: the same, in bits a byte of UTF-8 text: comparable between tokenizers.
+      bits_per_byte: the same, in bits a byte of UTF-8 text: comparable between tokenizers. All bytes count, those of a first
+        token that is not predicted too.
     """
 
     tokens: int

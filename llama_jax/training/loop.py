@@ -1,11 +1,13 @@
 """A run from its first step to its last: text to batches, batches to updates, updates to checkpoints."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +107,14 @@ class Run:
 
         Args:
           should_stop: asked after every update; when it says so, the state is saved and the run ends early.
+
+        Raises:
+          InputError: if another process trains in the directory.
         """
+        with only_run(self.directory):
+            return self._train(should_stop)
+
+    def _train(self, should_stop: Stop) -> Summary:
         config, mesh = self.config, self.mesh
         if config.run.overwrite:
             clear_run(self.directory)
@@ -191,6 +200,24 @@ class Run:
         data, model = self.config.data, self.recipe.model
         rows = data.batch_rows // data.accumulation
         return evaluate(self._evaluator, state.params, self.data.held_out, data.length, rows, self.mesh, model)
+
+
+@contextlib.contextmanager
+def only_run(directory: Path) -> Iterator[None]:
+    """Holds a run's directory against a second run; the hold ends with the process, however that ends.
+
+    Raises:
+      InputError: if another process trains there.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"run.dir: another process trains in {directory}; wait for it, or name another") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -355,5 +382,6 @@ def newest_step(directory: Path) -> int:
 
 def clear_run(directory: Path) -> None:
     """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
-    shutil.rmtree(directory / RUN_CHECKPOINTS, ignore_errors=True)
+    if (directory / RUN_CHECKPOINTS).exists():
+        shutil.rmtree(directory / RUN_CHECKPOINTS)
     (directory / RUN_METRICS).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from jax import lax
 from llama_jax.axes import Array, Float, Int, Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
+from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, apply, model_for
 
 _MEAN_CHUNK = 2048  # tokens whose logits exist at one time in `mean_loss`
@@ -114,9 +115,15 @@ def mean_loss(
       params: parameters, stacked or unrolled.
       tokens: token ids; the last one is only predicted, the first one only given.
       config: the architecture.
-      weights: how much each token counts as a target; the first column does not matter. All alike by default.
+      weights: how much each token counts as a target; the first column does not matter. All alike by default. They are
+        constants: no gradient reaches them.
       **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+
+    Raises:
+      InputError: for rows of fewer than two tokens.
     """
+    if tokens.shape[1] < 2:
+        raise InputError(f"rows of {tokens.shape[1]} tokens given; at least 2 expected, one to predict the other from")
     counted = jnp.ones(tokens.shape, jnp.float32)[:, 1:] if weights is None else weights[:, 1:]
     batch = Batch(tokens[:, :-1], tokens[:, 1:], counted, jnp.ones_like(tokens[:, 1:]))
     return batch_loss(model_for(params, config, **options), params, batch, _MEAN_CHUNK) / jnp.sum(counted)

@@ -24,7 +24,7 @@ from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training import evaluate as evaluate_module
 from llama_jax.training import loop, step, step_log
 from llama_jax.training.evaluate import batch_evaluator, evaluate
-from llama_jax.training.loop import Run, fingerprint
+from llama_jax.training.loop import Run, fingerprint, only_run
 from llama_jax.training.step import StepMetrics
 from llama_jax.weights.checkpoint import SaveError
 
@@ -327,3 +327,12 @@ def test_repeated_lines_are_learned_and_continued(config, tmp_path):
     (completion,) = llama_jax.generate(llama_jax.load(config.run.dir), [line[:10]], max_new_tokens=20)
     assert len(completion.text) >= 20
     assert line[10:].startswith(completion.text)
+
+
+def test_one_run_a_directory(tmp_path):
+    """While one process holds a directory another is refused; nothing is left behind that would refuse a third."""
+    with only_run(tmp_path), pytest.raises(InputError, match="another process trains in"), only_run(tmp_path):
+        pytest.fail("held twice")
+    with only_run(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

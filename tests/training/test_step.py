@@ -11,11 +11,13 @@ import pytest
 from support import TINY, VARIANTS, random_parameters, random_tokens
 
 from llama_jax.data.batches import Batch
+from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, logits
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.sharding import PARAMETER_AXES, TRAINING, parameter_spec
 from llama_jax.training.config import OptimizerConfig
-from llama_jax.training.loss import batch_loss, cross_entropy
+from llama_jax.training.loss import batch_loss, cross_entropy, mean_loss
 from llama_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from llama_jax.training.step import (
     Recipe,
@@ -154,6 +156,30 @@ def test_state_is_born_sharded_and_stays_where_it_is():
     moment = state.optimizer[1][0].mu["layers"]["attention"]["wq"]
     for array in (wq, moment):
         assert array.addressable_shards[0].data.size == array.size // 4  # fsdp x tensor; copied over data
+
+
+def test_each_parameter_has_one_row_and_each_row_a_parameter():
+    found = set()
+    for config in VARIANTS.values():
+        shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda c=config: random_parameters(c)))
+        found |= {path[-1].key for path, _ in shapes}
+        for path, leaf in shapes:
+            spec = parameter_spec(path, leaf.ndim, TRAINING)
+            assert len(spec) == leaf.ndim
+            used = [axis for part in spec for axis in (part if isinstance(part, tuple) else (part,)) if axis is not None]
+            assert len(used) == len(set(used))
+    assert found == set(PARAMETER_AXES)
+    assert {axis for axes in PARAMETER_AXES.values() for axis in axes} <= set(dict(TRAINING))
+
+
+def test_mean_loss_weights_targets():
+    params, batch = random_parameters(CONFIG), random_batch()
+    tokens = jnp.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
+    weights = jnp.pad(batch.weights, ((0, 0), (1, 0)))
+    expected = plain_loss(params, batch._replace(documents=jnp.ones_like(batch.documents)))
+    np.testing.assert_allclose(mean_loss(params, tokens, CONFIG, weights), expected, rtol=1e-5)
+    with pytest.raises(InputError, match="rows of 1 tokens"):
+        mean_loss(params, tokens[:, :1], CONFIG)
 
 
 def test_schedule_at_its_corners():
