@@ -66,11 +66,12 @@ def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
     config = parse_train(arguments, default)
     make_room_for_virtual_devices()
     from llama_jax.training.display import open_display
-    from llama_jax.training.loop import RUN_CONFIG, Run, newest_step, summary_lines
+    from llama_jax.training.loop import RUN_CONFIG, Run, newest_step, require_same_model, summary_lines
 
     directory = pathlib.Path(config.run.dir)
     step = 0 if config.run.overwrite else newest_step(directory)
     if step >= config.run.steps:
+        require_same_model(config)
         print(finished_line(config, step))
         return 0
     keep_compiled_programs()

@@ -374,6 +374,16 @@ def fingerprint(state: TrainState) -> str:
     return digest.hexdigest()
 
 
+def require_same_model(config: TrainConfig) -> None:
+    """Refuses a config with another model than the checkpoints of its directory, without looking at the text.
+
+    Raises:
+      InputError: naming the first difference.
+    """
+    directory = Path(config.run.dir)
+    require_same_run(read_metadata(directory / RUN_CHECKPOINTS), {"model": dataclasses.asdict(config.model)}, directory)
+
+
 def newest_step(directory: Path) -> int:
     """The step of the newest checkpoint in a run's directory, 0 if there is none."""
     checkpoints = directory / RUN_CHECKPOINTS

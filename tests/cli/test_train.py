@@ -203,6 +203,14 @@ def test_a_finished_run_is_left_alone(undisturbed):
     assert snapshot(pathlib.Path(undisturbed.run.dir)) == before
 
 
+def test_a_finished_run_of_another_model_is_not_this_one(undisturbed, capsys):
+    before = snapshot(pathlib.Path(undisturbed.run.dir))
+    status, _, errors = in_process(capsys, *arguments(undisturbed, "--model.layers", "3"))
+    assert status == 2
+    assert "model.layers" in errors
+    assert snapshot(pathlib.Path(undisturbed.run.dir)) == before
+
+
 def test_more_steps_go_on_on_other_devices_with_another_rhythm(finished, capsys):
     words = ("--run.steps", "33", "--run.log_every", "2", "--data.accumulation", "1", "--optimizer.learning_rate", "1e-3")
     words += ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")  # the test's own 8 devices
