@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,11 +12,12 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from llama_jax.errors import InputError
-from llama_jax.text.files import read_json, read_text, special_token
+from llama_jax.text.files import read_json, special_token
 from llama_jax.text.surface import Surface, require_characters
+from llama_jax.text.tokenizer_json import read_tokenizer_json
 
-_LARGEST_FILE = 128 << 20
 _SPACE = "\u2581"
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def _byte_characters() -> dict[int, int]:
@@ -26,6 +28,12 @@ def _byte_characters() -> dict[int, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_characters()
+_CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+
+
+def byte_level_piece(token: bytes) -> str:
+    """A piece in which one character stands for each byte, the spelling of byte-level vocabularies."""
+    return token.decode("latin-1").translate(_CHARACTER_OF_BYTE)
 
 
 def _byte_level_bytes(piece: str) -> bytes:
@@ -38,7 +46,7 @@ def _byte_level_bytes(piece: str) -> bytes:
 
 def _spaced_bytes(piece: str) -> bytes:
     """Bytes of a piece spelled as SentencePiece does: `▁` for a space, `<0x0A>` for a byte."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+    if _BYTE_PIECE.fullmatch(piece):
         return bytes.fromhex(piece[3:5])
     return piece.replace(_SPACE, " ").encode()
 
@@ -153,12 +161,10 @@ def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
     Raises:
       InputError: for a damaged file, and for declared tokens that the vocabulary does not hold.
     """
-    text = read_text(path, _LARGEST_FILE)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+    tokenizer = read_tokenizer_json(path)
     first = next(iter(tokenizer.encode("", add_special_tokens=True).ids), None)
+    if first is not None and tokenizer.id_to_token(first) is None:
+        raise InputError(f"{path}: post_processor adds id {first}, which the vocabulary does not hold")
     begin_id = _declared_id(path, tokenizer, "bos_token")
     adds_begin = read_json(path.parent / "tokenizer_config.json").get("add_bos_token")
     end_id = _declared_id(path, tokenizer, "eos_token")
@@ -174,5 +180,5 @@ def _declared_id(path: pathlib.Path, tokenizer: tokenizers.Tokenizer, role: str)
     token = special_token(path.parent, role)
     found = None if token is None else tokenizer.token_to_id(token)
     if token is not None and found is None:
-        raise InputError(f"{path}: {role} {token!r} is declared, but the vocabulary does not hold it")
+        raise InputError(f"{path}: {role} {token!r:.60} is declared, but the vocabulary does not hold it")
     return found

@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
 from llama_jax.text.files import read_json, read_text, special_token
+from llama_jax.text.loss_mask import Said, Span, cut_at, said_spans, tokens_inside
 from llama_jax.text.sandbox import LARGEST_SOURCE, render
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -23,11 +24,14 @@ class ChatTemplate:
       source: the template in Jinja.
       begin_token: text of the token that begins a text, `bos_token` in templates; `None` if there is none.
       end_token: text of the token that ends a text, `eos_token` in templates; `None` if there is none.
+      encodes_apart: whether contents become tokens apart from the template's words around them, as in Meta's code for
+        Llama 3; else template and content are one text, as in the Hugging Face tools.
     """
 
     source: str
     begin_token: str | None
     end_token: str | None
+    encodes_apart: bool = False
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """A conversation as text.
@@ -47,8 +51,10 @@ class ChatTemplate:
                                     "tools": None, "documents": None, **known})  # fmt: skip
 
 
-def encode_chat(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids of a conversation, ending where the model is to answer.
+def encode_chat(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+) -> list[int]:
+    """Token ids of a conversation, ending where the model is to answer unless `add_generation_prompt` is false.
 
     Special tokens that a message contains stay text; those of the template become their ids. Where the model's
     prompts begin with a begin token there is one, whether the template writes none, one or two.
@@ -56,12 +62,126 @@ def encode_chat(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence
     Raises:
       InputError: for malformed messages, and with the template's own message where it refuses them.
     """
-    _check(messages)
-    special = _any_of(tokenizer.special_tokens)
-    mark = _unused_character([template.source, *(message["content"] for message in messages)])
-    marked = [{**message, "content": _marked(message["content"], special, mark)} for message in messages]
-    rendered = template.render(marked, add_generation_prompt=True)
-    return _begin_once(tokenizer, _encode_marked(tokenizer, rendered, special, mark))
+    writing = _Writing(template, tokenizer, messages)
+    rendered = template.render(writing.messages, add_generation_prompt)
+    return _begin_once(tokenizer, [token for stretch in writing.stretches(rendered) for token in stretch.ids])
+
+
+class Dialogue(NamedTuple):
+    """A conversation to learn from.
+
+    Attributes:
+      token_ids: of the whole conversation.
+      mask: for each token, whether the assistant says it.
+    """
+
+    token_ids: list[int]
+    mask: list[bool]
+
+
+def encode_dialogue(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Dialogue:
+    """Token ids of a whole conversation, and which of them the assistant says in any of its turns.
+
+    The ids are those of `encode_chat` without a generation prompt. The assistant says its contents and what ends its
+    turn, up to and including the next special token if nothing but white space stands before that; the model must
+    learn to stop. The words that open a turn are never its own. A token on the border between content and the
+    template's words belongs to the assistant if any of its characters does.
+
+    Raises:
+      InputError: as `encode_chat`; for a template that drops, moves, repeats or changes what the assistant says; for
+        a tokenizer that changes the text.
+    """
+    writing = _Writing(template, tokenizer, messages)
+    rendered = template.render(writing.messages, add_generation_prompt=False)
+    probe = template.render(writing.probes(), add_generation_prompt=False)
+    marks = writing.marks
+    contents = said_spans(rendered, probe, writing.said(), marks.opening, marks.closing)
+    turns = writing.turns(rendered, contents)
+    stretches = list(writing.stretches(rendered))
+    mask = [inside for stretch in stretches for inside in writing.inside(stretch, turns)]
+    ids = _begin_once(tokenizer, [token for stretch in stretches for token in stretch.ids])
+    return Dialogue(ids, [False, *mask][1 + len(mask) - len(ids) :])  # begin tokens come and go in front
+
+
+class _Marks(NamedTuple):
+    """Characters that no text holds, each with a meaning while a conversation is rendered and encoded."""
+
+    plain: str  # before a special token that is text
+    seam: str  # where encoding starts anew
+    opening: str  # before what the assistant says
+    closing: str  # after it
+
+
+class _Stretch(NamedTuple):
+    """A part of a rendering that is encoded by itself: one special token, or text."""
+
+    start: int  # in the rendering
+    text: str  # marks included
+    ids: list[int]
+    special: bool
+
+
+class _Writing:
+    """A conversation on its way through a template: contents with marks in, rendered text to tokens."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> None:
+        _check(messages)
+        texts = [template.source, template.begin_token or "", template.end_token or "", *tokenizer.special_tokens]
+        self.marks = _Marks(*_unused_characters([*texts, *(message["content"] for message in messages)], 4))
+        self._tokenizer = tokenizer
+        self._special = _any_of(tokenizer.special_tokens)
+        self._seam = self.marks.seam if template.encodes_apart else ""
+        self.messages = [{**message, "content": self._written(message["content"])} for message in messages]
+
+    def _written(self, content: str) -> str:
+        """A content with a mark before each place where a special token begins, overlapping ones included."""
+        return self._seam + re.sub(f"(?={self._special})", self.marks.plain, content) + self._seam
+
+    def _said(self, written: str) -> Said:
+        core = written.strip(self._seam).strip()
+        start = written.find(core) if core else 0
+        return Said(written[:start], core, written[start + len(core) :])
+
+    def said(self) -> list[Said]:
+        """What the assistant says."""
+        return [self._said(message["content"]) for message in self.messages if message["role"] == "assistant"]
+
+    def probes(self) -> list[dict[str, str]]:
+        """The messages, with the assistant's contents trimmed and between marks."""
+        return [self._probe(message) if message["role"] == "assistant" else message for message in self.messages]
+
+    def _probe(self, message: dict[str, str]) -> dict[str, str]:
+        return {**message, "content": self.marks.opening + self._said(message["content"]).core + self.marks.closing}
+
+    def turns(self, rendered: str, contents: Sequence[Span]) -> list[Span]:
+        """The contents, each with the special token that closes its turn if only white space stands before that."""
+        closing = re.compile(rf"[\s{self.marks.seam}]*+(?:{self._special})")
+        limits = [*(content.start for content in contents[1:]), len(rendered)]
+        matches = (closing.match(rendered, content.end, limit) for content, limit in zip(contents, limits))
+        return [Span(own.start, match.end() if match else own.end) for own, match in zip(contents, matches)]
+
+    def stretches(self, rendered: str) -> Iterator[_Stretch]:
+        """A rendering cut at special tokens (unless a mark stands before them) and at seams."""
+        begin, encode = 0, self._tokenizer.encode
+        for cut in re.finditer(rf"(?<!{self.marks.plain})(?:{self._special})|{self.marks.seam}|\Z", rendered):
+            text = rendered[begin : cut.start()]
+            if text:
+                yield _Stretch(begin, text, encode(self._clean(text)), special=False)
+                encode = self._tokenizer.encode_after_special
+            if cut[0] not in ("", self.marks.seam):
+                yield _Stretch(cut.start(), cut[0], [self._tokenizer.special_tokens[cut[0]]], special=True)
+                encode = self._tokenizer.encode_after_special
+            begin = cut.end()
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self.marks.plain, "")
+
+    def inside(self, stretch: _Stretch, turns: Sequence[Span]) -> list[bool]:
+        """Whether each token of a stretch is inside any of the turns."""
+        parts = cut_at(stretch.text, stretch.start, turns)
+        if stretch.special:
+            return [len(parts) > 1]
+        return tokens_inside(self._tokenizer, [self._clean(part) for part in parts], stretch.ids)
 
 
 def _check(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -82,26 +202,10 @@ def _any_of(tokens: Mapping[str, int]) -> str:
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
 
 
-def _unused_character(texts: list[str]) -> str:
-    """A character for private use that stands in none of the texts."""
+def _unused_characters(texts: list[str], count: int) -> Iterator[str]:
+    """Characters for private use that stand in none of the texts."""
     used = set().union(*texts)
-    return next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in used)
-
-
-def _marked(content: str, special: str, mark: str) -> str:
-    """The text with a mark before each place where a special token begins, overlapping ones included."""
-    return re.sub(f"(?={special})", mark, content)
-
-
-def _encode_marked(tokenizer: Tokenizer, rendered: str, special: str, mark: str) -> list[int]:
-    """Ids of text in which special tokens count unless a mark stands before them."""
-    ids: list[int] = []
-    stretches = re.split(f"(?<!{mark})({special})", rendered)
-    for text, token in itertools.zip_longest(stretches[::2], stretches[1::2]):
-        encode = tokenizer.encode_after_special if ids else tokenizer.encode
-        ids += encode(text.replace(mark, "")) if text else []
-        ids += [] if token is None else [tokenizer.special_tokens[token]]
-    return ids
+    return itertools.islice((mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in used), count)
 
 
 def _begin_once(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

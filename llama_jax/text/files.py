@@ -11,6 +11,11 @@ _LARGEST_JSON = 32 << 20
 _SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, on one line of bounded length: it may quote the file."""
+    return " ".join(str(error).split())[:200]
+
+
 def read_text(path: pathlib.Path, largest: int) -> str:
     """A UTF-8 file of at most `largest` bytes.
 
@@ -36,8 +41,8 @@ def read_json(path: pathlib.Path) -> Mapping[str, Any]:
         return {}
     try:
         values = json.loads(read_text(path, _LARGEST_JSON))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({one_line(error)})") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: a JSON {type(values).__name__} given, an object expected")
     return values
@@ -48,6 +53,11 @@ def special_token(directory: pathlib.Path, role: str) -> str | None:
     declared = (read_json(directory / name).get(role) for name in _SPECIAL_TOKEN_FILES)
     value = next((value for value in declared if value is not None), None)
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str | None):
-        raise InputError(f"{directory}: {role} is {value!r}, a string expected")
+    if text is not None and not _is_text(text):
+        raise InputError(f"{directory}: {role} is {value!r:.80}, a string expected")
     return text
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value of a JSON file is a string that UTF-8 can hold: JSON can spell half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

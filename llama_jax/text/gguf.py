@@ -1,6 +1,6 @@
 """The tokenizer inside a GGUF file, rebuilt from its metadata.
 
-Source: llama.cpp, which defines the format; splitting rules by name are those of its `llama-vocab.cpp`.
+Source: llama.cpp, which defines the format.
 """
 
 import collections
@@ -8,69 +8,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
+from llama_jax.text.files import one_line
 from llama_jax.text.model_proto import Piece, model_proto
 from llama_jax.text.sentence_piece import SentencePieceTokenizer, processor_from_bytes
+from llama_jax.text.splitting import SPLIT_RULES
+from llama_jax.text.surface import require_characters
 from llama_jax.text.tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; the others are 1 normal, 5 unused, 6 byte
 
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
-    """Text as characters that stand for bytes; `use_regex` splits it by GPT-2's pattern before."""
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-def _isolate(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-
-
-def _llama3_splitter() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([_isolate(_LLAMA3_PATTERN), _byte_level(False)])
-
-
-def _smollm_splitter() -> pre_tokenizers.PreTokenizer:
-    """Each digit alone, then GPT-2's pattern. (The conversion in transformers 5 leaves the digits out.)"""
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level(True)])
-
-
-def _gpt2_splitter() -> pre_tokenizers.PreTokenizer:
-    return _byte_level(True)
-
-
-def _default_splitter() -> pre_tokenizers.PreTokenizer:
-    """What llama.cpp does with the name `default`: not GPT-2's pattern alone, but punctuation and digits besides."""
-    cuts = map(_isolate, (r"[\p{P}$+<=>^~|]+", _GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"))
-    return pre_tokenizers.Sequence([*cuts, _byte_level(False)])
-
-
-class _Rule(NamedTuple):
-    """How text is cut into words before pairs are merged.
-
-    `whole_words`: a word that is itself in the vocabulary is one token, whatever the merges say.
-    """
-
-    splitter: Callable[[], pre_tokenizers.PreTokenizer]
-    whole_words: bool
-    adds_begin: bool
-
-
-_RULES = {
-    "llama-bpe": _Rule(_llama3_splitter, whole_words=True, adds_begin=True),
-    "llama3": _Rule(_llama3_splitter, whole_words=True, adds_begin=True),
-    "smollm": _Rule(_smollm_splitter, whole_words=False, adds_begin=False),
-    "gpt-2": _Rule(_gpt2_splitter, whole_words=False, adds_begin=False),
-    "default": _Rule(_default_splitter, whole_words=False, adds_begin=False),
-}
+_LARGEST_SCORE = 1e30
+_LONGEST_TOKEN = 1024  # characters
 
 
 class _Vocabulary(NamedTuple):
@@ -95,22 +47,22 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     """
     kind = _value(metadata, "model", str)
     if kind not in _READERS:
-        raise InputError(f"tokenizer.ggml.model: {kind!r} given, {' or '.join(_READERS)} expected")
+        raise InputError(f"tokenizer.ggml.model: {kind!r:.60} given, {' or '.join(_READERS)} expected")
     return _READERS[kind](metadata)
 
 
 def _byte_pair(metadata: Mapping[str, object]) -> BytePairTokenizer:
     """Kind `gpt2`: byte-level pairs, merged in the order of a list."""
     name = _value(metadata, "pre", str)
-    if name not in _RULES:
-        raise InputError(f"tokenizer.ggml.pre: {name!r} is unknown; known are {', '.join(_RULES)}")
-    rule, vocabulary = _RULES[name], _vocabulary(metadata)
+    if name not in SPLIT_RULES:
+        raise InputError(f"tokenizer.ggml.pre: {name!r:.60} is unknown; known are {', '.join(SPLIT_RULES)}")
+    rule, vocabulary = SPLIT_RULES[name], _vocabulary(metadata)
     merges = [tuple(merge.split(" ")) for merge in _values(metadata, "merges", str)]
     identity = {token: number for number, token in enumerate(vocabulary.tokens)}
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE(identity, merges, ignore_merges=rule.whole_words))
     except Exception as error:  # the library raises bare Exception
-        raise InputError(f"tokenizer.ggml.merges: they do not fit the tokens ({error})") from None
+        raise InputError(f"tokenizer.ggml.merges: they do not fit the tokens ({one_line(error)})") from None
     tokenizer.pre_tokenizer = rule.splitter()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in vocabulary.of_kind(_CONTROL)])
@@ -127,6 +79,8 @@ def _sentence_piece(metadata: Mapping[str, object]) -> SentencePieceTokenizer:
     scores = _values(metadata, "scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise InputError(f"tokenizer.ggml.scores: {len(scores)} given for {len(vocabulary.tokens)} tokens")
+    if not all(abs(score) < _LARGEST_SCORE for score in scores):  # nor is it for what is no number
+        raise InputError("tokenizer.ggml.scores: finite numbers expected, below 1e30")
     unknown = vocabulary.of_kind(_UNKNOWN)
     if len(unknown) != 1:
         raise InputError(f"tokenizer.ggml.token_type: {len(unknown)} unknown tokens (type 2) given, one expected")
@@ -149,9 +103,13 @@ def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     token, count = next(iter(collections.Counter(tokens).most_common(1)), ("", 1))
     if count > 1:
         raise InputError(f"tokenizer.ggml.tokens: {token!r:.60} stands there {count} times")
+    require_characters("".join(tokens))
+    longest = max(map(len, tokens), default=0)
+    if longest > _LONGEST_TOKEN:
+        raise InputError(f"tokenizer.ggml.tokens: a token of {longest} characters given, at most {_LONGEST_TOKEN} expected")
     wrong = next((kind for kind in kinds if not 1 <= kind <= 6), None)
     if wrong is not None:
-        raise InputError(f"tokenizer.ggml.token_type: type {wrong} given, 1 to 6 expected")
+        raise InputError(f"tokenizer.ggml.token_type: type {wrong!r:.20} given, 1 to 6 expected")
     return _Vocabulary(tokens, kinds)
 
 
@@ -175,5 +133,5 @@ def _token_id(metadata: Mapping[str, object], name: str, vocabulary: _Vocabulary
     """An id that must lie in the vocabulary, or `None` where there is none."""
     value = metadata.get(f"tokenizer.ggml.{name}", default)
     if value is not None and not (isinstance(value, int) and 0 <= value < len(vocabulary.tokens)):
-        raise InputError(f"tokenizer.ggml.{name}: {value!r} given, an id below {len(vocabulary.tokens)} expected")
+        raise InputError(f"tokenizer.ggml.{name}: {value!r:.60} given, an id below {len(vocabulary.tokens)} expected")
     return value

@@ -1,4 +1,4 @@
-"""Writes a SentencePiece model from its pieces.
+"""Writes a SentencePiece model from its pieces, and reads what the library does not tell of one.
 
 The message is small and its field numbers are fixed, so its protocol-buffer form is written here directly: the
 generated classes that ship with sentencepiece demand one exact protobuf version.
@@ -7,11 +7,13 @@ Source: sentencepiece_model.proto of the SentencePiece project (field numbers be
 """
 
 import struct
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-_BPE = 2  # TrainerSpec.ModelType
-_VARINT, _BYTES, _FLOAT = 0, 2, 5  # wire types
+from llama_jax.errors import InputError
+
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # wire types
 
 
 class Piece(NamedTuple):
@@ -60,3 +62,90 @@ def model_proto(pieces: Iterable[Piece], unknown: str, space_prefix: bool) -> by
     trainer = _integer(3, _BPE) + _integer(35, True) + _message(45, unknown.encode())  # model_type byte_fallback unk_piece
     normalizer = _message(1, b"identity") + _integer(3, space_prefix) + _integer(4, False) + _integer(5, True)
     return b"".join(map(_piece, pieces)) + _message(2, trainer) + _message(3, normalizer)
+
+
+class Model(NamedTuple):
+    """What a serialized model says about encoding.
+
+    Attributes:
+      pieces: the vocabulary in the order of ids.
+      byte_pair: whether pieces are merged by score (else: unigram, words or characters).
+      byte_fallback: whether characters that no piece holds are written in bytes.
+      charsmap: compiled table by which characters are replaced before encoding; empty where text is left as it is.
+      space_prefix: whether a text is encoded as if a space came before it.
+      plain_spaces: whether every space becomes one `▁`: none is removed, escaped otherwise or put behind its word.
+    """
+
+    pieces: tuple[Piece, ...]
+    byte_pair: bool
+    byte_fallback: bool
+    charsmap: bytes
+    space_prefix: bool
+    plain_spaces: bool
+
+
+def read_model(model: bytes) -> Model:
+    """Reads a serialized model; absent fields have the defaults of sentencepiece_model.proto.
+
+    Raises:
+      InputError: for bytes that end inside a field or hold a kind of field that the format does not use.
+    """
+    parts = list(_fields(model))
+    trainer, normalizer = (dict(_fields(b"".join(part for field, part in parts if field == n))) for n in (2, 3))
+    spaces = (not normalizer.get(4, True), normalizer.get(5, True), not trainer.get(24, False))
+    return Model(
+        pieces=tuple(_read_piece(part) for field, part in parts if field == 1),
+        byte_pair=trainer.get(3, _UNIGRAM) == _BPE,
+        byte_fallback=bool(trainer.get(35, False)),
+        charsmap=normalizer.get(2, b""),
+        space_prefix=bool(normalizer.get(3, True)),
+        plain_spaces=all(spaces),
+    )
+
+
+def longest_replacement(model: bytes) -> int:
+    """The most bytes that a serialized model puts in place of one stretch of text before encoding.
+
+    Raises:
+      InputError: as `read_model`.
+    """
+    normalizers = (dict(_fields(part)) for field, part in _fields(model) if field in (3, 5))
+    charsmaps = (normalizer.get(2, b"") for normalizer in normalizers)
+    # Four bytes tell the size of an index, which comes next; then the replacements, each with a zero byte behind it.
+    texts = (charsmap[4 + int.from_bytes(charsmap[:4], "little") :] for charsmap in charsmaps)
+    return max((len(entry) for text in texts for entry in text.split(b"\0")), default=0)
+
+
+def _read_piece(content: bytes) -> Piece:
+    fields = dict(_fields(content))
+    return Piece(fields.get(1, b"").decode(), struct.unpack("<f", fields.get(2, bytes(4)))[0], fields.get(3, 1))
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of a message: an integer for a varint, bytes for the rest."""
+    position = 0
+    while position < len(content):
+        key, position = _read_varint(content, position)
+        kind, value = key & 7, 0
+        if kind == _BYTES:
+            value, position = _read_varint(content, position)
+        size = {_VARINT: 0, _DOUBLE: 8, _BYTES: value, _FLOAT: 4}.get(kind)
+        if size is None or position + size > len(content):
+            raise InputError(f"SentencePiece model: field {key >> 3} at byte {position} is damaged")
+        if kind == _VARINT:
+            value, position = _read_varint(content, position)
+        yield key >> 3, value if kind == _VARINT else content[position : position + size]
+        position += size
+
+
+def _read_varint(content: bytes, position: int) -> tuple[int, int]:
+    """A number in groups of seven bits, and the position behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(content):
+            break
+        value |= (content[position] & 0x7F) << shift
+        position += 1
+        if content[position - 1] < 0x80:
+            return value, position
+    raise InputError(f"SentencePiece model: the number at byte {position} does not end")

@@ -7,8 +7,7 @@ what a template may cost is bounded (about a second and 100 MB), and the same te
 
 import datetime
 import functools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -21,15 +20,10 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from llama_jax.errors import InputError
+from llama_jax.text import meter
 
 LARGEST_SOURCE = 64 << 10
 LARGEST_OUTPUT = 1 << 20
-
-_BUDGET = 1 << 24
-_FORBIDDEN = _BUDGET + 1
-_STEP_COST = 256  # an iteration or a call
-_ENTRY_COST = 64  # a value held by a list
-_METER = "the meter"  # with a space, so no template can name it
 
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items", "last", "length",
@@ -49,107 +43,6 @@ _METHODS: dict[type, tuple[str, ...]] = {
 }
 
 
-class _Meter:
-    """What one rendering may still cost."""
-
-    def __init__(self) -> None:
-        self._left = _BUDGET
-
-    def charge(self, cost: int) -> None:
-        """Takes a cost off, before it arises."""
-        self._left -= cost
-        if self._left < 0:
-            raise SecurityError("it asks for more work than any conversation needs")
-
-
-def _cost(value: object) -> int:
-    """Characters and entries of a value, shared parts counted as often as they would be printed."""
-    total, waiting = 0, [value]
-    while waiting and total <= _BUDGET:
-        item = waiting.pop()
-        total += _ENTRY_COST + _size(item)
-        if total > _BUDGET:
-            break
-        if isinstance(item, Mapping):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):
-            waiting += item
-    return total
-
-
-def _size(value: object) -> int:
-    """What a value itself occupies, in characters or what comes near."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, int):
-        return value.bit_length() >> 3
-    return _ENTRY_COST * len(value) if isinstance(value, list | tuple | Mapping | range) else 0
-
-
-def _meter(context: Context) -> _Meter:
-    return context[_METER]
-
-
-@jinja2.pass_context
-def _pay(context: Context, value: Any) -> Any:
-    """For a value that something will walk over."""
-    _meter(context).charge(_cost(value))
-    return value
-
-
-@jinja2.pass_context
-def _made(context: Context, value: Any) -> Any:
-    """For a value just made."""
-    _meter(context).charge(_size(value))
-    return value
-
-
-@jinja2.pass_context
-def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
-    """For what a loop runs over."""
-    meter = _meter(context)
-    for value in values:
-        meter.charge(_STEP_COST)
-        yield value
-
-
-@jinja2.pass_context
-def _printed(context: Context, value: object) -> str:
-    """For what is put out; objects of the engine have no text."""
-    if not isinstance(value, str | int | float | list | tuple | dict | jinja2.Undefined | None):
-        raise SecurityError(f"it prints a {type(value).__name__}")
-    return str(_pay(context, value))
-
-
-@jinja2.pass_context
-def _joined(context: Context, values: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
-    """Filter `join`."""
-    meter, texts = _meter(context), []
-    for value in values:
-        item = value if attribute is None else context.environment.getitem(value, attribute)
-        meter.charge(_cost(item) + len(separator))
-        texts.append(str(item))
-    return separator.join(texts)
-
-
-@jinja2.pass_context
-def _replaced(context: Context, text: str, old: str, new: str, count: int = -1) -> str:
-    """Filter and method `replace`."""
-    found = text.count(old) if count < 0 else min(count, text.count(old))
-    _meter(context).charge(len(text) + found * len(new))
-    return text.replace(old, new, count)
-
-
-@jinja2.pass_context
-def _json(context: Context, value: Any, ensure_ascii: bool = False, indent: int | None = None,
-          separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
-    """Filter `tojson` as chat templates expect it: not escaped for HTML."""
-    if indent is not None and not 0 <= indent <= 16:
-        raise SecurityError(f"it indents JSON by {indent}")
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return _joined(context, encoder.iterencode(value))
-
-
 def _raise(message: object) -> None:
     """Function `raise_exception`: how a template refuses messages."""
     raise TemplateError(str(message))
@@ -158,12 +51,6 @@ def _raise(message: object) -> None:
 def _now(form: str) -> str:
     """Function `strftime_now`: the date, which some templates put before the conversation."""
     return datetime.datetime.now().strftime(form[:100])
-
-
-_METERED_METHODS: dict[str, Callable[..., str]] = {
-    "replace": _replaced,
-    "join": lambda context, separator, values: _joined(context, values, separator),
-}
 
 
 class _Toll(NodeTransformer):
@@ -183,7 +70,7 @@ class _Toll(NodeTransformer):
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
         """Text of the template itself, printed like any value."""
-        return nodes.Const(node.data, lineno=node.lineno)  # as an expression it passes `_printed`
+        return nodes.Const(node.data, lineno=node.lineno)  # as an expression it passes through `meter.printed`
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         """`~` joins through the meter."""
@@ -201,7 +88,7 @@ class _Toll(NodeTransformer):
     def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
         """A filter pays for what it takes and for what it makes."""
         self.generic_visit(node)
-        node.args = [self._through(argument, "_pay") for argument in node.args]
+        self._pay_arguments(node)
         if node.node is None:  # of a filter block, which hands it the text printed inside
             return node
         node.node = self._through(node.node, "_pay")
@@ -211,8 +98,16 @@ class _Toll(NodeTransformer):
         """A test pays for what it looks at."""
         self.generic_visit(node)
         node.node = self._through(node.node, "_pay")
-        node.args = [self._through(argument, "_pay") for argument in node.args]
+        self._pay_arguments(node)
         return node
+
+    def _pay_arguments(self, node: nodes.Filter | nodes.Test) -> None:
+        """Arguments pay for their size, by whatever way they are given."""
+        if node.dyn_args or node.dyn_kwargs:
+            raise SecurityError(f"it hands unpacked arguments to {node.name}")
+        node.args = [self._through(argument, "_pay") for argument in node.args]
+        for keyword in node.kwargs:
+            keyword.value = self._through(keyword.value, "_pay")
 
     def visit_List(self, node: nodes.List) -> nodes.Filter:
         """A list pays for its making."""
@@ -220,8 +115,10 @@ class _Toll(NodeTransformer):
         return self._through(node, "_made")
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Filter:
-        """A dict pays for its making."""
+        """A dict pays for its keys, which are hashed, and for its making."""
         self.generic_visit(node)
+        for pair in node.items:
+            pair.key = self._through(pair.key, "_pay")
         return self._through(node, "_made")
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Tuple | nodes.Filter:
@@ -230,9 +127,12 @@ class _Toll(NodeTransformer):
         return self._through(node, "_made") if node.ctx == "load" else node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem | nodes.Filter:
-        """A slice pays for its making."""
+        """A slice pays for its making, a key for its size."""
         self.generic_visit(node)
-        return self._through(node, "_made") if isinstance(node.arg, nodes.Slice) else node
+        if isinstance(node.arg, nodes.Slice):
+            return self._through(node, "_made")
+        node.arg = node.arg if isinstance(node.arg, nodes.Const) else self._through(node.arg, "_pay")
+        return node
 
 
 class _Generation(jinja2.ext.Extension):
@@ -252,11 +152,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=_printed, optimized=False,
+        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=meter.printed, optimized=False,
                          extensions=[jinja2.ext.loopcontrols, _Generation])  # fmt: skip
         self.filters = {name: self.filters[name] for name in _FILTERS} | {
-            "join": _joined, "replace": _replaced, "tojson": _json, "safe": str,
-            "_pay": _pay, "_made": _made, "_steps": _steps, "_joined": _joined,
+            "join": meter.joined, "replace": meter.replaced, "tojson": meter.as_json, "safe": str,
+            "round": meter.rounded, "title": meter.titled, "trim": meter.trimmed,
+            "_pay": meter.pay, "_made": meter.made, "_steps": meter.steps, "_joined": meter.joined,
         }  # fmt: skip
         kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals = {**kept, "raise_exception": _raise, "strftime_now": _now}
@@ -272,26 +173,43 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operator that can make something large."""
-        _meter(context).charge(_operator_cost(operator, left, right))
+        meter.charge(_operator_cost(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A function, macro or method."""
         owner = getattr(__obj, "__self__", None)
-        _meter(__context).charge(_STEP_COST + _cost([owner, *args, *kwargs.values()]))
-        metered = _METERED_METHODS.get(__obj.__name__) if isinstance(owner, str) else None
+        meter.charge(meter.STEP_COST + meter.cost([owner, *args, *kwargs.values()]))
+        if isinstance(owner, str) and __obj.__name__ == "join":
+            return meter.joined(__context, args[0], owner)
+        metered = meter.TEXT_METHODS.get(__obj.__name__) if isinstance(owner, str) else None
         if metered is not None:
-            return metered(__context, owner, *args, **kwargs)
-        return _made(__context, super().call(__context, __obj, *args, **kwargs))
+            return metered(owner, *args, **kwargs)
+        return meter.made(super().call(__context, __obj, *args, **kwargs))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An entry, also each one on an attribute path such as `map(attribute='a.b')`."""
+        meter.charge(meter.LOOKUP_COST)
+        return super().getitem(obj, argument)
+
+    def call_filter(self, name: str, value: Any, args: Any = None, *rest: Any, **named: Any) -> Any:
+        """A filter that `map` calls for each item."""
+        meter.charge(meter.STEP_COST + meter.cost([value, *(args or ())]))
+        return meter.made(super().call_filter(name, value, args, *rest, **named))
+
+    def call_test(self, name: str, value: Any, args: Any = None, *rest: Any, **named: Any) -> Any:
+        """A test that `select` and its kin call for each item."""
+        meter.charge(meter.STEP_COST + meter.cost([value, *(args or ())]))
+        return super().call_test(name, value, args, *rest, **named)
 
 
 def _operator_cost(operator: str, left: Any, right: Any) -> int:
     """Size of what an operator makes; numbers stay below 64 bits, and `%` is the remainder, never formatting."""
     if isinstance(left, int | float) and isinstance(right, int | float):
         result_bits = _bits(left) * abs(right) if operator == "**" else 0
-        return _FORBIDDEN if max(_bits(left), _bits(right), result_bits) > 64 else 0
+        return meter.FORBIDDEN if max(_bits(left), _bits(right), result_bits) > 64 else 0
     if operator == "+":
-        return _size(left) + _size(right)
+        return meter.size(left) + meter.size(right)
     if operator == "*":
         return _repetition_cost(left, right) if isinstance(right, int) else _repetition_cost(right, left)
     raise SecurityError(f"operator {operator} is for numbers, {type(left).__name__} and {type(right).__name__} given")
@@ -302,7 +220,7 @@ def _bits(number: float) -> int:
 
 
 def _repetition_cost(value: Any, times: int) -> int:
-    return (_size(value) or 1) * max(times, 0)
+    return (meter.size(value) or 1) * max(times, 0)
 
 
 @functools.lru_cache(maxsize=16)
@@ -325,11 +243,14 @@ def render(source: str, variables: Mapping[str, object]) -> str:
     """
     if len(source) > LARGEST_SOURCE:
         raise InputError(f"chat template: {len(source)} characters given, at most {LARGEST_SOURCE} allowed")
+    token = meter.METER.set(meter.Meter())
     try:
-        text = _compiled(source).render({**variables, _METER: _Meter()})
+        text = _compiled(source).render(variables)
     except Exception as error:  # the template is a program of strangers: whatever it raises is its own fault
         reason = " ".join(f"{error}".split())[:300] or type(error).__name__
         raise InputError(f"chat template: {reason}") from None
+    finally:
+        meter.METER.reset(token)
     if len(text) > LARGEST_OUTPUT:
         raise InputError(f"chat template: it made {len(text)} characters, at most {LARGEST_OUTPUT} allowed")
     return text

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping
 from sentencepiece import SentencePieceProcessor
 
 from llama_jax.errors import InputError
+from llama_jax.text.model_proto import longest_replacement
 from llama_jax.text.surface import Surface, require_characters
 
 _LARGEST_FILE = 64 << 20
+_LONGEST_PIECE = 1024  # characters
+_LONGEST_REPLACEMENT = 256  # bytes; Unicode's longest compatibility form has 33
 _SPACE = "\u2581"  # how SentencePiece spells a space
 
 
@@ -82,15 +85,20 @@ def processor_from_bytes(model: bytes, origin: str) -> SentencePieceProcessor:
       origin: where the bytes come from, for the message.
 
     Raises:
-      InputError: for bytes that are no SentencePiece model.
+      InputError: for bytes that are no SentencePiece model, and for one that makes a text grow without measure.
     """
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-        processor.id_to_piece(list(range(processor.vocab_size())))  # pieces that are not UTF-8 show up here
-    except (RuntimeError, UnicodeDecodeError) as error:
+        pieces = processor.id_to_piece(list(range(processor.vocab_size())))  # pieces that are not UTF-8 show up here
+        replacement = longest_replacement(processor.serialized_model_proto())
+    except (RuntimeError, UnicodeDecodeError, InputError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{origin}: not a SentencePiece model ({reason}); give an intact tokenizer.model") from None
+    longest = max(map(len, pieces), default=0)
+    if longest > _LONGEST_PIECE or replacement > _LONGEST_REPLACEMENT:
+        raise InputError(f"{origin}: a piece of {longest} characters, a replacement of {replacement} bytes given, "
+                         f"at most {_LONGEST_PIECE} and {_LONGEST_REPLACEMENT} expected")  # fmt: skip
     return processor
 
 

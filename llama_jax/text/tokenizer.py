@@ -2,17 +2,16 @@
 
 import codecs
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import load_byte_pair
 from llama_jax.text.files import read_json
+from llama_jax.text.llama3 import load_llama3
 from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
 from llama_jax.text.surface import Surface
-
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+from llama_jax.text.tiktoken_file import is_tiktoken
 
 
 @runtime_checkable
@@ -99,7 +98,7 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: pathlib.Path) -> Tokenizer:
-    """Reads a tokenizer: a `tokenizer.json`, a SentencePiece `tokenizer.model`, or a directory with one of them.
+    """Reads a tokenizer: `tokenizer.json`, `tokenizer.model` (SentencePiece or Llama 3's ranks), or a directory with one.
 
     A directory with both is read from `tokenizer.json`, which also holds tokens that a fine-tuning added.
 
@@ -121,8 +120,8 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
         head = file.read(4096)
     if head.lstrip().startswith(b"{"):
         return load_byte_pair(path)
-    if _TIKTOKEN_LINE.match(head):
-        raise InputError(f"{path}: Llama 3's tokenizer.model (tiktoken ranks) is not read; give the model's tokenizer.json")
+    if is_tiktoken(head):
+        return load_llama3(path)
     tokenizer = load_sentence_piece(path)
     _refuse_added_tokens(path.parent / "added_tokens.json", tokenizer)
     return tokenizer
@@ -130,10 +129,9 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
 
 def _refuse_added_tokens(path: pathlib.Path, tokenizer: SentencePieceTokenizer) -> None:
     """Tokens that only added_tokens.json knows would be read as plain text, unnoticed."""
-    added = [
-        token for token in read_json(path) if tokenizer.processor.id_to_piece(tokenizer.processor.piece_to_id(token)) != token
-    ]
+    pieces = set(tokenizer.processor.id_to_piece(list(range(tokenizer.vocab_size))))
+    added = [token for token in read_json(path) if token not in pieces]
     if added:
         raise InputError(
-            f"{path}: {added[0]!r} is not in tokenizer.model; save the tokenizer as tokenizer.json, which holds both"
+            f"{path}: {added[0]!r:.60} is not in tokenizer.model; save the tokenizer as tokenizer.json, which holds both"
         )

@@ -1,6 +1,8 @@
 """Small tokenizers of every kind, trained on the spot, and texts that trip tokenizers."""
 
+import importlib.util
 import io
+import os
 import pathlib
 import random
 
@@ -11,6 +13,7 @@ from trained import PROSE, byte_level
 
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.gguf import tokenizer_from_gguf
+from llama_jax.text.llama3 import Llama3Tokenizer, load_llama3
 from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -52,6 +55,30 @@ def smollm2_metadata(smollm2_gguf: pathlib.Path) -> dict[str, object]:
     """The tokenizer's part of the real file's metadata, read by the gguf package."""
     fields = gguf.GGUFReader(smollm2_gguf).fields
     return {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+
+
+@pytest.fixture(scope="session")
+def llama3_path() -> pathlib.Path:
+    """Llama 3's tokenizer.model, which Meta's package llama-models carries."""
+    spec = importlib.util.find_spec("llama_models")
+    if spec is None or spec.origin is None:
+        if os.environ.get("CI"):
+            pytest.fail("llama-models is not installed; `make test` installs it")
+        pytest.skip("pip install --no-deps llama-models")
+    return pathlib.Path(spec.origin).parent / "llama3" / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def llama3(llama3_path: pathlib.Path) -> Llama3Tokenizer:
+    return load_llama3(llama3_path)
+
+
+@pytest.fixture(scope="session")
+def meta_llama3(llama3_path: pathlib.Path):
+    """Meta's own tokenizer of the same file."""
+    from llama_models.llama3.tokenizer import Tokenizer
+
+    return Tokenizer(llama3_path)
 
 
 @pytest.fixture(scope="session")

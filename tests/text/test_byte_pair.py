@@ -141,11 +141,11 @@ def test_a_damaged_file_is_refused(tmp_path: pathlib.Path, content: bytes, messa
 
 
 def test_other_models_and_decoders_are_refused(tmp_path: pathlib.Path):
-    with pytest.raises(InputError, match="model WordLevel given, BPE expected"):
+    with pytest.raises(InputError, match="model 'WordLevel' given, BPE expected"):
         load_byte_pair(save(tmp_path, tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))))
     tokenizer = byte_level()
     tokenizer.decoder = decoders.WordPiece()
-    with pytest.raises(InputError, match="decoder WordPiece given"):
+    with pytest.raises(InputError, match="decoder 'WordPiece' given"):
         load_byte_pair(save(tmp_path, tokenizer))
 
 

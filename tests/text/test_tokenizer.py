@@ -10,6 +10,7 @@ from trained import byte_level
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
+from llama_jax.text.llama3 import Llama3Tokenizer
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -36,11 +37,10 @@ def test_nothing_there_names_what_was_looked_for(tmp_path: pathlib.Path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_llama3s_tiktoken_file_is_refused_by_name(tmp_path: pathlib.Path):
+def test_llama3s_ranks_are_told_from_a_sentence_piece_model(tmp_path: pathlib.Path):
     lines = (base64.b64encode(bytes([rank])) + b" %d\n" % rank for rank in range(256))
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-    with pytest.raises(InputError, match=r"Llama 3's tokenizer.model \(tiktoken ranks\).*tokenizer.json"):
-        load_tokenizer(tmp_path)
+    assert isinstance(load_tokenizer(tmp_path), Llama3Tokenizer)
 
 
 def test_added_tokens_that_the_model_file_lacks_are_refused(tmp_path: pathlib.Path, sentence_piece_path: pathlib.Path):

@@ -1,0 +1,84 @@
+"""How byte-level tokenizers cut text into words before they merge pairs: the rules that have a name in GGUF files.
+
+Source: the patterns of llama.cpp's `llama-vocab.cpp`, and of Meta's and OpenAI's own tokenizers.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tokenizers import Regex, pre_tokenizers
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
+    """Text as characters that stand for bytes; `use_regex` splits it by GPT-2's pattern before."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+def _isolate(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _llama3_splitter() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([_isolate(LLAMA3_PATTERN), _byte_level(False)])
+
+
+def _smollm_splitter() -> pre_tokenizers.PreTokenizer:
+    """Each digit alone, then GPT-2's pattern. (The conversion in transformers 5 leaves the digits out.)"""
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level(True)])
+
+
+def _gpt2_splitter() -> pre_tokenizers.PreTokenizer:
+    return _byte_level(True)
+
+
+def _default_splitter() -> pre_tokenizers.PreTokenizer:
+    """What llama.cpp does with the name `default`: not GPT-2's pattern alone, but punctuation and digits besides."""
+    cuts = map(_isolate, (r"[\p{P}$+<=>^~|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"))
+    return pre_tokenizers.Sequence([*cuts, _byte_level(False)])
+
+
+# Patterns of models that are built like LLaMA: Qwen 2, and one step of DeepSeek's.
+_KNOWN_PATTERNS = {LLAMA3_PATTERN, GPT2_PATTERN, LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"), r"\s+$"}
+_LONGEST_PATTERN = 2000
+_ATOM = r"(?:\\[pP]\{\^?\w+\}|\\[dDsSwWrnt]|\\[^\w\s]|\[\^?(?:\\.|[^\[\]\\])+\]|[^\\\[\](){}.*+?^$|])"
+_WORD = rf"(?:{_ATOM}\??){{0,7}}{_ATOM}(?:[?*+]|\{{\d\d?(?:,\d?\d?)?\}})?"
+_SIMPLE = re.compile(rf"{_WORD}(?:\|{_WORD})*")
+
+
+def is_bounded(pattern: str) -> bool:
+    """Whether a regular expression of a file takes time in proportion to the text, as far as can be told from outside.
+
+    It does if it is a known one, or if it is simple: every alternative a few characters or classes, of which only the
+    last may repeat, so that a match never has to be tried again.
+    """
+    return pattern in _KNOWN_PATTERNS or (len(pattern) <= _LONGEST_PATTERN and _SIMPLE.fullmatch(pattern) is not None)
+
+
+class SplitRule(NamedTuple):
+    """How text is cut into words before pairs are merged.
+
+    Attributes:
+      splitter: makes the cutter, an object of the tokenizers library.
+      whole_words: a word that is itself in the vocabulary is one token, whatever the merges say.
+      adds_begin: whether prompts begin with the begin token where the file does not say.
+    """
+
+    splitter: Callable[[], pre_tokenizers.PreTokenizer]
+    whole_words: bool
+    adds_begin: bool
+
+
+SPLIT_RULES = {
+    "llama-bpe": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
+    "llama3": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
+    "smollm": SplitRule(_smollm_splitter, whole_words=False, adds_begin=False),
+    "gpt-2": SplitRule(_gpt2_splitter, whole_words=False, adds_begin=False),
+    "default": SplitRule(_default_splitter, whole_words=False, adds_begin=False),
+}
