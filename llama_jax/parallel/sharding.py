@@ -5,10 +5,13 @@ optimizer's moments, which repeat the tree. The rules that turn axis names into 
 of the model can have others; those of training shard weights over `fsdp` and `tensor` and gather them when used.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
 from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, PyTree
@@ -65,11 +68,29 @@ def parameter_spec(path: tuple, ndim: int, rules: Rules) -> PartitionSpec:
     return partition_spec(("layers",) * (ndim - len(axes)) + axes, rules)
 
 
+def channels_first(name: str) -> tuple[str, ...]:
+    """Axis names of the parts of a quantised weight: channels, then what they are summed over."""
+    return PARAMETER_AXES[name] if name == "embedding" else PARAMETER_AXES[name][::-1]
+
+
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The spec of a part of a quantised weight: scales and groups stay whole along an axis that the mesh does not divide."""
+    counts = [math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names or ())) for names in spec]
+    return PartitionSpec(*[names if size % count == 0 else None for names, size, count in zip(spec, shape, counts)])
+
+
 def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
-    """A `NamedSharding` for every array of a tree of parameters, optimizer state, or both."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf.ndim, rules)), tree
-    )
+    """A `NamedSharding` for every array of a tree of parameters (quantised ones too), optimizer state, or both."""
+
+    def sharding(path: tuple, leaf: Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        """That of one array; a part of a quantised weight has the weight's name just before its own."""
+        name = str(getattr(path[-2], "key", "")) if len(path) > 1 and isinstance(path[-1], GetAttrKey) else ""
+        if name not in PARAMETER_AXES:
+            return NamedSharding(mesh, parameter_spec(path, leaf.ndim, rules))
+        spec = partition_spec(("layers",) * (leaf.ndim - 2) + channels_first(name), rules)
+        return NamedSharding(mesh, _fitting(spec, leaf.shape, mesh.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def check_divisible(config: LlamaConfig, mesh: Mesh, rules: Rules) -> None:
@@ -104,17 +125,28 @@ def constrain(x: Array, axes: tuple[str, ...], rules: Rules) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
 
 
+def _without_fsdp(rules: Rules) -> Rules:
+    return tuple((axis, tuple(m for m in mesh_axes if m != "fsdp")) for axis, mesh_axes in rules)
+
+
 def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules) -> Array:
-    """A weight shard in the compute dtype, gathered over `fsdp` for use.
+    """A weight shard in the compute dtype, or its own where that is narrower, gathered over `fsdp` for use.
 
     Cast first, so that the gather moves the narrow type; the transpose of the first constraint brings the gradient back
     sharded (reduce-scattered), which the compiler does not do by itself.
     """
-    narrow = weight.astype(dtype)
+    narrow = weight.astype(dtype) if weight.dtype.itemsize >= jnp.dtype(dtype).itemsize else weight
     if jax.sharding.get_abstract_mesh().empty:
         return narrow
-    whole = tuple((axis, tuple(m for m in mesh_axes if m != "fsdp")) for axis, mesh_axes in rules)
-    return constrain(constrain(narrow, axes, rules), axes, whole)
+    return constrain(constrain(narrow, axes, rules), axes, _without_fsdp(rules))
+
+
+def gathered_part(part: Array, axes: tuple[str, ...], rules: Rules) -> Array:
+    """A part of a quantised weight (integers, scales or multipliers) in its own type, gathered over `fsdp` for use."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for pinned in (rules, _without_fsdp(rules)) if sizes else ():
+        part = jax.lax.with_sharding_constraint(part, _fitting(partition_spec(axes, pinned), part.shape, sizes))
+    return part
 
 
 def batch_spec(rules: Rules, leading: int = 0) -> PartitionSpec:

@@ -1,69 +1,109 @@
-"""From a source of single tensors to the one parameter tree, stacked or unrolled."""
+"""From a source of single tensors to the one parameter tree, stacked or unrolled, whole or in shards over a mesh."""
 
-from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 from jax.typing import DTypeLike
 
-from llama_jax.axes import Parameters
-from llama_jax.weights.source import Shape, Source, flat_shapes
+from llama_jax.axes import Array, Parameters
+from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible, parameter_spec
+from llama_jax.weights.source import Source, flat_shapes
 
-Place = Callable[[str, np.ndarray], jax.Array]
+Form = Literal["stacked", "unrolled"]
 
 _STRIP = 64  # columns copied at a time: a transposed copy in strips stays in the cache and is 3 to 7 times as fast
+_ALIGNMENT = 64  # bytes; what XLA's CPU client asks of an array that it is to use without a copy
 
 
-def on_default_device(name: str, tensor: np.ndarray) -> jax.Array:
-    """The default placement: the whole tensor on JAX's default device."""
-    return jnp.asarray(tensor)
-
-
-def assemble(
-    source: Source, form: Literal["stacked", "unrolled"], dtype: DTypeLike, place: Place = on_default_device
-) -> Parameters:
+def assemble(source: Source, form: Form, dtype: DTypeLike, mesh: Mesh | None = None, rules: Rules = TRAINING) -> Parameters:
     """Reads every tensor of a source into a parameter tree.
+
+    On the host, one tensor of one layer exists at a time; on the devices, beside the tree, the same one at most.
 
     Args:
       source: the weights, tensor by tensor.
       form: `stacked` has the layers on a leading axis below `layers`; `unrolled` has `layers_0`, `layers_1`, ...
       dtype: type of the result's arrays.
-      place: from a path of the tree and a host array to a device array. The host array is not used again.
+      mesh: the devices over which each tensor is laid out, shard by shard; JAX's default device where `None`.
+      rules: axis name -> mesh axes, for `mesh`.
 
     Returns:
-      The tree, nested dicts. On the host, one of its (stacked) tensors exists at a time beside the placed ones.
+      The tree, nested dicts.
+
+    Raises:
+      InputError: for a mesh whose axes do not divide the model.
     """
-    read = _stacked if form == "stacked" else _unrolled
+    shardings = _shardings(source, mesh, rules)
     flat: dict[str, jax.Array] = {}
-    for path, shape in flat_shapes(source.config).items():
-        flat.update((name, place(name, tensor)) for name, tensor in read(source, path, shape, np.dtype(dtype)))
+    for path in flat_shapes(source.config):
+        read = _stacked if form == "stacked" and _layered(path) else _one_by_one
+        flat |= read(source, path, np.dtype(dtype), shardings.get(path))
     return unflatten_dict(flat, sep="/")
 
 
-def _stacked(source: Source, path: str, shape: Shape, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    tensor = np.empty(shape, dtype)
-    if path.startswith("layers/"):
-        for layer in range(source.config.layers):
-            _copy(source.read(path, layer), tensor[layer])
-    else:
-        _copy(source.read(path, None), tensor)
-    yield path, tensor
+def _layered(path: str) -> bool:
+    return path.startswith("layers/")
 
 
-def _unrolled(source: Source, path: str, shape: Shape, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    if not path.startswith("layers/"):
-        yield from _stacked(source, path, shape, dtype)
-        return
+def _shardings(source: Source, mesh: Mesh | None, rules: Rules) -> dict[str, NamedSharding]:
+    """Where each tensor lives, by path, without the axis of the layers; empty where there is no mesh."""
+    if mesh is None:
+        return {}
+    check_divisible(source.config, mesh, rules)
+    ranks = {path: len(shape) - _layered(path) for path, shape in flat_shapes(source.config).items()}
+    return {path: parameter_sharding(path, rank, mesh, rules) for path, rank in ranks.items()}
+
+
+def parameter_sharding(path: str, ndim: int, mesh: Mesh, rules: Rules) -> NamedSharding:
+    """Where a parameter lives by the table of `parallel.sharding`.
+
+    Args:
+      path: of the parameter, such as `layers/attention/wq`.
+      ndim: dimensions of the array; with one more than a matrix has, layers are stacked on the leading axis.
+      mesh: the devices.
+      rules: axis name -> mesh axes.
+    """
+    keys = tuple(map(DictKey, path.split("/")))
+    return NamedSharding(mesh, parameter_spec(keys, ndim, rules))
+
+
+def _one_by_one(source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None) -> dict[str, jax.Array]:
+    """The arrays of a path by name: one, or one a layer."""
+    if not _layered(path):
+        return {path: _placed(_copied(source.read(path, None), dtype), sharding)}
+    names = {path.replace("layers", f"layers_{layer}", 1): layer for layer in range(source.config.layers)}
+    return {name: _placed(_copied(source.read(path, layer), dtype), sharding) for name, layer in names.items()}
+
+
+def _stacked(source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None) -> dict[str, jax.Array]:
+    """The one array of a path, filled in place layer by layer."""
+    above = sharding and NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    stacked = jnp.zeros(flat_shapes(source.config)[path], dtype, device=above)
+    fill = jax.jit(jax.lax.dynamic_update_index_in_dim, donate_argnums=0, static_argnums=3, out_shardings=above)
     for layer in range(source.config.layers):
-        tensor = np.empty(shape[1:], dtype)
-        _copy(source.read(path, layer), tensor)
-        yield path.replace("layers", f"layers_{layer}", 1), tensor
+        tensor = _placed(_copied(source.read(path, layer), dtype), sharding)
+        stacked = jax.block_until_ready(fill(stacked, tensor, np.int32(layer), 0))
+    return {path: stacked}
 
 
-def _copy(tensor: np.ndarray, destination: np.ndarray) -> None:
-    """Copies with a cast, so that nothing placed refers to the file."""
+def _placed(tensor: np.ndarray, sharding: NamedSharding | None) -> Array:
+    """A host array on the devices; waits until it is there, so that not two of them are on their way at a time."""
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(tensor))
+    return jax.block_until_ready(jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index]))
+
+
+def _copied(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous copy with a cast: nothing placed refers to the file. Aligned so that on a CPU JAX takes it as it is."""
+    nbytes = tensor.size * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy = memory[start : start + nbytes].view(dtype).reshape(tensor.shape)
     for start in range(0, tensor.shape[-1], _STRIP):
-        destination[..., start : start + _STRIP] = tensor[..., start : start + _STRIP]
+        copy[..., start : start + _STRIP] = tensor[..., start : start + _STRIP]
+    return copy

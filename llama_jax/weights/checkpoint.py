@@ -22,9 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from llama_jax.axes import PyTree
 from llama_jax.errors import CorruptError, InputError
+from llama_jax.parallel.sharding import TRAINING, Rules
+from llama_jax.weights.assemble import parameter_sharding
 from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, nest, read_manifest, seal
 
 _PARAMETERS = "params"  # the subtree of a state that inference needs
@@ -219,24 +222,40 @@ class Checkpoints:
         return SaveError(f"checkpoint {self._directory / str(step)} was not written: {_reason(error)}")
 
 
-def restore_parameters(directory: Path, dtype: jax.typing.DTypeLike | None = None) -> Restored:
-    """The verified parameters of the newest whole checkpoint, on the default device; the optimizer's state is not read.
+def restore_parameters(
+    directory: Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None, rules: Rules = TRAINING
+) -> Restored:
+    """The verified parameters of the newest whole checkpoint; the optimizer's state is not read.
 
     Nothing in the directory is changed, so a run may be writing to it.
 
     Args:
       directory: as for `Checkpoints.open`.
       dtype: to cast the parameters to; as they were saved when `None`.
+      mesh: the devices to lay them out over, each shard read where it lives; the default device when `None`.
+      rules: axis name -> mesh axes, for `mesh`.
 
     Raises:
       InputError: if there is no checkpoint, or none of a state with `params`.
       CorruptError: if all are damaged.
     """
     directory = directory.absolute()
-    newest = _newest(directory, lambda step: _read_parameters(directory, step))
+    newest = _newest(directory, lambda step: _read_parameters(directory, step, mesh, rules))
     if newest is None:
         raise InputError(f"{directory}: no checkpoint there, the checkpoints of a run expected")
     return newest if dtype is None else newest._replace(state=jax.tree.map(lambda x: x.astype(dtype), newest.state))
+
+
+def newest_manifest(directory: Path) -> Manifest | None:
+    """The manifest of the newest checkpoint that has a whole one, `None` if there is none; no array is read, nothing changed.
+
+    Args:
+      directory: as for `Checkpoints.open`.
+    """
+    for step in reversed(list_steps(directory)):
+        with contextlib.suppress(CorruptError):
+            return _manifest(directory, step)
+    return None
 
 
 def read_metadata(directory: Path) -> dict | None:
@@ -245,19 +264,18 @@ def read_metadata(directory: Path) -> dict | None:
     Args:
       directory: as for `Checkpoints.open`.
     """
-    for step in reversed(list_steps(directory)):
-        with contextlib.suppress(CorruptError):
-            return _manifest(directory, step).metadata
-    return None
+    manifest = newest_manifest(directory)
+    return None if manifest is None else manifest.metadata
 
 
-def _read_parameters(directory: Path, step: int) -> PyTree:
+def _read_parameters(directory: Path, step: int, mesh: Mesh | None, rules: Rules) -> PyTree:
     manifest = _manifest(directory, step)
     records = {path: record for path, record in manifest.arrays.items() if path.startswith(f"{_PARAMETERS}/")}
     if not records:
         raise InputError(f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a training expected")
     device = jnp.zeros(()).sharding
-    like = {path: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=device) for path, r in records.items()}
+    places = {path: parameter_sharding(path, len(r.shape), mesh, rules) if mesh else device for path, r in records.items()}
+    like = {path: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=places[path]) for path, r in records.items()}
     return _read_arrays(directory, manifest, nest(like))[_PARAMETERS]
 
 

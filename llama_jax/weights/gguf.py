@@ -10,9 +10,10 @@ from llama_jax.errors import InputError
 from llama_jax.weights.gguf_blocks import DECODERS
 from llama_jax.weights.gguf_config import DIVISORS, config_from_gguf
 from llama_jax.weights.gguf_file import GgufFile, GgufTensor
+from llama_jax.weights.gguf_split import open_gguf
 from llama_jax.weights.source import blamed_on, file_shapes, oriented, require_tensors, shown
 
-__all__ = ["NAMES", "GgufFile", "GgufSource", "GgufTensor", "config_from_gguf", "half_layout"]
+__all__ = ["NAMES", "GgufFile", "GgufSource", "GgufTensor", "adjacent_layout", "config_from_gguf", "half_layout"]
 
 NAMES = {
     "embedding": "token_embd.weight",
@@ -29,10 +30,12 @@ NAMES = {
     "head": "output.weight",
 }
 
+ROTATED = ("layers/attention/wq", "layers/attention/wk")  # rows in the order of the rotary layout
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GgufSource:
-    """A GGUF file as a `Source`.
+    """A GGUF file, or the parts of a split one, as a `Source`.
 
     Attributes:
       file: the open file; its metadata hold the tokenizer.
@@ -44,12 +47,14 @@ class GgufSource:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "GgufSource":
-        """Opens a file and checks names, shapes and types of all tensors, reading none.
+        """Opens a file, or all parts of a model by one of them, and checks names, shapes and types of all tensors.
+
+        No tensor is read.
 
         Raises:
-          InputError: for a damaged file, another architecture, tensors or element types that do not fit.
+          InputError: for a damaged or missing file, another architecture, tensors or element types that do not fit.
         """
-        file = GgufFile.open(path)
+        file = open_gguf(path)
         config = config_from_gguf(file)
         with blamed_on(path):
             tensors = {name: tensor for name, tensor in file.tensors.items() if name != DIVISORS}
@@ -60,7 +65,7 @@ class GgufSource:
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One tensor in the canonical orientation and rotary layout; see `Source.read`."""
         tensor = self.file.read(NAMES[name].format(layer))
-        if name in ("layers/attention/wq", "layers/attention/wk"):
+        if name in ROTATED:
             tensor = half_layout(tensor, self.config.head_dim)
         return oriented(name, tensor)
 
@@ -76,6 +81,11 @@ def half_layout(rows: np.ndarray, head_dim: int) -> np.ndarray:
       The rows, reordered so that `i` and `i + H / 2` of a head turn together (Hugging Face, and this project).
     """
     return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def adjacent_layout(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `half_layout`: rows of a query or key projection as GGUF has them."""
+    return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _require_decoders(tensors: dict[str, GgufTensor]) -> None:

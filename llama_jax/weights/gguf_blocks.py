@@ -2,7 +2,9 @@
 
 A quantised tensor is a row of blocks of 32 weights, each with its own float16 scale `d` (and offset `m`):
 Q8_0 is `d * q` with q a signed byte; Q4_0 `d * (q - 8)` and Q4_1 `d * q + m` with q from 0 to 15, the low halves of
-the 16 bytes holding the first 16 weights and the high halves the last 16.
+the 16 bytes holding the first 16 weights and the high halves the last 16; Q5_0 `d * (q - 16)` and Q5_1 `d * q + m` are
+the same with a fifth bit; IQ4_NL is Q4_0 with uneven steps. The types of larger blocks are in `gguf_k_blocks`; where
+rows are not whole blocks of these, llama.cpp takes the types here instead.
 
 Source: the GGUF specification and `ggml-common.h` of the ggml project.
 """
@@ -13,7 +15,15 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.weights.gguf_k_blocks import float16, q2_k, q3_k, q4_k, q5_k, q6_k
+
 Decode = Callable[[np.ndarray], np.ndarray]
+Fill = Callable[[np.ndarray, np.ndarray], None]  # from blocks, uint8 `[n, bytes]`, into weights, float32 `[n, length]`
+
+# The 16 steps of IQ4_NL, closer together near zero.
+_UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
+_STRIP = 1 << 16  # weights decoded at a time: 256 KiB of float32
 
 
 class BlockType(NamedTuple):
@@ -41,63 +51,97 @@ def _as_floats(dtype: type) -> Decode:
     return decode
 
 
-def _halves(data: np.ndarray) -> np.ndarray:
-    """Blocks of 16 bytes to float32 `[blocks, 32]`: low half bytes first, then the high ones."""
-    weights = np.empty((len(data), 2, 16), np.float32)
-    weights[:, 0] = data & 15
-    weights[:, 1] = data >> 4
-    return weights.reshape(-1, 32)
+def _in_strips(length: int, nbytes: int, fill: Fill) -> Decode:
+    """A decoder of blocks, a strip after the other: what is made on the way to the weights stays in the cache."""
+    strip = _STRIP // length
+
+    def decode(data: np.ndarray) -> np.ndarray:
+        """The bytes of blocks as weights, float32."""
+        blocks = data.reshape(-1, nbytes)
+        weights = np.empty((len(blocks), length), np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):  # a scale that is no number makes weights that are none
+            for start in range(0, len(blocks), strip):
+                fill(blocks[start : start + strip], weights[start : start + strip])
+        return weights.reshape(-1)
+
+    return decode
 
 
-def _float16(data: np.ndarray) -> np.ndarray:
-    """Two bytes a block to float32 `[blocks, 1]`."""
-    return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
+def _quantised(name: str, length: int, nbytes: int, fill: Fill) -> BlockType:
+    return BlockType(name, length, nbytes, _in_strips(length, nbytes, fill))
 
 
-def _q4_0(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, 18)
-    weights = _halves(blocks[:, 2:])
+def _fill_halves(data: np.ndarray, weights: np.ndarray) -> None:
+    """Blocks of 16 bytes to 32 weights: low half bytes first, then the high ones."""
+    weights[:, :16] = data & 15
+    weights[:, 16:] = data >> 4
+
+
+def _fill_fives(bits: np.ndarray, data: np.ndarray, weights: np.ndarray) -> None:
+    """As `_fill_halves`, with a fifth bit of each weight in four more bytes, the first weight's the lowest."""
+    numbers = np.unpackbits(np.ascontiguousarray(bits), axis=1, bitorder="little")
+    numbers <<= 4
+    numbers[:, :16] |= data & 15
+    numbers[:, 16:] |= data >> 4
+    weights[:] = numbers
+
+
+def _q4_0(blocks: np.ndarray, weights: np.ndarray) -> None:
+    _fill_halves(blocks[:, 2:], weights)
     weights -= 8
-    weights *= _float16(blocks[:, :2])
-    return weights.reshape(-1)
+    weights *= float16(blocks[:, :2])
 
 
-def _q4_1(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, 20)
-    weights = _halves(blocks[:, 4:])
-    weights *= _float16(blocks[:, :2])
-    weights += _float16(blocks[:, 2:4])
-    return weights.reshape(-1)
+def _q4_1(blocks: np.ndarray, weights: np.ndarray) -> None:
+    _fill_halves(blocks[:, 4:], weights)
+    weights *= float16(blocks[:, :2])
+    weights += float16(blocks[:, 2:4])
 
 
-def _q8_0(data: np.ndarray) -> np.ndarray:
-    blocks = data.reshape(-1, 34)
-    weights = blocks[:, 2:].view(np.int8).astype(np.float32)
-    weights *= _float16(blocks[:, :2])
-    return weights.reshape(-1)
+def _iq4_nl(blocks: np.ndarray, weights: np.ndarray) -> None:
+    weights[:, :16] = _UNEVEN[blocks[:, 2:] & 15]
+    weights[:, 16:] = _UNEVEN[blocks[:, 2:] >> 4]
+    weights *= float16(blocks[:, :2])
+
+
+def _q5_0(blocks: np.ndarray, weights: np.ndarray) -> None:
+    _fill_fives(blocks[:, 2:6], blocks[:, 6:], weights)
+    weights -= 16
+    weights *= float16(blocks[:, :2])
+
+
+def _q5_1(blocks: np.ndarray, weights: np.ndarray) -> None:
+    _fill_fives(blocks[:, 4:8], blocks[:, 8:], weights)
+    weights *= float16(blocks[:, :2])
+    weights += float16(blocks[:, 2:4])
+
+
+def _q8_0(blocks: np.ndarray, weights: np.ndarray) -> None:
+    weights[:] = blocks[:, 2:].view(np.int8)
+    weights *= float16(blocks[:, :2])
 
 
 # By the number that stands in the file.
 BLOCK_TYPES: dict[int, BlockType] = {
     0: BlockType("F32", 1, 4, _as_floats(np.float32)),
     1: BlockType("F16", 1, 2, _as_floats(np.float16)),
-    2: BlockType("Q4_0", 32, 18, _q4_0),
-    3: BlockType("Q4_1", 32, 20, _q4_1),
-    6: BlockType("Q5_0", 32, 22),
-    7: BlockType("Q5_1", 32, 24),
-    8: BlockType("Q8_0", 32, 34, _q8_0),
+    2: _quantised("Q4_0", 32, 18, _q4_0),
+    3: _quantised("Q4_1", 32, 20, _q4_1),
+    6: _quantised("Q5_0", 32, 22, _q5_0),
+    7: _quantised("Q5_1", 32, 24, _q5_1),
+    8: _quantised("Q8_0", 32, 34, _q8_0),
     9: BlockType("Q8_1", 32, 40),
-    10: BlockType("Q2_K", 256, 84),
-    11: BlockType("Q3_K", 256, 110),
-    12: BlockType("Q4_K", 256, 144),
-    13: BlockType("Q5_K", 256, 176),
-    14: BlockType("Q6_K", 256, 210),
+    10: _quantised("Q2_K", 256, 84, q2_k),
+    11: _quantised("Q3_K", 256, 110, q3_k),
+    12: _quantised("Q4_K", 256, 144, q4_k),
+    13: _quantised("Q5_K", 256, 176, q5_k),
+    14: _quantised("Q6_K", 256, 210, q6_k),
     15: BlockType("Q8_K", 256, 292),
     16: BlockType("IQ2_XXS", 256, 66),
     17: BlockType("IQ2_XS", 256, 74),
     18: BlockType("IQ3_XXS", 256, 98),
     19: BlockType("IQ1_S", 256, 50),
-    20: BlockType("IQ4_NL", 32, 18),
+    20: _quantised("IQ4_NL", 32, 18, _iq4_nl),
     21: BlockType("IQ3_S", 256, 110),
     22: BlockType("IQ2_S", 256, 82),
     23: BlockType("IQ4_XS", 256, 136),

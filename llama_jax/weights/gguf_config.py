@@ -1,4 +1,7 @@
-"""The architecture that the metadata of a GGUF file declares."""
+"""The architecture that the metadata of a GGUF file declares, read and written.
+
+Source: `convert_hf_to_gguf.py` and `src/llama-model.cpp` of the llama.cpp project.
+"""
 
 import dataclasses
 import math
@@ -48,6 +51,7 @@ _NEUTRAL = {
 _KEY_LENGTH = "llama.attention.key_length"
 DIVISORS = "rope_freqs.weight"  # of the inverse frequencies: how GGUF stores the scaling of Llama 3.1 and later
 _LOW, _HIGH, _ORIGINAL_CONTEXT = 1.0, 4.0, 8192  # the same in all of them; only the factor differs
+_CONTEXT_KEY = "llama.rope.scaling.original_context_length"  # for models of other contexts than Meta's
 
 
 def config_from_gguf(file: GgufFile) -> LlamaConfig:
@@ -64,7 +68,48 @@ def config_from_gguf(file: GgufFile) -> LlamaConfig:
         return config
     divisors = file.read(DIVISORS)
     with blamed_on(file.path):
-        return dataclasses.replace(config, rope_scaling=_llama3_scaling(config, divisors))
+        context = whole(file.metadata, _CONTEXT_KEY, _ORIGINAL_CONTEXT)
+        return dataclasses.replace(config, rope_scaling=_llama3_scaling(config, divisors, context))
+
+
+def metadata_from_config(config: LlamaConfig) -> dict[str, object]:
+    """The inverse of `config_from_gguf`, but for the scaling that `divisors_from_config` tells.
+
+    Returns:
+      Keys `llama.*` with their values, fit for `gguf_write`.
+    """
+    return {
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.context_length,
+        "llama.embedding_length": config.dim,
+        "llama.block_count": config.layers,
+        "llama.feed_forward_length": config.ffn_dim,
+        "llama.attention.head_count": config.heads,
+        "llama.attention.head_count_kv": config.kv_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": float(config.rope_theta),
+        **_scaling_keys(config.rope_scaling),
+    }
+
+
+def divisors_from_config(config: LlamaConfig) -> np.ndarray | None:
+    """The tensor `DIVISORS` for a model with `llama3` scaling, `[H / 2]` float32; `None` for all others.
+
+    Raises:
+      InputError: for a scaling that readers would take for another one.
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type != "llama3":
+        return None
+    divisors = _llama3_divisors(config, scaling).astype(np.float32)
+    with blamed_on(f"{scaling} cannot be told in GGUF"):
+        plain = dataclasses.replace(config, rope_scaling=None)
+        if _llama3_scaling(plain, divisors, scaling.original_context or 0) != scaling:
+            raise InputError("no frequency is divided by the whole factor")
+    return divisors
 
 
 def _declared(file: GgufFile) -> LlamaConfig:
@@ -92,8 +137,6 @@ def _plain_llama(metadata: Mapping[str, Any]) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise InputError(f"general.architecture is {shown(architecture)}; only 'llama' is supported")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise InputError("this is one part of a split model (split.count); merge the parts with llama-gguf-split --merge")
     values = {key: value for key, value in metadata.items() if key.startswith("llama.")}
     for key, value in values.items():
         if key not in _KNOWN and (key not in _NEUTRAL or value != _NEUTRAL[key]):
@@ -132,24 +175,38 @@ def _linear_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
     return None if kind == "none" else RopeScaling("linear", _decimal(values, "llama.rope.scaling.factor"))
 
 
-def _llama3_scaling(config: LlamaConfig, divisors: np.ndarray) -> RopeScaling:
-    """The scaling that a tensor of divisors stands for, recomputed to be sure."""
-    factor = float(divisors.max())
-    alike = (
-        factor >= 1
-        and divisors.shape == (config.head_dim // 2,)
-        and np.allclose(divisors, _llama3_divisors(config, factor), rtol=1e-3, atol=0)
-    )
-    if config.rope_scaling or not alike:
-        raise InputError(f"{DIVISORS} is not the scaling of Llama 3.1 (low 1, high 4, original context 8192)")
-    return RopeScaling("llama3", factor, low_freq_factor=_LOW, high_freq_factor=_HIGH, original_context=_ORIGINAL_CONTEXT)
+def _scaling_keys(scaling: RopeScaling | None) -> dict[str, object]:
+    """The keys `rope.scaling.*` of a scaling."""
+    if scaling is None:
+        return {}
+    if scaling.rope_type == "linear":
+        return {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
+    return {} if scaling.original_context == _ORIGINAL_CONTEXT else {_CONTEXT_KEY: scaling.original_context}
 
 
-def _llama3_divisors(config: LlamaConfig, factor: float) -> np.ndarray:
+def _llama3_scaling(config: LlamaConfig, divisors: np.ndarray, context: int) -> RopeScaling:
+    """The scaling that a tensor of divisors stands for, recomputed to be sure.
+
+    Args:
+      config: the architecture without it.
+      divisors: `[H / 2]`.
+      context: original context by the metadata; one that does not fit gives way to Meta's, since llama.cpp ignores it.
+    """
+    if config.rope_scaling is None and divisors.shape == (config.head_dim // 2,) and divisors.max() >= 1:
+        factor = float(str(np.float32(divisors.max())))
+        for original_context in (context, _ORIGINAL_CONTEXT):
+            scaling = RopeScaling("llama3", factor, _LOW, _HIGH, original_context)
+            if np.allclose(divisors, _llama3_divisors(config, scaling), rtol=1e-3, atol=0):
+                return scaling
+    raise InputError(f"{DIVISORS} is not the scaling of Llama 3.1 (low 1, high 4, original context {_ORIGINAL_CONTEXT})")
+
+
+def _llama3_divisors(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
     """What `llama3` scaling divides each inverse frequency by, `[H / 2]`: 1 up to `factor`.
 
     Source: Meta's llama-models, `models/llama3/model.py`.
     """
+    low, high, context = (float(x or 0) for x in (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context))
     wavelengths = 2 * math.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-    kept = np.clip((_ORIGINAL_CONTEXT / wavelengths - _LOW) / (_HIGH - _LOW), 0, 1)
-    return 1 / ((1 - kept) / factor + kept)
+    kept = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+    return 1 / ((1 - kept) / scaling.factor + kept)

@@ -41,33 +41,35 @@ class GgufTensor:
       type: name of the element type, such as `F16` or `Q4_1`.
       offset: first byte, from the beginning of the file.
       nbytes: bytes in the file.
+      part: which file of a model in several, from 0.
     """
 
     shape: tuple[int, ...]
     type: str
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GgufFile:
-    """An open GGUF file.
+    """An open GGUF file, or the several files of one model (see `gguf_split`).
 
     Attributes:
-      path: the file.
+      path: the file, or the first of several.
       metadata: keys and values of the header; arrays are lists.
       tensors: the tensors by name.
-      data: the bytes of the whole file, memory-mapped.
+      data: the bytes of each whole file, memory-mapped.
     """
 
     path: pathlib.Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
-    data: np.ndarray
+    data: tuple[np.ndarray, ...]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "GgufFile":
-        """Parses and checks the header; no tensor is read.
+        """Parses and checks the header of one file; no tensor is read.
 
         Raises:
           InputError: for a file that is missing, damaged, of another version or byte order.
@@ -79,7 +81,7 @@ class GgufFile:
             metadata = header.table(entry_count, _SMALLEST_ENTRY, header.value)
             records = header.table(tensor_count, _SMALLEST_TENSOR, header.record)
             tensors = _placed(records, header.position, _alignment(metadata), len(data))
-            return cls(pathlib.Path(path), metadata, tensors, data)
+            return cls(pathlib.Path(path), metadata, tensors, (data,))
 
     def read(self, name: str) -> np.ndarray:
         """The weights of one tensor: float types as stored (a view of the file), quantised ones as float32.
@@ -93,7 +95,8 @@ class GgufFile:
         if tensor.type not in DECODERS:
             supported = ", ".join(DECODERS)
             raise InputError(f"{self.path}: tensor {shown(name)} has type {tensor.type}; supported are {supported}")
-        return DECODERS[tensor.type](self.data[tensor.offset : tensor.offset + tensor.nbytes]).reshape(tensor.shape)
+        data = self.data[tensor.part][tensor.offset : tensor.offset + tensor.nbytes]
+        return DECODERS[tensor.type](data).reshape(tensor.shape)
 
 
 def _mapped(path: str | os.PathLike[str]) -> np.ndarray:
@@ -216,7 +219,7 @@ class _Header:
 
 def _alignment(metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise InputError(f"general.alignment is {shown(alignment)}; a power of two expected")
     return alignment
 

@@ -1,23 +1,22 @@
 """LLaMA weights from a directory as Hugging Face lays it out: `config.json` and safetensors files."""
 
-import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.weights.files import json_object
 from llama_jax.weights.hugging_face_config import config_from_hugging_face
+from llama_jax.weights.safetensors_file import map_safetensors
 from llama_jax.weights.source import blamed_on, file_shapes, oriented, require_tensors, shown
 
-__all__ = ["NAMES", "HuggingFaceSource", "config_from_hugging_face"]
+__all__ = ["NAMES", "HuggingFaceSource", "config_from_hugging_face", "inside"]
 
 NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -34,8 +33,6 @@ NAMES = {
     "head": "lm_head.weight",
 }
 
-_DTYPES = ("F32", "F16", "BF16", "F64")
-_LARGEST_JSON = 16 << 20
 _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _COMPARED_ROWS = 1024
@@ -48,16 +45,18 @@ class HuggingFaceSource:
     Attributes:
       directory: where it is.
       config: the architecture that its `config.json` declares.
-      files: by the name of a tensor, the open safetensors file that holds it.
+      tensors: by the name in the files, `[out, in]`, views of the mapped files.
     """
 
     directory: pathlib.Path
     config: LlamaConfig
-    files: dict[str, Any]
+    tensors: dict[str, np.ndarray]
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "HuggingFaceSource":
         """Opens a directory and checks names, shapes and types of all tensors, reading none.
+
+        (But for a head stored beside a tied embedding: the two are compared.)
 
         Raises:
           InputError: for missing or damaged files, another architecture, tensors that do not fit, or an index that
@@ -65,22 +64,24 @@ class HuggingFaceSource:
         """
         directory = pathlib.Path(directory)
         with blamed_on(directory):
-            values = _json_object(directory, "config.json")
+            values = _description(directory, "config.json")
             with blamed_on("config.json"):
                 config = config_from_hugging_face(values)
-            files = _tensors(directory)
-            _require_fitting(config, files)
-        return cls(directory, config, files)
+            tensors = _tensors(directory)
+            _require_fitting(config, tensors)
+        return cls(directory, config, tensors)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor in the canonical orientation; see `Source.read`."""
-        stored = NAMES[name].format(layer)
-        with blamed_on(self.directory), _damage_named(stored):
-            return oriented(name, self.files[stored].get_tensor(stored))
+        """One tensor in the canonical orientation (a view of the file); see `Source.read`."""
+        return oriented(name, self.tensors[NAMES[name].format(layer)])
 
 
-def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """A file of the directory; a link may lead only into it, or into the blobs of the same download cache."""
+def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of the directory; a link may lead only into it, or into the blobs of the same download cache.
+
+    Raises:
+      InputError: for a link that leads elsewhere.
+    """
     path = directory / name
     home = directory.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
@@ -90,34 +91,20 @@ def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
-def _json_object(directory: pathlib.Path, name: str) -> dict[str, Any]:
-    text = _small_file(directory, name)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{name} is not valid JSON") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{name} does not hold a JSON object")
-    return values
-
-
-def _small_file(directory: pathlib.Path, name: str) -> bytes:
-    path = _inside(directory, name)
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise InputError(f"{name} is larger than {_LARGEST_JSON} bytes; a description of a model is not")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror or error}") from None
+def _description(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    """The object in a small JSON file of the directory."""
+    path = inside(directory, name)
+    with blamed_on(name):
+        return json_object(path)
 
 
 def _shards(directory: pathlib.Path) -> list[str]:
     """Names of the safetensors files that make up the model."""
-    if (directory / "model.safetensors").exists():
+    if (directory / "model.safetensors").is_file():
         return ["model.safetensors"]
-    if not (directory / _INDEX).exists():
+    if not (directory / _INDEX).is_file():
         raise InputError(f"neither model.safetensors nor {_INDEX}; save the model as safetensors")
-    names = _json_object(directory, _INDEX).get("weight_map")
+    names = _description(directory, _INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InputError("the index has no weight_map")
     for name in names.values():
@@ -126,46 +113,30 @@ def _shards(directory: pathlib.Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def _tensors(directory: pathlib.Path) -> dict[str, Any]:
-    """The open file of every tensor, without the buffers that old versions stored."""
-    files: dict[str, Any] = {}
+def _tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every tensor by name, without the buffers that old versions stored."""
+    tensors: dict[str, np.ndarray] = {}
     for shard in _shards(directory):
-        path = _inside(directory, shard)
-        with _damage_named(shard):
-            file = safe_open(path, framework="numpy")
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            if name in files:
+        for name, tensor in map_safetensors(inside(directory, shard)).items():
+            if name in tensors:
                 raise InputError(f"tensor {shown(name)} is in two files, one of them {shard}")
-            files[name] = file
-    return {name: file for name, file in files.items() if not name.endswith("rotary_emb.inv_freq")}
+            tensors[name] = tensor
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-@contextlib.contextmanager
-def _damage_named(what: str) -> Iterator[None]:
-    """Turns the errors of safetensors into ours."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{what} cannot be read ({shown(str(error))}); fetch the file again") from None
-
-
-def _require_fitting(config: LlamaConfig, files: Mapping[str, Any]) -> None:
-    """Refuses tensors whose names, shapes or types are not those of the architecture."""
+def _require_fitting(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuses tensors whose names and shapes are not those of the architecture, and a tied head that is another."""
     expected = file_shapes(config, NAMES)
     embedding, head = NAMES["embedding"], NAMES["head"]
-    tied = config.tied_head and head in files
+    tied = config.tied_head and head in tensors
     if tied:
         expected[head] = expected[embedding]
-    slices = {name: file.get_slice(name) for name, file in files.items()}
-    require_tensors(expected, {name: tuple(tensor.get_shape()) for name, tensor in slices.items()})
-    for name, tensor in slices.items():
-        if tensor.get_dtype() not in _DTYPES:
-            raise InputError(f"tensor {name} has type {tensor.get_dtype()}; supported are {', '.join(_DTYPES)}")
-    if tied and not _equal(slices[embedding], slices[head], config.vocab_size):
+    require_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()})
+    if tied and not _equal(tensors[embedding], tensors[head]):
         raise InputError(f"tie_word_embeddings is true, but {head} differs from {embedding}; set it to false or remove {head}")
 
 
-def _equal(one: Any, other: Any, rows: int) -> bool:
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two matrices on file are the same, some rows at a time."""
-    bounds = ((start, min(start + _COMPARED_ROWS, rows)) for start in range(0, rows, _COMPARED_ROWS))
-    return all(np.array_equal(one[start:end], other[start:end]) for start, end in bounds)
+    strips = (slice(start, start + _COMPARED_ROWS) for start in range(0, len(one), _COMPARED_ROWS))
+    return all(np.array_equal(one[strip], other[strip]) for strip in strips)

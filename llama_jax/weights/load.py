@@ -1,29 +1,24 @@
-"""One call for every kind of model on disk: our own run, a Hugging Face directory, a GGUF file."""
+"""One call for every kind of model on disk: opened, then its weights read into a parameter tree."""
 
 import pathlib
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from llama_jax.axes import Parameters
-from llama_jax.config import LlamaConfig, config_from_dict
-from llama_jax.errors import InputError
-from llama_jax.text.chat import ChatTemplate, template_from_directory, template_from_gguf
-from llama_jax.text.gguf import tokenizer_from_gguf
-from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.weights.assemble import assemble
+from llama_jax.config import LlamaConfig
+from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible
+from llama_jax.text.chat import ChatTemplate
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights.assemble import Form, assemble
 from llama_jax.weights.checkpoint import restore_parameters
 from llama_jax.weights.forms import unstack
-from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face import HuggingFaceSource
+from llama_jax.weights.open import open_model
+from llama_jax.weights.report import Report, report
+from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSource
 
-Form = Literal["stacked", "unrolled"]
-
-# A run directory as `train.py` lays it out.
-RUN_CHECKPOINTS = "checkpoints"
-RUN_TOKENIZER = "tokenizer.model"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+__all__ = ["RUN_CHECKPOINTS", "RUN_TOKENIZER", "Form", "Pretrained", "load"]
 
 
 class Pretrained(NamedTuple):
@@ -36,6 +31,7 @@ class Pretrained(NamedTuple):
       template: how the model wants a conversation written; `None` if its files say nothing.
       stop_ids: tokens that end a text.
       origin: one line that says what was loaded, damaged checkpoints that were passed over included; for people.
+      report: what was found out from the files' headers; `report.to_dict()` is JSON, for what is made of this model.
     """
 
     config: LlamaConfig
@@ -44,54 +40,44 @@ class Pretrained(NamedTuple):
     template: ChatTemplate | None
     stop_ids: tuple[int, ...]
     origin: str
+    report: Report
 
 
-def load(path: str | pathlib.Path, dtype: DTypeLike = "float32", form: Form = "unrolled") -> Pretrained:
-    """Loads a model from a run directory of `train.py`, a Hugging Face directory, or a GGUF file.
+def load(
+    path: str | pathlib.Path,
+    dtype: DTypeLike = "float32",
+    form: Form = "unrolled",
+    mesh: Mesh | None = None,
+    rules: Rules = TRAINING,
+) -> Pretrained:
+    """Loads a model of any kind that `open_model` opens.
 
     Args:
       path: where it is.
       dtype: type of the parameters in memory.
       form: `unrolled` (fastest to decode with) or `stacked` (the form of training).
+      mesh: devices to lay the parameters out over: no device and no host ever holds more than its shards and one tensor of
+        one layer. The default device where `None`.
+      rules: axis name -> mesh axes, for `mesh`.
 
     Raises:
-      InputError: for a path that holds none of these, and naming whatever is wrong inside.
+      InputError: for a path that holds no model, naming whatever is wrong inside, and for a mesh that does not divide it.
       CorruptError: when every checkpoint of a run is damaged.
     """
-    path = pathlib.Path(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, dtype, form)
-    if (path / RUN_CHECKPOINTS).is_dir():
-        return _load_run(path, dtype, form)
-    if (path / "config.json").is_file():
-        return _load_hugging_face(path, dtype, form)
-    found = "nothing" if not path.exists() else "a directory without either" if path.is_dir() else "another file"
-    raise InputError(f"{path}: {found} given; a run directory, a Hugging Face directory (config.json) or a .gguf file expected")
+    opened = open_model(path)
+    if isinstance(opened.source, RunSource):
+        params, origin = _restored(opened.source, dtype, form, mesh, rules)
+    else:
+        params, origin = assemble(opened.source, form, dtype, mesh, rules), opened.origin
+    facts = report(opened._replace(origin=origin))
+    return Pretrained(opened.source.config, params, opened.tokenizer, opened.template, opened.stop_ids, origin, facts)
 
 
-def _load_gguf(path: pathlib.Path, dtype: DTypeLike, form: Form) -> Pretrained:
-    source = GgufSource.open(path)
-    metadata = source.file.metadata
-    tokenizer = tokenizer_from_gguf(metadata)
-    stops = stop_ids(tokenizer, declared_stop_ids_from_gguf(metadata))
-    params = assemble(source, form, dtype)
-    return Pretrained(source.config, params, tokenizer, template_from_gguf(metadata), stops, f"GGUF {path.name}")
-
-
-def _load_hugging_face(path: pathlib.Path, dtype: DTypeLike, form: Form) -> Pretrained:
-    source = HuggingFaceSource.open(path)
-    tokenizer = load_tokenizer(path) if any((path / name).is_file() for name in _TOKENIZER_FILES) else None
-    declared = declared_stop_ids(path)
-    stops = stop_ids(tokenizer, declared) if tokenizer else tuple(sorted(declared))
-    params = assemble(source, form, dtype)
-    return Pretrained(source.config, params, tokenizer, template_from_directory(path), stops, f"Hugging Face {path.name}")
-
-
-def _load_run(path: pathlib.Path, dtype: DTypeLike, form: Form) -> Pretrained:
-    restored = restore_parameters(path / RUN_CHECKPOINTS, dtype)
-    config = config_from_dict(restored.metadata["model"])
+def _restored(source: RunSource, dtype: DTypeLike, form: Form, mesh: Mesh | None, rules: Rules) -> tuple[Parameters, str]:
+    """The parameters of a run and a line that says where they come from."""
+    if mesh is not None:
+        check_divisible(source.config, mesh, rules)
+    restored = restore_parameters(source.directory / RUN_CHECKPOINTS, dtype, mesh, rules)
     params = unstack(restored.state) if form == "unrolled" else restored.state
-    tokenizer = load_tokenizer(path / RUN_TOKENIZER)
     warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
-    origin = f"run {path.name} at step {restored.step}{warnings}"
-    return Pretrained(config, params, tokenizer, None, stop_ids(tokenizer), origin)
+    return params, f"run {source.directory.absolute().name} at step {restored.step}{warnings}"

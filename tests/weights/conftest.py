@@ -55,6 +55,20 @@ def tensors():
     return {name: random.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
 
 
+def _write(writer: gguf.GGUFWriter, metadata: dict, tensors: dict, types: dict) -> None:
+    for key, value in metadata.items():
+        if value is not None:
+            _add(writer, key, value)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            kind = gguf.GGMLQuantizationType[types.get(name, "F32")]
+            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.fixture
 def write_gguf(tmp_path, tensors):
     """Writes a file: `write_gguf(metadata, tensors, types)`, where None values leave keys or tensors out."""
@@ -62,17 +76,19 @@ def write_gguf(tmp_path, tensors):
     def write(metadata=(), changed=(), types=(), architecture="llama") -> pathlib.Path:
         path = tmp_path / "tiny.gguf"
         writer = gguf.GGUFWriter(path, architecture)
-        for key, value in (METADATA | dict(metadata)).items():
-            if value is not None:
-                _add(writer, key, value)
-        for name, tensor in (tensors | dict(changed)).items():
-            if tensor is not None:
-                kind = gguf.GGMLQuantizationType[dict(types).get(name, "F32")]
-                writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        _write(writer, METADATA | dict(metadata), tensors | dict(changed), dict(types))
         return path
+
+    return write
+
+
+@pytest.fixture
+def write_parts(tmp_path, tensors):
+    """Writes the tiny model in parts of at most `most` tensors: `write_parts(most, small_first)`; the paths in order."""
+
+    def write(most=9, small_first=False) -> list[pathlib.Path]:
+        writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama", split_max_tensors=most, small_first_shard=small_first)
+        _write(writer, METADATA, tensors, {})
+        return sorted(tmp_path.glob("tiny-*-of-*.gguf"))
 
     return write

@@ -1,5 +1,12 @@
 """Whole parameter trees, in both forms, against what transformers saved and the original library decodes."""
 
+import json
+import os
+import pathlib
+import select
+import subprocess
+import sys
+
 import gguf
 import jax
 import jax.numpy as jnp
@@ -7,12 +14,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
-from llama_jax.accounting import parameter_shapes
+from llama_jax.accounting import parameter_count, parameter_shapes
+from llama_jax.errors import InputError
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.presets import preset
 from llama_jax.weights.assemble import assemble
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face import HuggingFaceSource
-from llama_jax.weights.source import flat_shapes
+from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource, config_from_hugging_face
+from llama_jax.weights.source import file_shapes
 
 LAYER = {
     "attention_norm/scale": "input_layernorm", "feed_forward_norm/scale": "post_attention_layernorm",
@@ -88,22 +99,6 @@ def test_types_are_rounded_as_by_numpy(write_gguf, tensors):
     np.testing.assert_array_equal(tree["head"], tensors["output.weight"].T.astype(ml_dtypes.bfloat16))
 
 
-@pytest.mark.parametrize("form", ["stacked", "unrolled"])
-def test_placement_sees_every_path_once_and_decides_the_result(write_gguf, form):
-    source = GgufSource.open(write_gguf())
-    seen = {}
-
-    def place(name, tensor):
-        assert name not in seen
-        seen[name] = tensor
-        return jnp.full((), len(seen))
-
-    tree = assemble(source, form, jnp.float32, place)
-    assert flatten_dict(tree, sep="/") == {name: number + 1 for number, name in enumerate(seen)}
-    assert len(seen) == (len(flat_shapes(source.config)) if form == "stacked" else 3 + 9 * source.config.layers)
-    assert all(tensor.flags.c_contiguous for tensor in seen.values())
-
-
 def test_trees_outlive_the_file(write_gguf, tensors):
     """Nothing placed refers to the mapped file: overwriting it in place changes no weight."""
     path = write_gguf()
@@ -114,19 +109,110 @@ def test_trees_outlive_the_file(write_gguf, tensors):
     np.testing.assert_array_equal(tree["final_norm"]["scale"], tensors["output_norm.weight"])
 
 
-def test_one_tensor_at_a_time_is_on_the_host(write_gguf):
-    """Beside the placed arrays, about one stacked tensor exists at a time."""
-    import tracemalloc
+# Which mesh axes cut which dimension of a matrix in training: parallel.sharding's table, written out.
+CUTS = {"embedding": ("tensor", "fsdp"), "head": ("fsdp", "tensor"), "wq": ("fsdp", "tensor"), "wk": ("fsdp", "tensor"),
+        "wv": ("fsdp", "tensor"), "wo": ("tensor", "fsdp"), "gate": ("fsdp", "tensor"), "up": ("fsdp", "tensor"),
+        "down": ("tensor", "fsdp"), "scale": (None,)}  # fmt: skip
 
-    random = np.random.default_rng(7)
-    shapes = {"ffn_gate": (1024, 64), "ffn_up": (1024, 64), "ffn_down": (64, 1024)}
-    wide = {f"blk.{layer}.{name}.weight": random.standard_normal(shape, np.float32)
-            for layer in range(2) for name, shape in shapes.items()}  # fmt: skip
-    types = dict.fromkeys(wide, "Q8_0")
-    source = GgufSource.open(write_gguf({"llama.feed_forward_length": 1024}, wide, types))
-    largest = 2 * 1024 * 64 * 4
-    tracemalloc.start()
-    assemble(source, "stacked", jnp.float32, lambda name, tensor: jnp.zeros(()))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2.5 * largest
+
+@pytest.mark.parametrize("form", ["stacked", "unrolled"])
+def test_shards_land_where_the_table_says(write_gguf, form):
+    """On eight devices as 2 x 2 x 2: every shard is the slice that its place in the mesh asks for."""
+    source = GgufSource.open(write_gguf())
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    whole = flatten_dict(assemble(source, form, jnp.float32), sep="/")
+    sharded = flatten_dict(assemble(source, form, jnp.float32, mesh), sep="/")
+    assert sharded.keys() == whole.keys()
+    places = {device: dict(zip(mesh.axis_names, place)) for place, device in np.ndenumerate(mesh.devices)}
+    for path, array in sharded.items():
+        cuts = (None,) * path.startswith("layers/") + CUTS[path.split("/")[-1]]
+        assert len(array.addressable_shards) == 8
+        for shard in array.addressable_shards:
+            expected = np.asarray(whole[path])
+            for axis, cut in enumerate(cuts):
+                expected = np.split(expected, 2, axis)[places[shard.device][cut]] if cut else expected
+            np.testing.assert_array_equal(shard.data, expected)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused(write_gguf):
+    source = GgufSource.open(write_gguf())
+    with pytest.raises(InputError, match=r"tensor of size 8 does not divide heads \(4\)"):
+        assemble(source, "stacked", jnp.float32, make_mesh(fsdp=1, tensor=8))
+
+
+def test_without_a_mesh_arrays_may_go_anywhere(write_gguf):
+    """They are not bound to the device that they were put on."""
+    tree = assemble(GgufSource.open(write_gguf()), "unrolled", jnp.float32)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(tree))
+
+
+# Reads a model and waits; its parent looks at its memory meanwhile. A first model, of another size, warms all machinery up.
+CHILD = """
+import sys
+import jax
+from llama_jax.weights.assemble import assemble
+from llama_jax.weights.open import open_model
+small, path, form = sys.argv[1:]
+assemble(open_model(small).source, form, "bfloat16")
+print("ready", flush=True), sys.stdin.readline()
+tree = assemble(open_model(path).source, form, "bfloat16")
+print(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), flush=True), sys.stdin.readline()
+"""
+
+
+def _private_bytes(process) -> int:
+    """Memory of a process that is no page of a file; those come and go as the system likes."""
+    lines = pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def peak_beyond_result(*arguments: str) -> tuple[int, int]:
+    """Most memory that loading takes in a process of its own, without the parameters, and their bytes."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    with subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        before = peak = _private_bytes(process)
+        print(file=process.stdin, flush=True)
+        while not select.select([process.stdout], [], [], 0.001)[0]:
+            peak = max(peak, _private_bytes(process))
+        result = int(process.stdout.readline())
+        peak = max(peak, _private_bytes(process))
+        process.stdin.close()
+    return peak - before - result, result
+
+
+SIZES = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5,
+         "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False}  # fmt: skip
+LARGEST = 8192 * 1024 * 2  # bytes of the embedding, the largest tensor, in bfloat16
+
+
+def write_hugging_face(directory: pathlib.Path, values: dict) -> pathlib.Path:
+    shapes = file_shapes(config_from_hugging_face(values), NAMES)
+    tensors = {name: np.resize(np.arange(16000, dtype=np.uint16), shape).view(ml_dtypes.bfloat16)
+               for name, shape in shapes.items()}  # fmt: skip
+    directory.mkdir()
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(values))
+    return directory
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("form", ["stacked", "unrolled"])
+def test_beside_the_parameters_about_one_tensor_of_one_layer_is_in_memory(tmp_path, form):
+    """186 MB of bfloat16. The bound: the largest tensor and 24 MB for compiled programs and for holes in the heap."""
+    small = write_hugging_face(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2})
+    path = write_hugging_face(tmp_path / "large", SIZES)
+    beyond, result = peak_beyond_result(str(small), str(path), form)
+    assert result == 185_620_480
+    assert beyond < LARGEST + (24 << 20)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_quantised_file_is_widened_one_tensor_at_a_time(tmp_path, smollm2_gguf):
+    """The bound: the largest tensor in float32, as it is decoded, and 24 MB."""
+    small = write_hugging_face(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2})
+    beyond, result = peak_beyond_result(str(small), str(smollm2_gguf), "stacked")
+    assert result == 2 * parameter_count(preset("smollm2-135m"))
+    assert beyond < 49152 * 576 * 4 + (24 << 20)

@@ -110,7 +110,6 @@ def test_other_divisors_are_refused(write_gguf):
         ("llama.attention.head_count", None),
         ("llama.attention.layer_norm_rms_epsilon", None),
         ("llama.attention.layer_norm_rms_epsilon", "small"),
-        ("split.count", 3),
     ],
 )
 def test_other_mathematics_and_missing_keys_are_refused_by_name(write_gguf, key, value):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.weights.gguf import GgufFile, GgufSource
+from llama_jax.weights.gguf import GgufFile
 
 HEAD = b"GGUF" + struct.pack("<I", 3)
 
@@ -156,31 +156,9 @@ def test_every_truncation_is_refused(write_gguf, tmp_path):
         refusal(tmp_path / "cut.gguf", data[:length])
 
 
-def test_mutated_files_load_or_raise_input_error(write_gguf, tmp_path):
-    data = write_gguf().read_bytes()
-    random = np.random.default_rng(4)
-    path = tmp_path / "mutated.gguf"
-    outcomes = []
-    start = time.perf_counter()
-    for _ in range(300):
-        mutated = bytearray(data)
-        for position in random.integers(0, 2500, random.integers(1, 6)):
-            mutated[position] = random.integers(0, 256)
-        path.write_bytes(mutated)
-        try:
-            file = GgufSource.open(path).file
-            for name in file.tensors:
-                file.read(name)
-            outcomes.append("read")
-        except InputError:
-            outcomes.append("refused")
-    assert time.perf_counter() - start < 20
-    assert min(outcomes.count("read"), outcomes.count("refused")) > 20
-
-
 def test_unsupported_element_types_are_refused_by_name_when_read(write_gguf):
-    path = write_gguf(types={"output.weight": "Q5_0"})
-    with pytest.raises(InputError, match=r"'output.weight' has type Q5_0"):
+    path = write_gguf(types={"output.weight": "MXFP4"})
+    with pytest.raises(InputError, match=r"'output.weight' has type MXFP4"):
         GgufFile.open(path).read("output.weight")
     with pytest.raises(InputError, match="'absent' is missing"):
         GgufFile.open(path).read("absent")

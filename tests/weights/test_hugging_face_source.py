@@ -1,7 +1,10 @@
 """Weights of a Hugging Face directory: the values that transformers saved, and damaged or hostile directories refused."""
 
+import collections
 import json
 import os
+import re
+import resource
 import sys
 
 import ml_dtypes
@@ -11,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from llama_jax.errors import InputError
 from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource
-from llama_jax.weights.source import Source, file_shapes
+from llama_jax.weights.source import Source, file_shapes, flat_shapes
 
 VALUES = {"model_type": "llama", "vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}  # fmt: skip
@@ -117,7 +120,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(directory, tensors):
     save(directory, tensors | {"model.norm.weight": np.zeros(3, np.float32)})
     assert "1 misshapen: 'model.norm.weight (3,) where (24,) is expected'" in refusal(directory)
     save(directory, tensors | {"model.norm.weight": np.zeros(24, np.int32)})
-    assert "model.norm.weight has type I32" in refusal(directory)
+    assert "'model.norm.weight' has type I32" in refusal(directory)
 
 
 def test_damaged_files_are_refused(directory):
@@ -128,29 +131,113 @@ def test_damaged_files_are_refused(directory):
         assert "model.safetensors cannot be read" in refusal(directory)
 
 
+def _flipped(data: bytes, random) -> bytes:
+    mutated = bytearray(data)
+    for position in random.integers(0, min(len(data), 3000), random.integers(1, 4)):
+        mutated[position] = random.integers(0, 256)
+    return bytes(mutated)
+
+
+def _spliced(data: bytes, random) -> bytes:
+    """Cut short, or a stretch of it moved somewhere else."""
+    start, length, to = random.integers(0, min(len(data), 3000), 3)
+    if random.random() < 0.2:
+        return data[:start]
+    stretch = data[start : start + length % 50]
+    return data[:to] + stretch + data[to + (len(stretch) if random.random() < 0.5 else 0) :]
+
+
+_ABSURD = (
+    "-1", "0", "1e400", "-1e308", "1" * 400, "9223372036854775808", "null", "true", '""', "[]", "{}", "[" * 900 + "]" * 900,
+    '"../../etc/passwd"', '"/etc/passwd"', '"\\u0000"', "NaN", "0.5", '"llama3"', "Infinity", '{"a": [1, {"b": null}]}',
+)  # fmt: skip
+
+
+def _retold(data: bytes, random) -> bytes:
+    """One value of the JSON replaced by an absurd one."""
+    values = list(re.finditer(rb"(?<=[:\[,])\s*(\d[\d.e+-]*|\"[^\"]*\"|true|false|null)", data))
+    start, end = random.choice([match.span(1) for match in values])
+    return data[:start] + _ABSURD[random.integers(len(_ABSURD))].encode() + data[end:]
+
+
+def _retold_header(data: bytes, random) -> bytes:
+    """The header of a safetensors file with an absurd value, its length put right."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = _retold(data[8:end], random)
+    return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+_MUTATIONS = {
+    "config.json": (_flipped, _spliced, _retold),
+    INDEX: (_flipped, _spliced, _retold),
+    "a.safetensors": (_flipped, _spliced, _retold_header),
+}
+
+
 def test_mutated_directories_load_or_raise_input_error(directory):
+    """3,060 of them: read, or refused in one line, and memory does not grow."""
     shard(directory)
     random = np.random.default_rng(8)
-    outcomes = []
-    for name in ("config.json", INDEX, "a.safetensors"):
+    outcomes = collections.Counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, mutations in _MUTATIONS.items():
         data = (directory / name).read_bytes()
-        for _ in range(150):
-            mutated = bytearray(data)
-            for position in random.integers(0, min(len(data), 900), random.integers(1, 4)):
-                mutated[position] = random.integers(0, 256)
-            (directory / name).write_bytes(mutated)
-            try:
-                source = HuggingFaceSource.open(directory)
-                source.read("layers/attention/wq", 0)
-                outcomes.append("read")
-            except InputError:
-                outcomes.append("refused")
+        for turn in range(1020):
+            (directory / name).write_bytes(mutations[turn % 3](data, random))
+            outcomes[name, _outcome(directory)] += 1
         (directory / name).write_bytes(data)
-    assert min(outcomes.count("read"), outcomes.count("refused")) > 5
+    assert {kind for _, kind in outcomes} == {"read", "refused"}
+    assert min(outcomes[name, kind] for name in _MUTATIONS for kind in ("read", "refused")) > 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10  # KiB
+
+
+def _outcome(directory) -> str:
+    try:
+        source = HuggingFaceSource.open(directory)
+        for name in flat_shapes(source.config):
+            source.read(name, 0 if name.startswith("layers/") else None)
+    except InputError as error:
+        return "refused" if len(str(error)) < 2000 and "\n" not in str(error) else "refused at length"
+    return "read"
+
+
+def test_headers_that_ask_for_memory_are_refused(directory, tensors):
+    """A header of 60 MB, all of it valid, and a length that no file has."""
+    path = directory / "model.safetensors"
+    padded = json.dumps({"__metadata__": {"a": "b" * (60 << 20)}}).encode()
+    path.write_bytes(len(padded).to_bytes(8, "little") + padded)
+    assert "a header of" in refusal(directory)
+    path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    assert "cannot be read" in refusal(directory)
+
+
+def test_sizes_beyond_any_array(directory):
+    """Nothing times very much is nothing: no byte of the file is missing."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", INDEX])
+def test_pipes_do_not_make_it_wait(directory, name):
+    shard(directory)
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    if name == "model.safetensors":
+        assert HuggingFaceSource.open(directory).config.layers == 2  # the index is taken
+        (directory / INDEX).unlink()
+    refusal(directory)
+
+
+def test_a_pipe_among_the_shards(directory):
+    shard(directory)
+    (directory / "b.safetensors").unlink()
+    os.mkfifo(directory / "b.safetensors")
+    assert "b.safetensors cannot be read" in refusal(directory)
 
 
 def test_missing_files_are_named(directory, tmp_path):
-    assert "config.json cannot be read" in refusal(tmp_path / "nowhere")
+    assert "config.json: cannot be read" in refusal(tmp_path / "nowhere")
     (directory / "model.safetensors").unlink()
     assert "neither model.safetensors nor model.safetensors.index.json" in refusal(directory)
     shard_names = {"lm_head.weight": "gone.safetensors"}
@@ -164,10 +251,17 @@ def test_config_that_is_no_json_object(directory, text):
     assert "config.json" in refusal(directory)
 
 
-def test_config_and_index_of_absurd_size(directory):
+def test_config_of_absurd_size(directory):
     with open(directory / "config.json", "wb") as file:
         file.truncate(1 << 30)
-    assert "config.json is larger" in refusal(directory)
+    assert "config.json: larger" in refusal(directory)
+
+
+def test_index_of_absurd_size(directory):
+    (directory / "model.safetensors").unlink()
+    with open(directory / INDEX, "wb") as file:
+        file.truncate(1 << 30)
+    assert f"{INDEX}: larger" in refusal(directory)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from support import TINY, random_parameters, random_tokens
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.generation.text import generate
 from llama_jax.model.llama import logits
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.sharding import TRAINING, tree_shardings
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.load import load
 
@@ -144,17 +146,37 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run):
         load(run)
 
 
-@pytest.mark.parametrize("kind", ["nothing", "another file", "a directory without either"])
+@pytest.mark.parametrize("form", ["stacked", "unrolled"])
+def test_a_run_goes_straight_to_its_shards(run, form):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    whole, sharded = load(run, form=form), load(run, form=form, mesh=mesh)
+    places = tree_shardings(sharded.params, mesh, TRAINING)
+    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), sharded.params, places))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, sharded.params)
+
+
+def test_sharded_and_whole_models_agree(tiny_directory):
+    """A step of the model on its mesh gives the logits of one device."""
+    mesh = make_mesh(data=1, fsdp=4, tensor=2)
+    whole, sharded = load(tiny_directory), load(tiny_directory, mesh=mesh)
+    tokens = random_tokens(whole.config, (4, 9))
+    with jax.set_mesh(mesh):
+        got = logits(sharded.params, tokens, whole.config)
+    np.testing.assert_allclose(got, logits(whole.params, tokens, whole.config), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "another file", "a directory without a model"])
 def test_a_path_that_is_none_of_these(kind, tmp_path):
     path = tmp_path / "model"
     if kind == "another file":
         path.write_text("Some text.")
-    if kind == "a directory without either":
+    if kind == "a directory without a model":
         path.mkdir()
     with pytest.raises(InputError) as refused:
         load(path)
     assert str(refused.value) == (
-        f"{path}: {kind} given; a run directory, a Hugging Face directory (config.json) or a .gguf file expected"
+        f"{path}: {kind} given; a run directory, a directory with config.json (Hugging Face) or params.json (Meta), "
+        "a .gguf file, or a name on the Hub expected"
     )
 
 

@@ -1,0 +1,203 @@
+"""A model written as a directory of Hugging Face's, readable by transformers 4 and 5 and by `llama_jax.load`.
+
+Everything streams from a `Source` tensor by tensor, so a model larger than memory can be written. The directory appears
+under its name when it is whole; until then `config.json`, without which nothing loads it, is missing as well.
+"""
+
+import collections
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from llama_jax.axes import Parameters
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.text.chat import ChatTemplate
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.weights.fresh_directory import fresh_directory, write_synced
+from llama_jax.weights.gguf import NAMES as GGUF_NAMES
+from llama_jax.weights.gguf import GgufSource
+from llama_jax.weights.hugging_face import NAMES
+from llama_jax.weights.hugging_face_beside import Beside, files_beside, files_of
+from llama_jax.weights.hugging_face_describe import config_values, generation_values, model_card
+from llama_jax.weights.hugging_face_write import (
+    DTYPES,
+    INDEX,
+    TensorSpec,
+    index_of,
+    parse_size,
+    plan_shards,
+    write_safetensors,
+)
+from llama_jax.weights.meta import NAMES as META_NAMES
+from llama_jax.weights.meta import MetaSource
+from llama_jax.weights.open import Opened
+from llama_jax.weights.parameter_source import ParameterSource, WatchedSource
+from llama_jax.weights.source import Source, file_shapes, flat_shapes, oriented, shown
+
+Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+Watcher = Callable[[int], None]
+
+DEFAULT_SHARD_SIZE = "5GB"
+
+_SAVED_AS = {dtype.name: dtype for dtype in DTYPES.values()}
+
+
+class Exported(NamedTuple):
+    """A directory that was written.
+
+    Attributes:
+      directory: where it is.
+      files: names of its files.
+      nbytes: bytes of all of them.
+      dtype: name of the dtype that most of the weights have.
+    """
+
+    directory: pathlib.Path
+    files: tuple[str, ...]
+    nbytes: int
+    dtype: str
+
+
+def export_hugging_face(
+    opened: Opened,
+    directory: str | os.PathLike[str],
+    dtype: Dtype = "keep",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    watcher: Watcher | None = None,
+) -> Exported:
+    """Writes a model that lies on disk in any format as a directory of Hugging Face's.
+
+    Args:
+      opened: from `open_model`. Of a directory of Hugging Face's, the files of the tokenizer are copied as they are.
+      directory: is to hold the model; nothing, or an empty directory.
+      dtype: of the weights; `keep` leaves each tensor as it is, and makes float32 of quantised ones.
+      max_shard_size: largest file of weights, such as `5GB`; decimal units.
+      watcher: called after each tensor with its number of parameters.
+
+    Raises:
+      InputError: for a directory that is not empty, a disk without room, a value beyond the range of `dtype`, a model
+        without a tokenizer that transformers could read, and whatever is wrong with the model itself.
+    """
+    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher)
+
+
+def save_hugging_face(
+    params: Parameters,
+    config: LlamaConfig,
+    directory: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    template: ChatTemplate | None = None,
+    stop_ids: tuple[int, ...] = (),
+    dtype: Dtype = "keep",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+) -> Exported:
+    """Writes parameters in memory as a directory of Hugging Face's.
+
+    Args:
+      params: the tree, stacked or unrolled.
+      config: its architecture.
+      directory: is to hold the model; nothing, or an empty directory.
+      tokenizer: written in a form that transformers reads; without one there are weights alone.
+      template: how the model wants a conversation written.
+      stop_ids: tokens that end an answer.
+      dtype: of the weights; `keep` leaves each array as it is.
+      max_shard_size: largest file of weights, such as `5GB`; decimal units.
+
+    Raises:
+      InputError: if the tree is not of this architecture, and as for `export_hugging_face`.
+    """
+    source = ParameterSource(config, params)
+    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None)
+
+
+def main_dtype(source: Source) -> str:
+    """Name of the dtype that most of a source's parameters have; that of quantised ones is float32."""
+    return _main_dtype(_specs(source, "keep"))
+
+
+def _export(
+    source: Source, beside: Beside, directory: str | os.PathLike[str], dtype: Dtype, max_shard_size: str | int,
+    watcher: Watcher | None,
+) -> Exported:  # fmt: skip
+    target = pathlib.Path(directory)
+    specs = _specs(source, dtype)
+    shards = plan_shards(specs, parse_size(max_shard_size))
+    nbytes = sum(spec.nbytes for spec in specs) + sum(map(len, beside.files.values()))
+    with fresh_directory(target, nbytes) as partial:
+        _write_weights(partial, shards, source if watcher is None else WatchedSource(source, watcher))
+        for name, content in _texts(target.absolute().name, source.config, _main_dtype(specs), beside).items():
+            write_synced(partial / name, content)
+    written = sorted(target.iterdir())
+    nbytes = sum(path.stat().st_size for path in written)
+    return Exported(target, tuple(path.name for path in written), nbytes, _main_dtype(specs))
+
+
+def _write_weights(directory: pathlib.Path, shards: dict[str, list[TensorSpec]], source: Source) -> None:
+    places = _places(source.config)
+
+    def read(name: str) -> np.ndarray:
+        """A tensor of the source as the files have it, `[out, in]`."""
+        return oriented(places[name][0], source.read(*places[name]))
+
+    for file, specs in shards.items():
+        write_safetensors(directory / file, specs, read)
+    if len(shards) > 1:
+        write_synced(directory / INDEX, _json(index_of(shards)))
+
+
+def _texts(name: str, config: LlamaConfig, dtype: str, beside: Beside) -> dict[str, bytes]:
+    """All files but the weights; the one without which nothing is loaded comes last."""
+    return {
+        **beside.files,
+        "generation_config.json": _json(generation_values(beside.tokens, beside.generation)),
+        "README.md": model_card(name, beside.origin, config, dtype, beside.chat).encode(),
+        "config.json": _json(config_values(config, dtype, beside.tokens)),
+    }
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _places(config: LlamaConfig) -> dict[str, tuple[str, int | None]]:
+    """Path and layer of each tensor by its name in the files, in the order of use."""
+    paths = list(flat_shapes(config))
+    layered = [path for path in paths if path.startswith("layers/")]
+    inner: list[tuple[str, int | None]] = [(path, layer) for layer in range(config.layers) for path in layered]
+    rest = [(path, None) for path in paths if path not in ("embedding", *layered)]
+    return {NAMES[path].format(layer): (path, layer) for path, layer in [("embedding", None), *inner, *rest]}
+
+
+def _specs(source: Source, dtype: Dtype) -> list[TensorSpec]:
+    """What is to be written, in order."""
+    if dtype not in ("keep", *_SAVED_AS):
+        raise InputError(f"dtype {shown(dtype)} given; one of keep, {', '.join(_SAVED_AS)} expected")
+    shapes = file_shapes(source.config, NAMES)
+    specs = []
+    for name, (path, layer) in _places(source.config).items():
+        kept = _stored_dtype(source, path, layer) if dtype == "keep" else _SAVED_AS[dtype]
+        if kept not in _SAVED_AS.values():
+            raise InputError(f"tensor {name} is {kept}; one of {', '.join(_SAVED_AS)} expected")
+        specs.append(TensorSpec(name, kept, shapes[name]))
+    return specs
+
+
+def _stored_dtype(source: Source, path: str, layer: int | None) -> np.dtype:
+    """The dtype in which a source gives a tensor, by the file's table where reading is work: decoding, merging shards."""
+    if isinstance(source, MetaSource):
+        return source.files[0].tensors[META_NAMES[path].format(layer)].storage.dtype
+    if isinstance(source, GgufSource):
+        return DTYPES.get(source.file.tensors[GGUF_NAMES[path].format(layer)].type, DTYPES["F32"])
+    return source.read(path, layer).dtype
+
+
+def _main_dtype(specs: list[TensorSpec]) -> str:
+    sizes = collections.Counter[str]()
+    for spec in specs:
+        sizes[spec.dtype.name] += spec.nbytes // spec.dtype.itemsize
+    return max(sizes, key=lambda name: sizes[name])

@@ -1,0 +1,221 @@
+"""LLaMA weights as Meta publishes them: `params.json` and one `consolidated.NN.pth` for every shard.
+
+Each shard holds a part of every matrix, cut along one axis; norms are copies. Queries and keys are in the layout of
+adjacent rotary pairs.
+
+Source: the model-parallel layers in Meta's llama, llama3 and llama-models repositories; what is cut how, in `_CUT` below.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.weights.files import json_object
+from llama_jax.weights.gguf import half_layout
+from llama_jax.weights.meta_config import config_from_meta
+from llama_jax.weights.pth import PthFile
+from llama_jax.weights.source import Shape, blamed_on, file_shapes, oriented, require_tensors, shown
+
+__all__ = ["NAMES", "MetaSource", "config_from_meta"]
+
+NAMES = {
+    "embedding": "tok_embeddings.weight",
+    "layers/attention_norm/scale": "layers.{}.attention_norm.weight",
+    "layers/attention/wq": "layers.{}.attention.wq.weight",
+    "layers/attention/wk": "layers.{}.attention.wk.weight",
+    "layers/attention/wv": "layers.{}.attention.wv.weight",
+    "layers/attention/wo": "layers.{}.attention.wo.weight",
+    "layers/feed_forward_norm/scale": "layers.{}.ffn_norm.weight",
+    "layers/feed_forward/gate": "layers.{}.feed_forward.w1.weight",
+    "layers/feed_forward/up": "layers.{}.feed_forward.w3.weight",
+    "layers/feed_forward/down": "layers.{}.feed_forward.w2.weight",
+    "final_norm/scale": "norm.weight",
+    "head": "output.weight",
+}
+
+# The axis of `[out, in]` along which the shards are put together; `None` for copies. The embedding table is cut along
+# axis 1 in LLaMA 1 and 2 and along axis 0 in Llama 3: its shape tells.
+_CUT: dict[str, int | None] = {
+    "layers/attention_norm/scale": None, "layers/attention/wq": 0, "layers/attention/wk": 0, "layers/attention/wv": 0,
+    "layers/attention/wo": 1, "layers/feed_forward_norm/scale": None, "layers/feed_forward/gate": 0,
+    "layers/feed_forward/up": 0, "layers/feed_forward/down": 1, "final_norm/scale": None, "head": 0,
+}  # fmt: skip
+
+_QUERIES, _KEYS, _VALUES = (f"layers/attention/{name}" for name in ("wq", "wk", "wv"))
+_SHARD = re.compile(r"consolidated\.(\d\d)\.pth", re.ASCII)
+_SINGLE = "consolidated.pth"
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_COMPARED_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MetaSource:
+    """A directory of Meta's as a `Source`.
+
+    Attributes:
+      directory: where it is.
+      config: the architecture that `params.json`, the weights and the published models declare together.
+      files: the open shards in their order.
+      cut: by canonical path, the axis along which the shards of a tensor are put together; `None` for copies.
+    """
+
+    directory: pathlib.Path
+    config: LlamaConfig
+    files: tuple[PthFile, ...]
+    cut: Mapping[str, int | None]
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> "MetaSource":
+        """Opens a directory and checks names, shapes and types of all tensors in all shards.
+
+        Nothing of the weights is read but, where there is a head, as many rows as it takes to tell it from the embedding.
+
+        Raises:
+          InputError: for missing or damaged files, a gap in their numbers, another kind of model, tensors that do not fit.
+        """
+        directory = pathlib.Path(directory)
+        with blamed_on(directory):
+            paths = _shards(directory)
+        with blamed_on(directory / "params.json"):
+            values = json_object(directory / "params.json")
+        files = tuple(PthFile.open(path) for path in paths)
+        with blamed_on(directory / "params.json"):
+            config = config_from_meta(values, *_sizes(files))
+        with blamed_on(directory):
+            cut = {**_CUT, "embedding": _cut_of_embedding(config, files)}
+            _require_fitting(config, files, cut)
+            tied = config.tied_head or _head_is_embedding(files, cut["embedding"])
+        return cls(directory, dataclasses.replace(config, tied_head=tied), files, cut)
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One tensor in the canonical orientation and rotary layout; see `Source.read`."""
+        stored = NAMES[name].format(layer)
+        parts = [file.read(stored) for file in self.files]
+        cut = self.cut[name]
+        copies = len(parts) if cut is None else _copies(self.config, name, len(parts))
+        with blamed_on(self.directory):
+            parts = _distinct(stored, parts, copies)
+        if name in (_QUERIES, _KEYS):
+            return oriented(name, _joined_halves(parts, self.config.head_dim))
+        return oriented(name, parts[0] if len(parts) == 1 else np.concatenate(parts, cut or 0))
+
+
+def _shards(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files that make up the model, which are numbered from 00 without a gap."""
+    try:
+        names = sorted(path.name for path in directory.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from None
+    numbers = {int(match[1]): name for name in names if (match := _SHARD.fullmatch(name))}
+    if _SINGLE in names and numbers:
+        raise InputError(f"{_SINGLE} and {numbers[min(numbers)]} are both there; remove one of the two models")
+    if _SINGLE in names:
+        return [directory / _SINGLE]
+    missing = [number for number in range(max(numbers, default=0) + 1) if number not in numbers]
+    if missing:
+        raise InputError(f"consolidated.{missing[0]:02}.pth is missing ({len(numbers)} shards found); fetch all of them")
+    return [directory / numbers[number] for number in sorted(numbers)]
+
+
+def _sizes(files: Sequence[PthFile]) -> tuple[int, int, bool]:
+    """`V` and `F` by the shapes of the first shard, and whether there is no head."""
+    gate, dim = _shape(files[0], NAMES["layers/feed_forward/gate"].format(0))
+    rows, width = _shape(files[0], NAMES["embedding"])
+    return rows * len(files) if width == dim else rows, gate * len(files), NAMES["head"] not in files[0].tensors
+
+
+def _shape(file: PthFile, name: str) -> Shape:
+    """The shape of a matrix."""
+    tensor = file.tensors.get(name)
+    if tensor is None or len(tensor.shape) != 2:
+        raise InputError(f"{file.path.name}: tensor {name} is {'missing' if tensor is None else 'no matrix'}")
+    return tensor.shape
+
+
+def _cut_of_embedding(config: LlamaConfig, files: Sequence[PthFile]) -> int:
+    _, width = _shape(files[0], NAMES["embedding"])
+    return 0 if width == config.dim else 1
+
+
+def _copies(config: LlamaConfig, path: str, count: int) -> int:
+    """How many neighbouring shards hold the same part: with more shards than key/value heads, a head is in several."""
+    return count // config.kv_heads if path in (_KEYS, _VALUES) and count > config.kv_heads else 1
+
+
+def _require_fitting(config: LlamaConfig, files: Sequence[PthFile], cut: Mapping[str, int | None]) -> None:
+    """Refuses shards whose tensors are not exactly the parts of those of the architecture."""
+    count = len(files)
+    if config.heads % count or max(config.kv_heads, count) % min(config.kv_heads, count):
+        raise InputError(f"{count} shards given for {config.heads} heads and {config.kv_heads} key/value heads; "
+                         "one of the files is missing or from another model")  # fmt: skip
+    expected = _part_shapes(config, count, cut)
+    for file in files:
+        found = {name: tensor for name, tensor in file.tensors.items() if not name.endswith("rope.freqs")}
+        with blamed_on(file.path.name):
+            require_tensors(expected, {name: tensor.shape for name, tensor in found.items()})
+            for name, tensor in found.items():
+                kind, first = tensor.storage.dtype, files[0].tensors[name].storage.dtype
+                if kind != first or kind.name not in _DTYPES:
+                    raise InputError(f"tensor {shown(name)} is {kind}, {first} in the first file; one of {_DTYPES} expected")
+
+
+def _part_shapes(config: LlamaConfig, count: int, cut: Mapping[str, int | None]) -> dict[str, Shape]:
+    """Names and shapes that each of `count` shards has to hold."""
+    shapes = file_shapes(config, NAMES)
+    for path, name in NAMES.items():
+        axis = cut[path]
+        for layer in range(config.layers if path.startswith("layers/") else 1):
+            stored = name.format(layer)
+            if axis is not None and stored in shapes:
+                shapes[stored] = _part(stored, shapes[stored], axis, count // _copies(config, path, count))
+    return shapes
+
+
+def _part(name: str, shape: Shape, axis: int, count: int) -> Shape:
+    if shape[axis] % count:
+        raise InputError(f"tensor {name} {shape} cannot be cut in {count} along axis {axis}; is a shard missing?")
+    return tuple(size // count if number == axis else size for number, size in enumerate(shape))
+
+
+def _head_is_embedding(files: Sequence[PthFile], axis: int | None) -> bool:
+    """Whether the head on file is the embedding table once more, a few rows at a time, up to the first that differ."""
+    name, head = NAMES["embedding"], NAMES["head"]
+    if axis == 0 and all(file.tensors[name] == file.tensors[head] for file in files):
+        return True
+    return all(np.array_equal(one, other) for one, other in _rows_of_both(files, axis, name, head))
+
+
+def _rows_of_both(files: Sequence[PthFile], axis: int | None, name: str, head: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same rows of the embedding table and of the head, which is always cut along the vocabulary."""
+    tables = [file.view(name) for file in files]
+    for number, file in enumerate(files):
+        rows = file.view(head)
+        for start in range(0, len(rows), _COMPARED_ROWS):
+            some = rows[start : start + _COMPARED_ROWS]
+            at = start if axis == 0 else start + number * len(rows)
+            parts = tables[number : number + 1] if axis == 0 else tables
+            yield np.concatenate([part[at : at + len(some)] for part in parts], 1), some
+
+
+def _distinct(name: str, parts: Sequence[np.ndarray], copies: int) -> list[np.ndarray]:
+    """The first of every `copies` neighbours, which have to be equal."""
+    for number, part in enumerate(parts):
+        first = parts[number - number % copies]
+        if part is not first and part.tobytes() != first.tobytes():
+            raise InputError(f"tensor {name} differs between shards that hold copies of it; fetch the files again")
+    return list(parts[::copies])
+
+
+def _joined_halves(parts: Sequence[np.ndarray], head_dim: int) -> np.ndarray:
+    """Queries or keys of all shards, from adjacent rotary pairs to halves, a head at a time: one copy in all."""
+    heads = [part[start : start + head_dim] for part in parts for start in range(0, len(part), head_dim)]
+    joined = np.empty((len(heads) * head_dim, parts[0].shape[1]), parts[0].dtype)
+    for number, head in enumerate(heads):
+        joined[number * head_dim : (number + 1) * head_dim] = half_layout(head, head_dim)
+    return joined

@@ -1,0 +1,135 @@
+"""What kind of model lies at a path, and its parts ready to be read: only headers and small files are looked at."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from llama_jax.errors import InputError
+from llama_jax.text.chat import ChatTemplate, template_from_directory, template_from_gguf
+from llama_jax.text.formats import format_for
+from llama_jax.text.gguf import tokenizer_from_gguf
+from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.weights.gguf import GgufSource
+from llama_jax.weights.hub import fetch, names_model
+from llama_jax.weights.hugging_face import HuggingFaceSource, inside
+from llama_jax.weights.meta import MetaSource
+from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource
+from llama_jax.weights.source import Source, blamed_on
+
+Format = Literal["run", "hugging_face", "meta", "gguf"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What lies beside the weights of a directory of Hugging Face's.
+_BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+           "chat_template.jinja", *_TOKENIZER_FILES)  # fmt: skip
+_KINDS = (
+    "a run directory, a directory with config.json (Hugging Face) or params.json (Meta), a .gguf file, or a name on the Hub"
+)
+_PART_SUFFIXES = (".safetensors", ".json", ".pth", ".bin", ".pt", ".model")
+
+
+class Opened(NamedTuple):
+    """A model on disk, its weights not read yet.
+
+    Attributes:
+      source: the weights, tensor by tensor, and the architecture (`source.config`).
+      tokenizer: text to ids and back; `None` where the files hold none.
+      template: how the model wants a conversation written; `None` if its files say nothing.
+      stop_ids: tokens that end a text.
+      format: which kind of files it is.
+      path: where it is.
+      origin: one line that says what it is; for people.
+    """
+
+    source: Source
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    stop_ids: tuple[int, ...]
+    format: Format
+    path: pathlib.Path
+    origin: str
+
+
+def open_model(path: str | pathlib.Path) -> Opened:
+    """Opens a run directory of `train.py`, a directory of Hugging Face's or of Meta's, or a GGUF file.
+
+    Of a GGUF model in several files any part will do. A name such as `meta-llama/Llama-3.2-1B`, with `@revision` or without,
+    where there is no such path, is that of a model on the Hugging Face Hub; see `llama_jax.weights.hub`.
+
+    Names, shapes and types of all tensors are checked; no weight is read.
+
+    Raises:
+      InputError: for a path that holds none of these, and naming whatever is wrong inside.
+      CorruptError: when the manifests of all checkpoints of a run are damaged.
+    """
+    path = pathlib.Path(path)
+    try:
+        if names_model(path):
+            return _open_hugging_face(fetch(path))._replace(origin=f"Hugging Face {path.as_posix()}")
+        return _opener(path)(path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+
+
+def _opener(path: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
+    """What opens the kind of model that lies at a path."""
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf
+    if (path / RUN_CHECKPOINTS).is_dir():
+        return _open_run
+    if (path / "config.json").is_file():
+        return _open_hugging_face
+    if (path / "params.json").is_file() and any(path.glob("consolidated*.pth")):
+        return _open_meta
+    raise InputError(f"{path}: {_found(path)}")
+
+
+def _found(path: pathlib.Path) -> str:
+    """What is at a path that is no model, and what to do."""
+    if path.is_file() and path.suffix in _PART_SUFFIXES:
+        return f"one file of a model given; give its directory, {path.parent}"
+    if path.is_dir() and RUN_CHECKPOINTS in (path.absolute().name, path.absolute().parent.name):
+        run = path if path.absolute().name == RUN_CHECKPOINTS else path.parent
+        return f"the checkpoints of a run given; give the directory of the run, {run.parent}"
+    found = "nothing" if not path.exists() else "a directory without a model" if path.is_dir() else "another file"
+    return f"{found} given; {_KINDS} expected"
+
+
+def _open_gguf(path: pathlib.Path) -> Opened:
+    source = GgufSource.open(path)
+    metadata = source.file.metadata
+    tokenizer = tokenizer_from_gguf(metadata)
+    stops = stop_ids(tokenizer, declared_stop_ids_from_gguf(metadata))
+    return Opened(source, tokenizer, template_from_gguf(metadata), stops, "gguf", path, f"GGUF {path.absolute().name}")
+
+
+def _open_hugging_face(path: pathlib.Path) -> Opened:
+    source = HuggingFaceSource.open(path)
+    with blamed_on(path):
+        for name in _BESIDE:
+            inside(path, name)
+    tokenizer = load_tokenizer(path) if any((path / name).is_file() for name in _TOKENIZER_FILES) else None
+    declared = declared_stop_ids(path)
+    stops = stop_ids(tokenizer, declared) if tokenizer else tuple(sorted(set(declared)))
+    return Opened(
+        source, tokenizer, template_from_directory(path), stops, "hugging_face", path, f"Hugging Face {path.absolute().name}"
+    )
+
+
+def _open_meta(path: pathlib.Path) -> Opened:
+    """Meta's files do not tell instruct models from base ones: a template only where the tokenizer has the tokens of one."""
+    source = MetaSource.open(path)
+    folders = (path, path.absolute().parent)  # shared by all sizes of a release, it may lie above them
+    tokenizers = (folder / "tokenizer.model" for folder in folders if (folder / "tokenizer.model").is_file())
+    tokenizer = next(map(load_tokenizer, tokenizers), None)
+    template = format_for(tokenizer) if tokenizer else None
+    stops = stop_ids(tokenizer) if tokenizer else ()
+    return Opened(source, tokenizer, template, stops, "meta", path, f"Meta {path.absolute().name}")
+
+
+def _open_run(path: pathlib.Path) -> Opened:
+    source = RunSource.open(path)
+    tokenizer = load_tokenizer(path)  # with a template beside it, if the run was one of conversations
+    origin = f"run {path.absolute().name} at step {source.manifest.step}"
+    return Opened(source, tokenizer, template_from_directory(path), stop_ids(tokenizer), "run", path, origin)
