@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from llama_jax.axes import Array, Bool, Float, Int
+from llama_jax.axes import Array, Bool, Float, Int, Num
 from llama_jax.errors import InputError
 from llama_jax.model.chunked import chunked_attention
 
@@ -32,6 +32,13 @@ class Mask(NamedTuple):
 NO_MASK = Mask()
 
 
+class Scales(NamedTuple):
+    """Scales of integer keys and values, as in `llama_jax.model.cache.LayerCache`."""
+
+    keys: Float[Array, "B K S"]
+    values: Float[Array, "B K S"]
+
+
 def visible(mask: Mask, causal: bool, batch: int, queries: int, keys: int) -> Bool[Array, "B T S"]:
     """The mask written out: whether query `t` of row `b` sees key `s`."""
     slots = jnp.arange(keys)[None, None, :]
@@ -47,25 +54,35 @@ def visible(mask: Mask, causal: bool, batch: int, queries: int, keys: int) -> Bo
 
 
 def reference_attention(
-    q: Float[Array, "B N T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Mask, causal: bool
+    q: Float[Array, "B N T H"],
+    k: Num[Array, "B K S H"],
+    v: Num[Array, "B K S H"],
+    mask: Mask,
+    causal: bool,
+    scales: Scales | None = None,
 ) -> Float[Array, "B N T H"]:
     """softmax(q k^T / sqrt(H)) v with all scores in memory, scores and softmax in float32. A query that sees no key gets 0."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
+    k, v = (k, v) if scales is None else (k.astype(q.dtype), v.astype(q.dtype))  # integers: exact in any float type
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * queries, head_dim)
     scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = scores if scales is None else scores * scales.keys[:, :, None]
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
     seen = visible(mask, causal, batch, queries, keys)[:, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0)), 0.0)
     weights /= jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, heads // kv_heads * queries, keys)
-    out = jnp.einsum("bkqs,bksh->bkqh", weights, v, preferred_element_type=jnp.float32)
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads * queries, keys)
+    weights = weights if scales is None else weights * scales.values[:, :, None]
+    out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(q.shape)
 
 
-def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool) -> Array:
+def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None = None) -> Array:
+    if scales is not None:  # many queries share the keys, so writing out those of one layer is a small part of the work
+        k, v = (x.astype(q.dtype) * scale[..., None].astype(q.dtype) for x, scale in ((k, scales.keys), (v, scales.values)))
     return chunked_attention(q, k, v, mask.start, mask.lengths, mask.documents, causal)
 
 
@@ -90,13 +107,16 @@ def choose_backend(name: str, queries: int, keys: int) -> str:
 
 def attend(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Num[Array, "B K S H"],
+    v: Num[Array, "B K S H"],
     mask: Mask = NO_MASK,
     causal: bool = True,
     backend: str = "auto",
+    scales: Scales | None = None,
 ) -> Float[Array, "B N T H"]:
     """Attention of every query over the keys it may see; `N` is a multiple of `K` (grouped queries).
+
+    With `scales`, keys and values are integers, each head's vector times its scale.
 
     Raises:
       InputError: for an unknown backend, and for a document mask with other keys than the queries' own.
@@ -104,4 +124,4 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     if mask.documents is not None and (queries != keys or mask.start is not None):
         raise InputError(f"a document mask needs the keys of its own {queries} tokens; {keys} cache slots were given")
-    return BACKENDS[choose_backend(backend, queries, keys)](q, k, v, mask, causal)
+    return BACKENDS[choose_backend(backend, queries, keys)](q, k, v, mask, causal, scales)

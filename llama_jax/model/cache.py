@@ -2,8 +2,12 @@
 
 Slot = position: token `t` of a row lives in slot `t`, whatever the other rows do, so prompts of unequal length share a
 batch without padding tricks. Slots at and beyond a row's length hold nothing that a query can see.
+
+An `int8` cache holds each key and value of a head as 8-bit integers times one scale; attention applies the scales to scores
+and probabilities, so the cache is never written out in a wider type.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,15 +15,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from llama_jax.axes import Array, Float, Int
+from llama_jax.axes import Array, Float, Int, Num
 from llama_jax.config import LlamaConfig
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer, or of all layers stacked on a leading axis `L`."""
+    """Keys (rotated) and values of one layer, or of all layers stacked on a leading axis `L`.
 
-    keys: Float[Array, "*L B K S H"]
-    values: Float[Array, "*L B K S H"]
+    Every array has its rows first (after `L`) and its slots third, so that `grow` and `take_rows` need no table.
+
+    Attributes:
+      keys: in the dtype of the cache.
+      values: in the dtype of the cache.
+      key_scales: `key_scales[b, k, s] * keys[b, k, s]` is the key of slot `s` in an `int8` cache; `None` in all others.
+      value_scales: the same for values.
+    """
+
+    keys: Num[Array, "*L B K S H"]
+    values: Num[Array, "*L B K S H"]
+    key_scales: Float[Array, "*L B K S"] | None = None
+    value_scales: Float[Array, "*L B K S"] | None = None
 
 
 class Cache(NamedTuple):
@@ -41,22 +56,65 @@ class Cache(NamedTuple):
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32, scan: bool = False) -> Cache:
-    """An empty cache of `slots` tokens a row; `scan` as in the model that will use it."""
-    shape = (batch, config.kv_heads, slots, config.head_dim)
-    leading = (config.layers,) if scan else ()
+    """An empty cache of `slots` tokens a row; `dtype` is a float type or `int8`, `scan` as in the model that will use it."""
+    shape = ((config.layers,) if scan else ()) + (batch, config.kv_heads, slots)
+    quantised = jnp.dtype(dtype) == jnp.int8
 
     def layer() -> LayerCache:
         """Fresh arrays each time: caches are donated, so no two may share memory."""
-        return LayerCache(jnp.zeros(leading + shape, dtype), jnp.zeros(leading + shape, dtype))
+        scales = [jnp.zeros(shape, jnp.float32) for _ in range(2)] if quantised else [None, None]
+        return LayerCache(*[jnp.zeros((*shape, config.head_dim), dtype) for _ in range(2)], *scales)
 
     return Cache(layer() if scan else tuple(layer() for _ in range(config.layers)), jnp.zeros((batch,), jnp.int32))
 
 
-def _write_rows(slots: Array, new: Array, lengths: Array) -> Array:
-    """Puts `new [B K T H]` into `slots [B K S H]` from each row's length on."""
-    return jax.vmap(lambda row, piece, at: lax.dynamic_update_slice(row, piece, (0, at, 0)))(
-        slots, new.astype(slots.dtype), lengths
-    )
+def _each(change: Callable[[Array, int], Array], cache: Cache) -> LayerCache | tuple[LayerCache, ...]:
+    """The layers with every array changed by `change(array, axis of its rows)`."""
+    rows = 1 if isinstance(cache.layers, LayerCache) else 0
+    return jax.tree.map(lambda array: change(array, rows), cache.layers)
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """The same cache with capacity for `slots` tokens a row, at least as many as it has; new slots are empty."""
+
+    def wider(array: Array, rows: int) -> Array:
+        """Zeros after the last slot."""
+        axis = rows + 2
+        return jnp.pad(array, [(0, slots - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
+
+    return Cache(_each(wider, cache), cache.lengths)
+
+
+def take_rows(cache: Cache, rows: Int[Array, " R"]) -> Cache:
+    """The cache of rows `rows`, in that order; a row may come more than once."""
+    return Cache(_each(lambda array, axis: jnp.take(array, rows, axis=axis), cache), jnp.take(cache.lengths, rows))
+
+
+def quantise_heads(x: Float[Array, "B K T H"]) -> tuple[Int[Array, "B K T H"], Float[Array, "B K T"]]:
+    """8-bit integers and the scale of each head's vector: `scale * integers` is `x` to within half a scale, float32."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    steps = wide / jnp.where(scale > 0, scale, 1.0)[..., None]
+    return jnp.round(steps).astype(jnp.int8), scale
+
+
+def _write_rows(layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -> LayerCache:
+    """Puts the `T` slots of `new`, each array in the cache's own type, into each row from its length on.
+
+    A loop over rows, in place on every device; a scatter takes several kernels a row on TPU.
+    """
+
+    def write(row: Array, layer: LayerCache) -> LayerCache:
+        """One row of every array."""
+
+        def place(slots: Array, pieces: Array) -> Array:
+            """One array."""
+            piece = lax.dynamic_slice_in_dim(pieces, row, 1)
+            return lax.dynamic_update_slice(slots, piece.astype(slots.dtype), (row, 0, lengths[row], 0)[: slots.ndim])
+
+        return jax.tree.map(place, layer, new)
+
+    return lax.fori_loop(0, lengths.shape[0], write, layer)
 
 
 def append(
@@ -66,4 +124,8 @@ def append(
 
     The caller sees to it that `lengths + T` does not exceed the capacity: XLA would clamp the slot, silently.
     """
-    return LayerCache(_write_rows(layer.keys, keys, lengths), _write_rows(layer.values, values, lengths))
+    new: LayerCache = LayerCache(keys, values)
+    if layer.key_scales is not None:
+        (keys, key_scales), (values, value_scales) = quantise_heads(keys), quantise_heads(values)
+        new = LayerCache(keys, values, key_scales, value_scales)
+    return _write_rows(layer, new, lengths)

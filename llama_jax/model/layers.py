@@ -9,14 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float
 from llama_jax.config import LlamaConfig
-from llama_jax.model.attention import NO_MASK, Mask, attend
+from llama_jax.model.attention import NO_MASK, Mask, Scales, attend
 from llama_jax.model.cache import LayerCache, append
 from llama_jax.model.options import ModelOptions
+from llama_jax.model.product import product
+from llama_jax.model.quantize import Quantized, Weight
 from llama_jax.model.rope import Rotation, rotate
-from llama_jax.parallel.sharding import PARAMETER_AXES, constrain, gathered
+from llama_jax.parallel.sharding import PARAMETER_AXES, channels_first, constrain, gathered, gathered_part
 
 # Standard deviation of fresh weights; those that write into the residual stream are narrower by sqrt(2 * layers), so that
 # the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
@@ -35,6 +38,13 @@ def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array,
     return jax.nn.silu(gate) * up
 
 
+def cached(cache: LayerCache, dtype: DTypeLike) -> tuple[Array, Array, Scales | None]:
+    """Keys and values of a cache as `attend` takes them: floats in the compute dtype, or integers and their scales."""
+    if cache.key_scales is None or cache.value_scales is None:
+        return cache.keys.astype(dtype), cache.values.astype(dtype), None
+    return cache.keys, cache.values, Scales(cache.key_scales, cache.value_scales)
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned scale."""
 
@@ -47,12 +57,34 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.config.norm_eps)
 
 
+def declare(module: nn.Module, name: str, std: float, shape: tuple[int, int]) -> Weight:
+    """A matrix of the module, drawn with `std` by `init`; the parameters may hold a quantised one in its place."""
+    held = module.get_variable("params", name) if module.has_variable("params", name) else None
+    return held if isinstance(held, Quantized) else module.param(name, nn.initializers.normal(std), shape)
+
+
+def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
+    """The weight `name` gathered for use; a plain one in the compute dtype, or its own where that is narrower."""
+    if isinstance(weight, Quantized):
+        return jax.tree.map(lambda part: gathered_part(part, channels_first(name), options.rules), weight)
+    return gathered(weight, PARAMETER_AXES[name], options.compute_dtype, options.rules)
+
+
 def _weights(
     module: nn.Module, options: ModelOptions, stds: dict[str, float], shapes: dict[str, tuple[int, int]]
-) -> list[Array]:
-    """Declares the matrices of a module and returns them in the compute dtype, gathered for use."""
-    declared = [module.param(name, nn.initializers.normal(stds[name]), shape) for name, shape in shapes.items()]
-    return [gathered(w, PARAMETER_AXES[name], options.compute_dtype, options.rules) for name, w in zip(shapes, declared)]
+) -> list[Weight]:
+    """Declares the matrices of a module and returns them gathered for use."""
+    return [gathered_weight(declare(module, name, stds[name], shape), name, options) for name, shape in shapes.items()]
+
+
+def join_heads(heads: Float[Array, "B N T H"], weight: Weight) -> Float[Array, "B T D"]:
+    """The heads of each token side by side, times `weight [N*H, D]`."""
+    batch, count, length, head_dim = heads.shape
+    if length == 1 or isinstance(weight, Quantized):
+        return product(heads.swapaxes(1, 2).reshape(batch, length, count * head_dim), weight)
+    # Heads stay apart in the contraction: flattening them first costs a copy of `heads` on TPU.
+    apart = weight.reshape(count, head_dim, -1).astype(heads.dtype)
+    return jnp.einsum("bnth,nhd->btd", heads, apart)
 
 
 class Attention(nn.Module):
@@ -76,21 +108,20 @@ class Attention(nn.Module):
         stds = {"wq": _INIT_STD, "wk": _INIT_STD, "wv": _INIT_STD, "wo": _INIT_STD * (2 * config.layers) ** -0.5}
         wq, wk, wv, wo = _weights(self, self.options, stds, shapes)
 
-        def heads(w: Array, axis: str) -> Array:
+        def heads(w: Weight, axis: str) -> Array:
             """Projects the stream to heads `[B, T, n, H]`."""
-            flat = constrain(x @ w, ("batch", "length", axis), rules)
+            flat = constrain(product(x, w), ("batch", "length", axis), rules)
             return flat.reshape(*x.shape[:2], -1, config.head_dim)
 
         q = checkpoint_name(rotate(heads(wq, "heads"), turn), "q").swapaxes(1, 2)
         k = checkpoint_name(rotate(heads(wk, "kv_heads"), turn), "k").swapaxes(1, 2)
         v = checkpoint_name(heads(wv, "kv_heads"), "v").swapaxes(1, 2)
+        scales = None
         if cache is not None and mask.start is not None:
             cache = append(cache, k, v, mask.start)
-            k, v = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
-        out = attend(q, k, v, mask, backend=self.options.attention)
-        # Heads stay apart in the contraction: flattening them first costs a copy of `out` on TPU.
-        out = jnp.einsum("bnth,nhd->btd", out, wo.reshape(config.heads, config.head_dim, config.dim))
-        return constrain(out, ("batch", "length", "width"), rules), cache
+            k, v, scales = cached(cache, q.dtype)
+        out = attend(q, k, v, mask, backend=self.options.attention, scales=scales)
+        return constrain(join_heads(out, wo), ("batch", "length", "width"), rules), cache
 
 
 class FeedForward(nn.Module):
@@ -106,9 +137,9 @@ class FeedForward(nn.Module):
         shapes = {"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}
         stds = {"gate": _INIT_STD, "up": _INIT_STD, "down": _INIT_STD * (2 * self.config.layers) ** -0.5}
         w_gate, w_up, w_down = _weights(self, self.options, stds, shapes)
-        gate = checkpoint_name(constrain(x @ w_gate, ("batch", "length", "ffn"), rules), "gate")
-        up = checkpoint_name(constrain(x @ w_up, ("batch", "length", "ffn"), rules), "up")
-        return constrain(swiglu(gate, up) @ w_down, ("batch", "length", "width"), rules)
+        gate = checkpoint_name(constrain(product(x, w_gate), ("batch", "length", "ffn"), rules), "gate")
+        up = checkpoint_name(constrain(product(x, w_up), ("batch", "length", "ffn"), rules), "up")
+        return constrain(product(swiglu(gate, up), w_down), ("batch", "length", "width"), rules)
 
 
 class Layer(nn.Module):

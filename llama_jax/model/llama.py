@@ -11,10 +11,12 @@ from llama_jax.axes import Array, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.model.attention import Mask
 from llama_jax.model.cache import Cache
-from llama_jax.model.layers import _INIT_STD, RMSNorm, layer_class, scanned_layers
+from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gathered_weight, layer_class, scanned_layers
 from llama_jax.model.options import ModelOptions
+from llama_jax.model.product import product
+from llama_jax.model.quantize import Quantized, Weight, dequantize, take_embeddings
 from llama_jax.model.rope import Rotation, rotation
-from llama_jax.parallel.sharding import PARAMETER_AXES, constrain, gathered
+from llama_jax.parallel.sharding import constrain
 
 
 class Features(NamedTuple):
@@ -36,7 +38,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declares the parameters; see `llama_jax.accounting.parameter_shapes` for the tree."""
         config = self.config
-        self.embedding = self.param("embedding", nn.initializers.normal(_INIT_STD), (config.vocab_size, config.dim))
+        self.embedding = declare(self, "embedding", _INIT_STD, (config.vocab_size, config.dim))
         if self.options.scan:
             self.layers: Any = scanned_layers(config, self.options, "layers")
         else:
@@ -44,13 +46,12 @@ class Llama(nn.Module):
             self.layers = [make(config, self.options, name=f"layers_{i}") for i in range(config.layers)]
         self.final_norm = RMSNorm(config)
         if not config.tied_head:
-            self.head = self.param("head", nn.initializers.normal(_INIT_STD), (config.dim, config.vocab_size))
+            self.head = declare(self, "head", _INIT_STD, (config.dim, config.vocab_size))
 
     def embed(self, inputs: Num[Array, "B T *D"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table in the compute dtype; embeddings pass through."""
         if jnp.issubdtype(inputs.dtype, jnp.integer):
-            table = gathered(self.embedding, PARAMETER_AXES["embedding"], self.options.compute_dtype, self.options.rules)
-            inputs = jnp.take(table, inputs, axis=0)
+            inputs = take_embeddings(gathered_weight(self.embedding, "embedding", self.options), inputs)
         return constrain(inputs.astype(self.options.compute_dtype), ("batch", "length", "width"), self.options.rules)
 
     def features(
@@ -84,17 +85,23 @@ class Llama(nn.Module):
             new.append(cache)
         return x, tuple(new)
 
+    def _head(self) -> tuple[Weight, int]:
+        """The output head gathered for use, and the axis of it that meets the features: a tied table has rows for columns."""
+        name = "embedding" if self.config.tied_head else "head"
+        return gathered_weight(getattr(self, name), name, self.options), int(self.config.tied_head)
+
     def head_matrix(self) -> Float[Array, "D V"]:
         """The output head in the compute dtype: its own matrix, or the embedding table transposed."""
-        name = "embedding" if self.config.tied_head else "head"
-        matrix = self.embedding if self.config.tied_head else self.head
-        matrix = gathered(matrix, PARAMETER_AXES[name], self.options.compute_dtype, self.options.rules)
-        return matrix.T if self.config.tied_head else matrix
+        weight, axis = self._head()
+        if isinstance(weight, Quantized):
+            return dequantize(weight).T.astype(self.options.compute_dtype)
+        matrix = weight.astype(self.options.compute_dtype)
+        return matrix.T if axis else matrix
 
     def unembed(self, last: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32."""
-        logits = jnp.einsum("btd,dv->btv", last, self.head_matrix(), preferred_element_type=jnp.float32)
-        return constrain(logits, ("batch", "length", "vocab"), self.options.rules)
+        weight, axis = self._head()
+        return constrain(product(last, weight, axis, jnp.float32), ("batch", "length", "vocab"), self.options.rules)
 
     def __call__(self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, float32."""
@@ -164,4 +171,4 @@ def hidden_states(
 
 def embed(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The embeddings of tokens, to be changed and passed on in place of the tokens."""
-    return jnp.take(params["embedding"], tokens, axis=0)
+    return take_embeddings(params["embedding"], tokens)

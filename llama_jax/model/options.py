@@ -11,6 +11,8 @@ from llama_jax.parallel.sharding import TRAINING, Rules
 
 # Activations of a layer that rematerialisation may keep, in the order in which they arise.
 REMAT_NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
+_FLOATS = ("float32", "bfloat16", "float16")
+_CACHE_DTYPES = ("auto", *_FLOATS, "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class ModelOptions:
         layer's input), or names joined by `+`, of `q k v context middle gate up`.
       attention: attention backend, see `llama_jax.model.attention`.
       rules: axis name -> mesh axes, see `llama_jax.parallel.sharding`.
+      cache_dtype: dtype of keys and values in the cache: `auto` (that of the activations), a float type, or `int8` (half the
+        bytes of bfloat16; see `llama_jax.model.cache`).
 
     Raises:
       InputError: naming the option that is wrong.
@@ -36,10 +40,13 @@ class ModelOptions:
     remat: str = "none"
     attention: str = "auto"
     rules: Rules = TRAINING
+    cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in _FLOATS:
             raise InputError(f"dtype {self.dtype!r} given; float32, bfloat16 or float16 expected")
+        if self.cache_dtype not in _CACHE_DTYPES:
+            raise InputError(f"cache_dtype {self.cache_dtype!r} given; one of {', '.join(_CACHE_DTYPES)} expected")
         unknown = [name for name in self.saved_names if name not in REMAT_NAMES]
         if unknown:
             raise InputError(
@@ -60,3 +67,8 @@ class ModelOptions:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as a dtype."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def resolved_cache_dtype(self) -> jnp.dtype:
+        """`cache_dtype` as a dtype, for `llama_jax.model.cache.init_cache`."""
+        return self.compute_dtype if self.cache_dtype == "auto" else jnp.dtype(self.cache_dtype)

@@ -1,0 +1,128 @@
+"""The cache: growing, taking rows, and 8-bit keys and values against their dequantised selves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, random_parameters, random_tokens
+
+from llama_jax.errors import InputError
+from llama_jax.generation.decode import decode, prefill
+from llama_jax.model.attention import Mask, Scales, attend
+from llama_jax.model.cache import Cache, append, grow, init_cache, quantise_heads, take_rows
+from llama_jax.model.llama import logits, model_for
+from llama_jax.model.options import ModelOptions
+from llama_jax.weights.forms import unstack
+
+LENGTHS = jnp.asarray([5, 9, 1], jnp.int32)
+
+
+def filled(dtype, scan, slots=12, options=None):
+    """A cache after a ragged prefill, with its model and parameters."""
+    params = random_parameters(TINY)
+    params = params if scan else unstack(params)
+    model = model_for(params, TINY, **(options or {}))
+    cache = init_cache(TINY, 3, slots, dtype, scan)
+    _, cache = jax.jit(lambda c: prefill(model, params, random_tokens(TINY, (3, 9)), LENGTHS, c))(cache)
+    return model, params, cache
+
+
+def layer(cache: Cache, i: int):
+    """One layer of either form, as NumPy arrays."""
+    one = jax.tree.map(lambda x: x[i], cache.layers) if hasattr(cache.layers, "keys") else cache.layers[i]
+    return jax.tree.map(np.asarray, one)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_rows_are_taken_and_slots_added(dtype, scan):
+    _, _, cache = filled(dtype, scan)
+    wide = take_rows(grow(cache, 20), jnp.asarray([2, 1, 1, 0]))
+    assert wide.slots == 20
+    assert wide.lengths.tolist() == [1, 9, 9, 5]
+    assert jax.tree.structure(wide) == jax.tree.structure(cache)
+    for i in range(TINY.layers):
+        for was, now in zip(jax.tree.leaves(layer(cache, i)), jax.tree.leaves(layer(wide, i))):
+            assert now.dtype == was.dtype
+            np.testing.assert_array_equal(now[:, :, :12], was[[2, 1, 1, 0]])
+            assert not now[:, :, 12:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_decoding_goes_on_after_growing(dtype):
+    """A row moved into a larger cache gives the logits that it gave at home."""
+    model, params, cache = filled(dtype, scan=False)
+    token = jnp.asarray([3, 4, 5], jnp.int32)
+    expected, _ = decode(model, params, token, cache)
+    got, after = decode(model, params, token[jnp.asarray([1, 0])], take_rows(grow(cache, 16), jnp.asarray([1, 0])))
+    np.testing.assert_allclose(got, expected[jnp.asarray([1, 0])], atol=1e-5)
+    assert after.lengths.tolist() == [10, 6]
+
+
+def test_integers_are_within_half_a_scale():
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32)
+    x[0, 1, 2] = 0.0  # no scale divides by zero
+    values, scales = quantise_heads(jnp.asarray(x))
+    assert values.dtype == jnp.int8
+    np.testing.assert_allclose(scales, np.abs(x).max(-1) / 127, rtol=1e-6)
+    error = np.abs(np.asarray(values, np.float32) * np.asarray(scales)[..., None] - x)
+    assert (error <= np.asarray(scales)[..., None] * 0.5001).all()
+    assert error[0, 1, 2].max() == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_integer_attention_equals_attention_on_dequantised_keys_and_values(backend, queries):
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.normal(size=(3, 6, queries, 16)), jnp.float32)
+    (k, k_scale), (v, v_scale) = (quantise_heads(jnp.asarray(rng.normal(size=(3, 2, 24, 16)), jnp.float32)) for _ in "kv")
+    mask = Mask(start=LENGTHS)
+    got = attend(q, k, v, mask, backend=backend, scales=Scales(k_scale, v_scale))
+    wide = [np.asarray(x, np.float64) * np.asarray(s)[..., None] for x, s in ((k, k_scale), (v, v_scale))]
+    keys, values = (np.repeat(x, 3, axis=1) for x in wide)
+    scores = np.einsum("bnth,bnsh->bnts", np.asarray(q, np.float64), keys) / 4
+    seen = np.arange(24)[None, None] <= (np.asarray(LENGTHS)[:, None] + np.arange(queries))[:, :, None]
+    weights = np.where(seen[:, None], np.exp(scores), 0)
+    np.testing.assert_allclose(got, np.einsum("bnts,bnsh->bnth", weights / weights.sum(-1, keepdims=True), values), atol=2e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
+def test_ragged_decoding_with_an_integer_cache(scan):
+    """Rows of unequal length, token by token: near the logits of whole rows without a cache, in float32."""
+    model, params, cache = filled("int8", scan, slots=16)
+    tokens, more = random_tokens(TINY, (3, 9)), random_tokens(TINY, (3, 4), seed=7)
+    step = jax.jit(lambda token, cache: decode(model, params, token, cache))
+    for i in range(more.shape[1]):
+        got, cache = step(more[:, i], cache)
+    for row, length in enumerate(LENGTHS.tolist()):
+        whole = jnp.concatenate([tokens[row, :length], more[row]])[None]
+        expected = np.asarray(logits(params, whole, TINY))[0, -1]
+        assert 0 < np.abs(got[row] - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_bytes_of_the_cache():
+    shape = 3 * TINY.kv_heads * 12 * TINY.layers * 2  # vectors of a head, keys and values
+    for dtype, each in (("float32", 4 * TINY.head_dim), ("bfloat16", 2 * TINY.head_dim), ("int8", TINY.head_dim + 4)):
+        for scan in (True, False):
+            layers = init_cache(TINY, 3, 12, dtype, scan).layers
+            assert sum(array.nbytes for array in jax.tree.leaves(layers)) == shape * each
+
+
+def test_appending_touches_the_new_slots_only():
+    cache = init_cache(TINY, 2, 8, "int8").layers[0]
+    cache = jax.tree.map(lambda x: jnp.ones_like(x), cache)
+    new = jnp.full((2, TINY.kv_heads, 2, TINY.head_dim), 2.54)
+    after = append(cache, new, -new, jnp.asarray([0, 5]))
+    for row, at in ((0, 0), (1, 5)):
+        touched = np.isin(np.arange(8), [at, at + 1])
+        assert (np.asarray(after.keys)[row][:, touched] == 127).all()
+        assert (np.asarray(after.values)[row][:, touched] == -127).all()
+        np.testing.assert_allclose(np.asarray(after.key_scales)[row][:, touched], 0.02, rtol=1e-6)
+        assert all((np.asarray(array)[row][:, ~touched] == 1).all() for array in after)
+
+
+def test_cache_dtype_follows_the_activations_unless_named():
+    assert ModelOptions(dtype="bfloat16").resolved_cache_dtype == jnp.bfloat16
+    assert ModelOptions(dtype="bfloat16", cache_dtype="int8").resolved_cache_dtype == jnp.int8
+    with pytest.raises(InputError, match="'int4' given"):
+        ModelOptions(cache_dtype="int4")
