@@ -2,13 +2,14 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
 from llama_jax.errors import InputError
-from llama_jax.generation.sampling import Sampling, sample
-from llama_jax.model.cache import Cache, init_cache
+from llama_jax.generation.sampling import History, Sampling, adjust, begin_history, remember, sample
+from llama_jax.model.cache import Cache, init_cache, take_rows
 from llama_jax.model.llama import Llama, apply
 
 NOTHING = -1  # stands in the output where a row was already done
@@ -22,26 +23,68 @@ class Progress(NamedTuple):
       cache: keys and values of all tokens before `token`.
       remaining: tokens the row may still draw.
       done: whether the row has drawn a stop token or has nothing remaining.
+      history: what penalties look at; `None` without penalties.
     """
 
     token: Int[Array, " B"]
     cache: Cache
     remaining: Int[Array, " B"]
     done: Bool[Array, " B"]
+    history: History | None = None
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn, with the log-probabilities asked for; one column a step in the output of a loop.
+
+    Log-probabilities are those of the model itself, before bias, penalties, temperature and restriction.
+
+    Attributes:
+      token: `NOTHING` where a row was done.
+      logprob: of the token; `None` if not asked for.
+      top_tokens: the `n` most probable tokens; `None` unless `n > 0` were asked for.
+      top_logprobs: their log-probabilities.
+    """
+
+    token: Int[Array, " *R"]
+    logprob: Float[Array, " *R"] | None = None
+    top_tokens: Int[Array, "*R n"] | None = None
+    top_logprobs: Float[Array, "*R n"] | None = None
+
+
+class Rollout(NamedTuple):
+    """What `generate_tokens` gives.
+
+    Attributes:
+      tokens: new tokens, filled up with `NOTHING` after a row's stop token.
+      logprobs: the log-probability of each under the model, 0 where there is none.
+    """
+
+    tokens: Int[Array, "R new"]
+    logprobs: Float[Array, "R new"]
 
 
 def prefill(
     model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Runs prompts of unequal length, padded on the right with anything.
+    """Runs prompts of unequal length, padded on the right with anything, behind what the cache holds.
 
     Returns:
-      Logits after each row's last real token (float32), and the cache with each row's real tokens in it.
+      Logits after each row's last real token (float32; meaningless for a row without one), and the cache with each
+      row's real tokens in it.
     """
     features = apply(model, params, tokens, None, cache, method="features")
-    last = jnp.take_along_axis(features.last, (lengths - 1)[:, None, None], axis=1)
+    last = jnp.take_along_axis(features.last, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     logits = apply(model, params, last, method="unembed")[:, 0]
     return logits, Cache(features.cache.layers, cache.lengths + lengths)
+
+
+def prefill_more(
+    model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache,
+    logits: Float[Array, "B V"],
+) -> tuple[Float[Array, "B V"], Cache]:  # fmt: skip
+    """`prefill` of the next piece of long prompts; rows that have no token in this piece keep their `logits`."""
+    after, cache = prefill(model, params, tokens, lengths, cache)
+    return jnp.where((lengths > 0)[:, None], after, logits), cache
 
 
 def decode(model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
@@ -55,54 +98,80 @@ def decode(model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cac
     return logits, Cache(features.cache.layers, cache.lengths + 1)
 
 
-def _advance(
-    logits: Float[Array, "B V"], cache: Cache, sampling: Sampling, stop_ids: Int[Array, " M"], remaining: Array, done: Array
-) -> tuple[Progress, Int[Array, " B"]]:
-    """Draws the next token of each row that is not done; returns the new state and what was drawn."""
-    token = sample(logits, sampling, cache.lengths)
-    drawn = jnp.where(done, NOTHING, token)
-    remaining = remaining - jnp.where(done, 0, 1)
-    done = done | jnp.any(token[:, None] == stop_ids[None, :], axis=1) | (remaining <= 0)
-    return Progress(token, cache, remaining, done), drawn
+def measured(logits: Float[Array, "*R V"], token: Int[Array, " *R"], drawn: Int[Array, " *R"], logprobs: int | None) -> Drawn:
+    """What was drawn, with log-probabilities: of the token and of the `logprobs` most probable ones."""
+    if logprobs is None:
+        return Drawn(drawn)
+    every = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(every, token[..., None], axis=-1)[..., 0]
+    if logprobs == 0:
+        return Drawn(drawn, chosen)
+    values, tokens = lax.top_k(every, logprobs)
+    return Drawn(drawn, chosen, tokens, values)
+
+
+def _draw(
+    logits: Float[Array, "B V"], progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"], logprobs: int | None
+) -> tuple[Progress, Drawn]:
+    """Draws the next token of each row that is not done."""
+    done, history = progress.done, progress.history
+    token = sample(adjust(logits, sampling, history), sampling, progress.cache.lengths)
+    if history is not None:
+        history = remember(history, token, ~done)
+    drawn = measured(logits, token, jnp.where(done, NOTHING, token), logprobs)
+    remaining = progress.remaining - jnp.where(done, 0, 1)
+    done = done | jnp.any(token[:, None] == stop_ids, axis=1) | (remaining <= 0)
+    return Progress(token, progress.cache, remaining, done, history), drawn
 
 
 def begin(
-    model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache,
-    sampling: Sampling, stop_ids: Int[Array, " M"], budget: Int[Array, " B"],
-) -> tuple[Progress, Int[Array, " B"]]:  # fmt: skip
-    """Prefills the prompts and draws the first token of each row that may draw `budget > 0` tokens."""
-    logits, cache = prefill(model, params, tokens, lengths, cache)
-    return _advance(logits, cache, sampling, stop_ids, budget, budget <= 0)
+    logits: Float[Array, "B V"], cache: Cache, sampling: Sampling, stop_ids: Int[Array, "B M"], budget: Int[Array, " B"],
+    history: History | None, logprobs: int | None = None,
+) -> tuple[Progress, Drawn]:  # fmt: skip
+    """Draws the first token of each row that may draw `budget > 0` tokens, from the logits after its prompt."""
+    nothing = jnp.zeros(budget.shape, jnp.int32)
+    return _draw(logits, Progress(nothing, cache, budget, budget <= 0, history), sampling, stop_ids, logprobs)
 
 
 def advance(
-    model: Llama, params: Parameters, progress: Progress, sampling: Sampling, stop_ids: Int[Array, " M"],
-    steps: Int[Array, ""] | int, room: int,
-) -> tuple[Progress, Int[Array, "B room"]]:  # fmt: skip
+    model: Llama, params: Parameters, progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"],
+    steps: Int[Array, ""] | int, room: int, logprobs: int | None = None,
+) -> tuple[Progress, Drawn]:  # fmt: skip
     """Up to `steps` (at most `room`) decoding steps; ends as soon as every row is done.
 
     Returns:
-      The state after them, and the tokens drawn, `NOTHING` where a row was done.
+      The state after them, and what was drawn, `room` columns with `NOTHING` where a row was done.
     """
 
-    def unfinished(carry: tuple[Array, Progress, Array]) -> Array:
+    def unfinished(carry: tuple[Array, Progress, Drawn]) -> Array:
         """Whether steps are left and a row that needs them."""
         step, progress, _ = carry
         return (step < steps) & ~jnp.all(progress.done)
 
-    def step(carry: tuple[Array, Progress, Array]) -> tuple[Array, Progress, Array]:
+    def step(carry: tuple[Array, Progress, Drawn]) -> tuple[Array, Progress, Drawn]:
         """One token of every row."""
         step, progress, out = carry
         lengths = progress.cache.lengths
         logits, cache = decode(model, params, progress.token, progress.cache)
         # A row that is done runs along with the others: its length stays, so it overwrites a slot that nobody reads.
         cache = Cache(cache.layers, jnp.where(progress.done, lengths, cache.lengths))
-        progress, drawn = _advance(logits, cache, sampling, stop_ids, progress.remaining, progress.done)
-        return step + 1, progress, out.at[:, step].set(drawn)
+        progress, drawn = _draw(logits, progress._replace(cache=cache), sampling, stop_ids, logprobs)
+        return step + 1, progress, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), out, drawn)
 
-    nothing = jnp.full((progress.token.shape[0], room), NOTHING, jnp.int32)
-    _, progress, out = lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), progress, nothing))
+    start = (jnp.zeros((), jnp.int32), progress, empty(progress.token.shape[0], room, logprobs))
+    _, progress, out = lax.while_loop(unfinished, step, start)
     return progress, out
+
+
+def empty(rows: int, room: int, logprobs: int | None) -> Drawn:
+    """Place for what is drawn in `room` columns."""
+    tokens = jnp.full((rows, room), NOTHING, jnp.int32)
+    if logprobs is None:
+        return Drawn(tokens)
+    chosen = jnp.zeros((rows, room))
+    if logprobs == 0:
+        return Drawn(tokens, chosen)
+    return Drawn(tokens, chosen, jnp.zeros((rows, room, logprobs), jnp.int32), jnp.zeros((rows, room, logprobs)))
 
 
 def generate_tokens(
@@ -111,22 +180,22 @@ def generate_tokens(
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     sampling: Sampling,
-    stop_ids: Int[Array, " M"],
+    stop_ids: Int[Array, "*R M"],
     max_new_tokens: int,
-) -> Int[Array, "B new"]:
-    """The whole of it as one function to be jitted into a larger program: prompts in, tokens out.
+    samples: int = 1,
+) -> Rollout:
+    """The whole of it as one function to be jitted into a larger program: prompts in, tokens and log-probabilities out.
 
     Args:
       model: the module; static under `jit`.
       params: parameters in the form that `model.options.scan` says.
       prompts: token ids, padded on the right with anything.
       lengths: real tokens of each row.
-      sampling: settings of each row.
-      stop_ids: tokens that end a row (the stop token itself is part of the output); may be empty.
+      sampling: settings of each of the `R = B * samples` rows of the output.
+      stop_ids: tokens that end a row (the stop token itself is part of the output), for all rows or for each; may be
+        empty, and filled up with `NOTHING`.
       max_new_tokens: at most so many tokens a row; static. `T + max_new_tokens` slots are reserved.
-
-    Returns:
-      New tokens, filled up with `NOTHING` after a row's stop token.
+      samples: answers to each prompt, static; they share its prefill and lie next to each other in the output.
 
     Raises:
       InputError: for a negative `max_new_tokens`.
@@ -134,10 +203,23 @@ def generate_tokens(
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens: {max_new_tokens} given; 0 or more expected")
     rows, length = prompts.shape
+    total = rows * samples
     if max_new_tokens == 0:
-        return jnp.zeros((rows, 0), jnp.int32)
-    cache = init_cache(model.config, rows, length + max_new_tokens, model.options.compute_dtype, model.options.scan)
-    budget = jnp.full((rows,), max_new_tokens, jnp.int32)
-    progress, first = begin(model, params, prompts, lengths, cache, sampling, stop_ids, budget)
-    _, rest = advance(model, params, progress, sampling, stop_ids, max_new_tokens - 1, room=max_new_tokens)
-    return jnp.concatenate([first[:, None], rest[:, :-1]], axis=1)
+        return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
+    options = model.options
+    cache = init_cache(model.config, rows, length + max_new_tokens, options.resolved_cache_dtype, options.scan)
+    logits, cache = prefill(model, params, prompts, lengths, cache)
+    history = None if sampling.penalties is None else begin_history(prompts, lengths, model.config.vocab_size)
+    if samples > 1:
+        origin = jnp.repeat(jnp.arange(rows), samples)
+        logits, cache = logits[origin], take_rows(cache, origin)
+        history = jax.tree.map(lambda x: x[origin], history)
+    stops = jnp.broadcast_to(stop_ids, (total, stop_ids.shape[-1]))
+    budget = jnp.full((total,), max_new_tokens, jnp.int32)
+    progress, first = begin(logits, cache, sampling, stops, budget, history, logprobs=0)
+    _, rest = advance(model, params, progress, sampling, stops, max_new_tokens - 1, room=max_new_tokens, logprobs=0)
+    tokens, logprobs = (
+        jnp.concatenate([one[:, None], more[:, :-1]], axis=1)
+        for one, more in zip(jax.tree.leaves(first), jax.tree.leaves(rest))
+    )
+    return Rollout(tokens, jnp.where(tokens == NOTHING, 0.0, logprobs))

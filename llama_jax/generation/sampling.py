@@ -1,16 +1,45 @@
-"""Choosing the next token: a value with one number per row, no flags, so that one program serves every mixture."""
+"""Choosing the next token: a value with one number per row, no flags, so that one program serves every mixture.
 
-from typing import NamedTuple
+The steps, in the order of transformers' processors: logit bias, penalties, temperature, top-k, top-p, min-p, draw.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import ArrayLike
 
-from llama_jax.axes import Array, Float, Int
+from llama_jax.axes import Array, Bool, Float, Int
 from llama_jax.errors import InputError
 
 _SEEDS = 1 << 31  # seeds there are: those that int32 holds
+_NOWHERE = 1 << 30  # a token id beyond every vocabulary: updates there are dropped
+LogitBias = Mapping[Any, Any]  # token id -> number; checked by value, since it often comes from JSON
+
+
+class Penalties(NamedTuple):
+    """What tokens that were there before lose.
+
+    Attributes:
+      repetition: logits of tokens in prompt or answer are divided by it where positive, multiplied where negative
+        (arXiv:1909.05858); 1 means none.
+      presence: taken off the logit of every token that the answer holds; 0 means none.
+      frequency: taken off the logit once for each time the answer holds the token; 0 means none.
+    """
+
+    repetition: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+
+
+class Bias(NamedTuple):
+    """What is added to the logits of single tokens; unused places hold a token beyond the vocabulary."""
+
+    tokens: Int[Array, "B M"]
+    values: Float[Array, "B M"]
 
 
 class Sampling(NamedTuple):
@@ -20,13 +49,26 @@ class Sampling(NamedTuple):
       temperature: logits are divided by it; 0 means the most probable token, always.
       top_k: only the `k` most probable tokens are drawn from; 0 means all.
       top_p: only the most probable tokens that together reach this probability are drawn from; 1 means all.
+      min_p: only tokens at least this fraction as probable as the most probable one are drawn from; 0 means all.
       seed: a row's draws depend on its seed and on the position of the token, not on the other rows.
+      penalties: of repeated tokens; `None` when no row has any, which saves their bookkeeping.
+      bias: of single tokens; `None` when no row has any.
     """
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
     top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
     seed: Int[Array, " B"]
+    penalties: Penalties | None = None
+    bias: Bias | None = None
+
+
+class History(NamedTuple):
+    """What penalties look at: which tokens the prompt holds, and how often the answer holds each."""
+
+    prompt: Bool[Array, "B V"]
+    counts: Int[Array, "B V"]
 
 
 def _per_row(name: str, value: ArrayLike, rows: int, dtype: type, low: float, high: float) -> np.ndarray:
@@ -47,9 +89,15 @@ def make_sampling(
     temperature: ArrayLike = 0.0,
     top_k: ArrayLike = 0,
     top_p: ArrayLike = 1.0,
+    min_p: ArrayLike = 0.0,
+    *,
+    repetition_penalty: ArrayLike = 1.0,
+    presence_penalty: ArrayLike = 0.0,
+    frequency_penalty: ArrayLike = 0.0,
+    logit_bias: LogitBias | Sequence[LogitBias] = (),
     seed: ArrayLike = 0,
 ) -> Sampling:
-    """A `Sampling` for `rows` rows from one number for all, or one a row.
+    """A `Sampling` for `rows` rows; every setting is one for all rows, or one a row.
 
     Rows that share one seed draw differently all the same: row `i` gets `seed + i`.
 
@@ -63,37 +111,118 @@ def make_sampling(
         jnp.asarray(_per_row("temperature", temperature, rows, np.float32, 0.0, 100.0)),
         jnp.asarray(_per_row("top_k", top_k, rows, np.int32, 0, 1 << 30)),
         jnp.asarray(_per_row("top_p", top_p, rows, np.float32, 0.0, 1.0)),
+        jnp.asarray(_per_row("min_p", min_p, rows, np.float32, 0.0, 1.0)),
         jnp.asarray(seeds.astype(np.int32)),
+        _penalties(rows, repetition_penalty, presence_penalty, frequency_penalty),
+        _bias(rows, logit_bias),
     )
 
 
+def _penalties(rows: int, repetition: ArrayLike, presence: ArrayLike, frequency: ArrayLike) -> Penalties | None:
+    values = (
+        _per_row("repetition_penalty", repetition, rows, np.float32, 0.01, 100.0),
+        _per_row("presence_penalty", presence, rows, np.float32, -100.0, 100.0),
+        _per_row("frequency_penalty", frequency, rows, np.float32, -100.0, 100.0),
+    )
+    idle = all((value == neutral).all() for value, neutral in zip(values, (1, 0, 0)))
+    return None if idle else Penalties(*map(jnp.asarray, values))
+
+
+def _bias(rows: int, given: LogitBias | Sequence[LogitBias]) -> Bias | None:
+    """Tokens and values of each row, filled up to a power of two so that few programs serve all."""
+    tables = [given] * rows if isinstance(given, Mapping) else list(given) or [{}] * rows
+    if len(tables) != rows:
+        raise InputError(f"logit_bias: {len(tables)} tables given for {rows} rows; one for all or one a row expected")
+    for token, value in ((token, value) for table in tables for token, value in table.items()):
+        if not (isinstance(token, int) and 0 <= token < _NOWHERE and isinstance(value, (int, float)) and abs(value) <= 1e4):
+            raise InputError(f"logit_bias: {token!r}: {value!r} given; a token id with a number from -10000 to 10000 expected")
+    longest = max(map(len, tables), default=0)
+    if longest == 0:
+        return None
+    tokens = np.full((rows, 1 << (longest - 1).bit_length()), _NOWHERE, np.int32)
+    values = np.zeros(tokens.shape, np.float32)
+    for row, table in enumerate(tables):
+        tokens[row, : len(table)], values[row, : len(table)] = list(table.keys()), list(table.values())
+    return Bias(jnp.asarray(tokens), jnp.asarray(values))
+
+
+def begin_history(tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab: int) -> History:
+    """The history of prompts, padded on the right with anything, before the first token is drawn."""
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    seen = jnp.zeros((tokens.shape[0], vocab), bool).at[rows, jnp.where(real, tokens, _NOWHERE)].set(True, mode="drop")
+    return History(seen, jnp.zeros(seen.shape, jnp.int32))
+
+
+def remember(history: History, token: Int[Array, " B"], drawn: Bool[Array, " B"]) -> History:
+    """The history with one token more in every row that has `drawn` one."""
+    rows = jnp.arange(token.shape[0])
+    return history._replace(counts=history.counts.at[rows, token].add(drawn.astype(jnp.int32)))
+
+
+def adjust(logits: Float[Array, "B V"], sampling: Sampling, history: History | None) -> Float[Array, "B V"]:
+    """Logits after bias and penalties."""
+    if sampling.bias is not None:
+        rows = jnp.arange(logits.shape[0])[:, None]
+        logits = logits.at[rows, sampling.bias.tokens].add(sampling.bias.values, mode="drop")
+    if sampling.penalties is None or history is None:
+        return logits
+    repetition, presence, frequency = (values[:, None] for values in sampling.penalties)
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(history.prompt | (history.counts > 0), repeated, logits)
+    return logits - presence * (history.counts > 0) - frequency * history.counts
+
+
+def _boundary(gap: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, " B"]) -> Float[Array, "B 1"]:
+    """The smallest gap up to which the weights add up to at least `target`; beyond all if they never do.
+
+    Exact, by bisection over the 31 bits of a non-negative float32, whose order is that of the bits: 31 sums cost less
+    than sorting a vocabulary, on every kind of device.
+    """
+    bits = lax.bitcast_convert_type(gap, jnp.int32)
+
+    def narrow(i: Array, low: Array) -> Array:
+        """Settles one bit: it is set if the weights below do not suffice."""
+        candidate = low | (1 << (30 - i))
+        enough = jnp.sum(jnp.where(bits < candidate[:, None], weights, 0.0), axis=-1) >= target
+        return jnp.where(enough, low, candidate)
+
+    low = lax.fori_loop(0, 31, narrow, jnp.zeros((gap.shape[0],), jnp.int32))
+    boundary = lax.bitcast_convert_type(low, jnp.float32)
+    return jnp.where(jnp.isnan(boundary), jnp.inf, boundary)[:, None]  # all bits set: never reached
+
+
+def _limited(gap: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
+    """Which tokens top-k and then top-p leave."""
+    vocab = gap.shape[-1]
+    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, vocab).astype(jnp.float32)
+    kept = gap <= _boundary(gap, jnp.ones_like(gap), jnp.minimum(top_k, vocab))
+    weights = jnp.where(kept, jnp.exp(-gap), 0.0)
+    # Rounded sums may pass the total early: top_p of 1 means all tokens, whatever the sums say.
+    top_p = jnp.where(sampling.top_p < 1, sampling.top_p * jnp.sum(weights, axis=-1), jnp.inf)
+    return kept & (gap <= _boundary(gap, weights, top_p))
+
+
 def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits after temperature, top-k and top-p, in that order; tokens that cannot be drawn are at -inf.
+    """Logits after temperature, top-k, top-p and min-p, in that order; tokens that cannot be drawn are at -inf.
 
     The largest logit becomes 0. The most probable token always stays; tokens that tie with the last one kept stay too.
     Rows at temperature 0 are left at temperature 1: their draw is not used.
     """
-    vocab = logits.shape[-1]
     # Relative to the largest, so that no temperature, however small, makes an infinity of it.
-    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scaled /= jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    ordered = -jnp.sort(-scaled, axis=-1)
-    rank = jnp.arange(vocab)[None]
-    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, vocab)[:, None]
-    probabilities = jax.nn.softmax(jnp.where(rank < top_k, ordered, -jnp.inf), axis=-1)
-    # A sum of 50,000 rounded numbers may pass 1 early: top_p of 1 means all tokens, whatever the sum says.
-    top_p = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)[:, None]
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (rank == 0) | ((rank < top_k) & (before < top_p))
-    last = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scaled >= last, scaled, -jnp.inf)
+    gap = jnp.max(logits, axis=-1, keepdims=True) - logits
+    gap /= jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    limits = jnp.any((sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1)))
+    kept = lax.cond(limits, lambda: _limited(gap, sampling), lambda: jnp.ones(gap.shape, bool))
+    kept &= jnp.exp(-gap) >= sampling.min_p[:, None]
+    return jnp.where(kept, -gap, -jnp.inf)
 
 
 def sample(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array, " B"]) -> Int[Array, " B"]:
     """The next token of each row.
 
     Args:
-      logits: float32.
+      logits: float32, after `adjust`.
       sampling: settings of each row.
       position: position of the token to be drawn, which the row's randomness is folded with; no key is consumed twice.
     """
@@ -105,5 +234,5 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array,
         drawn = jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, best)
 
-    # Sorting a vocabulary costs as much as a layer; when every row is greedy it is not done.
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: best)
+    # When every row is greedy nothing is drawn.
+    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: best)

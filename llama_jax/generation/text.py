@@ -1,14 +1,25 @@
 """Text in, text out: prompts through the tokenizer or the chat template, answers streamed back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
-from llama_jax.generation.generate import Generator, stop_reason
+from llama_jax.generation.generate import Generator, Speculation
 from llama_jax.generation.sampling import make_sampling
+from llama_jax.generation.session import NewTokens, Prefix, Session, joined, stop_reason
 from llama_jax.text.chat import encode_chat
+from llama_jax.text.stop_strings import StopStrings
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, encode_prompt
 from llama_jax.weights.load import Pretrained
+
+Messages = Sequence[Mapping[str, str]]
+Prompt = str | Messages
+
+# Settings of `stream` that `make_sampling` takes.
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
+    "seed",
+)  # fmt: skip
 
 
 class Completion(NamedTuple):
@@ -16,29 +27,33 @@ class Completion(NamedTuple):
 
     Attributes:
       prompt: as it was given.
-      text: the new text, without special tokens.
+      text: the new text, without special tokens and without the stop string.
       token_ids: the new tokens, a stop token included.
-      stop_reason: `stop` for a stop token, `length` for the limit of new tokens or of the context.
+      stop_reason: `stop` for a stop token, `stop_string`, or `length` for the limit of new tokens or of the context.
       prompt_tokens: tokens of the prompt, template included.
       new_tokens: number of new tokens.
+      logprobs: log-probability of each new token under the model; `None` if not asked for.
+      top_logprobs: for each new token, the most probable ones with their log-probabilities; `None` if not asked for.
     """
 
-    prompt: str
+    prompt: Prompt
     text: str
     token_ids: list[int]
     stop_reason: str
     prompt_tokens: int
     new_tokens: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 class Piece(NamedTuple):
-    """New text of one prompt, as it comes.
+    """New text of one row, as it comes.
 
     Attributes:
-      row: which prompt, from 0.
+      row: which answer, from 0; with `samples`, those of one prompt lie next to each other.
       text: text that is certain; may be empty.
       tokens: how many tokens it was.
-      completion: the whole, with the last piece of a prompt; `None` before.
+      completion: the whole, with the last piece of a row; `None` before.
     """
 
     row: int
@@ -58,93 +73,186 @@ def require_tokenizer(model: Pretrained) -> Tokenizer:
     return model.tokenizer
 
 
-def encode_user(model: Pretrained, prompt: str, chat: bool) -> list[int]:
-    """The ids that a prompt becomes: plain text, or one user message through the model's chat template.
-
-    Raises:
-      InputError: if `chat` is asked of a model without a template.
-    """
-    tokenizer = require_tokenizer(model)
-    if not chat:
-        return encode_prompt(tokenizer, prompt)
-    if model.template is None:
-        raise InputError(f"{model.origin} has no chat template; ask without chat")
-    return encode_chat(model.template, tokenizer, [{"role": "user", "content": prompt}])
-
-
-class _Row:
-    """A prompt on its way: the tokens so far and the text that they make."""
-
-    def __init__(self, model: Pretrained, prompt: str, chat: bool) -> None:
-        self.prompt = prompt
-        self.ids = encode_user(model, prompt, chat)
-        self.new: list[int] = []
-        self.text = ""
-        self.finished = False
-        self._tokenizer = require_tokenizer(model)
-        self._decoder = StreamDecoder(self._tokenizer)
-
-    def take(self, tokens: list[int], ended: bool) -> str:
-        """Adds tokens; the text that became certain."""
-        self.new += tokens
-        # A model may have more rows than its tokenizer has tokens (padding); a token drawn from these has no text.
-        known = [token for token in tokens if token < self._tokenizer.vocab_size]
-        added = "".join(self._decoder.push(token) for token in known) + (self._decoder.flush() if ended else "")
-        self.text += added
-        return added
-
-    def completion(self, stop_ids: Sequence[int]) -> Completion:
-        """The row as a result."""
-        reason = stop_reason(self.new, stop_ids)
-        return Completion(self.prompt, self.text, self.new, reason, len(self.ids), len(self.new))
-
-
-def stream(
-    model: Pretrained,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
-    seed: int | Sequence[int] = 0,
-    chat: bool = False,
-    chunk: int = 4,
-    **options: Any,
-) -> Iterator[Piece]:
-    """Yields the text of all prompts, decoded together, as it comes.
+def encode_user(model: Pretrained, prompt: Prompt, chat: bool) -> list[int]:
+    """The ids that a prompt becomes: plain text, or a conversation through the model's chat template.
 
     Args:
       model: from `llama_jax.load`.
-      prompts: texts; each is one user message with `chat`.
-      max_new_tokens: limit of new tokens a prompt; the model's context is another.
-      temperature: 0 for the most probable token always; one value for all or one a prompt, as for all settings.
-      top_k: draw from the `k` most probable tokens only; 0 for all.
-      top_p: draw from the most probable tokens that together reach this probability; 1 for all.
-      seed: of the draws.
-      chat: whether to put each prompt through the model's chat template.
+      prompt: a text, or messages `{"role": ..., "content": ...}`.
+      chat: whether a text is one user message.
+
+    Raises:
+      InputError: if a conversation is given to a model without a template.
+    """
+    tokenizer = require_tokenizer(model)
+    if isinstance(prompt, str) and not chat:
+        return encode_prompt(tokenizer, prompt)
+    if model.template is None:
+        raise InputError(f"{model.origin} has no chat template; ask without chat")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return encode_chat(model.template, tokenizer, messages)
+
+
+class _Row:
+    """An answer on its way: the tokens so far and the text that they make."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Prompt, ids: list[int], stops: Sequence[str], stop_ids: list[int]) -> None:
+        self.prompt, self.ids = prompt, ids
+        self.finished = False
+        self._parts: list[NewTokens] = []
+        self._text = ""
+        self._stop_ids = stop_ids
+        self._vocab_size = tokenizer.vocab_size
+        self._decoder = StreamDecoder(tokenizer)
+        self._watch = StopStrings(stops)
+
+    def take(self, new: NewTokens, limit: int) -> str:
+        """Adds tokens up to the one that ends the row; the text that became certain."""
+        before = len(self.new.token_ids)
+        added, used = "", 0
+        for token in new.token_ids:
+            used += 1
+            # A model may have more rows than its tokenizer has tokens (padding); a token drawn from these has no text.
+            known = token < self._vocab_size
+            added += self._watch.push(self._decoder.push(token)) if known else ""
+            if self._watch.found:
+                break
+        self._parts.append(new.first(used))
+        ended = stop_reason(self.new.token_ids, self._stop_ids) == "stop"
+        self.finished = self._watch.found or before + used >= limit or ended
+        if self.finished:
+            added += self._watch.push(self._decoder.flush()) + self._watch.flush()
+        self._text += added
+        return added
+
+    @property
+    def new(self) -> NewTokens:
+        """The new tokens."""
+        return joined(self._parts)
+
+    def completion(self) -> Completion:
+        """The row as a result."""
+        ids, logprobs, top = self.new
+        reason = "stop_string" if self._watch.found else stop_reason(ids, self._stop_ids)
+        return Completion(self.prompt, self._text, ids, reason, len(self.ids), len(ids), logprobs, top)
+
+
+def _per_row(name: str, value: Any, rows: int, is_one: Callable[[Any], bool]) -> list[list]:
+    """A list for all rows, or one list a row."""
+    values = list(value)
+    if all(is_one(item) for item in values):
+        return [values] * rows
+    if len(values) != rows or any(is_one(item) or not all(map(is_one, item)) for item in values):
+        raise InputError(f"{name}: {value!r:.60} given; a list for all of the {rows} rows, or one list a row expected")
+    return [list(item) for item in values]
+
+
+class TextSession:
+    """Prompts on their way to their answers, as text; `stream` is the short way to use one.
+
+    Attributes:
+      session: the tokens underneath.
+    """
+
+    def __init__(
+        self,
+        model: Pretrained,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        chat: bool = False,
+        stop: Sequence[str] | Sequence[Sequence[str]] = (),
+        stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+        samples: int = 1,
+        logprobs: int | None = None,
+        prefix: Prefix | None = None,
+        speculation: Speculation | None = None,
+        generator: Generator | None = None,
+        **settings: Any,
+    ) -> None:
+        if samples < 1:
+            raise InputError(f"samples: {samples} given; 1 or more expected")
+        tokenizer = require_tokenizer(model)
+        encoded = [encode_user(model, prompt, chat) for prompt in prompts]
+        rows = len(prompts) * samples
+        sampling = make_sampling(rows, **{name: settings.pop(name) for name in _SAMPLING if name in settings})
+        stops = _per_row("stop", [stop] if isinstance(stop, str) else stop, rows, lambda item: isinstance(item, str))
+        ends = [[*model.stop_ids, *own] for own in _per_row("stop_ids", stop_ids, rows, lambda item: isinstance(item, int))]
+        generator = generator or Generator(model.params, model.config, **settings)
+        self._rows = [
+            _Row(tokenizer, prompts[row // samples], encoded[row // samples], stops[row], ends[row]) for row in range(rows)
+        ]
+        self._limits = [min(max_new_tokens, model.config.context_length - len(row.ids)) for row in self._rows]
+        self.session: Session = generator.start(
+            encoded, max_new_tokens, sampling, ends, samples=samples, logprobs=logprobs, prefix=prefix, speculation=speculation
+        )
+
+    def stream(self, chunk: int) -> Iterator[Piece]:
+        """Yields the text of all rows as it comes."""
+        for chunks in self.session.stream(chunk):
+            for i, (row, new, limit) in enumerate(zip(self._rows, chunks, self._limits)):
+                if row.finished:
+                    continue
+                before = len(row.new.token_ids)
+                text = row.take(new, limit)
+                if row.finished:
+                    self.session.finish(i)
+                yield Piece(i, text, len(row.new.token_ids) - before, row.completion() if row.finished else None)
+            if all(row.finished for row in self._rows):
+                return
+
+
+def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: int = 4, **settings: Any) -> Iterator[Piece]:
+    """Yields the text of all prompts, decoded together, as it comes.
+
+    Every setting below that says "a row" may be one value for all rows, or a list of one a row.
+
+    Args:
+      model: from `llama_jax.load`.
+      prompts: texts, or conversations as lists of messages `{"role": ..., "content": ...}`.
       chunk: decoding steps between two pieces, up to 32.
-      **options: `dtype`, `attention`, `rules` of `ModelOptions`.
+      **settings: any of these:
+        `max_new_tokens` (128): limit of new tokens a prompt; the model's context is another.
+        `chat` (False): whether a text is one user message, to be put through the model's chat template.
+        `temperature` (0): a row; 0 for the most probable token always.
+        `top_k` (0): a row; draw from the `k` most probable tokens only; 0 for all.
+        `top_p` (1): a row; draw from the most probable tokens that together reach this probability.
+        `min_p` (0): a row; draw from tokens at least this fraction as probable as the best.
+        `repetition_penalty` (1), `presence_penalty` (0), `frequency_penalty` (0): a row; see `Penalties`.
+        `logit_bias`: a row; token id -> number added to its logit.
+        `seed` (0): of the draws, a row; row `i` draws with `seed + i` if one is given for all.
+        `stop`: a row; strings that end the text and are no part of it.
+        `stop_ids`: a row; token ids that end the text, beside the model's own.
+        `samples` (1): answers to each prompt, which share its prefill; each is a row.
+        `logprobs`: 0 for the log-probability of each new token, `n` for those of the `n` best as well.
+        `prefix`: from `Generator.prefix` or `Session.prefix`, tokens that need not be run again.
+        `speculation`: a `Speculation`, to guess tokens ahead; the text is the same.
+        `generator`: a `Generator` to use; else one is made with the remaining settings: `mesh` and those of `ModelOptions`.
 
     Raises:
       InputError: for settings out of range and prompts that the model cannot take.
     """
-    rows = [_Row(model, prompt, chat) for prompt in prompts]
-    sampling = make_sampling(len(rows), temperature, top_k, top_p, seed)
-    generator = Generator(model.params, model.config, **options)
-    limits = [min(max_new_tokens, model.config.context_length - len(row.ids)) for row in rows]
-    for chunks in generator.stream([row.ids for row in rows], max_new_tokens, sampling, model.stop_ids, chunk):
-        for i, (row, tokens, limit) in enumerate(zip(rows, chunks, limits)):
-            if row.finished:
-                continue
-            total = row.new + tokens
-            row.finished = len(total) >= limit or stop_reason(total, model.stop_ids) == "stop"
-            text = row.take(tokens, row.finished)
-            yield Piece(i, text, len(tokens), row.completion(model.stop_ids) if row.finished else None)
+    if chunk < 1:
+        raise InputError(f"chunk: {chunk} given; 1 or more expected")
+    if prompts:
+        yield from TextSession(model, prompts, **settings).stream(chunk)
 
 
-def generate(model: Pretrained, prompts: Sequence[str], **settings: Any) -> list[Completion]:
-    """The completions of all prompts, decoded together, in their order; settings are those of `stream`."""
-    pieces = stream(model, prompts, chunk=32, **settings)
-    found = {piece.row: piece.completion for piece in pieces if piece.completion is not None}
-    return [found[row] for row in range(len(prompts))]
+def generate(
+    model: Pretrained, prompts: Sequence[Prompt], *, callback: Callable[[Piece], object] | None = None, **settings: Any
+) -> list[Completion]:
+    """The completions of all rows, decoded together, in their order; settings are those of `stream`.
+
+    Args:
+      model: from `llama_jax.load`.
+      prompts: texts or conversations.
+      callback: called with every piece of text as it comes.
+      **settings: see `stream`.
+    """
+    found = {}
+    for piece in stream(model, prompts, **{"chunk": 32 if callback is None else 4, **settings}):
+        if callback is not None:
+            callback(piece)
+        if piece.completion is not None:
+            found[piece.row] = piece.completion
+    return [found[row] for row in sorted(found)]

@@ -20,7 +20,7 @@ from llama_jax.weights.forms import unstack
 
 LENGTHS = jnp.asarray([1, 7, 12, 20], jnp.int32)
 STEPS = 12
-NO_STOP = jnp.zeros((0,), jnp.int32)
+NO_STOP = jnp.zeros((4, 0), jnp.int32)
 
 
 def in_form(params, scan: bool):
@@ -61,12 +61,15 @@ def tiny():
     )
 
 
-_begin = jax.jit(begin, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _start(model, params, prompts, lengths, budget):
+    logits, cache = prefill(model, params, prompts, lengths, init_cache(TINY, 4, 64))
+    return begin(logits, cache, make_sampling(4, 1.0), NO_STOP, budget, None)
 
 
 def start(tiny, budget):
-    budget = jnp.asarray(budget, jnp.int32)
-    return _begin(*tiny, init_cache(TINY, 4, 64), make_sampling(4, 1.0), NO_STOP, budget)
+    progress, drawn = _start(*tiny, jnp.asarray(budget, jnp.int32))
+    return progress, drawn.token
 
 
 def test_first_token_and_budget(tiny):
@@ -94,7 +97,7 @@ def test_the_loop_ends_with_the_last_row(tiny, monkeypatch, budget, steps, itera
     progress, out = advance(tiny[0], tiny[1], progress, make_sampling(4, 1.0), NO_STOP, steps, room=32)
     jax.effects_barrier()
     assert len(count) == iterations
-    tokens = np.concatenate([first[:, None], out], axis=1)
+    tokens = np.concatenate([first[:, None], out.token], axis=1)
     assert (tokens != NOTHING).sum(axis=1).tolist() == [min(b, steps + 1) for b in budget]
     assert progress.cache.lengths.tolist() == [int(n) + max(0, min(b - 1, steps)) for n, b in zip(LENGTHS, budget)]
 
@@ -102,9 +105,9 @@ def test_the_loop_ends_with_the_last_row(tiny, monkeypatch, budget, steps, itera
 def test_rows_end_at_their_own_stop_token(tiny):
     """Each row is what it is without stop tokens, cut behind the first of them."""
     run = jax.jit(generate_tokens, static_argnums=(0, 6))
-    free = np.asarray(run(*tiny, make_sampling(4, 1.0), jnp.full((3,), NOTHING), 24))
+    free = np.asarray(run(*tiny, make_sampling(4, 1.0), jnp.full((3,), NOTHING), 24).tokens)
     stops = [int(free[0, 3]), int(free[1, 15]), int(free[2, 0])]
-    got = np.asarray(run(*tiny, make_sampling(4, 1.0), jnp.asarray(stops), 24))
+    got = np.asarray(run(*tiny, make_sampling(4, 1.0), jnp.asarray(stops), 24).tokens)
     ends = [next((i + 1 for i, token in enumerate(row) if token in stops), 24) for row in free.tolist()]
     assert len(set(ends)) >= 3
     assert got.tolist() == [row[:end] + [NOTHING] * (24 - end) for row, end in zip(free.tolist(), ends)]
@@ -117,7 +120,7 @@ def test_inside_a_larger_program(tiny):
 
     @jax.jit
     def reward(params, prompts, lengths):
-        tokens = generate_tokens(model, params, prompts, lengths, sampling, NO_STOP, 10)
+        tokens = generate_tokens(model, params, prompts, lengths, sampling, NO_STOP, 10).tokens
         return tokens, (tokens > 50).sum()
 
     tokens, count = reward(params, prompts, lengths)
@@ -129,11 +132,40 @@ def test_inside_a_larger_program(tiny):
 
 @pytest.mark.parametrize("new", [0, 1])
 def test_few_new_tokens(tiny, new):
-    tokens = jax.jit(generate_tokens, static_argnums=(0, 6))(*tiny, make_sampling(4), NO_STOP, new)
-    assert tokens.shape == (4, new)
-    assert (tokens != NOTHING).all()
+    rollout = jax.jit(generate_tokens, static_argnums=(0, 6))(*tiny, make_sampling(4), NO_STOP, new)
+    assert rollout.tokens.shape == rollout.logprobs.shape == (4, new)
+    assert (rollout.tokens != NOTHING).all()
 
 
 def test_a_negative_limit_is_named(tiny):
     with pytest.raises(InputError, match="max_new_tokens: -1 given; 0 or more expected"):
         generate_tokens(*tiny, make_sampling(4), NO_STOP, -1)
+
+
+def test_log_probabilities_are_those_of_the_full_pass(tiny):
+    """Of the model itself, whatever the temperature and the limits; 0 behind a row's end."""
+    _, params, prompts, lengths = tiny
+    sampling = make_sampling(8, 0.7, top_k=20, repetition_penalty=1.3, seed=2)
+    free = jax.jit(generate_tokens, static_argnums=(0, 6, 7))(*tiny, sampling, NO_STOP[:1], 10, 2)
+    stop = free.tokens[0, 4]
+    rollout = jax.jit(generate_tokens, static_argnums=(0, 6, 7))(*tiny, sampling, stop[None], 10, 2)
+    for row, (tokens, logprobs) in enumerate(zip(rollout.tokens.tolist(), rollout.logprobs)):
+        new = [token for token in tokens if token != NOTHING]
+        prompt = prompts[row // 2, : lengths[row // 2]].tolist()
+        every = jax.nn.log_softmax(logits(params, jnp.asarray([prompt + new]), TINY)[0].astype(jnp.float32))
+        expected = every[np.arange(len(prompt) - 1, len(prompt) + len(new) - 1), np.asarray(new)]
+        np.testing.assert_allclose(logprobs[: len(new)], expected, atol=1e-4)
+        assert (logprobs[len(new) :] == 0).all()
+    assert (rollout.tokens[0] == NOTHING).sum() == 5
+
+
+def test_samples_of_one_prompt_share_its_prefill(tiny):
+    """What each is does not depend on it: the same as prompts given again and again."""
+    model, params, prompts, lengths = tiny
+    sampling = make_sampling(12, 1.0, seed=7)
+    run = jax.jit(generate_tokens, static_argnums=(0, 6, 7))
+    together = run(*tiny, sampling, NO_STOP[:1], 8, 3)
+    origin = jnp.repeat(jnp.arange(4), 3)
+    apart = run(model, params, prompts[origin], lengths[origin], sampling, NO_STOP[:1], 8, 1)
+    assert together.tokens.tolist() == apart.tokens.tolist()
+    assert len({tuple(row) for row in together.tokens.tolist()}) == 12

@@ -4,16 +4,20 @@ import dataclasses
 import itertools
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import TINY, random_parameters
 
 from llama_jax.errors import InputError
-from llama_jax.generation.generate import Generator, Tokens, bucket_size, choose_bucket, stop_reason
+from llama_jax.generation.generate import Generator
+from llama_jax.generation.programs import bucket_rows, bucket_size, bucket_slots
 from llama_jax.generation.sampling import make_sampling
-from llama_jax.model.cache import init_cache
+from llama_jax.generation.session import NewTokens, Tokens, stop_reason
 from llama_jax.model.llama import logits
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.sharding import TRAINING, tree_shardings
 from llama_jax.weights.forms import unstack
 
 CONFIG = dataclasses.replace(TINY, layers=2)
@@ -61,7 +65,7 @@ def test_a_row_does_not_depend_on_slots_or_chunks(generator):
     (long,) = ids(generator.generate(PROMPTS[:1], 60, sampling))
     assert long[:12] == short
     for chunk in (1, 5, 100):
-        pieces = [row for (row,) in generator.stream(PROMPTS[:1], 60, sampling, chunk=chunk)]
+        pieces = [row.token_ids for (row,) in generator.stream(PROMPTS[:1], 60, sampling, chunk=chunk)]
         assert list(itertools.chain(*pieces)) == long
         assert max(map(len, pieces)) == min(chunk, 32)
 
@@ -83,44 +87,177 @@ def test_work_ends_with_the_last_row(generator):
     (free,) = ids(generator.generate(PROMPTS[:1], 60, make_sampling(1, 1.0, seed=3)))
     end = free.index(free[8])
     pieces = list(generator.stream(PROMPTS[:1], 60, make_sampling(1, 1.0, seed=3), stop_ids=[free[8]], chunk=1))
-    assert pieces == [[[token]] for token in free[: end + 1]] + [[[]]]
+    assert pieces == [[NewTokens([token])] for token in free[: end + 1]] + [[NewTokens([])]]
 
 
-def test_one_pair_of_programs_a_bucket():
+def test_few_programs_a_bucket():
+    """One prefill and one decoding loop for each size; what does not depend on the size is compiled once."""
     generator = of_context(200)
     counts = []
     for lengths, new in [([5], 10), ([9], 7), ([17], 3), ([20], 4), ([5, 5], 10), ([2, 12], 4)]:
         generator.generate([[1] * length for length in lengths], new, make_sampling(len(lengths), 0.5, top_k=new))
-        counts.append(generator.programs.compilations)
-    assert counts == [2, 2, 4, 4, 6, 6]
+        compiled = generator.programs.compilations
+        counts.append((compiled["prefill"], compiled["decode"], compiled["begin"]))
+    assert counts == [(1, 1, 1), (1, 1, 1), (2, 2, 1), (2, 2, 1), (3, 3, 2), (3, 3, 2)]
     another = of_context(200)
     another.generate([[3]], 4)
     assert another.programs is generator.programs
-    assert another.programs.compilations == 6
+    assert another.programs.compilations["prefill"] == 3
 
 
 def test_buckets_hold_what_they_should_and_little_more():
     sizes = [bucket_size(count) for count in range(1, 5000)]
     assert all(count <= size <= max(16, 1.5 * count) for count, size in enumerate(sizes, 1))
     assert sorted(set(sizes))[:6] == [16, 24, 32, 48, 64, 96]
-    assert choose_bucket([3, 100, 7], [20, 20, 20]) == (4, 128, 128)
-    assert choose_bucket([10], [0]) == (1, 16, 16)
-    assert choose_bucket([5000, 10], [1000, 5990]) == (2, 6144, 6144)  # a row's own limit counts, not the sum of the largest
+    assert [bucket_rows(count) for count in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    assert [bucket_rows(count, 6) for count in (1, 6, 7, 13)] == [6, 6, 12, 24]
+    assert bucket_slots(10, 10) == 16
+    assert bucket_slots(40, 6000) == 256  # not the 6000 that may never come
+    assert bucket_slots(3000, 3100) == 4096
+    for needed in range(1, 3000, 7):
+        for most in (needed, needed + 5, 10 * needed):
+            assert needed <= bucket_slots(needed, most) <= max(16, 1.5 * most)
 
 
 def test_the_cache_is_donated(generator):
     """Two caches in memory at one time would halve the longest text; a donation that fails makes JAX warn."""
-    programs = generator.programs
-    cache = init_cache(CONFIG, 1, 24)
-    one, stops, sampling = jnp.ones((1,), jnp.int32), jnp.zeros((0,), jnp.int32), make_sampling(1)
+    session = generator.start([[1]], 9)
+    cache, progress = session._progress.cache, session._progress
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        progress, _ = programs.begin(generator.params, np.ones((1, 16), np.int32), one, cache, sampling, stops, one * 9)
-        after, _ = programs.advance(generator.params, progress, sampling, stops, 8)
-    for layer in (*cache.layers, *progress.cache.layers):
+        session._advance(8)
+    for layer in progress.cache.layers:
         assert layer.keys.is_deleted()
         assert layer.values.is_deleted()
-    assert after.cache.lengths.tolist() == [9]
+    assert cache.slots == 16
+
+
+def test_the_cache_grows_with_the_text(generator):
+    """Slots are reserved as they are needed, and the text does not depend on it."""
+    session = generator.start(PROMPTS[:2], 100)
+    fresh = Generator(generator.params, dataclasses.replace(CONFIG, context_length=4096))
+    short = fresh.start(PROMPTS[:2], 4000)
+    assert session._progress.cache.slots == 128
+    assert short._progress.cache.slots == 256  # of 4017
+    steps = itertools.islice(short.stream(32), 10)
+    ((row, *_), *_) = [list(step) for step in zip(*steps)]
+    assert short._progress.cache.slots == 768
+    assert len(row.token_ids) == 1
+
+
+def test_a_growing_cache_changes_nothing():
+    config = dataclasses.replace(CONFIG, context_length=1024)
+    generator = Generator(unstack(PARAMS), config)
+    (long,) = ids(generator.generate(PROMPTS[:1], 500, make_sampling(1, 1.0, seed=3)))
+    (short,) = ids(generator.generate(PROMPTS[:1], 200, make_sampling(1, 1.0, seed=3)))
+    assert generator.programs.compilations["cache"] == 2  # one to begin with, one that grew
+    assert long[:200] == short
+    best = np.argmax(
+        logits(PARAMS, jnp.asarray([PROMPTS[0] + ids(generator.generate(PROMPTS[:1], 500))[0]]), config)[0], axis=-1
+    )
+    assert ids(generator.generate(PROMPTS[:1], 500))[0] == best[len(PROMPTS[0]) - 1 : -1].tolist()
+
+
+def test_long_prompts_are_prefilled_in_pieces(monkeypatch):
+    """Beside short ones, whose logits come from an earlier piece."""
+    config = dataclasses.replace(CONFIG, context_length=256)
+    prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in (150, 5, 64, 65, 129)]
+    whole = Generator(unstack(PARAMS), config).generate(prompts, 12)
+    monkeypatch.setattr("llama_jax.generation.session._PIECE", 64)
+    generator = Generator(unstack(PARAMS), config, attention="reference")
+    assert ids(generator.generate(prompts, 12)) == ids(whole)
+    assert generator.programs.compilations["prefill"] == 3  # the first piece, one in the middle, the last
+
+
+def test_a_prefix_is_not_run_again(generator, monkeypatch):
+    """Prompts that share all of it, a part, nothing, or are the prefix itself."""
+    common = PROMPTS[3][:30]
+    prompts = [[*common, 5, 6], [*common[:12], 9, 9, 9], PROMPTS[1], common, common[:4]]
+    plain = generator.generate(prompts, 12)
+    prefix = generator.prefix(common)
+    assert [prefix.shared(prompt) for prompt in prompts] == [30, 12, 0, 29, 3]
+    assert ids(generator.generate(prompts, 12, prefix=prefix)) == ids(plain)
+    seen = []
+    real = generator.programs.prefill
+    monkeypatch.setattr(generator.programs, "prefill", lambda *args: seen.append(args[2].tolist()) or real(*args))
+    assert ids(generator.generate([prompts[0]] * 2, 12, prefix=prefix)) == ids(plain[:1] * 2)
+    assert seen == [[2, 2]]
+
+
+def test_a_conversation_goes_on_from_its_cache(generator):
+    session = generator.start(PROMPTS[:2], 20, make_sampling(2, 1.0, seed=1))
+    list(session.stream(8))
+    for row in (0, 1):
+        said = PROMPTS[row] + session.tokens(row).token_ids
+        prefix = session.prefix(row)
+        assert prefix.token_ids == said[:-1]
+        question = [*said, 3, 4, 5]
+        assert ids(generator.generate([question], 10, prefix=prefix)) == ids(generator.generate([question], 10))
+
+
+def test_a_full_context_is_a_prefix_too():
+    """A row that has ended runs along and must not spoil what it held."""
+    generator = of_context(32)
+    session = generator.start([PROMPTS[3][:31], [1]], 25)
+    list(session.stream(8))
+    prefix = session.prefix(0)
+    question = [*prefix.token_ids[:20], 1]
+    assert ids(generator.generate([question], 8, prefix=prefix)) == ids(generator.generate([question], 8))
+
+
+def test_samples_lie_next_to_each_other(generator):
+    sampling = make_sampling(6, 1.0, seed=[1, 2, 3, 4, 5, 6])
+    together = ids(generator.generate(PROMPTS[:2], 10, sampling, samples=3))
+    apart = ids(generator.generate([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3, 10, sampling))
+    assert together == apart
+
+
+def test_stop_tokens_of_a_row(generator):
+    free = ids(generator.generate([PROMPTS[0]] * 3, 20))
+    got = generator.generate([PROMPTS[0]] * 3, 20, stop_ids=[[free[0][3]], [], [free[0][9], 96]])
+    ends = [free[0].index(free[0][3]) + 1, 20, free[0].index(free[0][9]) + 1]
+    assert [len(row.token_ids) for row in got] == ends
+    assert [row.stop_reason for row in got] == ["stop", "length", "stop"]
+    with pytest.raises(InputError, match="stop_ids: 2 lists given for 3 rows"):
+        generator.generate([PROMPTS[0]] * 3, 20, stop_ids=[[1], [2]])
+
+
+def test_log_probabilities(generator):
+    """Of the token drawn and of the best; they do not change what is drawn."""
+    sampling = make_sampling(2, 0.9, seed=5)
+    plain = generator.generate(PROMPTS[:2], 40, sampling)
+    assert plain[0].logprobs is None
+    for prompt, row, expected in zip(PROMPTS, generator.generate(PROMPTS[:2], 40, sampling, logprobs=3), plain):
+        assert row.token_ids == expected.token_ids
+        every = jax.nn.log_softmax(logits(PARAMS, jnp.asarray([prompt + row.token_ids]), CONFIG)[0], axis=-1)[len(prompt) - 1 :]
+        np.testing.assert_allclose(row.logprobs, [line[token] for line, token in zip(every, row.token_ids)], atol=1e-4)
+        for line, best in zip(every, row.top_logprobs):
+            assert [token for token, _ in best] == np.argsort(-line)[:3].tolist()
+            np.testing.assert_allclose([value for _, value in best], -np.sort(-line)[:3], atol=1e-4)
+    chosen = generator.generate(PROMPTS[:2], 40, sampling, logprobs=0)
+    assert chosen[0].top_logprobs is None
+    assert len(chosen[0].logprobs) == 40
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_mesh_changes_nothing(scan):
+    """The parameters as training leaves them on 8 devices, rows over data and fsdp, heads over tensor."""
+    config = dataclasses.replace(CONFIG, vocab_size=96)
+    params = random_parameters(config) if scan else unstack(random_parameters(config))
+    prompts = [[token % 96 for token in prompt] for prompt in PROMPTS]
+    sampling = make_sampling(5, [0.0, 1.0, 0.0, 0.7, 1.0], top_p=0.9, seed=3)
+    alone = Generator(params, config).generate(prompts, 6, sampling)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = jax.device_put(params, tree_shardings(params, mesh, TRAINING))
+    generator = Generator(sharded, config, mesh=mesh)
+    assert ids(generator.generate(prompts, 6, sampling)) == ids(alone)
+    session = generator.start(prompts, 6, sampling)
+    keys = jax.tree.leaves(session._progress.cache.layers)[0]
+    assert keys.sharding.shard_shape(keys.shape)[-4:-1] == (2, 1, session._progress.cache.slots)
+    prefix = generator.prefix(prompts[3][:30])
+    assert ids(generator.generate(prompts[3:], 6, make_sampling(2), prefix=prefix)) == ids(
+        Generator(params, config).generate(prompts[3:], 6)
+    )
 
 
 @pytest.mark.parametrize(("prompts", "new", "words"), [
@@ -139,9 +276,9 @@ def test_what_a_model_cannot_take(generator, prompts, new, words):
 
 
 def test_settings_that_do_not_fit(generator):
-    with pytest.raises(InputError, match=r"sampling.*1 rows.*2 prompts"):
+    with pytest.raises(InputError, match=r"sampling.*1 rows.*2 rows"):
         generator.generate([[1], [2]], 3, make_sampling(1, 1.0))
-    with pytest.raises(InputError, match=r"sampling.*3 rows.*2 prompts"):
+    with pytest.raises(InputError, match=r"sampling.*3 rows.*2 rows"):
         generator.generate([[1], [2]], 3, make_sampling(3, 1.0))
     with pytest.raises(InputError, match="chunk: 0 given"):
         list(generator.stream([[1]], 3, chunk=0))

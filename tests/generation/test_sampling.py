@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.generation.sampling import Sampling, make_sampling, restrict, sample
+from llama_jax.generation.sampling import Sampling, adjust, begin_history, make_sampling, remember, restrict, sample
 
 MIXTURE = [  # temperature, top_k, top_p
     (1.0, 0, 1.0), (0.7, 0, 1.0), (3.0, 5, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.9), (0.5, 0, 0.3), (1.0, 0, 0.0), (1.3, 20, 0.8),
@@ -83,7 +83,7 @@ _sample = jax.jit(sample)
 
 def draw(seeds, positions, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
     """A token of every seed and position, all from the same logits."""
-    sampling = make_sampling(len(seeds), temperature, top_k, top_p, seeds)
+    sampling = make_sampling(len(seeds), temperature, top_k, top_p, seed=seeds)
     return np.asarray(_sample(jnp.broadcast_to(LOGITS, (len(seeds), 8)), sampling, jnp.asarray(positions)))
 
 
@@ -127,8 +127,74 @@ def test_one_seed_for_all_rows_draws_differently():
     ("temperature", [1.0, -1.0]), ("temperature", [1.0]), ("temperature", [1.0] * 3), ("temperature", "hot"),
     ("top_k", -1), ("top_k", 2.5), ("top_k", 1 << 80), ("top_k", [1, 2, 3]),
     ("top_p", -0.1), ("top_p", 1.1), ("top_p", float("nan")), ("top_p", [[0.5, 0.5]]), ("top_p", "x"),
+    ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0), ("presence_penalty", float("nan")),
+    ("frequency_penalty", [1.0] * 3), ("logit_bias", [{1: 2.0}]), ("logit_bias", {-1: 2.0}), ("logit_bias", {1: float("nan")}),
+    ("logit_bias", {"a": 1.0}), ("logit_bias", {1: "much"}), ("logit_bias", {1 << 40: 1.0}),
     ("seed", -1), ("seed", 1 << 31), ("seed", 1 << 80), ("seed", 0.5), ("seed", [1]), ("seed", "x"),
 ])  # fmt: skip
 def test_bad_settings_are_named(setting, value):
     with pytest.raises(InputError, match=f"^{setting}: [^\n]*expected[^\n]*$"):
         make_sampling(2, **{setting: value})
+
+
+@pytest.mark.parity
+def test_every_step_equals_transformers():
+    """Bias, penalties, temperature, top-k, top-p and min-p of rows with settings of their own, in transformers' order."""
+    torch = pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
+    from transformers.generation import logits_process as peer
+
+    rng = np.random.default_rng(3)
+    vocab, settings = 120, [  # bias, repetition, temperature, top-k, top-p, min-p
+        ({}, 1.0, 1.0, 0, 1.0, 0.1), ({3: 4.0, 7: -2.5}, 1.4, 0.7, 0, 1.0, 0.0), ({5: 1.0}, 0.8, 1.3, 20, 0.9, 0.05),
+        ({}, 1.2, 0.9, 0, 0.6, 0.0), ({119: -100.0}, 1.0, 2.0, 7, 1.0, 0.3), ({}, 1.0, 1.0, 0, 1.0, 1.0),
+    ]  # fmt: skip
+    rows = len(settings)
+    logits = rng.normal(0, 3, (rows, vocab)).astype(np.float32)
+    prompts, lengths = rng.integers(0, vocab, (rows, 9)), np.asarray([9, 4, 7, 9, 1, 5])
+    answers = rng.integers(0, vocab, (rows, 6))
+    bias, repetition, temperature, top_k, top_p, min_p = (list(column) for column in zip(*settings))
+    sampling = make_sampling(rows, temperature, top_k, top_p, min_p, repetition_penalty=repetition, logit_bias=bias)
+    history = begin_history(jnp.asarray(prompts), jnp.asarray(lengths), vocab)
+    for token in answers.T:
+        history = remember(history, jnp.asarray(token), jnp.ones(rows, bool))
+    got = np.asarray(jax.nn.softmax(restrict(adjust(jnp.asarray(logits), sampling, history), sampling)))
+    for row, setting in enumerate(settings):
+        ids = torch.tensor([[*prompts[row, : lengths[row]], *answers[row]]])
+        biases = {(token,): value for token, value in setting[0].items()}
+        processors = [
+            *([peer.SequenceBiasLogitsProcessor(biases)] if biases else []),
+            peer.RepetitionPenaltyLogitsProcessor(setting[1]), peer.TemperatureLogitsWarper(setting[2]),
+            *([peer.TopKLogitsWarper(setting[3])] if setting[3] else []), peer.TopPLogitsWarper(setting[4]),
+            peer.MinPLogitsWarper(setting[5]),
+        ]  # fmt: skip
+        scores = torch.tensor(logits[row : row + 1])
+        for processor in processors:
+            scores = processor(ids, scores)
+        np.testing.assert_allclose(got[row], torch.softmax(scores, -1)[0].numpy(), atol=1e-6, err_msg=str(setting))
+
+
+def test_presence_and_frequency():
+    """Off the tokens of the answer, not of the prompt: once, and once for each time."""
+    sampling = make_sampling(2, presence_penalty=[0.5, 0.0], frequency_penalty=[0.25, 0.0])
+    history = begin_history(jnp.asarray([[4, 1, 9], [4, 1, 9]]), jnp.asarray([2, 2]), 10)
+    for token, drawn in (([1, 1], [True, True]), ([2, 2], [True, True]), ([1, 3], [True, False])):
+        history = remember(history, jnp.asarray(token), jnp.asarray(drawn))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10)), jnp.float32)
+    expected = np.asarray(logits).copy()
+    expected[0, 1] -= 0.5 + 2 * 0.25
+    expected[0, 2] -= 0.5 + 0.25
+    np.testing.assert_allclose(adjust(logits, sampling, history), expected, atol=1e-6)
+    assert history.counts.sum(axis=1).tolist() == [3, 2]
+
+
+def test_settings_that_do_nothing_cost_nothing():
+    assert make_sampling(2, 1.0, repetition_penalty=[1.0, 1.0], presence_penalty=0.0).penalties is None
+    assert make_sampling(2, logit_bias=[{}, {}]).bias is None
+    assert make_sampling(2, logit_bias=[{1: 2.0, 3: 1.0, 4: 0.5}, {}]).bias.tokens.shape == (2, 4)
+
+
+def test_a_bias_can_force_and_ban():
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(3, 50)), jnp.float32)
+    sampling = make_sampling(3, [0.0, 1.0, 0.0], logit_bias=[{7: 1e4}, {7: 1e4}, {int(np.argmax(logits[2])): -1e4}])
+    drawn = sample(adjust(logits, sampling, None), sampling, jnp.arange(3))
+    assert drawn.tolist() == [7, 7, int(np.argsort(-logits[2])[1])]

@@ -1,0 +1,131 @@
+"""The compiled programs of generation: few, counted, and shared by all who run the same model."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax.axes import Array, Int
+from llama_jax.config import LlamaConfig
+from llama_jax.generation.decode import Drawn, Progress, advance, begin, prefill, prefill_more
+from llama_jax.generation.logprobs import given_logprobs
+from llama_jax.generation.speculative import speculate
+from llama_jax.model.cache import Cache, LayerCache, grow, init_cache, take_rows
+from llama_jax.model.llama import Llama
+from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.sharding import Rules, constrain
+
+ROOM = 32  # tokens a row that one call of the decoding loop can return at most
+_SMALLEST_BUCKET = 16
+_HEADROOM = 192  # slots reserved at first beyond a short prompt
+
+
+def bucket_size(count: int) -> int:
+    """The smallest size of the series 16, 24, 32, 48, 64, 96, ... that holds `count`: at most a third is padding."""
+    size = _SMALLEST_BUCKET
+    while size < count:
+        size *= 2
+    return size * 3 // 4 if size > _SMALLEST_BUCKET and count <= size * 3 // 4 else size
+
+
+def bucket_rows(count: int, multiple: int = 1) -> int:
+    """The smallest power of two that holds `count` rows, times what a mesh divides rows by."""
+    return multiple * (1 << (-(-count // multiple) - 1).bit_length())
+
+
+def bucket_slots(needed: int, most: int) -> int:
+    """Slots to reserve when `needed` are and at most `most` ever will be: twice what is needed, so that growing is rare."""
+    return bucket_size(max(needed, min(most, max(2 * needed, needed + _HEADROOM))))
+
+
+def pin(cache: Cache, rules: Rules) -> Cache:
+    """The cache with rows and heads laid over the mesh as the rules say; as it is without a mesh."""
+    leading = ("layers",) if isinstance(cache.layers, LayerCache) else ()
+    axes = (*leading, "batch", "kv_heads", "length", "width")
+    return cache._replace(layers=jax.tree.map(lambda array: constrain(array, axes[: array.ndim], rules), cache.layers))
+
+
+class Programs:
+    """The compiled programs of one model, kept for the life of the process and shared by all its generators.
+
+    Every program is compiled once for each combination of shapes that it meets: rows are powers of two, lengths and slots
+    of the series of `bucket_size`, so their number grows with the logarithm of the longest text.
+
+    Attributes:
+      model: the module that is run.
+      mesh: the devices it runs on; `None` for the default device.
+      compilations: programs compiled so far, by name.
+    """
+
+    def __init__(self, model: Llama, mesh: Mesh | None) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.compilations: dict[str, int] = {}
+        self.prefill = self._program("prefill", functools.partial(prefill, model), donate_argnums=(3,))
+        self.prefill_more = self._program("prefill", functools.partial(prefill_more, model), donate_argnums=(3, 4))
+        self._begin = self._program("begin", begin, static_argnames=("logprobs",))
+        decoding = functools.partial(advance, model, room=ROOM)
+        self.advance = self._program("decode", decoding, donate_argnums=(1,), static_argnames=("logprobs",))
+        guessing = functools.partial(speculate, model, room=ROOM)
+        named = ("count", "draft_model", "logprobs")
+        self.speculate = self._program("speculate", guessing, donate_argnums=(1, 2), static_argnames=named)
+        self.score = self._program("score", functools.partial(given_logprobs, model))
+        self.init_cache = self._program("cache", self._init_cache, static_argnums=(0, 1))
+        self.grow = self._program("cache", grow, static_argnums=(1,))
+        self.take_rows = self._program("cache", self._take_rows, static_argnums=(2,))
+
+    def begin(self, logits: Array, cache: Cache, *args: Any, logprobs: int | None) -> tuple[Progress, Drawn]:
+        """`llama_jax.generation.decode.begin`, compiled once for all numbers of slots: it looks at the lengths alone."""
+        progress, drawn = self._begin(logits, Cache((), cache.lengths), *args, logprobs=logprobs)
+        return progress._replace(cache=cache), drawn
+
+    @property
+    def row_multiple(self) -> int:
+        """What the number of rows has to be divisible by: the devices that share the batch."""
+        if self.mesh is None:
+            return 1
+        axes: Sequence[str] = dict(self.model.options.rules)["batch"]
+        sizes = [self.mesh.shape[axis] for axis in axes]
+        return functools.reduce(int.__mul__, sizes, 1)
+
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            yield
+
+    def _program(self, name: str, function: Callable, **how: Any) -> Callable:
+        """The function compiled, on the mesh, counting its traces: JAX traces once for each program that it compiles."""
+
+        @functools.wraps(function)
+        def traced(*args: Any, **settings: Any) -> Any:
+            """Runs in Python only while JAX traces."""
+            self.compilations[name] = self.compilations.get(name, 0) + 1
+            return function(*args, **settings)
+
+        compiled = jax.jit(traced, **how)
+
+        @functools.wraps(compiled)
+        def run(*args: Any, **settings: Any) -> Any:
+            """Runs the program for these shapes."""
+            with self._on_mesh():
+                return compiled(*args, **settings)
+
+        return run
+
+    def _init_cache(self, rows: int, slots: int) -> Cache:
+        options = self.model.options
+        cache = init_cache(self.model.config, rows, slots, options.resolved_cache_dtype, options.scan)
+        return pin(cache, options.rules)
+
+    def _take_rows(self, cache: Cache, rows: Int[Array, " R"], slots: int) -> Cache:
+        """Rows of a cache, copied, with capacity for at least `slots` tokens."""
+        return pin(grow(take_rows(cache, rows), max(slots, cache.slots)), self.model.options.rules)
+
+
+@functools.cache
+def programs_of(config: LlamaConfig, options: ModelOptions, mesh: Mesh | None = None) -> Programs:
+    """The programs of a model run in one way."""
+    return Programs(Llama(config, options), mesh)

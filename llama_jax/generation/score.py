@@ -1,0 +1,116 @@
+"""How probable a model finds given texts: the log-probability of continuations, for evaluation and ranking."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from llama_jax.errors import InputError
+from llama_jax.generation.generate import Generator, check_prompts
+from llama_jax.generation.programs import bucket_rows, bucket_size
+from llama_jax.generation.session import padded_prompts
+from llama_jax.generation.text import require_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, encode_prompt
+from llama_jax.weights.load import Pretrained
+
+
+class Score(NamedTuple):
+    """What a model thinks of a continuation.
+
+    Attributes:
+      logprob: log-probability of all its tokens together, given the prompt.
+      greedy: whether each of its tokens is the most probable one: greedy decoding would have written it.
+      token_ids: its tokens.
+      logprobs: log-probability of each token.
+    """
+
+    logprob: float
+    greedy: bool
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+def score_tokens(
+    generator: Generator, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], batch_size: int = 16
+) -> list[Score]:
+    """The score of each continuation of token ids after its prompt; texts of like length are run together.
+
+    Raises:
+      InputError: for an empty prompt or continuation, texts longer than the context and tokens outside the vocabulary.
+    """
+    if len(prompts) != len(continuations):
+        raise InputError(f"{len(prompts)} prompts and {len(continuations)} continuations given; one of each expected")
+    if not prompts:
+        return []
+    empty = next((i for i, (a, b) in enumerate(zip(prompts, continuations)) if not a or not b), None)
+    if empty is not None:
+        raise InputError(f"pair {empty + 1}: no tokens in the prompt or the continuation; one at least expected in each")
+    # The last token is not run: nothing follows it.
+    texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations)]
+    check_prompts([text[:-1] for text in texts], generator.programs.model.config)
+    check_prompts([text[-1:] for text in texts], generator.programs.model.config)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    scores: dict[int, Score] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        measured = _run(generator, [texts[i] for i in batch], [len(prompts[i]) for i in batch])
+        scores.update((i, _score(continuations[i], *row)) for i, *row in zip(batch, *measured))
+    return [scores[i] for i in range(len(texts))]
+
+
+def _run(generator: Generator, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability and greediness of the tokens from `starts` on, a row a text."""
+    rows = bucket_rows(len(texts), generator.programs.row_multiple)
+    tokens, _ = padded_prompts([text[:-1] for text in texts], rows, bucket_size(max(map(len, texts)) - 1))
+    following = [text[start:] for text, start in zip(texts, starts)]
+    wanted, _ = padded_prompts(following, rows, bucket_size(max(map(len, following))))
+    first = np.asarray([start - 1 for start in starts] + [0] * (rows - len(texts)), np.int32)
+    logprobs, greedy = generator.programs.score(generator.params, tokens, first, wanted)
+    return np.asarray(logprobs), np.asarray(greedy)
+
+
+def _score(continuation: Sequence[int], logprobs: np.ndarray, greedy: np.ndarray) -> Score:
+    values, best = logprobs[: len(continuation)], greedy[: len(continuation)]
+    return Score(float(np.sum(values, dtype=np.float64)), bool(best.all()), list(continuation), values.tolist())
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of what follows it, as the text of both together is tokenised.
+
+    White space at the end of the prompt counts to the continuation, where the tokenizer would put it. A prompt without
+    tokens is the token that begins a text, or else the one that ends the text before.
+
+    Raises:
+      InputError: for a tokenizer that knows neither of these, with an empty prompt.
+    """
+    bare = prompt.rstrip()
+    begin = encode_prompt(tokenizer, bare) if bare else []
+    whole = encode_prompt(tokenizer, prompt + continuation)
+    if not begin:
+        first = tokenizer.begin_id if tokenizer.begin_id is not None else tokenizer.end_id
+        if first is None:
+            raise InputError("an empty prompt given to a tokenizer without a token that begins or ends a text; a text expected")
+        return [first], [token for i, token in enumerate(whole) if i or token != first]
+    return whole[: len(begin)], whole[len(begin) :]
+
+
+def score(
+    model: Pretrained, prompts: Sequence[str], continuations: Sequence[str], generator: Generator | None = None
+) -> list[Score]:
+    """The score of each continuation after its prompt.
+
+    Args:
+      model: from `llama_jax.load`.
+      prompts: texts.
+      continuations: one a prompt, with the space that may stand between them.
+      generator: to use; else one is made.
+
+    Raises:
+      InputError: for texts that the model cannot take, and other numbers of prompts and continuations.
+    """
+    tokenizer = require_tokenizer(model)
+    if len(prompts) != len(continuations):
+        raise InputError(f"{len(prompts)} prompts and {len(continuations)} continuations given; one of each expected")
+    pairs = [encode_pair(tokenizer, prompt, continuation) for prompt, continuation in zip(prompts, continuations)]
+    generator = generator or Generator(model.params, model.config)
+    return score_tokens(generator, [pair[0] for pair in pairs], [pair[1] for pair in pairs])

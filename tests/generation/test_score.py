@@ -1,0 +1,85 @@
+"""Scores of continuations: against the full pass, against transformers, and split as the tokenizer splits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, random_parameters
+
+from llama_jax.errors import InputError
+from llama_jax.generation.generate import Generator
+from llama_jax.generation.score import encode_pair, score, score_tokens
+from llama_jax.model.llama import logits
+from llama_jax.weights.forms import unstack
+
+PARAMS = random_parameters(TINY)
+RNG = np.random.default_rng(4)
+PAIRS = [(RNG.integers(0, 97, a).tolist(), RNG.integers(0, 97, b).tolist()) for a, b in [(5, 3), (40, 1), (1, 60), (9, 9)]]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator(unstack(PARAMS), TINY)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_scores_equal_the_full_pass(generator, monkeypatch, batch_size):
+    monkeypatch.setattr("llama_jax.generation.logprobs._BLOCK", 16)
+    got = score_tokens(generator, *zip(*PAIRS), batch_size=batch_size)
+    for (prompt, continuation), result in zip(PAIRS, got):
+        every = jax.nn.log_softmax(logits(PARAMS, jnp.asarray([prompt + continuation]), TINY)[0], axis=-1)[len(prompt) - 1 : -1]
+        expected = every[np.arange(len(continuation)), np.asarray(continuation)]
+        np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
+        assert result.logprob == pytest.approx(float(expected.sum()), abs=1e-3)
+        assert result.greedy == (np.argmax(every, axis=-1) == np.asarray(continuation)).all()
+        assert result.token_ids == continuation
+
+
+def test_what_greedy_decoding_writes_is_greedy(generator):
+    prompts = [prompt for prompt, _ in PAIRS]
+    written = [row.token_ids for row in generator.generate(prompts, 12)]
+    assert all(result.greedy for result in score_tokens(generator, prompts, written))
+    other = [[*tokens[:-1], (tokens[-1] + 1) % 97] for tokens in written]
+    assert not any(result.greedy for result in score_tokens(generator, prompts, other))
+
+
+@pytest.mark.parametrize(("prompts", "continuations", "words"), [
+    ([[1]], [], "1 prompts and 0 continuations"), ([[1]], [[]], "pair 1: no tokens"),
+    ([[1], []], [[1], [2]], "pair 2: no tokens"),
+    ([[1] * 100], [[2] * 30], "129 tokens; 1 to 128"), ([[1]], [[97]], "token 97"), ([[-1]], [[5]], "token -1"),
+])  # fmt: skip
+def test_what_cannot_be_scored(generator, prompts, continuations, words):
+    with pytest.raises(InputError, match=words):
+        score_tokens(generator, prompts, continuations)
+
+
+def test_the_last_token_may_lie_behind_the_context(generator):
+    assert len(score_tokens(generator, [[1] * 100], [[2] * 29])[0].logprobs) == 29
+    assert score_tokens(generator, [], []) == []
+
+
+@pytest.mark.smollm2
+def test_pairs_are_split_where_the_tokenizer_splits(smollm2_model):
+    tokenizer = smollm2_model.tokenizer
+    for prompt, continuation in [("The cat", " sat"), ("The cat ", "sat"), ("1+1=", "2"), ("", "Hello"), ("A\n\n", "B")]:
+        before, after = encode_pair(tokenizer, prompt, continuation)
+        assert tokenizer.decode(before) + tokenizer.decode(after) == prompt + continuation
+        assert after
+    assert encode_pair(tokenizer, "The cat ", "sat") == encode_pair(tokenizer, "The cat", " sat")
+
+
+@pytest.mark.smollm2
+@pytest.mark.parity
+def test_scores_equal_transformers(smollm2_model, smollm2_torch):
+    torch = pytest.importorskip("torch")
+    prompts = ["The capital of France is", "The capital of France is", "def add(a, b):\n    return"]
+    continuations = [" Paris", " a banana", " a + b"]
+    results = score(smollm2_model, prompts, continuations)
+    for prompt, continuation, result in zip(prompts, continuations, results):
+        before, after = encode_pair(smollm2_model.tokenizer, prompt, continuation)
+        with torch.no_grad():
+            every = torch.log_softmax(smollm2_torch(torch.tensor([before + after])).logits[0], -1)
+        expected = [float(every[len(before) - 1 + i, token]) for i, token in enumerate(after)]
+        np.testing.assert_allclose(result.logprobs, expected, atol=2e-4)
+    assert results[0].logprob > results[1].logprob
+    assert results[0].greedy
