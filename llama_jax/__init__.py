@@ -16,69 +16,102 @@ if TYPE_CHECKING:
     from llama_jax.accounting import matmul_parameters, parameter_count, parameter_shapes, training_flops_per_token
     from llama_jax.config import LlamaConfig, RopeScaling
     from llama_jax.errors import CorruptError, InputError
-    from llama_jax.generation.decode import generate_tokens
-    from llama_jax.generation.generate import Generator
+    from llama_jax.generation.conversation import Conversation
+    from llama_jax.generation.decode import Rollout, generate_tokens
+    from llama_jax.generation.generate import Generator, Speculation
     from llama_jax.generation.sampling import Sampling, make_sampling
-    from llama_jax.generation.text import generate, stream
+    from llama_jax.generation.score import Score, score, score_tokens
+    from llama_jax.generation.text import Completion, Piece, generate, stream
     from llama_jax.model.attention import attend
     from llama_jax.model.cache import init_cache
     from llama_jax.model.llama import Llama, embed, hidden_states, logits
     from llama_jax.model.options import ModelOptions
+    from llama_jax.model.quantize import parameter_bytes, quantize
     from llama_jax.parallel.mesh import make_mesh
     from llama_jax.presets import PRESETS, preset
+    from llama_jax.text.chat import ChatTemplate, Dialogue, encode_chat, encode_dialogue
+    from llama_jax.text.formats import named_format
+    from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
     from llama_jax.training.evaluate import evaluate_text
     from llama_jax.training.loss import mean_loss
     from llama_jax.weights.forms import stack, unstack
+    from llama_jax.weights.hugging_face_export import export_hugging_face, save_hugging_face
     from llama_jax.weights.load import Pretrained, load
 
 _MODULES = {
     "accounting": ("matmul_parameters", "parameter_count", "parameter_shapes", "training_flops_per_token"),
     "config": ("LlamaConfig", "RopeScaling"),
     "errors": ("CorruptError", "InputError"),
-    "generation.decode": ("generate_tokens",),
-    "generation.generate": ("Generator",),
+    "generation.conversation": ("Conversation",),
+    "generation.decode": ("Rollout", "generate_tokens"),
+    "generation.generate": ("Generator", "Speculation"),
     "generation.sampling": ("Sampling", "make_sampling"),
-    "generation.text": ("generate", "stream"),
+    "generation.score": ("Score", "score", "score_tokens"),
+    "generation.text": ("Completion", "Piece", "generate", "stream"),
     "model.attention": ("attend",),
     "model.cache": ("init_cache",),
     "model.llama": ("Llama", "embed", "hidden_states", "logits"),
     "model.options": ("ModelOptions",),
+    "model.quantize": ("parameter_bytes", "quantize"),
     "parallel.mesh": ("make_mesh",),
     "presets": ("PRESETS", "preset"),
+    "text.chat": ("ChatTemplate", "Dialogue", "encode_chat", "encode_dialogue"),
+    "text.formats": ("named_format",),
+    "text.tokenizer": ("Tokenizer", "load_tokenizer"),
     "training.evaluate": ("evaluate_text",),
     "training.loss": ("mean_loss",),
     "weights.forms": ("stack", "unstack"),
+    "weights.hugging_face_export": ("export_hugging_face", "save_hugging_face"),
     "weights.load": ("Pretrained", "load"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "PRESETS",
+    "ChatTemplate",
+    "Completion",
+    "Conversation",
     "CorruptError",
+    "Dialogue",
     "Generator",
     "InputError",
     "Llama",
     "LlamaConfig",
     "ModelOptions",
+    "Piece",
     "Pretrained",
+    "Rollout",
     "RopeScaling",
     "Sampling",
+    "Score",
+    "Speculation",
+    "Tokenizer",
     "attend",
     "embed",
+    "encode_chat",
+    "encode_dialogue",
     "evaluate_text",
+    "export_hugging_face",
     "generate",
     "generate_tokens",
     "hidden_states",
     "init_cache",
     "load",
+    "load_tokenizer",
     "logits",
     "make_mesh",
     "make_sampling",
     "matmul_parameters",
     "mean_loss",
+    "named_format",
+    "parameter_bytes",
     "parameter_count",
     "parameter_shapes",
     "preset",
+    "quantize",
+    "save_hugging_face",
+    "score",
+    "score_tokens",
     "stack",
     "stream",
     "training_flops_per_token",

@@ -14,7 +14,8 @@ import yaml
 from llama_jax.config import LlamaConfig
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from llama_jax.training.loop import RUN_CHECKPOINTS, make_recipe
+from llama_jax.training.loop import RUN_CHECKPOINTS
+from llama_jax.training.setup import make_recipe
 from llama_jax.training.step import TrainState, state_shapes
 from llama_jax.weights.checkpoint import Checkpoints
 

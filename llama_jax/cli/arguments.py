@@ -12,7 +12,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -34,13 +34,14 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def parse_train(arguments: list[str], default: Path) -> TrainConfig:
+def parse_train(arguments: list[str], default: Path, architecture: Callable[[str], LlamaConfig] | None = None) -> TrainConfig:
     """The run that a command line describes.
 
     Args:
       arguments: words after the program's name: `--config FILE` (several are merged, later ones win) and overrides
         `--section.key VALUE`, `--section.key=VALUE` or `section.key=VALUE`, which win over all files.
       default: the YAML file taken when no `--config` is given.
+      architecture: from the path of a model on disk (`run.init`) to its numbers, which take the place of the files' model.
 
     Raises:
       InputError: one line naming the key or the file, for an unknown key (with the nearest known one), a value of the
@@ -55,7 +56,8 @@ def parse_train(arguments: list[str], default: Path) -> TrainConfig:
     files = [Path(str(value)) for key, value in pairs if key == "config"] or [default]
     # A section as a whole (--model PRESET) comes before its keys, so that the order of the flags does not matter.
     overrides = sorted([pair for pair in pairs if pair[0] not in ("config", *_SWITCHES)], key=lambda pair: "." in pair[0])
-    config = _build(_merge([pair for path in files for pair in _read_file(path)] + _checked(overrides)), default)
+    given = [pair for path in files for pair in _read_file(path)]
+    config = _build(_merge(_adopted(given, _checked(overrides), architecture)), default)
     if "print_config" in switches:
         print(to_yaml(config), end="")
         raise SystemExit(0)
@@ -171,6 +173,15 @@ def _check_key(key: str, where: str) -> None:
     near += difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
     advice = f"the nearest is {near[0]}" if near else f"the sections are {', '.join(_SECTIONS)}"
     raise InputError(f"{where}key {key!r} is unknown; {advice}")
+
+
+def _adopted(pairs: list[Pair], overrides: list[Pair], architecture: Callable[[str], LlamaConfig] | None) -> list[Pair]:
+    """The pairs of files and command line; with `run.init`, the numbers of that model in place of the files'."""
+    init = next((value for key, value in reversed(pairs + overrides) if key == "run.init"), None)
+    if not isinstance(init, str) or architecture is None or init == "null":
+        return pairs + overrides
+    model: list[Pair] = list(_flatten({"model": dataclasses.asdict(architecture(init))}, f"{init}: "))
+    return model + [pair for pair in pairs if pair[0].partition(".")[0] != "model"] + overrides
 
 
 def _merge(pairs: list[Pair]) -> dict:

@@ -1,37 +1,76 @@
-"""`infer`: prompts in, text out. Text goes to standard output, everything else to standard error."""
+"""`infer`: prompts in, text out. Text goes to standard output, everything else to standard error.
 
-import io
-import json
+Three ways to ask: prompts of the command line or of standard input (`--prompt`), a file of many (`--input`, see
+`llama_jax.cli.many`), and a conversation in the terminal (`--chat` alone, see `llama_jax.cli.chat`).
+"""
+
+import argparse
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.compilation import keep_compiled_programs
-from llama_jax.cli.options import OptionParser, add_model_options, resolve_dtype
+from llama_jax.cli.options import OptionParser, add_model_options, add_run_options, add_sampling_options
+from llama_jax.cli.settings import check_bias, settings_of
+from llama_jax.cli.writing import Meter, in_order, note, prepare_output, write_json, write_text
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.generation.text import Completion, Piece
+    from llama_jax.generation.text import Prompt
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_DESCRIPTION = """Generate text with a LLaMA. Prompts come from --prompt, from --input, or one a line from standard input;
+--chat alone, in a terminal, opens a conversation."""
 
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `infer`."""
-    parser = OptionParser(prog, "Generate text with a LLaMA. Prompts come from --prompt, or one a line from standard input.")
+    parser = OptionParser(prog, _DESCRIPTION)
     add_model_options(parser)
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times; - is all of standard input"
     )
     parser.add_argument("--chat", action="store_true", help="each prompt is a user message through the model's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="limit of new tokens a prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token, always")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens; 0 for all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the tokens that reach probability P")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws; prompt i draws with S + i")
-    parser.add_argument("--json", action="store_true", help="one JSON object a prompt instead of text")
+    parser.add_argument("--system", metavar="TEXT", help="system message of every conversation; with --chat or --input")
+    parser.add_argument("--json", action="store_true", help="one JSON object a text instead of text")
+    group = parser.add_argument_group("many prompts")
+    group.add_argument("--input", metavar="FILE", help="""JSON lines {"prompt": TEXT} or {"messages": [...]}, each with an "id"
+                       and settings of its own if it likes; - is standard input""")  # fmt: skip
+    group.add_argument("--output", metavar="FILE", help="JSON lines in the order of --input; an interrupted one is continued; "
+                       "- (where not given) is standard output")  # fmt: skip
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts of --input decoded together")
+    add_sampling_options(parser)
+    add_run_options(parser)
     return parser
+
+
+def main(arguments: list[str], prog: str = "infer") -> int:
+    """Runs `infer` and returns its exit status."""
+    options = make_parser(prog).parse(arguments)
+    _check(options)
+    prepare_output(options.json or options.input is not None)
+    if options.input is not None:
+        from llama_jax.cli.many import answer_file
+
+        return answer_file(options)
+    if options.chat and not options.prompt and sys.stdin.isatty():
+        from llama_jax.cli.chat import converse
+
+        return converse(options)
+    return _complete(options, read_prompts(options.prompt))
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses options that do not go together."""
+    if options.input is None and options.output is not None:
+        raise InputError("--output given without --input; --input FILE expected with it, or --json")
+    if options.input is not None and options.prompt:
+        raise InputError("--prompt and --input given; one of them expected")
+    if options.system is not None and not options.chat and options.input is None:
+        raise InputError("--system given without --chat; a system message belongs to a conversation")
+    if options.logprobs is not None and not options.json and options.input is None:
+        raise InputError("--logprobs given without --json; they are written in JSON only")
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size: {options.batch_size} given; 1 or more expected")
 
 
 def read_prompts(given: list[str] | None) -> list[str]:
@@ -43,7 +82,7 @@ def read_prompts(given: list[str] | None) -> list[str]:
     if given:
         return [_read_standard_input() if prompt == "-" else prompt for prompt in given]
     if sys.stdin.isatty():
-        raise InputError("no prompt given; --prompt TEXT, or lines on standard input expected")
+        raise InputError("no prompt given; --prompt TEXT, --input FILE, lines on standard input, or --chat expected")
     # Not `splitlines`: that also ends a line at a form feed or U+2028, which are text here.
     prompts = [line.removesuffix("\r") for line in _read_standard_input().split("\n") if line.strip()]
     if not prompts:
@@ -58,112 +97,31 @@ def _read_standard_input() -> str:
         raise InputError(f"standard input is not UTF-8 text at byte {error.start}; convert it first") from None
 
 
-def prepare_output(json: bool) -> None:
-    """JSON is UTF-8 wherever it goes; text is in the terminal's encoding, with `?` for characters that it lacks."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8" if json else None, errors="strict" if json else "replace")
-
-
-def main(arguments: list[str], prog: str = "infer") -> int:
-    """Runs `infer` and returns its exit status."""
-    options = make_parser(prog).parse(arguments)
-    prompts = read_prompts(options.prompt)
-    prepare_output(options.json)
+def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
+    """Texts for prompts, all decoded together."""
+    settings: dict[str, Any] = settings_of(options)
     # Only now: --help and wrong options need neither JAX nor seconds.
+    from llama_jax.cli.models import load_model
     from llama_jax.generation.text import stream
-    from llama_jax.weights.load import load
 
-    keep_compiled_programs()
-    started = time.perf_counter()
-    dtype = resolve_dtype(options.dtype)
-    model = load(options.model, dtype)
-    note(f"{model.origin} loaded in {time.perf_counter() - started:.1f} s, {dtype}")
-    pieces = stream(
-        model,
-        prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        chat=options.chat,
-        dtype=dtype,
-    )
+    model, generator = load_model(options)
+    check_bias(settings, model.config)
     meter = Meter()
-    ordered = in_order(meter.watch(pieces), len(prompts))
-    echo = sys.stdout.isatty() and not options.chat
-    echoed = [f"{_DIM}{prompt}{_PLAIN}" if echo else "" for prompt in prompts]
-    completions = write_json(ordered) if options.json else write_text(ordered, echoed)
-    note(meter.report(completions))
+    asked = _with_system(prompts, options.system)
+    pieces = stream(model, asked, chat=options.chat, generator=generator, **settings)
+    rows = [prompt for prompt in prompts for _ in range(options.samples)]
+    ordered = in_order(meter.watch(pieces), len(rows))
+    if options.json:
+        write_json(ordered, options.samples)
+    else:
+        echo = sys.stdout.isatty() and not options.chat
+        write_text(ordered, [f"{_DIM}{prompt}{_PLAIN}" if echo else "" for prompt in rows])
+    note(meter.report(generator.programs.compilations))
     return 0
 
 
-def note(text: str) -> None:
-    """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def in_order(pieces: Iterable["Piece"], prompts: int) -> Iterator["Piece"]:
-    """The same pieces, those of a prompt held back until the prompts before it have ended."""
-    held: list[list[Piece]] = [[] for _ in range(prompts)]
-    current = 0
-    for piece in pieces:
-        held[piece.row].append(piece)
-        while current < prompts and held[current]:
-            ready, held[current] = held[current], []
-            yield from ready
-            current += ready[-1].completion is not None
-
-
-def write_json(pieces: Iterable["Piece"]) -> list["Completion"]:
-    """Writes one JSON object a prompt, each as it is complete; returns the completions."""
-    completions: list[Completion] = []
-    for piece in pieces:
-        if piece.completion is not None:
-            print(json.dumps(piece.completion._asdict(), ensure_ascii=False), flush=True)
-            completions.append(piece.completion)
-    return completions
-
-
-def write_text(pieces: Iterable["Piece"], echoed: Sequence[str]) -> list["Completion"]:
-    """Writes texts as they come, each after what is to be echoed before it; returns the completions."""
-    completions: list[Completion] = []
-    begun = -1
-    for piece in pieces:
-        print((echoed[piece.row] if piece.row > begun else "") + piece.text, end="", flush=True)
-        begun = piece.row
-        if piece.completion is not None:
-            print(flush=True)
-            completions.append(piece.completion)
-    return completions
-
-
-class Meter:
-    """Times a stream of pieces: to the first token, and the speed after it."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._first = self._last = self._start
-        self._tokens_at_first = self._tokens = 0
-
-    def watch(self, pieces: Iterable["Piece"]) -> Iterable["Piece"]:
-        """The same pieces, timed."""
-        for piece in pieces:
-            self._last = time.perf_counter()
-            self._tokens += piece.tokens
-            if self._first == self._start:
-                self._first, self._tokens_at_first = self._last, self._tokens
-            yield piece
-
-    def report(self, completions: list["Completion"]) -> str:
-        """One line of statistics; times include compilation, which happens once for each size of batch and prompt."""
-        prompt = sum(completion.prompt_tokens for completion in completions)
-        seconds = max(self._last - self._first, 1e-9)
-        speed = (
-            f"{(self._tokens - self._tokens_at_first) / seconds:.1f} tokens/s" if self._tokens > self._tokens_at_first else "-"
-        )
-        reasons = ", ".join(sorted({completion.stop_reason for completion in completions}))
-        return (
-            f"prompt {prompt} tokens, first token after {self._first - self._start:.2f} s; "
-            f"{self._tokens} new tokens, then {speed} (compilation included); ended by {reasons}"
-        )
+def _with_system(prompts: list[str], system: str | None) -> "Sequence[Prompt]":
+    """The prompts, each behind the system message if there is one."""
+    if system is None:
+        return prompts
+    return [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts]

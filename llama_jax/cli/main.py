@@ -11,7 +11,9 @@ from llama_jax.errors import InputError
 _VERBS = {
     "train": ("llama_jax.cli.train", "train a LLaMA, or go on with a run"),
     "infer": ("llama_jax.cli.infer", "generate text"),
+    "inspect": ("llama_jax.cli.inspect", "say what a model on disk is, and what is odd about it"),
     "eval": ("llama_jax.cli.evaluate", "loss on a text file"),
+    "convert": ("llama_jax.cli.convert", "write a model in another format"),
 }
 
 

@@ -2,18 +2,26 @@
 
 import argparse
 import difflib
+import re
 from typing import NoReturn
 
 from llama_jax.errors import InputError
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class OptionParser(argparse.ArgumentParser):
     """argparse with our manners: no abbreviations, `InputError` in place of a usage dump."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would have printed and exited with."""
@@ -37,13 +45,74 @@ class OptionParser(argparse.ArgumentParser):
 
 def add_model_options(parser: OptionParser) -> None:
     """`--model` and `--dtype`, which every verb that runs a model has."""
-    parser.add_argument("--model", required=True, metavar="PATH", help="run directory, Hugging Face directory or .gguf file")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH",
+        help="run directory, Hugging Face or Meta directory, .gguf file, or a name on the Hub",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of weights and activations; auto: float32 on a CPU",
     )
+
+
+def add_run_options(parser: OptionParser) -> None:
+    """How a model is run, where it differs from what its files say."""
+    group = parser.add_argument_group("the model, run otherwise than its files say")
+    group.add_argument("--quantize", choices=("int8", "int4"), help="narrow the weights after loading")
+    group.add_argument(
+        "--cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "int8"), default="auto",
+        help="of keys and values; auto: that of the activations",
+    )  # fmt: skip
+    group.add_argument("--speculate", type=int, default=0, metavar="K",
+                       help="guess K tokens ahead, check them in one pass; the text stays the same; 0 for none")  # fmt: skip
+    group.add_argument("--draft", metavar="PATH",
+                       help="smaller model that guesses; without one, what followed the same words before")  # fmt: skip
+    group.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, in place of the model's")
+    group.add_argument("--rope-theta", type=float, metavar="X", help="base of the rotary frequencies")
+    group.add_argument("--rope-scaling", metavar="KIND", help="linear:FACTOR, llama3:FACTOR:LOW:HIGH:ORIGINAL_CONTEXT, or none")
+    group.add_argument("--chat-template", metavar="NAME|FILE", help="llama2, llama3, chatml, or a file with a Jinja template")
+
+
+def add_sampling_options(parser: OptionParser) -> None:
+    """How tokens are drawn and when a text ends: the settings of `llama_jax.generation.text.stream`."""
+    group = parser.add_argument_group("the text")
+    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="limit of new tokens a prompt")
+    group.add_argument("--stop", action="append", type=unescaped, metavar="TEXT",
+                       help=r"ends a text before it; \n and \t are understood; may be given several times")  # fmt: skip
+    group.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt, which share its prefill")
+    group.add_argument("--logprobs", type=int, metavar="N",
+                       help="log-probability of each token, and those of the N best; with --json or --output")  # fmt: skip
+    group = parser.add_argument_group("drawing tokens")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token, always")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens; 0 for all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the tokens that reach probability P")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P",
+                       help="draw from tokens at least P times as probable as the best")  # fmt: skip
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X",
+                       help="divides logits of tokens of prompt and text; 1 for none")  # fmt: skip
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="taken off tokens of the text")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="taken off for each time in the text")
+    group.add_argument("--logit-bias", action="append", type=bias, metavar="ID=VALUE",
+                       help="added to the logit of a token; may be given several times")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws; row i draws with S + i")
+
+
+def unescaped(text: str) -> str:
+    r"""A text of the command line with `\n`, `\t`, `\r` and `\\` understood."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text given; at least one character expected")
+    return re.sub(r"\\([ntr\\])", lambda found: _ESCAPES[found[1]], text)
+
+
+def bias(text: str) -> tuple[int, float]:
+    """`ID=VALUE` as a token id and a number."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} given; ID=VALUE expected, as in 42=-5") from None
 
 
 def resolve_dtype(name: str) -> str:

@@ -13,6 +13,7 @@ from types import FrameType
 from llama_jax.cli.arguments import parse_train, to_yaml
 from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.program import DAMAGED
+from llama_jax.config import LlamaConfig
 from llama_jax.data.atomic import atomic_write
 from llama_jax.training.config import TrainConfig
 
@@ -61,12 +62,20 @@ def finished_line(config: TrainConfig, step: int) -> str:
     )
 
 
+def architecture(path: str) -> LlamaConfig:
+    """The architecture of a model on disk."""
+    from llama_jax.weights.open import open_model
+
+    return open_model(path).source.config
+
+
 def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
     """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last state could not be saved."""
-    config = parse_train(arguments, default)
+    config = parse_train(arguments, default, architecture)
     make_room_for_virtual_devices()
     from llama_jax.training.display import open_display
-    from llama_jax.training.loop import RUN_CONFIG, Run, newest_step, require_same_model, summary_lines
+    from llama_jax.training.identity import require_same_model
+    from llama_jax.training.loop import RUN_CONFIG, Run, newest_step, summary_lines
 
     directory = pathlib.Path(config.run.dir)
     step = 0 if config.run.overwrite else newest_step(directory)
@@ -82,7 +91,7 @@ def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
     rows: dict[str, str] = {}
     try:
         run = Run(config, display)
-        write_config(config, directory / RUN_CONFIG)
+        write_config(run.config, directory / RUN_CONFIG)
         summary = run.train(stop)
         rows = summary_lines(summary, time.perf_counter() - started)
     finally:

@@ -75,6 +75,8 @@ class RunConfig:
       dir: directory of the run: metrics, checkpoints, tokenizer and the resolved config.
       steps: optimizer updates in all, those before a resume included.
       seed: of the initial parameters.
+      init: a model to begin with, anything that `infer --model` takes: its parameters, its architecture and, unless
+        `data.tokenizer` names another, its tokenizer; null for random parameters.
       overwrite: start anew even where `dir` holds a run; otherwise that run is resumed.
       log_every: steps between two lines of metrics.
       eval_every: steps between two evaluations on held-out text; 0 for none.
@@ -88,6 +90,7 @@ class RunConfig:
     dir: str = "runs/debug"
     steps: int = 1000
     seed: int = 0
+    init: str | None = None
     overwrite: bool = False
     log_every: int = 10
     eval_every: int = 100
@@ -96,6 +99,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_fields("run", self)
+        named = self.init is None or (isinstance(self.init, str) and self.init != "")
+        _require(named, "run.init", self.init, "a path or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,5 +253,6 @@ class TrainConfig:
         context, vocabulary = self.model.context_length, self.model.vocab_size
         _require(self.data.length <= context, "data.length", self.data.length,
                  f"at most model.context_length ({context})")  # fmt: skip
-        fits = self.data.tokenizer is not None or self.data.vocab_size <= vocabulary
+        trained = self.data.tokenizer is None and self.run.init is None
+        fits = not trained or self.data.vocab_size <= vocabulary
         _require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")

@@ -1,5 +1,6 @@
 """`infer.py`: text on standard output, everything else on standard error, and one line for what is wrong."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,26 +12,22 @@ import subprocess
 import sys
 
 import pytest
+from processes import INFER, Terminal, infer
 
-from llama_jax.cli.infer import in_order, main, write_json, write_text
+from llama_jax.cli.infer import main
+from llama_jax.cli.models import rope_scaling
 from llama_jax.cli.program import run_program
+from llama_jax.cli.writing import as_dict, in_order, write_json, write_text
+from llama_jax.config import RopeScaling
+from llama_jax.errors import InputError
 from llama_jax.generation.text import Completion, Piece, generate
 from llama_jax.weights.load import load
 
-ROOT = pathlib.Path(__file__).parents[2]
 KEYS = ["prompt", "text", "token_ids", "stop_reason", "prompt_tokens", "new_tokens"]
 STATISTICS = re.compile(
     r"prompt \d+ tokens, first token after [\d.]+ s; \d+ new tokens, then ([\d.]+ tokens/s|-) \(compilation included\); "
-    r"ended by (length|stop|length, stop)\n"
+    r"ended by (length|stop|length, stop); \d+ programs compiled \(begin \d+, cache \d+, decode \d+, prefill \d+\)\n"
 )
-
-
-def infer(*arguments, stdin: bytes = b"", **environment) -> subprocess.CompletedProcess:
-    """`python infer.py ARGUMENTS` as a user runs it."""
-    return subprocess.run(
-        [sys.executable, ROOT / "infer.py", *map(str, arguments)],
-        input=stdin, capture_output=True, timeout=300, env=os.environ | environment,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -62,8 +59,11 @@ def test_text_and_statistics(tiny_directory, expected):
     done = infer("--model", tiny_directory, "--prompt", "The cat", "--prompt", "你好 🎉", "--max-new-tokens", 8)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == f"{expected[0].text}\n{expected[1].text}\n"
-    first, last = done.stderr.decode().splitlines(keepends=True)
-    assert re.fullmatch(r"Hugging Face tiny loaded in [\d.]+ s, float32\n", first)
+    first, odd, last = done.stderr.decode().splitlines(keepends=True)
+    assert re.fullmatch(
+        r"Hugging Face tiny: custom architecture, .* chat template chatml; loaded in [\d.]+ s, float32\n", first
+    )
+    assert odd == "odd: the chat template ends turns with '<|im_end|>' (2), which the files do not declare as a stop\n"
     assert STATISTICS.fullmatch(last)
 
 
@@ -86,7 +86,7 @@ def test_json_of_lines(tiny_directory, expected, typed, capsys):
     answers = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
     assert [list(answer) for answer in answers] == [KEYS] * 3
     assert [answer["prompt"] for answer in answers] == ["The cat", "你好 🎉", "a\u2028b\x0cc"]
-    assert answers[:2] == [completion._asdict() for completion in expected[:2]]
+    assert answers[:2] == [as_dict(completion) for completion in expected[:2]]
 
 
 def test_all_of_standard_input_is_one_prompt(tiny_directory, typed, capsys):
@@ -98,7 +98,7 @@ def test_all_of_standard_input_is_one_prompt(tiny_directory, typed, capsys):
 def test_chat_and_seeds(tiny_directory, expected, capsys):
     arguments = ("--model", tiny_directory, "--prompt", "The cat", "--chat", "--max-new-tokens", 8, "--json")
     assert run(*arguments) == 0
-    assert json.loads(capsys.readouterr().out) == expected[2]._asdict()
+    assert json.loads(capsys.readouterr().out) == as_dict(expected[2])
     texts = []
     for seed in (1, 1, 2):
         assert run(*arguments, "--temperature", 1, "--top-p", 0.99, "--top-k", 200, "--seed", seed) == 0
@@ -109,7 +109,7 @@ def test_chat_and_seeds(tiny_directory, expected, capsys):
 def test_interrupted(tiny_directory):
     """Ctrl-C in the middle of a text: what was written stays, the status says it, nothing else is printed."""
     code = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += f"sys.argv[0] = 'infer.py'; runpy.run_path({str(ROOT / 'infer.py')!r}, run_name='__main__')"
+    code += f"sys.argv[0] = 'infer.py'; runpy.run_path({str(INFER)!r}, run_name='__main__')"
     arguments = ["--model", tiny_directory, "--prompt", "The cat", "--max-new-tokens", "60000"]
     command = [sys.executable, "-c", code, *arguments]
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
@@ -120,7 +120,7 @@ def test_interrupted(tiny_directory):
     assert program.returncode == 130
     assert begun
     assert len(begun + rest) < 2048  # written as it came, not when a buffer (of 4096 bytes or more) was full
-    assert len(errors.splitlines()) == 1, errors
+    assert len(errors.splitlines()) == 2, errors  # what was loaded, and what is odd about it
     assert b"loaded" in errors
 
 
@@ -136,6 +136,34 @@ def test_interrupted(tiny_directory):
     (["--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens: -1 given; 0 or more expected"),
     (["--prompt", "a", "--temperature", "nan"], "temperature: nan given"),
     (["--prompt", "a", "--seed", "99999999999999999999999"], "seed: 99999999999999999999999 given"),
+    (["--prompt", "a", "--min-p", "2"], "min_p: 2.0 given"),
+    (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty: 0.0 given"),
+    (["--prompt", "a", "--presence-penalty", "nan"], "presence_penalty: nan given"),
+    (["--prompt", "a", "--frequency-penalty", "1e9"], "frequency_penalty: 1000000000.0 given"),
+    (["--prompt", "a", "--logit-bias", "x=1"], "argument --logit-bias: 'x=1' given; ID=VALUE expected"),
+    (["--prompt", "a", "--logit-bias", "3=nan"], "logit_bias: 3: nan given"),
+    (["--prompt", "a", "--logit-bias", "999=1"], "logit_bias: token 999 given; the vocabulary goes from 0 to 279"),
+    (["--prompt", "a", "--stop", ""], "argument --stop: an empty text given"),
+    (["--prompt", "a", "--samples", "0"], "samples: 0 given; 1 or more expected"),
+    (["--prompt", "a", "--logprobs", "0"], "--logprobs given without --json"),
+    (["--prompt", "a", "--draft", "x"], "--draft given without --speculate"),
+    (["--prompt", "a", "--speculate", "33"], "speculate: 33 given; 0 to 32 expected"),
+    (["--prompt", "a", "--speculate", "3", "--presence-penalty", "1"], "--speculate given with a penalty"),
+    (["--prompt", "a", "--logprobs", "101", "--json"], "logprobs: 101 given; 0 to 100 expected"),
+    (["--prompt", "a", "--system", "b"], "--system given without --chat"),
+    (["--prompt", "a", "--output", "b"], "--output given without --input"),
+    (["--prompt", "a", "--input", "b"], "--prompt and --input given"),
+    (["--input", "b", "--batch-size", "0"], "--batch-size: 0 given; 1 or more expected"),
+    (["--prompt", "a", "--context", "0"], "context_length: 0 given"),
+    (["--prompt", "a a a a a a", "--context", "5"], "tokens; 1 to 5 (the model's context) expected"),
+    (["--prompt", "a", "--rope-theta", "-1"], "rope_theta: -1.0 given"),
+    (["--prompt", "a", "--rope-scaling", "yarn:2"], "--rope-scaling: 'yarn:2' given; linear:FACTOR, llama3:"),
+    (["--prompt", "a", "--rope-scaling", "linear:two"], "--rope-scaling: 'linear:two' given; numbers expected"),
+    (["--prompt", "a", "--rope-scaling", "linear:0"], "rope_scaling.factor: 0.0 given"),
+    (["--prompt", "a", "--chat", "--chat-template", "alpaca"], "no built-in format (llama2, llama3, chatml), and no file"),
+    (["--prompt", "a", "--chat", "--chat-template", "llama3"], "chat format llama3: the tokenizer lacks"),
+    (["--prompt", "a", "--quantize", "int2"], "argument --quantize: invalid choice: 'int2'"),
+    (["--prompt", "a", "--quantize", "int4"], "groups of 32 weights do not divide"),
     (["--prompt", ""], "prompt 1 has 0 tokens"),
     (["--prompt", "a\udcff"], "surrogate"),
     ([], "standard input is empty; one prompt a line expected"),
@@ -145,10 +173,108 @@ def test_wrong_use_is_one_line(tiny_directory, typed, capsys, arguments, words):
     assert run("--model", tiny_directory, *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    error = [line for line in err.splitlines() if not line.startswith("Hugging Face tiny loaded")]
+    error = [line for line in err.splitlines() if not line.startswith(("Hugging Face tiny: ", "odd: ", "context"))]
     assert len(error) == 1
     assert error[0].startswith("error: ")
     assert words in error[0]
+
+
+def test_settings_of_the_text(tiny_directory, capsys):
+    """Every flag reaches the generation: the same as from Python."""
+    model = load(tiny_directory)
+    flags = ["--temperature", 1.5, "--min-p", 0.01, "--repetition-penalty", 1.2, "--presence-penalty", 0.5,
+             "--frequency-penalty", 0.25, "--logit-bias", "70=3.5", "--logit-bias", "71=-1", "--seed", 4, "--samples", 2,
+             "--logprobs", 2, "--max-new-tokens", 20]  # fmt: skip
+    settings = {"temperature": 1.5, "min_p": 0.01, "repetition_penalty": 1.2, "presence_penalty": 0.5, "samples": 2,
+                "frequency_penalty": 0.25, "logit_bias": {70: 3.5, 71: -1.0}, "seed": 4, "logprobs": 2}  # fmt: skip
+    expected = generate(model, ["The cat"], max_new_tokens=20, **settings)
+    assert run("--model", tiny_directory, "--prompt", "The cat", "--json", *flags) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert answers == [json.loads(json.dumps({"sample": i, **as_dict(row)})) for i, row in enumerate(expected)]
+    stop = expected[0].text[4:6]
+    assert run("--model", tiny_directory, "--prompt", "The cat", "--json", *flags, "--stop", stop, "--stop", r"\n") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["stop_reason"] == "stop_string"
+
+
+def test_line_feeds_end_a_text(tiny_directory, capsys):
+    """`\\n` on the command line is a line feed."""
+    feed = load(tiny_directory).tokenizer.encode("\n")[0]
+    flags = ["--logit-bias", f"{feed}=1000", "--max-new-tokens", 5]
+    assert run("--model", tiny_directory, "--prompt", "The cat", "--json", *flags, "--stop", r"\n") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["text"], answer["stop_reason"], answer["new_tokens"]) == ("", "stop_string", 1)
+
+
+def test_the_model_run_otherwise(tiny_directory, capsys):
+    """Context and RoPE are those of the command line, and that is said."""
+    model = load(tiny_directory)
+    config = dataclasses.replace(model.config, context_length=1 << 17, rope_theta=5e4, rope_scaling=RopeScaling("linear", 2.0))
+    (expected,) = generate(model._replace(config=config), ["The cat sat"], max_new_tokens=8)
+    flags = ["--context", 1 << 17, "--rope-theta", 5e4, "--rope-scaling", "linear:2"]
+    assert run("--model", tiny_directory, "--prompt", "The cat sat", "--json", "--max-new-tokens", 8, *flags) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == as_dict(expected)
+    assert "context 65536 -> 131072, RoPE theta 10000 -> 50000, RoPE unscaled -> linear 2; quality beyond" in err
+    assert expected.token_ids != generate(model, ["The cat sat"], max_new_tokens=8)[0].token_ids
+
+
+def test_narrow_weights_and_caches(tiny_directory, capsys):
+    from llama_jax.model.quantize import quantize
+
+    model = load(tiny_directory)
+    narrow = model._replace(params=quantize(model.params, bits=8))
+    (expected,) = generate(narrow, ["The cat sat"], max_new_tokens=8, cache_dtype="int8")
+    flags = ["--quantize", "int8", "--cache-dtype", "int8"]
+    assert run("--model", tiny_directory, "--prompt", "The cat sat", "--json", "--max-new-tokens", 8, *flags) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == as_dict(expected)
+    assert re.search(r"weights in int8: 0\.\d -> 0\.\d MB", err)
+
+
+def test_chat_templates_and_system_messages(tiny_directory, tmp_path, capsys):
+    model = load(tiny_directory)
+    messages = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "Hi"}]
+    flags = ["--model", tiny_directory, "--prompt", "Hi", "--chat", "--system", "Brief.", "--json", "--max-new-tokens", 8]
+    (expected,) = generate(model, [messages], max_new_tokens=8)
+    for template in ([], ["--chat-template", "chatml"]):
+        assert run(*flags, *template) == 0
+        assert json.loads(capsys.readouterr().out) == as_dict(expected)
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")
+    assert run(*flags, "--chat-template", own) == 0
+    end = model.tokenizer.special_tokens["<|endoftext|>"]
+    encode = model.tokenizer.encode
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == len([*encode("Brief."), end, *encode("Hi"), end])
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("none", None),
+    ("linear:2.5", RopeScaling("linear", 2.5)),
+    ("llama3:8:1:4:8192", RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
+])  # fmt: skip
+def test_rope_scalings(text, expected):
+    assert rope_scaling(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "none:1", "linear", "linear:", "linear:2:3", "llama3:8", "llama3:8:1:4:1.5", "llama3:8:4:1:9"]
+)
+def test_rope_scalings_that_are_none(text):
+    with pytest.raises(InputError, match="rope"):
+        rope_scaling(text)
+
+
+def test_a_terminal_takes_no_commands_from_a_model(tiny_directory, capsys):
+    """Escape sequences that a model writes are shown as marks; in a pipe they are what they are."""
+    escape = load(tiny_directory).tokenizer.encode("\x1b")[0]
+    arguments = ("--model", tiny_directory, "--prompt", "The cat", "--max-new-tokens", 3, "--logit-bias", f"{escape}=1000")
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out == "\x1b\x1b\x1b\n"
+    window = Terminal(*arguments)
+    seen = window.read_until("programs compiled")
+    window.close()
+    assert "\ufffd" * 3 + "\n" in seen
+    assert "\x1b[2mThe cat\x1b[0m" in seen
 
 
 @pytest.mark.parametrize(("kind", "words"), [("missing", "nothing given"), ("text file", "another file given")])
@@ -172,7 +298,9 @@ def test_chat_without_a_template(tiny_directory, tmp_path, capsys):
     directory = pathlib.Path(shutil.copytree(tiny_directory, tmp_path / "plain"))
     (directory / "tokenizer_config.json").write_text("{}")
     assert run("--model", directory, "--prompt", "a", "--chat") == 2
-    assert capsys.readouterr().err.endswith("error: Hugging Face plain has no chat template; ask without chat\n")
+    assert capsys.readouterr().err.endswith(
+        "error: Hugging Face plain has no chat template; name one with --chat-template, or ask without --chat\n"
+    )
 
 
 def test_standard_input_that_is_no_text(tiny_directory, typed, capsys):
@@ -195,7 +323,7 @@ def test_output_that_takes_no_emoji(tiny_directory, expected):
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("ascii") == expected[1].text.encode("ascii", "replace").decode() + "\n"
     assert "?" in expected[1].text.encode("ascii", "replace").decode()
-    assert json.loads(infer(*arguments, "--json", PYTHONIOENCODING="ascii").stdout) == expected[1]._asdict()
+    assert json.loads(infer(*arguments, "--json", PYTHONIOENCODING="ascii").stdout) == as_dict(expected[1])
 
 
 def test_help(capsys):
@@ -209,7 +337,18 @@ def test_texts_come_in_the_order_of_their_prompts(capsys):
     """Pieces of two prompts come interleaved; they are written one text after the other."""
     ends = [Completion("p0", "a b", [1, 2], "length", 1, 2), Completion("p1", "cd", [3, 4], "stop", 1, 2)]
     pieces = [Piece(0, "a", 1, None), Piece(1, "c", 1, None), Piece(1, "d", 1, ends[1]), Piece(0, " b", 1, ends[0])]
-    assert write_text(in_order(pieces, 2), ["<p0>", "<p1>"]) == ends
+    write_text(in_order(pieces, 2), ["<p0>", "<p1>"])
     assert capsys.readouterr().out == "<p0>a b\n<p1>cd\n"
-    assert write_json(in_order(pieces, 2)) == ends
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [end._asdict() for end in ends]
+    write_json(in_order(pieces, 2))
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [as_dict(end) for end in ends]
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["look-up", "draft"])
+def test_guessing_ahead_does_not_change_the_text(tiny_directory, capsys, draft):
+    flags = ["--model", tiny_directory, "--prompt", "The cat sat", "--json", "--max-new-tokens", 12]
+    assert run(*flags) == 0
+    expected = capsys.readouterr().out
+    assert run(*flags, "--speculate", 3, *(["--draft", tiny_directory] if draft else [])) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "speculate" in err

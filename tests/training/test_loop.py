@@ -22,9 +22,10 @@ from llama_jax.model.llama import Llama, logits
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training import evaluate as evaluate_module
-from llama_jax.training import loop, step, step_log
+from llama_jax.training import loop, setup, step, step_log
 from llama_jax.training.evaluate import batch_evaluator, evaluate
-from llama_jax.training.loop import Run, fingerprint, only_run
+from llama_jax.training.identity import fingerprint
+from llama_jax.training.loop import Run, only_run
 from llama_jax.training.step import StepMetrics
 from llama_jax.weights.checkpoint import SaveError
 
@@ -50,7 +51,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    monkeypatch.setattr(loop, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

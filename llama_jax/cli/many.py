@@ -1,0 +1,202 @@
+"""Many prompts: JSON lines in, JSON lines out, in the same order; an interrupted output is continued where it ends.
+
+Requests are taken in windows of some batches; inside a window they are sorted by length, so that little is padding. Windows
+lie where they lie whatever was answered before: a continued output is the one that an undisturbed run writes.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llama_jax.cli.continued import Answered, answered, continued, identity_of
+from llama_jax.cli.requests import Reader, Request
+from llama_jax.cli.settings import OWN, SEEDS, check_bias, settings_of
+from llama_jax.cli.writing import Meter, as_dict, note
+from llama_jax.errors import InputError
+from llama_jax.training.display import duration
+
+if TYPE_CHECKING:
+    from llama_jax.generation.generate import Generator
+    from llama_jax.generation.text import Completion, Piece
+    from llama_jax.weights.load import Pretrained
+
+_WINDOW = 8  # batches
+_SECONDS = 10.0  # between two lines of progress, where they do not go to a terminal
+# What decides the answers beside the requests' own settings.
+_IDENTITY = (
+    "samples",
+    "logprobs",
+    "dtype",
+    "quantize",
+    "cache_dtype",
+    "context",
+    "rope_theta",
+    "rope_scaling",
+    "chat_template",
+)
+
+
+class Job(NamedTuple):
+    """What is to be done.
+
+    Attributes:
+      requests: all of the input.
+      samples: answers to each; rows of the output.
+      logprobs: see `llama_jax.generation.text.stream`.
+      batch_size: requests decoded together.
+      done: rows that are in the output already.
+    """
+
+    requests: list[Request]
+    samples: int
+    logprobs: int | None
+    batch_size: int
+    done: int
+
+
+def answer_file(options: argparse.Namespace) -> int:
+    """Answers the requests of `--input` into `--output`; returns the exit status."""
+    settings = settings_of(options)
+    identity = {name: getattr(options, name) for name in _IDENTITY} | {"model": pathlib.Path(options.model).name}
+    requests = Reader(settings, options.chat, options.system, identity).read(options.input)
+    output = options.output or "-"
+    before = answered(output, requests, options.samples)
+    job = Job(requests, options.samples, options.logprobs, options.batch_size, before.rows)
+    if job.done == len(requests) * job.samples:
+        note(f"{output}: all {len(requests)} requests are answered already")
+        return 0
+    from llama_jax.cli.models import load_model
+
+    model, generator = load_model(options)
+    lengths = prompt_lengths(model, requests, options.input)
+    if job.done:
+        note(f"{output}: {job.done // job.samples} of {len(requests)} requests are answered already; going on")
+    _answer(model, generator, job, lengths, output, before)
+    return 0
+
+
+def prompt_lengths(model: "Pretrained", requests: Sequence[Request], name: str) -> list[int]:
+    """Tokens of each request's prompt.
+
+    Raises:
+      InputError: naming the line, for a request that the model cannot take.
+    """
+    from llama_jax.generation.text import encode_user
+
+    lengths, context = [], model.config.context_length
+    for request in requests:
+        try:
+            lengths.append(len(encode_user(model, request.prompt, chat=False)))
+            check_bias(request.settings, model.config)
+            if not 1 <= lengths[-1] <= context:
+                raise InputError(f"the prompt has {lengths[-1]} tokens; 1 to {context} (the model's context) expected")
+        except InputError as error:
+            raise InputError(f"{name}, line {request.line}: {error}") from None
+    return lengths
+
+
+def batches(job: Job, lengths: Sequence[int]) -> Iterator[list[Request]]:
+    """The requests in batches of about the same length, window after window, without those answered already."""
+    window = _WINDOW * job.batch_size
+    for start in range(0, len(job.requests), window):
+        # All of a batch have one limit of new tokens.
+        keys = {
+            request.number: (request.settings["max_new_tokens"], lengths[request.number], request.number)
+            for request in job.requests[start : start + window]
+        }
+        for _, same in itertools.groupby(sorted(keys.values()), key=lambda key: key[0]):
+            numbers = [number for *_, number in same]
+            for at in range(0, len(numbers), job.batch_size):
+                batch = numbers[at : at + job.batch_size]
+                if any((number + 1) * job.samples > job.done for number in batch):
+                    yield [job.requests[number] for number in batch]
+
+
+def batch_settings(batch: Sequence[Request], samples: int) -> dict[str, Any]:
+    """Settings of `llama_jax.generation.text.stream` for a batch, one a row."""
+    rows = [(request.settings, sample) for request in batch for sample in range(samples)]
+    per_row: dict[str, Any] = {name: [settings[name] for settings, _ in rows] for name in OWN}
+    seeds = [(settings["seed"] + sample) % SEEDS for settings, sample in rows]
+    return {**per_row, "seed": seeds, "max_new_tokens": batch[0].settings["max_new_tokens"], "samples": samples}
+
+
+def _answer(model: "Pretrained", generator: "Generator", job: Job, lengths: list[int], output: str, before: Answered) -> None:
+    """Decodes batch after batch; writes every answer as soon as those before it are written."""
+    from llama_jax.generation.text import stream
+
+    meter = Meter()
+    with continued(output, before) as file:
+        writer = Writer(file, job, meter)
+        for batch in batches(job, lengths):
+            settings = batch_settings(batch, job.samples)
+            prompts = [request.prompt for request in batch]
+            pieces = stream(model, prompts, chunk=16, generator=generator, logprobs=job.logprobs, **settings)
+            for piece in meter.watch(pieces):
+                writer.take(batch, piece)
+            writer.sync()
+        writer.finish()
+    note(meter.report(generator.programs.compilations))
+
+
+class Writer:
+    """Puts answers in order, and tells how far it is."""
+
+    def __init__(self, file: io.BufferedIOBase, job: Job, meter: Meter) -> None:
+        self._file, self._job, self._meter = file, job, meter
+        self._next = job.done
+        self._waiting: dict[int, bytes] = {}
+        self._live = sys.stderr.isatty()
+        self._told = time.perf_counter()
+
+    def take(self, batch: Sequence[Request], piece: "Piece") -> None:
+        """Writes what is complete, up to the first answer that is still missing."""
+        if piece.completion is not None:
+            place, sample = divmod(piece.row, self._job.samples)
+            row = batch[place].number * self._job.samples + sample
+            if row >= self._next:  # a batch in which an earlier run was interrupted has rows that are written already
+                self._waiting[row] = _line(batch[place], sample, self._job.samples, piece.completion)
+        while self._next in self._waiting:
+            self._file.write(self._waiting.pop(self._next))
+            self._next += 1
+        self._tell()
+
+    def sync(self) -> None:
+        """Makes what is written last."""
+        self._file.flush()
+        if self._file is not sys.stdout.buffer:
+            os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Ends the line of progress."""
+        if self._live:
+            print(f"\r\x1b[K{self._progress()}", file=sys.stderr, flush=True)
+
+    def _tell(self) -> None:
+        """A line of progress, when it is time for one."""
+        now = time.perf_counter()
+        if now - self._told >= (0.2 if self._live else _SECONDS):
+            self._told = now
+            self._file.flush()
+            print(*(["\r\x1b[K"] if self._live else []), self._progress(), sep="", end="" if self._live else "\n",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+    def _progress(self) -> str:
+        """Answers, speed and time left."""
+        total = len(self._job.requests) * self._job.samples
+        finished, meter = self._next + len(self._waiting), self._meter
+        here = finished - self._job.done
+        left = meter.seconds / here * (total - finished) if here else float("inf")
+        return f"{finished}/{total} answers, {meter.tokens / meter.seconds:.1f} tokens/s, eta {duration(left)}"
+
+
+def _line(request: Request, sample: int, samples: int, completion: "Completion") -> bytes:
+    """An answer as a line of the output."""
+    answer = {name: value for name, value in as_dict(completion).items() if name != "prompt"}
+    return json.dumps({**identity_of(request, sample, samples), **answer}, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,150 @@
+"""The model of a command line: loaded, and changed as its options say."""
+
+import argparse
+import dataclasses
+import pathlib
+import time
+from typing import TYPE_CHECKING
+
+from llama_jax.cli.compilation import keep_compiled_programs
+from llama_jax.cli.options import resolve_dtype
+from llama_jax.cli.writing import note
+from llama_jax.config import LlamaConfig, RopeScaling
+from llama_jax.errors import InputError
+from llama_jax.text.chat import ChatTemplate
+from llama_jax.text.files import read_text
+from llama_jax.text.formats import FORMATS, named_format
+from llama_jax.text.sandbox import LARGEST_SOURCE
+
+if TYPE_CHECKING:
+    from llama_jax.generation.generate import Generator, Speculation
+    from llama_jax.weights.load import Pretrained
+
+_SCALINGS = "linear:FACTOR, llama3:FACTOR:LOW:HIGH:ORIGINAL_CONTEXT or none"
+_BITS = {"int8": 8, "int4": 4}
+
+
+def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
+    """The model of `--model`, with everything that other options change, and what decodes with it.
+
+    Raises:
+      InputError: for options that say nothing sensible, before anything is loaded; for a model that cannot be loaded.
+    """
+    changes, source = _changes(options), _template_source(options.chat_template)
+    from llama_jax.generation.generate import Generator
+    from llama_jax.weights.load import load
+
+    keep_compiled_programs()
+    started = time.perf_counter()
+    dtype = resolve_dtype(options.dtype)
+    model = load(options.model, dtype)
+    brief, *odd = model.report.brief()
+    for line in (f"{brief}; loaded in {time.perf_counter() - started:.1f} s, {dtype}", *odd):
+        note(line)
+    model = _quantized(_changed(model, changes), options.quantize)
+    if options.chat_template is not None:
+        model = model._replace(template=_template(options.chat_template, source, model))
+    elif options.chat and model.template is None:
+        raise InputError(f"{model.origin} has no chat template; name one with --chat-template, or ask without --chat")
+    guessing = _speculation(options, dtype)
+    return model, Generator(model.params, model.config, speculation=guessing, dtype=dtype, cache_dtype=options.cache_dtype)
+
+
+def _speculation(options: argparse.Namespace, dtype: str) -> "Speculation | None":
+    """How tokens are guessed ahead, with the draft model loaded if there is one."""
+    from llama_jax.generation.generate import Generator, Speculation
+    from llama_jax.weights.load import load
+
+    if options.speculate == 0:
+        return None
+    if options.draft is None:
+        return Speculation(options.speculate)
+    draft = load(options.draft, dtype)
+    note(f"{draft.origin} guesses {options.speculate} tokens ahead")
+    return Speculation(options.speculate, Generator(draft.params, draft.config, dtype=dtype))
+
+
+def _changes(options: argparse.Namespace) -> dict:
+    """Fields of the architecture that options replace."""
+    changes = {"context_length": options.context, "rope_theta": options.rope_theta}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return changes if options.rope_scaling is None else changes | {"rope_scaling": rope_scaling(options.rope_scaling)}
+
+
+def rope_scaling(text: str) -> RopeScaling | None:
+    """The scaling that a text such as `linear:2` stands for.
+
+    Raises:
+      InputError: for anything else than `linear:FACTOR`, `llama3:FACTOR:LOW:HIGH:ORIGINAL_CONTEXT` and `none`.
+    """
+    kind, *words = text.split(":")
+    if (kind, len(words)) not in (("none", 0), ("linear", 1), ("llama3", 4)):
+        raise InputError(f"--rope-scaling: {text!r:.60} given; {_SCALINGS} expected")
+    if kind == "none":
+        return None
+    try:
+        factors, context = [float(word) for word in words[:3]], [int(word) for word in words[3:]]
+    except ValueError:
+        raise InputError(f"--rope-scaling: {text!r:.60} given; numbers expected in {_SCALINGS}") from None
+    return RopeScaling(kind, *factors, *context)  # type: ignore[arg-type]
+
+
+def _changed(model: "Pretrained", changes: dict) -> "Pretrained":
+    """The model with another architecture around the same weights; what is different is said."""
+    config = dataclasses.replace(model.config, **changes)
+    told = _differences(model.config, config)
+    beyond = dataclasses.replace(config, context_length=model.config.context_length) != model.config
+    if beyond or config.context_length > model.config.context_length:
+        note(f"{told}; quality beyond what the model was trained for is not promised")
+    elif told:
+        note(told)
+    return model._replace(config=config)
+
+
+def _differences(old: LlamaConfig, new: LlamaConfig) -> str:
+    """What differs between two architectures, in words."""
+    told = []
+    if new.context_length != old.context_length:
+        told.append(f"context {old.context_length} -> {new.context_length}")
+    if new.rope_theta != old.rope_theta:
+        told.append(f"RoPE theta {old.rope_theta:g} -> {new.rope_theta:g}")
+    if new.rope_scaling != old.rope_scaling:
+        told.append(f"RoPE {_scaling_words(old.rope_scaling)} -> {_scaling_words(new.rope_scaling)}")
+    return ", ".join(told)
+
+
+def _scaling_words(scaling: RopeScaling | None) -> str:
+    return "unscaled" if scaling is None else f"{scaling.rope_type} {scaling.factor:g}"
+
+
+def _quantized(model: "Pretrained", kind: str | None) -> "Pretrained":
+    """The model in narrower weights; their size is said."""
+    if kind is None:
+        return model
+    from llama_jax.model.quantize import parameter_bytes, quantize
+
+    params = quantize(model.params, bits=_BITS[kind])
+    note(f"weights in {kind}: {parameter_bytes(model.params) / 1e6:.1f} -> {parameter_bytes(params) / 1e6:.1f} MB")
+    return model._replace(params=params)
+
+
+def _template_source(name: str | None) -> str | None:
+    """The text of a template's file; `None` for one of the built-in formats, which are named."""
+    if name is None or name in FORMATS:
+        return None
+    try:
+        return read_text(pathlib.Path(name), LARGEST_SOURCE)
+    except OSError as error:
+        known = ", ".join(FORMATS)
+        raise InputError(f"--chat-template {name}: no built-in format ({known}), and no file ({error.strerror})") from None
+
+
+def _template(name: str, source: str | None, model: "Pretrained") -> ChatTemplate:
+    """The template of a name or of a file's text, with the tokenizer's begin and end tokens."""
+    if model.tokenizer is None:
+        raise InputError(f"{model.origin} has no tokenizer; a chat template needs one")
+    if source is None:
+        return named_format(name, model.tokenizer)
+    texts = {number: text for text, number in model.tokenizer.special_tokens.items()}
+    begin, end = (texts.get(-1 if token is None else token) for token in (model.tokenizer.begin_id, model.tokenizer.end_id))
+    return ChatTemplate(source, begin, end)

@@ -1,0 +1,122 @@
+"""What `infer` writes: texts and JSON on standard output, notes and measurements on standard error."""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.generation.text import Completion, Piece
+
+# Control characters but tab and line feed: on a terminal they are commands, and a model's words are not to give any.
+_COMMANDS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+def note(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def prepare_output(json: bool) -> None:
+    """JSON is UTF-8 wherever it goes; text is in the terminal's encoding, with `?` for characters that it lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8" if json else None, errors="strict" if json else "replace")
+
+
+def write_words(text: str) -> None:
+    """Writes a model's words at once; on a terminal without control characters."""
+    print(text.translate(_COMMANDS) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def in_order(pieces: Iterable["Piece"], rows: int) -> Iterator["Piece"]:
+    """The same pieces, those of a row held back until the rows before it have ended."""
+    held: list[list[Piece]] = [[] for _ in range(rows)]
+    current = 0
+    for piece in pieces:
+        held[piece.row].append(piece)
+        while current < rows and held[current]:
+            ready, held[current] = held[current], []
+            yield from ready
+            current += ready[-1].completion is not None
+
+
+def as_dict(completion: "Completion") -> dict[str, Any]:
+    """A completion for JSON, without log-probabilities that were not asked for."""
+    return {name: value for name, value in completion._asdict().items() if value is not None}
+
+
+def write_json(pieces: Iterable["Piece"], samples: int = 1) -> None:
+    """Writes one JSON object a row, each as it is complete; with its number among the samples of a prompt, if several."""
+    for piece in pieces:
+        if piece.completion is not None:
+            number = {"sample": piece.row % samples} if samples > 1 else {}
+            print(json.dumps({**number, **as_dict(piece.completion)}, ensure_ascii=False), flush=True)
+
+
+def write_text(pieces: Iterable["Piece"], echoed: Sequence[str]) -> None:
+    """Writes texts as they come, each after what is to be echoed before it."""
+    begun = -1
+    for piece in pieces:
+        if piece.row > begun:
+            print(echoed[piece.row], end="")
+        begun = piece.row
+        write_words(piece.text + ("" if piece.completion is None else "\n"))
+
+
+class Meter:
+    """Measures a stream of pieces: the time to the first token, the speed after it, and what was written.
+
+    Attributes:
+      tokens: new tokens so far.
+      finished: rows that have ended.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first = self._last = self._start
+        self.tokens = self.finished = 0
+        self._tokens_at_first = self._prompt = 0
+        self._reasons: set[str] = set()
+
+    def watch(self, pieces: Iterable["Piece"]) -> Iterator["Piece"]:
+        """The same pieces, measured."""
+        for piece in pieces:
+            self._last = time.perf_counter()
+            self.tokens += piece.tokens
+            if self._first == self._start:
+                self._first, self._tokens_at_first = self._last, self.tokens
+            if piece.completion is not None:
+                self.finished += 1
+                self._prompt += piece.completion.prompt_tokens
+                self._reasons.add(piece.completion.stop_reason)
+            yield piece
+
+    @property
+    def seconds(self) -> float:
+        """Time since the beginning."""
+        return time.perf_counter() - self._start
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second after the first ones."""
+        later = self.tokens - self._tokens_at_first
+        return later / max(self._last - self._first, 1e-9) if later else None
+
+    def report(self, compilations: Mapping[str, int], reused: int = 0) -> str:
+        """One line of statistics; times include compilation, which happens once for each size of batch and prompt.
+
+        Args:
+          compilations: programs compiled, by name.
+          reused: tokens of the prompt that were taken from a cache.
+        """
+        speed = "-" if self.speed is None else f"{self.speed:.1f} tokens/s"
+        kinds = ", ".join(f"{name} {count}" for name, count in sorted(compilations.items()))
+        cached = f" ({reused} from the cache)" if reused else ""
+        return (
+            f"prompt {self._prompt} tokens{cached}, first token after {self._first - self._start:.2f} s; "
+            f"{self.tokens} new tokens, then {speed} (compilation included); "
+            f"ended by {', '.join(sorted(self._reasons)) or 'interruption'}; "
+            f"{sum(compilations.values())} programs compiled ({kinds})"
+        )

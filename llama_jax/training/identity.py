@@ -1,0 +1,84 @@
+"""What a run is, as its checkpoints say it: going on with another model, tokenizer or data order is refused."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llama_jax.data.prepare import hash_tokenizer
+from llama_jax.data.split import Split
+from llama_jax.errors import InputError
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.step import TrainState
+from llama_jax.weights.checkpoint import read_metadata
+from llama_jax.weights.run import RUN_CHECKPOINTS
+
+# Keys in the metadata of checkpoints that stand for what a config only names the place of.
+TEXT = "paths (hash of the text)"
+TOKENIZER = "data.tokenizer (hash)"
+MADE_FROM = "made_from"  # the report of the model that a run began with; tells, and is not compared
+
+
+def describe_run(config: TrainConfig, split: Split) -> dict:
+    """What a checkpoint says of its run, but for a tokenizer yet to be trained: resuming with another of these is refused."""
+    data = config.data
+    values: dict[str, object] = {
+        "held_out_fraction": data.held_out_fraction,  # before the text, whose hash follows it: the first difference is told
+        TEXT: split.train.sha256[:16],
+        "length": data.length,
+        "batch_rows": data.batch_rows,
+        "seed": data.seed,
+    }
+    if data.tokenizer is None:
+        return {"model": dataclasses.asdict(config.model), "data": values | {"vocab_size": data.vocab_size}}
+    given = hash_tokenizer(Path(data.tokenizer))[:16]
+    return {"model": dataclasses.asdict(config.model), TOKENIZER: given, "data": values}
+
+
+def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:
+    """Refuses to go on with another model, tokenizer or data order than the checkpoint's.
+
+    Args:
+      saved: metadata of the checkpoint, if there is one.
+      wanted: the same of this run; a section that it does not have yet is not looked at.
+      directory: of the run.
+
+    Raises:
+      InputError: naming the first difference.
+    """
+    if saved is None:
+        return
+    before, now = _leaves({section: saved.get(section) for section in wanted}), _leaves(wanted)
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            raise InputError(
+                f"{directory} holds a run with {key} {before.get(key)!r}, {now.get(key)!r} was asked for; "
+                "take another --run.dir, or --run.overwrite true to start anew"
+            )
+
+
+def _leaves(values: dict, prefix: str = "") -> dict:
+    flat: dict = {}
+    for key, value in values.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def require_same_model(config: TrainConfig) -> None:
+    """Refuses a config with another model than the checkpoints of its directory, without looking at the text.
+
+    Raises:
+      InputError: naming the first difference.
+    """
+    directory = Path(config.run.dir)
+    require_same_run(read_metadata(directory / RUN_CHECKPOINTS), {"model": dataclasses.asdict(config.model)}, directory)
+
+
+def fingerprint(state: TrainState) -> str:
+    """SHA-256 of every bit of a state, for telling whether two runs are the same."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

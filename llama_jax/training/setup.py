@@ -1,0 +1,138 @@
+"""The parts of a run, built from its config and checked against each other."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax.data.atomic import atomic_write
+from llama_jax.data.corpus import read_corpus, standard_library
+from llama_jax.data.prepare import PreparedData, prepare
+from llama_jax.data.split import Split, split_documents
+from llama_jax.errors import InputError
+from llama_jax.model.attention import choose_backend
+from llama_jax.model.llama import Llama
+from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.sharding import TRAINING, check_divisible
+from llama_jax.text.export import hugging_face_files
+from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.display import Display
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama_jax.training.step import Recipe
+from llama_jax.weights.open import open_model
+from llama_jax.weights.report import report
+
+RUN_TEXT = "tokenizer"  # in a run's directory: the tokenizer files of the model that the run began with
+
+
+def make_directory(directory: Path) -> None:
+    """Makes the directory of a run.
+
+    Raises:
+      InputError: if it cannot be made or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.dir: {directory} cannot be made ({error.strerror}); name a writable directory") from None
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"run.dir: {directory} cannot be written; name a writable directory")
+
+
+def split_corpus(config: TrainConfig) -> Split:
+    """The text of a run, its two sides."""
+    paths = config.data.paths
+    return split_documents(lambda: read_corpus(paths) if paths else standard_library(), config.data.held_out_fraction)
+
+
+def prepare_data(config: TrainConfig, split: Split, display: Display) -> PreparedData:
+    """Token files and tokenizer of a run, below its directory; made once, then opened."""
+    reported: list[str] = []
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        """Says once that a stage has begun."""
+        if stage not in reported:
+            reported.append(stage)
+            display.event({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
+
+    return prepare(
+        Path(config.run.dir) / "data",
+        split,
+        vocab_size=config.data.vocab_size,
+        seed=config.data.seed,
+        tokenizer_path=Path(config.data.tokenizer) if config.data.tokenizer else None,
+        on_progress=on_progress,
+    )
+
+
+def require_vocabulary(config: TrainConfig) -> None:
+    """Refuses a given tokenizer with tokens that the model does not have.
+
+    Raises:
+      InputError: with both sizes; or if there is no such tokenizer.
+    """
+    if config.data.tokenizer is None:
+        return
+    vocabulary = load_tokenizer(Path(config.data.tokenizer)).vocab_size
+    if vocabulary > config.model.vocab_size:
+        raise InputError(f"model.vocab_size: {config.model.vocab_size} given, at least {vocabulary} (the tokenizer's) expected")
+
+
+def run_mesh(config: TrainConfig) -> Mesh:
+    """The mesh of a run, checked against its model and its batch."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_divisible(config.model, mesh, TRAINING)
+    rows, ways = config.data.batch_rows // config.data.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise InputError(
+            f"data.batch_rows: micro-batches of {rows} rows given; a multiple of mesh.data * mesh.fsdp ({ways}) expected"
+        )
+    return mesh
+
+
+def make_recipe(config: TrainConfig) -> Recipe:
+    """Model, optimizer and schedule of a run."""
+    compute = config.compute
+    platform = jax.devices()[0].platform
+    dtype = compute.dtype if compute.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    attention = choose_backend(compute.attention, config.data.length, config.data.length)
+    options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention)
+    schedule = learning_rate_schedule(config.optimizer, config.run.steps)
+    return Recipe(
+        Llama(config.model, options), make_optimizer(config.optimizer, config.run.steps), schedule, compute.loss_chunk
+    )
+
+
+def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
+    """The config of a run that begins with a model on disk, completed by what that model brings.
+
+    Its tokenizer and chat template are copied into the run's directory, unless the config names another tokenizer.
+
+    Returns:
+      The config with `data.tokenizer` set, and the report on the model; or as it is and `None` without `run.init`.
+
+    Raises:
+      InputError: for a model that cannot be opened, of another architecture, or without a tokenizer where none is named.
+    """
+    if config.run.init is None:
+        return config, None
+    opened = open_model(config.run.init)
+    if opened.source.config != config.model:
+        raise InputError(f"model: another architecture than that of run.init ({config.run.init}) given; leave out its numbers")
+    facts = report(opened).to_dict()
+    if config.data.tokenizer is not None:
+        return config, facts
+    if opened.tokenizer is None:
+        raise InputError(f"data.tokenizer: none given and none beside the weights of {config.run.init}; name one")
+    directory = Path(config.run.dir)
+    folder = directory / RUN_TEXT
+    folder.mkdir(exist_ok=True)
+    template = None if opened.template is None else opened.template.source
+    for name, content in hugging_face_files(opened.tokenizer, template).items():
+        with atomic_write((directory if name == "chat_template.jinja" else folder) / name) as file:
+            file.write(content)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder))), facts

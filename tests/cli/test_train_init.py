@@ -1,0 +1,72 @@
+"""A run that begins with a model on disk: its numbers, its words, its origin in the checkpoints, its template kept."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import read_lines, tiny_config, train, write_corpus, write_yaml
+
+import llama_jax
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.loop import RUN_CHECKPOINTS
+from llama_jax.weights.checkpoint import read_metadata
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_directory) -> pathlib.Path:
+    """The directory of a run of three steps that began with the tiny Hugging Face model."""
+    home = tmp_path_factory.mktemp("init")
+    train(arguments(home, tiny_directory))
+    return home / "run"
+
+
+def arguments(home: pathlib.Path, model: pathlib.Path, **changes) -> list[str]:
+    corpus = home / "text"
+    if not corpus.exists():
+        write_corpus(corpus)
+    config: TrainConfig = tiny_config(home / "run", corpus, run={"steps": 3, "eval_every": 0, **changes},
+                                      optimizer={"learning_rate": 0.0})  # fmt: skip
+    return ["--config", str(write_yaml(home / "tiny.yaml", config)), "--run.init", str(model)]
+
+
+def test_it_begins_with_that_model(run, tiny_directory):
+    """At a learning rate of zero it also ends with it, whatever the model in the YAML file was."""
+    before, after = llama_jax.load(tiny_directory), llama_jax.load(run)
+    assert after.config == before.config
+    tokens = jnp.arange(24)[None] % 200
+    np.testing.assert_array_equal(
+        llama_jax.logits(after.params, tokens, after.config), llama_jax.logits(before.params, tokens, before.config)
+    )
+
+
+def test_words_template_and_stops_come_along(run, tiny_directory):
+    before, after = llama_jax.load(tiny_directory), llama_jax.load(run)
+    text = "The cat sat on the mat. 你好 <|im_end|>"
+    assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
+    assert after.template.source == before.template.source
+    assert after.stop_ids == before.stop_ids
+
+
+def test_checkpoints_say_where_they_come_from(run, tiny_directory):
+    made_from = read_metadata(run / RUN_CHECKPOINTS)["made_from"]
+    assert made_from == llama_jax.load(tiny_directory).report.to_dict()
+    assert made_from["format"] == "hugging_face"
+    assert made_from["path"] == str(tiny_directory)
+
+
+def test_it_goes_on(run, tiny_directory):
+    """From its own checkpoint, in its own words."""
+    result = train([*arguments(run.parent, tiny_directory), "--run.steps", "4"])
+    assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
+    assert "going on from step 3" in result.stdout
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--model.layers", "5"], "another architecture than that of run.init"),
+    (["--run.init", "nowhere"], "nowhere: nothing given"),
+])  # fmt: skip
+def test_what_does_not_fit(tmp_path, tiny_directory, more, words):
+    result = train([*arguments(tmp_path, tiny_directory), *more], status=2)
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
