@@ -42,6 +42,8 @@ _METHODS: dict[type, tuple[str, ...]] = {
     tuple: ("count", "index"),
 }
 
+_SCOPES = ("_loop_vars", "_block_vars")  # what Jinja hands on with every call inside a loop or block, for functions of its own
+
 
 def _raise(message: object) -> None:
     """Function `raise_exception`: how a template refuses messages."""
@@ -179,12 +181,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A function, macro or method."""
         owner = getattr(__obj, "__self__", None)
-        meter.charge(meter.STEP_COST + meter.cost([owner, *args, *kwargs.values()]))
+        given = {name: value for name, value in kwargs.items() if name not in _SCOPES}
+        meter.charge(meter.STEP_COST + meter.cost([owner, *args, *given.values()]))
         if isinstance(owner, str) and __obj.__name__ == "join":
             return meter.joined(__context, args[0], owner)
         metered = meter.TEXT_METHODS.get(__obj.__name__) if isinstance(owner, str) else None
         if metered is not None:
-            return metered(owner, *args, **kwargs)
+            return metered(owner, *args, **given)
         return meter.made(super().call(__context, __obj, *args, **kwargs))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
