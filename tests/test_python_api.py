@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,15 +29,22 @@ def test_names_are_in_order_and_no_other_is_there():
         llama_jax.lod  # noqa: B018
 
 
+README_EXAMPLES = re.findall(
+    r"```python\n(.*?)```", (pathlib.Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL
+)
+
+
 @pytest.fixture(scope="module")
-def session(smollm2_gguf):
-    """What the README's example computes, by name: its very lines are run, beside the real weights."""
-    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(example.splitlines()) <= 10
+def session(smollm2_gguf, tmp_path_factory):
+    """What the README's examples compute, by name: their very lines are run, beside the real weights."""
+    first, second, _ = README_EXAMPLES
+    assert len(first.splitlines()) <= 10
     names: dict = {}
-    with contextlib.chdir(smollm2_gguf.parent):
-        exec(example, names)
+    folder = tmp_path_factory.mktemp("example")
+    (folder / smollm2_gguf.name).symlink_to(smollm2_gguf)
+    with contextlib.chdir(folder):
+        exec(first + second, names)
+        names["exported"] = llama_jax.load("exported")
     return names
 
 
@@ -90,3 +98,30 @@ def test_the_gradient_of_the_loss(session):
 @pytest.mark.smollm2
 def test_the_answer(session):
     assert session["answer"] == "The capital of France is Paris."
+
+
+@pytest.mark.smollm2
+def test_conversation_scores_and_export(session):
+    talk, likely, small, exported = (session[name] for name in ("talk", "likely", "small", "exported"))
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    assert talk.reused > 0
+    assert likely.greedy
+    assert llama_jax.parameter_bytes(small) < 0.3 * llama_jax.parameter_bytes(session["params"])
+    stacked = llama_jax.stack(exported.params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), stacked, session["params"]))
+    assert exported.stop_ids == session["model"].stop_ids
+
+
+def test_rollouts_and_meshes(tiny_directory):
+    """The README's last example, on a tiny model: samples of a prompt lie side by side, and the mesh changes nothing."""
+    tiny = llama_jax.load(tiny_directory, form="stacked")
+    ids = [tiny.tokenizer.encode(text) for text in ("The cat", "The dog sat")]
+    lengths = jnp.asarray([len(row) for row in ids])
+    prompts = jnp.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids])
+    names = {"jax": jax, "llama_jax": llama_jax, "config": tiny.config, "params": tiny.params, "prompts": prompts,
+             "lengths": lengths, "stop_ids": jnp.asarray([2]), "path": tiny_directory}  # fmt: skip
+    example = README_EXAMPLES[2].replace("256, 4", "6, 4").replace("tensor=4", "tensor=1, fsdp=-1")
+    exec(example.replace("temperature=0.7", "max_new_tokens=6"), names)
+    assert names["rollout"].tokens.shape == names["rollout"].logprobs.shape == (8, 6)
+    alone = llama_jax.generate(tiny, ["The cat", "The dog"], dtype="bfloat16", max_new_tokens=6)
+    assert len(names["texts"]) == len(alone) == 2

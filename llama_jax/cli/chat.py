@@ -1,7 +1,8 @@
 """A conversation in the terminal: `infer --chat` without prompts.
 
 The model's words go to standard output, everything else to standard error. (Where both are the terminal, readline draws
-the prompt there.) Ctrl-C stops an answer, what came of it is kept; Ctrl-D leaves.
+the prompt there.) Ctrl-C stops an answer, what came of it is kept; Ctrl-D leaves. A program can hold a conversation too:
+a line in, an answer out, with `--json` as one JSON object.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.settings import check_bias, check_settings, settings_of
-from llama_jax.cli.writing import Meter, as_dict, note, write_words
+from llama_jax.cli.writing import Meter, as_dict, as_json, note, write_words
 from llama_jax.data.atomic import atomic_write
 from llama_jax.errors import InputError
 
@@ -183,7 +184,7 @@ class Terminal:
         if self._json:
             answer = {"text": heard, "stop_reason": "interrupted"} if completion is None else as_dict(completion)
             answer.pop("prompt", None)  # all of the conversation, anew with every answer
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            print(as_json(answer), flush=True)
         return completion
 
 

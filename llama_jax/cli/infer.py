@@ -1,7 +1,7 @@
 """`infer`: prompts in, text out. Text goes to standard output, everything else to standard error.
 
 Three ways to ask: prompts of the command line or of standard input (`--prompt`), a file of many (`--input`, see
-`llama_jax.cli.many`), and a conversation in the terminal (`--chat` alone, see `llama_jax.cli.chat`).
+`llama_jax.cli.many`), and a conversation (`--chat` alone, see `llama_jax.cli.chat`).
 """
 
 import argparse
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _DESCRIPTION = """Generate text with a LLaMA. Prompts come from --prompt, from --input, or one a line from standard input;
---chat alone, in a terminal, opens a conversation."""
+--chat alone opens a conversation, in a terminal or line by line with a program."""
 
 
 def make_parser(prog: str) -> OptionParser:
@@ -29,7 +29,8 @@ def make_parser(prog: str) -> OptionParser:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times; - is all of standard input"
     )
-    parser.add_argument("--chat", action="store_true", help="each prompt is a user message through the model's chat template")
+    parser.add_argument("--chat", action="store_true",
+                        help="prompts are user messages through the chat template; without any, a conversation")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system message of every conversation; with --chat or --input")
     parser.add_argument("--json", action="store_true", help="one JSON object a text instead of text")
     group = parser.add_argument_group("many prompts")
@@ -52,7 +53,7 @@ def main(arguments: list[str], prog: str = "infer") -> int:
         from llama_jax.cli.many import answer_file
 
         return answer_file(options)
-    if options.chat and not options.prompt and sys.stdin.isatty():
+    if options.chat and not options.prompt:
         from llama_jax.cli.chat import converse
 
         return converse(options)

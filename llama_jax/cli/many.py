@@ -7,7 +7,6 @@ lie where they lie whatever was answered before: a continued output is the one t
 import argparse
 import io
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -16,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_jax.cli.continued import Answered, answered, continued, identity_of
-from llama_jax.cli.requests import Reader, Request
-from llama_jax.cli.settings import OWN, SEEDS, check_bias, settings_of
-from llama_jax.cli.writing import Meter, as_dict, note
+from llama_jax.cli.requests import Reader, Request, bound
+from llama_jax.cli.settings import OWN, SEEDS, check_bias, penalised, settings_of
+from llama_jax.cli.writing import Meter, as_dict, as_json, note
 from llama_jax.errors import InputError
 from llama_jax.training.display import duration
 
@@ -31,16 +30,8 @@ _WINDOW = 8  # batches
 _SECONDS = 10.0  # between two lines of progress, where they do not go to a terminal
 # What decides the answers beside the requests' own settings.
 _IDENTITY = (
-    "samples",
-    "logprobs",
-    "dtype",
-    "quantize",
-    "cache_dtype",
-    "context",
-    "rope_theta",
-    "rope_scaling",
-    "chat_template",
-)
+    "samples", "logprobs", "dtype", "quantize", "cache_dtype", "context", "rope_theta", "rope_scaling", "speculate",
+)  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -64,8 +55,10 @@ class Job(NamedTuple):
 def answer_file(options: argparse.Namespace) -> int:
     """Answers the requests of `--input` into `--output`; returns the exit status."""
     settings = settings_of(options)
-    identity = {name: getattr(options, name) for name in _IDENTITY} | {"model": pathlib.Path(options.model).name}
-    requests = Reader(settings, options.chat, options.system, identity).read(options.input)
+    requests = Reader(settings, options.chat, options.system).read(options.input)
+    if options.speculate:
+        require_no_penalties(requests, options.input)
+    requests = bound(requests, identity(options))
     output = options.output or "-"
     before = answered(output, requests, options.samples)
     job = Job(requests, options.samples, options.logprobs, options.batch_size, before.rows)
@@ -80,6 +73,29 @@ def answer_file(options: argparse.Namespace) -> int:
         note(f"{output}: {job.done // job.samples} of {len(requests)} requests are answered already; going on")
     _answer(model, generator, job, lengths, output, before)
     return 0
+
+
+def identity(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the answers beside the requests: settings, and the contents of the models and the template."""
+    from llama_jax.cli.models import template_source
+    from llama_jax.weights.digest import files_digest
+
+    paths = {"model": options.model, "draft": options.draft}
+    models = {name: path and files_digest(pathlib.Path(path)) for name, path in paths.items()}
+    template = template_source(options.chat_template) or options.chat_template
+    return {name: getattr(options, name) for name in _IDENTITY} | models | {"chat_template": template}
+
+
+def require_no_penalties(requests: Sequence[Request], name: str) -> None:
+    """Refuses requests that cannot be guessed ahead.
+
+    Raises:
+      InputError: naming the line.
+    """
+    for request in requests:
+        if penalised(request.settings):
+            raise InputError(f"{name}, line {request.line}: a penalty given with --speculate, which cannot look at tokens "
+                             "not yet kept; leave out one")  # fmt: skip
 
 
 def prompt_lengths(model: "Pretrained", requests: Sequence[Request], name: str) -> list[int]:
@@ -199,4 +215,4 @@ class Writer:
 def _line(request: Request, sample: int, samples: int, completion: "Completion") -> bytes:
     """An answer as a line of the output."""
     answer = {name: value for name, value in as_dict(completion).items() if name != "prompt"}
-    return json.dumps({**identity_of(request, sample, samples), **answer}, ensure_ascii=False).encode() + b"\n"
+    return as_json({**identity_of(request, sample, samples), **answer}).encode() + b"\n"

@@ -30,7 +30,7 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
     Raises:
       InputError: for options that say nothing sensible, before anything is loaded; for a model that cannot be loaded.
     """
-    changes, source = _changes(options), _template_source(options.chat_template)
+    changes, source = _changes(options), template_source(options.chat_template)
     from llama_jax.generation.generate import Generator
     from llama_jax.weights.load import load
 
@@ -128,8 +128,12 @@ def _quantized(model: "Pretrained", kind: str | None) -> "Pretrained":
     return model._replace(params=params)
 
 
-def _template_source(name: str | None) -> str | None:
-    """The text of a template's file; `None` for one of the built-in formats, which are named."""
+def template_source(name: str | None) -> str | None:
+    """The text of a template's file; `None` for one of the built-in formats, which are named.
+
+    Raises:
+      InputError: for a file that cannot be read.
+    """
     if name is None or name in FORMATS:
         return None
     try:

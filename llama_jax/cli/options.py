@@ -66,7 +66,7 @@ def add_run_options(parser: OptionParser) -> None:
         help="of keys and values; auto: that of the activations",
     )  # fmt: skip
     group.add_argument("--speculate", type=int, default=0, metavar="K",
-                       help="guess K tokens ahead, check them in one pass; the text stays the same; 0 for none")  # fmt: skip
+                       help="guess K tokens ahead, check them in one pass; texts are as probable as without")  # fmt: skip
     group.add_argument("--draft", metavar="PATH",
                        help="smaller model that guesses; without one, what followed the same words before")  # fmt: skip
     group.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, in place of the model's")

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.cli.settings import OWN, SEEDS, check_settings
@@ -26,7 +26,7 @@ class Request(NamedTuple):
       id: the user's name for it; `None` without.
       prompt: a text, or messages.
       settings: those of `OWN`, the command line's where the line has none.
-      digest: of all this, and of what else decides the answers: tells whether an answer belongs to it.
+      digest: of all this and, after `bound`, of what else decides the answers: tells whether an answer belongs to it.
     """
 
     number: int
@@ -44,13 +44,11 @@ class Reader(NamedTuple):
       settings: of the command line; row `i` of the output draws with `seed + i` where the line has no seed of its own.
       chat: whether a prompt is a user's message.
       system: system message of conversations without one.
-      identity: what else decides the answers.
     """
 
     settings: Mapping[str, Any]
     chat: bool
     system: str | None
-    identity: Mapping[str, Any]
 
     def read(self, name: str) -> list[Request]:
         """All requests of a file; `-` is standard input. Empty lines are none.
@@ -83,8 +81,7 @@ class Reader(NamedTuple):
         seed = (self.settings["seed"] + number * self.settings["samples"]) % SEEDS
         own = _settings({key: values[key] for key in OWN if key in values})
         settings = {**{key: self.settings[key] for key in OWN}, "seed": seed, **own}
-        decisive = json.dumps([name, prompt, settings, self.identity], sort_keys=True)
-        return Request(number, at, name, prompt, settings, hashlib.sha256(decisive.encode()).hexdigest()[:16])
+        return Request(number, at, name, prompt, settings, _digest([name, prompt, settings]))
 
     def _text(self, value: object) -> Prompt:
         """A prompt: text, or what a user says."""
@@ -107,6 +104,15 @@ class Reader(NamedTuple):
         """Messages with the system's in front, if there is one."""
         led = self.system is None or messages[0]["role"] == "system"
         return messages if led else [{"role": "system", "content": str(self.system)}, *messages]
+
+
+def bound(requests: Iterable[Request], identity: Mapping[str, Any]) -> list[Request]:
+    """The requests, their digests bound to what else decides the answers."""
+    return [request._replace(digest=_digest([request.digest, identity])) for request in requests]
+
+
+def _digest(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _shown(name: str) -> str:

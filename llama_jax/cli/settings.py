@@ -11,6 +11,7 @@ from llama_jax.errors import InputError
 NUMBERS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
 )  # fmt: skip
+_PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}  # with what does nothing
 # Settings that a request of a file may have of its own.
 OWN = (*NUMBERS, "logit_bias", "stop", "max_new_tokens")
 SEEDS = 1 << 31
@@ -55,9 +56,13 @@ def _check_speculation(options: argparse.Namespace) -> None:
     _check_count("speculate", options.speculate, 0, _MOST_GUESSES)
     if options.draft is not None and not options.speculate:
         raise InputError("--draft given without --speculate; --speculate K expected with it")
-    penalised = (options.repetition_penalty, options.presence_penalty, options.frequency_penalty) != (1.0, 0.0, 0.0)
-    if options.speculate and penalised:
+    if options.speculate and penalised(vars(options)):
         raise InputError("--speculate given with a penalty, which cannot look at tokens not yet kept; leave out one")
+
+
+def penalised(settings: Mapping[str, Any]) -> bool:
+    """Whether settings hold a penalty that does something."""
+    return any(settings[name] != neutral for name, neutral in _PENALTIES.items())
 
 
 def _check_count(name: str, value: object, least: int, most: int | None) -> None:

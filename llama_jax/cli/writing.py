@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.errors import InputError
+
 if TYPE_CHECKING:
     from llama_jax.generation.text import Completion, Piece
 
@@ -47,12 +49,27 @@ def as_dict(completion: "Completion") -> dict[str, Any]:
     return {name: value for name, value in completion._asdict().items() if value is not None}
 
 
+def as_json(values: Mapping[str, Any]) -> str:
+    """An object on one line, as every reader of JSON takes it.
+
+    Raises:
+      InputError: for numbers that JSON does not have.
+    """
+    try:
+        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InputError(
+            "the model's log-probabilities are not finite, so its weights hold NaN or infinity; "
+            "fetch or convert the model again"
+        ) from None
+
+
 def write_json(pieces: Iterable["Piece"], samples: int = 1) -> None:
     """Writes one JSON object a row, each as it is complete; with its number among the samples of a prompt, if several."""
     for piece in pieces:
         if piece.completion is not None:
             number = {"sample": piece.row % samples} if samples > 1 else {}
-            print(json.dumps({**number, **as_dict(piece.completion)}, ensure_ascii=False), flush=True)
+            print(as_json({**number, **as_dict(piece.completion)}), flush=True)
 
 
 def write_text(pieces: Iterable["Piece"], echoed: Sequence[str]) -> None:

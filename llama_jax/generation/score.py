@@ -77,21 +77,23 @@ def _score(continuation: Sequence[int], logprobs: np.ndarray, greedy: np.ndarray
 def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of what follows it, as the text of both together is tokenised.
 
-    White space at the end of the prompt counts to the continuation, where the tokenizer would put it. A prompt without
-    tokens is the token that begins a text, or else the one that ends the text before.
+    Every character of the continuation is scored: a token across the border counts to it, and so does white space at the
+    end of the prompt where the tokenizer puts it there. Where that leaves no token of the prompt, the token that begins a
+    text stands for it, or else the one that ends the text before.
 
     Raises:
-      InputError: for a tokenizer that knows neither of these, with an empty prompt.
+      InputError: for a tokenizer that knows neither of these, where one of them is needed.
     """
-    bare = prompt.rstrip()
-    begin = encode_prompt(tokenizer, bare) if bare else []
+    alone = encode_prompt(tokenizer, prompt) if prompt else []
     whole = encode_prompt(tokenizer, prompt + continuation)
-    if not begin:
-        first = tokenizer.begin_id if tokenizer.begin_id is not None else tokenizer.end_id
-        if first is None:
-            raise InputError("an empty prompt given to a tokenizer without a token that begins or ends a text; a text expected")
-        return [first], [token for i, token in enumerate(whole) if i or token != first]
-    return whole[: len(begin)], whole[len(begin) :]
+    shared = next((i for i, (one, other) in enumerate(zip(alone, whole)) if one != other), min(len(alone), len(whole)))
+    if shared:
+        return whole[:shared], whole[shared:]
+    first = tokenizer.begin_id if tokenizer.begin_id is not None else tokenizer.end_id
+    if first is None:
+        raise InputError("a continuation from the first token on given, and a tokenizer without a token that begins or ends a "
+                         "text to stand before it; a longer prompt expected")  # fmt: skip
+    return [first], whole[1:] if whole[:1] == [first] else whole
 
 
 def score(

@@ -7,13 +7,19 @@ Source: sentencepiece_model.proto of the SentencePiece project (field numbers be
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # wire types
+
+# Fields that are read, by message, with what they hold.
+_MODEL_FIELDS: Mapping[int, type] = {1: bytes, 2: bytes, 3: bytes, 5: bytes}
+_PIECE_FIELDS: Mapping[int, type] = {1: bytes, 2: float, 3: int}
+_TRAINER_FIELDS: Mapping[int, type] = {3: int, 24: int, 35: int}
+_NORMALIZER_FIELDS: Mapping[int, type] = {2: bytes, 3: int, 4: int, 5: int}
 
 
 class Piece(NamedTuple):
@@ -90,8 +96,9 @@ def read_model(model: bytes) -> Model:
     Raises:
       InputError: for bytes that end inside a field or hold a kind of field that the format does not use.
     """
-    parts = list(_fields(model))
-    trainer, normalizer = (dict(_fields(b"".join(part for field, part in parts if field == n))) for n in (2, 3))
+    parts = list(_fields(model, _MODEL_FIELDS))
+    trainer = dict(_fields(b"".join(part for field, part in parts if field == 2), _TRAINER_FIELDS))
+    normalizer = dict(_fields(b"".join(part for field, part in parts if field == 3), _NORMALIZER_FIELDS))
     spaces = (not normalizer.get(4, True), normalizer.get(5, True), not trainer.get(24, False))
     return Model(
         pieces=tuple(_read_piece(part) for field, part in parts if field == 1),
@@ -109,7 +116,8 @@ def longest_replacement(model: bytes) -> int:
     Raises:
       InputError: as `read_model`.
     """
-    normalizers = (dict(_fields(part)) for field, part in _fields(model) if field in (3, 5))
+    parts = _fields(model, _MODEL_FIELDS)
+    normalizers = (dict(_fields(part, _NORMALIZER_FIELDS)) for field, part in parts if field in (3, 5))
     charsmaps = (normalizer.get(2, b"") for normalizer in normalizers)
     # Four bytes tell the size of an index, which comes next; then the replacements, each with a zero byte behind it.
     texts = (charsmap[4 + int.from_bytes(charsmap[:4], "little") :] for charsmap in charsmaps)
@@ -117,12 +125,19 @@ def longest_replacement(model: bytes) -> int:
 
 
 def _read_piece(content: bytes) -> Piece:
-    fields = dict(_fields(content))
-    return Piece(fields.get(1, b"").decode(), struct.unpack("<f", fields.get(2, bytes(4)))[0], fields.get(3, 1))
+    fields = dict(_fields(content, _PIECE_FIELDS))
+    return Piece(fields.get(1, b"").decode(), fields.get(2, 0.0), fields.get(3, 1))
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a message: an integer for a varint, bytes for the rest."""
+def _fields(content: bytes, known: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of the known fields of a message; others, or with another kind of value, are none of ours."""
+    for number, value in _all_fields(content):
+        if type(value) is known.get(number):
+            yield number, value
+
+
+def _all_fields(content: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of a message: an integer for a varint, a float for four bytes, bytes for the rest."""
     position = 0
     while position < len(content):
         key, position = _read_varint(content, position)
@@ -134,7 +149,8 @@ def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
             raise InputError(f"SentencePiece model: field {key >> 3} at byte {position} is damaged")
         if kind == _VARINT:
             value, position = _read_varint(content, position)
-        yield key >> 3, value if kind == _VARINT else content[position : position + size]
+        held = content[position : position + size]
+        yield key >> 3, value if kind == _VARINT else struct.unpack("<f", held)[0] if kind == _FLOAT else held
         position += size
 
 

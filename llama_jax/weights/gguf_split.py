@@ -40,6 +40,15 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     return _merged([file if part == file.path else GgufFile.open(part) for part in paths])
 
 
+def part_paths(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that belong together by their names: a part's neighbours and itself, or the file alone; nothing is opened."""
+    name = _NAME.fullmatch(path.name)
+    if name is None:
+        return [path]
+    paths = [path.with_name(f"{name[1]}-{part:05}-of-{name[3]}.gguf") for part in range(1, int(name[3]) + 1)]
+    return [part for part in paths if part.is_file()]
+
+
 def _all_parts(path: pathlib.Path, number: int, count: int) -> list[pathlib.Path]:
     """The files of a model, in order, by the name of one of them."""
     name = _NAME.fullmatch(path.name)

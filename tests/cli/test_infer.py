@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from processes import INFER, Terminal, infer
+from safetensors.numpy import load_file, save_file
 
 from llama_jax.cli.infer import main
 from llama_jax.cli.models import rope_scaling
@@ -352,3 +354,15 @@ def test_guessing_ahead_does_not_change_the_text(tiny_directory, capsys, draft):
     out, err = capsys.readouterr()
     assert out == expected
     assert "speculate" in err
+
+
+def test_weights_that_are_not_finite_make_no_json(tiny_directory, tmp_path, capsys):
+    """JSON has no NaN: the reason is said, and no line that its readers would choke on is written."""
+    broken = shutil.copytree(tiny_directory, tmp_path / "nan")
+    tensors = load_file(broken / "model.safetensors")
+    save_file({name: np.full_like(x, np.nan) if name == "model.norm.weight" else x for name, x in tensors.items()},
+              broken / "model.safetensors")  # fmt: skip
+    assert run("--model", broken, "--prompt", "a", "--max-new-tokens", 2, "--json", "--logprobs", 1) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "its weights hold NaN or infinity" in err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,3 +256,38 @@ def test_batches(done):
     assert all(request.number < 16 for batch in every[:8] for request in batch)
     first = [lengths[request.number] for batch in every[:4] for request in batch]
     assert first == sorted(first)
+
+
+def test_an_output_of_other_weights_is_not_continued(tiny_directory, tmp_path, capsys):
+    """Two models of one name, a template that was edited, guessing where there was none: each is another output."""
+    name = written(tmp_path / "in.jsonl", [{"prompt": "The cat"}, {"prompt": "dog"}])
+    models = [shutil.copytree(tiny_directory, tmp_path / place / "m") for place in "ab"]
+    weights = models[1] / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # a bit of one weight
+    weights.write_bytes(content)
+    template, output = tmp_path / "t.jinja", tmp_path / "out.jsonl"
+    template.write_text("{{ messages[0].content }}")
+    common = ["--input", name, "--output", output, "--max-new-tokens", 3, "--chat", "--chat-template", template]
+    assert run("--model", models[0], *common) == 0
+    output.write_bytes(output.read_bytes().splitlines(keepends=True)[0])  # interrupted after one answer
+    torn = output.read_bytes()
+    capsys.readouterr()
+    for changed in (["--model", models[1]], ["--model", models[0], "--speculate", 2]):
+        assert run(*changed, *common) == 2
+        assert "line 1: written for another input, another model or other settings" in capsys.readouterr().err
+    template.write_text("{{ messages[0].content }}!")
+    assert run("--model", models[0], *common) == 2
+    template.write_text("{{ messages[0].content }}")
+    assert output.read_bytes() == torn
+    assert run("--model", models[0], *common) == 0
+    assert len(objects(output.read_text())) == 2
+
+
+def test_penalties_of_a_request_and_guessing(tiny_directory, tmp_path, capsys):
+    """Refused before anything is written, by its line."""
+    name = written(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b", "repetition_penalty": 1.2}])
+    output = tmp_path / "out.jsonl"
+    assert run("--model", tiny_directory, "--input", name, "--output", output, "--speculate", 4) == 2
+    assert f"{name}, line 3: a penalty given with --speculate" in capsys.readouterr().err
+    assert not output.exists()

@@ -11,6 +11,7 @@ from llama_jax.generation.generate import Generator
 from llama_jax.generation.score import encode_pair, score, score_tokens
 from llama_jax.model.llama import logits
 from llama_jax.weights.forms import unstack
+from llama_jax.weights.load import load
 
 PARAMS = random_parameters(TINY)
 RNG = np.random.default_rng(4)
@@ -61,11 +62,22 @@ def test_the_last_token_may_lie_behind_the_context(generator):
 @pytest.mark.smollm2
 def test_pairs_are_split_where_the_tokenizer_splits(smollm2_model):
     tokenizer = smollm2_model.tokenizer
-    for prompt, continuation in [("The cat", " sat"), ("The cat ", "sat"), ("1+1=", "2"), ("", "Hello"), ("A\n\n", "B")]:
+    pairs = [("The cat", " sat"), ("The cat ", "sat"), ("1+1=", "2"), ("", "Hello"), ("A\n\n", "B"),
+             ("The ca", "t sat on the mat"), ("Hello wor", "ld, hello"), ("A house by the se", "a")]  # fmt: skip
+    for prompt, continuation in pairs:
         before, after = encode_pair(tokenizer, prompt, continuation)
         assert tokenizer.decode(before) + tokenizer.decode(after) == prompt + continuation
-        assert after
+        assert tokenizer.decode(after).endswith(continuation)
     assert encode_pair(tokenizer, "The cat ", "sat") == encode_pair(tokenizer, "The cat", " sat")
+
+
+def test_a_continuation_that_changes_the_first_token_is_scored_from_the_start(tiny_directory):
+    model = load(tiny_directory)
+    whole, prompt = model.tokenizer.encode("The"), model.tokenizer.encode("Th")
+    assert whole[0] != prompt[0]  # else this shows nothing
+    before, after = encode_pair(model.tokenizer, "Th", "e")
+    assert (len(before), after) == (1, whole)
+    assert score(model, ["Th"], ["e"])[0].token_ids == whole
 
 
 @pytest.mark.smollm2

@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from processes import Terminal
+from processes import Terminal, infer
 
 from llama_jax.cli import chat
 from llama_jax.cli.infer import make_parser
@@ -86,6 +86,17 @@ def test_words_alone_go_into_a_pipe(tiny, tiny_directory):
     window.type("\x04")
     assert window.close() == 0
     assert window.process.stdout.read().decode() == alone(tiny, [user("The cat")], max_new_tokens=6) + "\n"
+
+
+def test_a_program_holds_a_conversation(tiny, tiny_directory):
+    """Lines in, objects out: a turn knows those before it, until /reset."""
+    done = infer("--model", tiny_directory, "--chat", "--json", "--max-new-tokens", 6, stdin=b"The cat\nGo on\n/reset\nThe cat")
+    assert done.returncode == 0, done.stderr
+    first, second, again = map(json.loads, done.stdout.decode().splitlines())
+    answer = alone(tiny, [user("The cat")], max_new_tokens=6)
+    turns = [user("The cat"), {"role": "assistant", "content": answer}, user("Go on")]
+    assert first["text"] == again["text"] == answer
+    assert second["text"] == alone(tiny, turns, max_new_tokens=6)
 
 
 def test_commands_change_what_is_asked(tiny, terminal, capsys):
