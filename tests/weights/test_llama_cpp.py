@@ -20,7 +20,7 @@ NEW = 32
 def silent():
     callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    yield callback
+    return callback
 
 
 def written_by_llama_cpp(path: pathlib.Path, prompts: list[list[int]], new: int) -> list[list[int]]:
