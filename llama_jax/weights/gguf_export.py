@@ -15,6 +15,7 @@ from llama_jax.weights.gguf import NAMES, ROTATED, adjacent_layout
 from llama_jax.weights.gguf_config import DIVISORS, divisors_from_config, metadata_from_config
 from llama_jax.weights.gguf_encode import ENCODINGS, Q8_0_BLOCK, Encoding, strips
 from llama_jax.weights.gguf_write import NewTensor, write_gguf_file
+from llama_jax.weights.order import Place, layered_places
 from llama_jax.weights.source import Source, file_shapes, flat_shapes, oriented, shown
 
 _QUANTIZATION_VERSION = 2
@@ -106,16 +107,11 @@ def _divisors(config: LlamaConfig) -> Iterator[NewTensor]:
 
 
 def _tensors(source: Source, encoding: Encoding) -> Iterator[NewTensor]:
-    """All weights: those outside of the layers, then layer by layer."""
-    paths = list(flat_shapes(source.config))
-    layered = [path for path in paths if path.startswith("layers/")]
+    """All weights: those outside of the layers, then those of the layers."""
     shapes = file_shapes(source.config, NAMES)
-    for path in paths:
-        if path not in layered:
-            yield _tensor(source, path, None, shapes, encoding)
-    for layer in range(source.config.layers):
-        for path in layered:
-            yield _tensor(source, path, layer, shapes, encoding)
+    outside: list[Place] = [(path, None) for path in flat_shapes(source.config) if not path.startswith("layers/")]
+    for path, layer in [*outside, *layered_places(source)]:
+        yield _tensor(source, path, layer, shapes, encoding)
 
 
 def _tensor(

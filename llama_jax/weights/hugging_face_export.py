@@ -36,8 +36,10 @@ from llama_jax.weights.hugging_face_write import (
 from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.meta import MetaSource
 from llama_jax.weights.open import Opened
+from llama_jax.weights.order import Place, places
 from llama_jax.weights.parameter_source import ParameterSource, WatchedSource
-from llama_jax.weights.source import Source, file_shapes, flat_shapes, oriented, shown
+from llama_jax.weights.run import RunSource
+from llama_jax.weights.source import Source, file_shapes, oriented, shown
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Watcher = Callable[[int], None]
@@ -138,11 +140,11 @@ def _export(
 
 
 def _write_weights(directory: pathlib.Path, shards: dict[str, list[TensorSpec]], source: Source) -> None:
-    places = _places(source.config)
+    at = _places(source)
 
     def read(name: str) -> np.ndarray:
         """A tensor of the source as the files have it, `[out, in]`."""
-        return oriented(places[name][0], source.read(*places[name]))
+        return oriented(at[name][0], source.read(*at[name]))
 
     for file, specs in shards.items():
         write_safetensors(directory / file, specs, read)
@@ -164,13 +166,9 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _places(config: LlamaConfig) -> dict[str, tuple[str, int | None]]:
-    """Path and layer of each tensor by its name in the files, in the order of use."""
-    paths = list(flat_shapes(config))
-    layered = [path for path in paths if path.startswith("layers/")]
-    inner: list[tuple[str, int | None]] = [(path, layer) for layer in range(config.layers) for path in layered]
-    rest = [(path, None) for path in paths if path not in ("embedding", *layered)]
-    return {NAMES[path].format(layer): (path, layer) for path, layer in [("embedding", None), *inner, *rest]}
+def _places(source: Source) -> dict[str, Place]:
+    """Path and layer of each tensor by its name in the files, in their order."""
+    return {NAMES[path].format(layer): (path, layer) for path, layer in places(source)}
 
 
 def _specs(source: Source, dtype: Dtype) -> list[TensorSpec]:
@@ -179,7 +177,7 @@ def _specs(source: Source, dtype: Dtype) -> list[TensorSpec]:
         raise InputError(f"dtype {shown(dtype)} given; one of keep, {', '.join(_SAVED_AS)} expected")
     shapes = file_shapes(source.config, NAMES)
     specs = []
-    for name, (path, layer) in _places(source.config).items():
+    for name, (path, layer) in _places(source).items():
         kept = _stored_dtype(source, path, layer) if dtype == "keep" else _SAVED_AS[dtype]
         if kept not in _SAVED_AS.values():
             raise InputError(f"tensor {name} is {kept}; one of {', '.join(_SAVED_AS)} expected")
@@ -193,7 +191,7 @@ def _stored_dtype(source: Source, path: str, layer: int | None) -> np.dtype:
         return source.files[0].tensors[META_NAMES[path].format(layer)].storage.dtype
     if isinstance(source, GgufSource):
         return DTYPES.get(source.file.tensors[GGUF_NAMES[path].format(layer)].type, DTYPES["F32"])
-    return source.read(path, layer).dtype
+    return source.dtype(path) if isinstance(source, RunSource) else source.read(path, layer).dtype
 
 
 def _main_dtype(specs: list[TensorSpec]) -> str:

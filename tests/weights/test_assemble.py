@@ -150,12 +150,11 @@ def test_without_a_mesh_arrays_may_go_anywhere(write_gguf):
 CHILD = """
 import sys
 import jax
-from llama_jax.weights.assemble import assemble
-from llama_jax.weights.open import open_model
+from llama_jax.weights.load import load
 small, path, form = sys.argv[1:]
-assemble(open_model(small).source, form, "bfloat16")
+load(small, "bfloat16", form)
 print("ready", flush=True), sys.stdin.readline()
-tree = assemble(open_model(path).source, form, "bfloat16")
+tree = load(path, "bfloat16", form).params
 print(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), flush=True), sys.stdin.readline()
 """
 
