@@ -94,9 +94,7 @@ def _one_by_one(
     return {name: finish(name, _placed(_copied(source.read(path, layer), dtype), sharding)) for name, layer in names.items()}
 
 
-def _stacked(
-    source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None, finish: Finish
-) -> dict[str, PyTree]:
+def _stacked(source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None, finish: Finish) -> dict[str, PyTree]:
     """The one array of a path, filled in place layer by layer."""
     above = sharding and NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
     stacked = jnp.zeros(flat_shapes(source.config)[path], dtype, device=above)

@@ -62,7 +62,7 @@ def load(
         one layer (of all layers, for a run). The default device where `None`.
       rules: axis name -> mesh axes, for `mesh`.
       finish: called with the path and the array of each parameter as it comes, before the next is read; what it returns takes
-        its place. With `llama_jax.model.quantize.leaf_quantizer(8)`, a model of narrow weights never is in memory as a wide one.
+        its place. With `llama_jax.model.quantize.leaf_quantizer(8)` the wide model never is in memory.
 
     Raises:
       InputError: for a path that holds no model, naming whatever is wrong inside, and for a mesh that does not divide it.
