@@ -19,6 +19,7 @@ from llama_jax.weights.order import Place, layered_places
 from llama_jax.weights.source import Source, file_shapes, flat_shapes, oriented, shown
 
 _QUANTIZATION_VERSION = 2
+_NOTHING_MORE: Mapping[str, object] = {}
 _UNUSED, _UNUSED_SCORE = 5, -10000.0  # type and score of a token that no text becomes
 
 
@@ -29,6 +30,7 @@ def write_gguf(
     tokenizer_metadata: Mapping[str, object],
     template: str | None,
     name: str,
+    more: Mapping[str, object] = _NOTHING_MORE,
 ) -> None:
     """Writes a model as a GGUF file, tensor by tensor; the file appears at its place when it is whole.
 
@@ -43,6 +45,7 @@ def write_gguf(
         holds a model alone, which llama.cpp does not run.
       template: the chat template, `None` for a model without.
       name: of the model, for people.
+      more: metadata beside those of the model, such as `Report.made_from` gives.
 
     Raises:
       InputError: for another `dtype`, a path that cannot be a file, a rotary scaling that GGUF cannot tell, a tokenizer
@@ -61,6 +64,7 @@ def write_gguf(
         **metadata_from_config(config),
         **_tokenizer(tokenizer_metadata, config.vocab_size),
         **({} if template is None else {"tokenizer.chat_template": template}),
+        **more,
     }
     write_gguf_file(path, metadata, [*_divisors(config), *_tensors(source, encoding)])
 

@@ -38,6 +38,7 @@ from llama_jax.weights.meta import MetaSource
 from llama_jax.weights.open import Opened
 from llama_jax.weights.order import Place, places
 from llama_jax.weights.parameter_source import ParameterSource, WatchedSource
+from llama_jax.weights.report import report
 from llama_jax.weights.run import RunSource
 from llama_jax.weights.source import Source, file_shapes, oriented, shown
 
@@ -74,6 +75,8 @@ def export_hugging_face(
 ) -> Exported:
     """Writes a model that lies on disk in any format as a directory of Hugging Face's.
 
+    What `report` finds out about the model goes along, in the metadata of the files of weights.
+
     Args:
       opened: from `open_model`. Of a directory of Hugging Face's, the files of the tokenizer are copied as they are.
       directory: is to hold the model; nothing, or an empty directory.
@@ -85,7 +88,8 @@ def export_hugging_face(
       InputError: for a directory that is not empty, a disk without room, a value beyond the range of `dtype`, a model
         without a tokenizer that transformers could read, and whatever is wrong with the model itself.
     """
-    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher)
+    made_from = report(opened).made_from()
+    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher, made_from)
 
 
 def save_hugging_face(
@@ -114,7 +118,7 @@ def save_hugging_face(
       InputError: if the tree is not of this architecture, and as for `export_hugging_face`.
     """
     source = ParameterSource(config, params)
-    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None)
+    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None, {})
 
 
 def main_dtype(source: Source) -> str:
@@ -124,14 +128,14 @@ def main_dtype(source: Source) -> str:
 
 def _export(
     source: Source, beside: Beside, directory: str | os.PathLike[str], dtype: Dtype, max_shard_size: str | int,
-    watcher: Watcher | None,
+    watcher: Watcher | None, metadata: Mapping[str, str],
 ) -> Exported:  # fmt: skip
     target = pathlib.Path(directory)
     specs = _specs(source, dtype)
     shards = plan_shards(specs, parse_size(max_shard_size))
     nbytes = sum(spec.nbytes for spec in specs) + sum(map(len, beside.files.values()))
     with fresh_directory(target, nbytes) as partial:
-        _write_weights(partial, shards, source if watcher is None else WatchedSource(source, watcher))
+        _write_weights(partial, shards, source if watcher is None else WatchedSource(source, watcher), metadata)
         for name, content in _texts(target.absolute().name, source.config, _main_dtype(specs), beside).items():
             write_synced(partial / name, content)
     written = sorted(target.iterdir())
@@ -139,7 +143,9 @@ def _export(
     return Exported(target, tuple(path.name for path in written), nbytes, _main_dtype(specs))
 
 
-def _write_weights(directory: pathlib.Path, shards: dict[str, list[TensorSpec]], source: Source) -> None:
+def _write_weights(
+    directory: pathlib.Path, shards: dict[str, list[TensorSpec]], source: Source, metadata: Mapping[str, str]
+) -> None:
     at = _places(source)
 
     def read(name: str) -> np.ndarray:
@@ -147,7 +153,7 @@ def _write_weights(directory: pathlib.Path, shards: dict[str, list[TensorSpec]],
         return oriented(at[name][0], source.read(*at[name]))
 
     for file, specs in shards.items():
-        write_safetensors(directory / file, specs, read)
+        write_safetensors(directory / file, specs, read, metadata)
     if len(shards) > 1:
         write_synced(directory / INDEX, _json(index_of(shards)))
 
