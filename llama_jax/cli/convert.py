@@ -103,6 +103,7 @@ def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
     from llama_jax.weights.fresh_directory import require_room
     from llama_jax.weights.gguf_export import write_gguf
     from llama_jax.weights.hugging_face_export import main_dtype
+    from llama_jax.weights.open import verified
     from llama_jax.weights.parameter_source import WatchedSource
     from llama_jax.weights.report import report
 
@@ -118,7 +119,7 @@ def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
     with Progress(opened) as progress:
         source = WatchedSource(opened.source, progress.advance)
         name = opened.path.absolute().name.removesuffix(".gguf")
-        write_gguf(source, target, dtype, gguf_metadata(opened.tokenizer), template, name, report(opened).made_from())
+        write_gguf(source, target, dtype, gguf_metadata(opened.tokenizer), template, name, report(verified(opened)).made_from())
     return target.stat().st_size
 
 

@@ -35,7 +35,7 @@ from llama_jax.weights.hugging_face_write import (
 )
 from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.meta import MetaSource
-from llama_jax.weights.open import Opened
+from llama_jax.weights.open import Opened, verified
 from llama_jax.weights.order import Place, places
 from llama_jax.weights.parameter_source import ParameterSource, WatchedSource
 from llama_jax.weights.report import report
@@ -88,8 +88,7 @@ def export_hugging_face(
       InputError: for a directory that is not empty, a disk without room, a value beyond the range of `dtype`, a model
         without a tokenizer that transformers could read, and whatever is wrong with the model itself.
     """
-    made_from = report(opened).made_from()
-    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher, made_from)
+    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher, opened)
 
 
 def save_hugging_face(
@@ -118,7 +117,7 @@ def save_hugging_face(
       InputError: if the tree is not of this architecture, and as for `export_hugging_face`.
     """
     source = ParameterSource(config, params)
-    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None, {})
+    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None, None)
 
 
 def main_dtype(source: Source) -> str:
@@ -128,13 +127,17 @@ def main_dtype(source: Source) -> str:
 
 def _export(
     source: Source, beside: Beside, directory: str | os.PathLike[str], dtype: Dtype, max_shard_size: str | int,
-    watcher: Watcher | None, metadata: Mapping[str, str],
+    watcher: Watcher | None, opened: Opened | None,
 ) -> Exported:  # fmt: skip
     target = pathlib.Path(directory)
     specs = _specs(source, dtype)
     shards = plan_shards(specs, parse_size(max_shard_size))
     nbytes = sum(spec.nbytes for spec in specs) + sum(map(len, beside.files.values()))
     with fresh_directory(target, nbytes) as partial:
+        metadata: dict[str, str] = {}
+        if opened is not None:
+            whole = verified(opened)
+            metadata, beside = report(whole).made_from(), beside._replace(origin=whole.origin)
         _write_weights(partial, shards, source if watcher is None else WatchedSource(source, watcher), metadata)
         for name, content in _texts(target.absolute().name, source.config, _main_dtype(specs), beside).items():
             write_synced(partial / name, content)

@@ -17,7 +17,7 @@ from llama_jax.weights.checkpoint import restore_parameters
 from llama_jax.weights.forms import unrolled
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import Report, report
-from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSource
+from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSource, origin_of
 
 __all__ = ["RUN_CHECKPOINTS", "RUN_TOKENIZER", "Form", "Pretrained", "load"]
 
@@ -90,5 +90,4 @@ def _restored(
         return {name: jax.block_until_ready(finish(name, array)) for name, array in arrays}
 
     restored = restore_parameters(source.directory / RUN_CHECKPOINTS, dtype, mesh, rules, place)
-    warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
-    return restored.state, f"run {source.directory.absolute().name} at step {restored.step}{warnings}"
+    return restored.state, origin_of(source.directory, restored)

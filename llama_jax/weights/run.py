@@ -13,11 +13,18 @@ from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.source import blamed_on
 
 if TYPE_CHECKING:
+    from llama_jax.weights.checkpoint import Restored
     from llama_jax.weights.manifest import Manifest
 
 # A run directory as `train.py` lays it out.
 RUN_CHECKPOINTS = "checkpoints"
 RUN_TOKENIZER = "tokenizer.model"
+
+
+def origin_of(directory: pathlib.Path, restored: "Restored") -> str:
+    """One line that says which checkpoint of a run it is, with the damaged ones that were passed over for it."""
+    warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
+    return f"run {directory.absolute().name} at step {restored.step}{warnings}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,15 +66,15 @@ class RunSource:
             return cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
 
     @functools.cached_property
-    def step(self) -> int:
-        """The newest checkpoint whose parameters are whole; found at the first use, by reading and verifying all of them.
+    def verified(self) -> "Restored":
+        """The newest checkpoint whose parameters are whole, without these; found at the first use, by reading all of them.
 
         Raises:
           CorruptError: if all checkpoints are damaged.
         """
         from llama_jax.weights.checkpoint import restore_parameters
 
-        return restore_parameters(self.directory / RUN_CHECKPOINTS, place=lambda path, leaf: {}).step
+        return restore_parameters(self.directory / RUN_CHECKPOINTS, place=lambda path, leaf: {})
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One tensor, as it was trained; see `Source.read`.
@@ -79,7 +86,7 @@ class RunSource:
             from llama_jax.weights.checkpoint import restore_parameter
 
             self._held.clear()
-            self._held[name] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.step, name))
+            self._held[name] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, name))
         array = self._held[name]
         return array if layer is None else array[layer]
 

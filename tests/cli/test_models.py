@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from llama_jax.cli.models import _group, load_model
-from llama_jax.cli.options import add_model_options, add_run_options
+from llama_jax.cli.options import OptionParser, add_model_options, add_run_options
 from llama_jax.errors import InputError
 from llama_jax.model.quantize import parameter_bytes, quantize
 from llama_jax.weights.load import load
 
 
 def options_of(*arguments) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = OptionParser("infer", "")
     add_model_options(parser)
     add_run_options(parser)
     parser.add_argument("--chat", action="store_true")
@@ -29,7 +29,7 @@ def test_groups_divide_all_rows(widths, group):
 
 
 def test_rows_that_nothing_divides():
-    with pytest.raises(InputError, match="--quantize int4 given for matrices of 48, 75, 64 inputs, even .*; take int8"):
+    with pytest.raises(InputError, match=r"--quantize int4 given for matrices of 48, 75, 64 inputs, even .*; take int8"):
         _group(48, 75, 64)
 
 

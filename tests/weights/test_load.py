@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from hub import TEMPLATE, TINY_CONTEXT
 from support import TINY, random_parameters, random_tokens
 
@@ -182,6 +183,19 @@ def test_of_a_run_one_array_is_held_and_read_once(run, tmp_path, monkeypatch):
     assert len(opened.source._held) == 1
     params = load(tmp_path / "out", form="stacked").params
     assert jax.tree.all(jax.tree.map(np.array_equal, params, random_parameters(CONFIG, seed=9)))
+
+
+def test_an_export_says_which_checkpoint_it_is(run, tmp_path):
+    damage(run, 9)
+    opened = open_model(run)._replace(tokenizer=None)
+    export_hugging_face(opened, tmp_path / "out")
+    params = load(tmp_path / "out", form="stacked").params
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, random_parameters(CONFIG, seed=5)))
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
+        origin = json.loads(file.metadata()["llama_jax.made_from"])["origin"]
+    assert origin == load(run).origin
+    assert origin.startswith("run run at step 5 (")
+    assert "made from run run at step 5 (" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("origin", ["run", "hugging_face"])
