@@ -90,7 +90,8 @@ class Generator:
           InputError: for an empty prompt, one longer than the context, a token outside the vocabulary, and settings that
             are out of range or for another number of rows.
         """
-        rows = len(prompts) * whole("samples", samples, 1)
+        samples = whole("samples", samples, 1)
+        rows = len(prompts) * samples
         sampling = sampling if sampling is not None else make_sampling(rows)
         config = self.programs.model.config
         prompts = check_prompts(prompts, config)
