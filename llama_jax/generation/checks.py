@@ -2,7 +2,7 @@
 
 import difflib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llama_jax.config import LlamaConfig
@@ -70,6 +70,38 @@ def stop_table(stop_ids: Unchecked, rows: int) -> list[list[int]]:
     if not all(isinstance(ids, list | tuple | set) and all(map(_is_whole, ids)) for ids in given):
         raise InputError(f"stop_ids: {_shown(given)} given; token ids for all rows, or one list a row expected")
     return [sorted(set(map(operator.index, ids))) for ids in given]
+
+
+def stop_strings(value: Unchecked, rows: int) -> list[list[str]]:
+    """The stop strings of each row: a text or a list of texts for all rows, or one list a row.
+
+    Raises:
+      InputError: for anything else.
+    """
+    values = [] if value is None else [value] if isinstance(value, str) else plain(value)
+    if not isinstance(values, list | tuple | set):
+        raise InputError(f"stop: {_shown(value)} given; texts that end an answer expected")
+    if all(isinstance(item, str) for item in values):
+        return [list(values)] * rows
+    lists = [item for item in values if isinstance(item, list | tuple | set) and all(isinstance(one, str) for one in item)]
+    if not len(lists) == len(values) == rows:
+        raise InputError(f"stop: {_shown(value)} given; a list for all of the {rows} rows, or one list a row expected")
+    return [list(item) for item in lists]
+
+
+def check_texts(prompts: Unchecked) -> None:
+    """Refuses what is not prompts, texts or conversations, but one of them or a part.
+
+    Raises:
+      InputError: with what to give instead.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts: the text {_shown(prompts)} given; a list of texts expected, such as [text]")
+    for i, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, Mapping):
+            raise InputError(f"prompt {i} is one message; a list of conversations expected, each a list of messages")
+        if not isinstance(prompt, Sequence):
+            raise InputError(f"prompt {i} is a {type(prompt).__name__}; a text or a list of messages expected")
 
 
 def check_names(given: Iterable[str], known: Iterable[str]) -> None:

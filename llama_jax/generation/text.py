@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
-from llama_jax.generation.checks import Unchecked, check_names, plain, stop_table, whole
+from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole
 from llama_jax.generation.generate import Generator, Speculation
 from llama_jax.generation.sampling import make_sampling
 from llama_jax.generation.session import NewTokens, Prefix, Session, joined, stop_reason
@@ -146,30 +146,6 @@ class _Row:
         return Completion(self.prompt, self._text, ids, reason, len(self.ids), len(ids), logprobs, top)
 
 
-def _stops(value: Unchecked, rows: int) -> list[list[str]]:
-    """The stop strings of each row: a text or a list of texts for all rows, or one list a row."""
-    values = [] if value is None else [value] if isinstance(value, str) else plain(value)
-    if not isinstance(values, list | tuple | set):
-        raise InputError(f"stop: {value!r:.60} given; texts that end an answer expected")
-    if all(isinstance(item, str) for item in values):
-        return [list(values)] * rows
-    lists = [item for item in values if isinstance(item, list | tuple | set) and all(isinstance(one, str) for one in item)]
-    if not len(lists) == len(values) == rows:
-        raise InputError(f"stop: {value!r:.60} given; a list for all of the {rows} rows, or one list a row expected")
-    return [list(item) for item in lists]
-
-
-def _check_texts(prompts: Unchecked) -> None:
-    """Refuses what is not prompts but one of them, or a part."""
-    if isinstance(prompts, str):
-        raise InputError(f"prompts: the text {prompts!r:.60} given; a list of texts expected, such as [text]")
-    for i, prompt in enumerate(prompts, 1):
-        if isinstance(prompt, Mapping):
-            raise InputError(f"prompt {i} is one message; a list of conversations expected, each a list of messages")
-        if not isinstance(prompt, Sequence):
-            raise InputError(f"prompt {i} is a {type(prompt).__name__}; a text or a list of messages expected")
-
-
 class TextSession:
     """Prompts on their way to their answers, as text; `stream` is the short way to use one.
 
@@ -194,13 +170,13 @@ class TextSession:
         **settings: Any,
     ) -> None:
         check_names(settings, _SETTINGS)
-        _check_texts(prompts)
+        check_texts(prompts)
         samples, max_new_tokens = whole("samples", samples, 1), whole("max_new_tokens", max_new_tokens, 0)
         tokenizer = require_tokenizer(model)
         encoded = [encode_user(model, prompt, chat) for prompt in prompts]
         rows = len(prompts) * samples
         sampling = make_sampling(rows, **{name: settings.pop(name) for name in _SAMPLING if name in settings})
-        stops = _stops(stop, rows)
+        stops = stop_strings(stop, rows)
         ends = [[*model.stop_ids, *own] for own in stop_table(stop_ids, rows)]
         generator = generator or Generator(model.params, model.config, **settings)
         self._rows = [
@@ -258,7 +234,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: int = 4, **se
     """
     if chunk < 1:
         raise InputError(f"chunk: {chunk} given; 1 or more expected")
-    _check_texts(prompts)
+    check_texts(prompts)
     if prompts:
         yield from TextSession(model, prompts, **settings).stream(chunk)
 
