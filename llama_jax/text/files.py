@@ -27,7 +27,11 @@ def read_text(path: pathlib.Path, largest: int) -> str:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: a device or a pipe given, a regular file expected")
     with path.open("rb") as file:
-        size = max(os.fstat(file.fileno()).st_size, len(content := file.read(largest + 1)))
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, largest) + 1)
+        if len(content) > size:  # it grows, or is one of the system's, which say that they are empty
+            content += file.read(largest + 1 - len(content))
+            size = len(content)
     if size > largest:
         raise InputError(f"{path}: {size} bytes given, at most {largest} expected")
     try:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import check_texts
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.sampling import make_sampling
 from llama_jax.generation.text import Completion, encode_user, generate, stream
@@ -100,7 +101,7 @@ def test_prompts_that_are_one(tiny):
     with pytest.raises(InputError, match=r"prompts: the text 'abc' given; a list of texts expected, such as \[text\]"):
         generate(tiny, "abc")
     with pytest.raises(InputError, match="prompt 1 is one message; a list of conversations expected"):
-        generate(tiny, [{"role": "user", "content": "Hi"}], chat=True)
+        check_texts([{"role": "user", "content": "Hi"}])
 
 
 def test_no_stops_and_stops_in_arrays(tiny):
