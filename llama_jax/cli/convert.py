@@ -1,13 +1,17 @@
 """`convert`: a model on disk in another format. The result is one line on standard output, progress is on standard error."""
 
+import contextlib
 import pathlib
 import shlex
+import signal
 import sys
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from llama_jax.cli.options import OptionParser
+from llama_jax.cli.writing import note
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,15 +48,34 @@ def main(arguments: list[str], prog: str = "convert") -> int:
     options = make_parser(prog).parse(arguments)
     _check(options)
     from llama_jax.weights.open import open_model
+    from llama_jax.weights.report import report
 
     started = time.perf_counter()
     opened = open_model(options.source)
-    nbytes = (_to_gguf if options.format == "gguf" else _to_hugging_face)(opened, options)
+    for line in report(opened).brief():
+        note(line)
+    with _unwinding():
+        nbytes = (_to_gguf if options.format == "gguf" else _to_hugging_face)(opened, options)
     seconds = time.perf_counter() - started
     use = f"python -m llama_jax infer --model {shlex.quote(options.target)} --prompt TEXT"
     use = use if opened.tokenizer else "there was no tokenizer to go with it"
     print(f"{options.target}: {options.format}, {nbytes / 1e6:.1f} MB in {seconds:.1f} s; {use}")
     return 0
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """While the block runs, SIGTERM leaves nothing half written, as Ctrl-C does; the exit status is 143."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        """Ends the program by way of all that has to be undone."""
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check(options: "argparse.Namespace") -> None:
@@ -80,7 +103,9 @@ def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
     from llama_jax.weights.fresh_directory import require_room
     from llama_jax.weights.gguf_export import write_gguf
     from llama_jax.weights.hugging_face_export import main_dtype
+    from llama_jax.weights.open import verified
     from llama_jax.weights.parameter_source import WatchedSource
+    from llama_jax.weights.report import report
 
     target = pathlib.Path(options.target)
     if target.exists():
@@ -93,9 +118,8 @@ def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
     template = opened.template.source if opened.template else None
     with Progress(opened) as progress:
         source = WatchedSource(opened.source, progress.advance)
-        write_gguf(
-            source, target, dtype, gguf_metadata(opened.tokenizer), template, opened.path.absolute().name.removesuffix(".gguf")
-        )
+        name = opened.path.absolute().name.removesuffix(".gguf")
+        write_gguf(source, target, dtype, gguf_metadata(opened.tokenizer), template, name, report(verified(opened)).made_from())
     return target.stat().st_size
 
 

@@ -5,6 +5,7 @@ import pathlib
 
 from llama_jax.cli.compilation import keep_compiled_programs
 from llama_jax.cli.options import OptionParser, add_model_options, resolve_dtype
+from llama_jax.cli.writing import note
 from llama_jax.errors import InputError
 
 
@@ -41,7 +42,10 @@ def main(arguments: list[str], prog: str = "eval") -> int:
 
     keep_compiled_programs()
     dtype = resolve_dtype(options.dtype)
-    result = evaluate_text(load(options.model, dtype), text, options.length, dtype=dtype)
+    model = load(options.model, dtype)
+    for line in model.report.brief():
+        note(line)
+    result = evaluate_text(model, text, options.length, dtype=dtype)
     lines = [
         f"{name:15}{value:.6f}" if isinstance(value, float) else f"{name:15}{value}" for name, value in result._asdict().items()
     ]

@@ -18,10 +18,11 @@ from llama_jax.text.sandbox import LARGEST_SOURCE
 
 if TYPE_CHECKING:
     from llama_jax.generation.generate import Generator, Speculation
+    from llama_jax.weights.assemble import Finish
     from llama_jax.weights.load import Pretrained
 
 _SCALINGS = "linear:FACTOR, llama3:FACTOR:LOW:HIGH:ORIGINAL_CONTEXT or none"
-_BITS = {"int8": 8, "int4": 4}
+_LARGEST_GROUP = 32  # weights that share a multiplier in 4 bits
 
 
 def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
@@ -31,17 +32,24 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
       InputError: for options that say nothing sensible, before anything is loaded; for a model that cannot be loaded.
     """
     changes, source = _changes(options), template_source(options.chat_template)
+    import numpy as np
+
+    from llama_jax.accounting import parameter_count
     from llama_jax.generation.generate import Generator
+    from llama_jax.model.quantize import parameter_bytes
     from llama_jax.weights.load import load
 
     keep_compiled_programs()
     started = time.perf_counter()
     dtype = resolve_dtype(options.dtype)
-    model = load(options.model, dtype)
+    model = load(options.model, dtype, finish=_finish(options))
     brief, *odd = model.report.brief()
     for line in (f"{brief}; loaded in {time.perf_counter() - started:.1f} s, {dtype}", *odd):
         note(line)
-    model = _quantized(_changed(model, changes), options.quantize)
+    if options.quantize is not None:
+        wide = parameter_count(model.config) * np.dtype(dtype).itemsize
+        note(f"weights in {options.quantize}: {wide / 1e6:.1f} -> {parameter_bytes(model.params) / 1e6:.1f} MB")
+    model = _changed(model, changes)
     if options.chat_template is not None:
         model = model._replace(template=_template(options.chat_template, source, model))
     elif options.chat and model.template is None:
@@ -60,7 +68,9 @@ def _speculation(options: argparse.Namespace, dtype: str) -> "Speculation | None
     if options.draft is None:
         return Speculation(options.speculate)
     draft = load(options.draft, dtype)
-    note(f"{draft.origin} guesses {options.speculate} tokens ahead")
+    brief, *odd = draft.report.brief()
+    for line in (f"{brief}; guesses {options.speculate} tokens ahead", *odd):
+        note(line)
     return Speculation(options.speculate, Generator(draft.params, draft.config, dtype=dtype))
 
 
@@ -117,15 +127,28 @@ def _scaling_words(scaling: RopeScaling | None) -> str:
     return "unscaled" if scaling is None else f"{scaling.rope_type} {scaling.factor:g}"
 
 
-def _quantized(model: "Pretrained", kind: str | None) -> "Pretrained":
-    """The model in narrower weights; their size is said."""
-    if kind is None:
-        return model
-    from llama_jax.model.quantize import parameter_bytes, quantize
+def _finish(options: argparse.Namespace) -> "Finish":
+    """What becomes of each parameter as it is loaded: with `--quantize`, the wide model never is in memory."""
+    from llama_jax.model.quantize import leaf_quantizer
+    from llama_jax.weights.assemble import as_it_is
+    from llama_jax.weights.open import open_model
 
-    params = quantize(model.params, bits=_BITS[kind])
-    note(f"weights in {kind}: {parameter_bytes(model.params) / 1e6:.1f} -> {parameter_bytes(params) / 1e6:.1f} MB")
-    return model._replace(params=params)
+    if options.quantize is None:
+        return as_it_is
+    if options.quantize == "int8":
+        return leaf_quantizer(8)
+    config = open_model(options.model).source.config
+    return leaf_quantizer(4, _group(config.dim, config.heads * config.head_dim, config.ffn_dim))
+
+
+def _group(*widths: int) -> int:
+    """The largest group of weights, up to 32, into which rows of all these widths can be divided."""
+    groups = [group for group in range(2, _LARGEST_GROUP + 1, 2) if not any(width % group for width in widths)]
+    if not groups:
+        raise InputError(
+            f"--quantize int4 given for matrices of {', '.join(map(str, widths))} inputs, even numbers expected; take int8"
+        )
+    return groups[-1]
 
 
 def template_source(name: str | None) -> str | None:

@@ -60,7 +60,7 @@ def add_model_options(parser: OptionParser) -> None:
 def add_run_options(parser: OptionParser) -> None:
     """How a model is run, where it differs from what its files say."""
     group = parser.add_argument_group("the model, run otherwise than its files say")
-    group.add_argument("--quantize", choices=("int8", "int4"), help="narrow the weights after loading")
+    group.add_argument("--quantize", choices=("int8", "int4"), help="narrow the weights as they are loaded")
     group.add_argument(
         "--cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "int8"), default="auto",
         help="of keys and values; auto: that of the activations",

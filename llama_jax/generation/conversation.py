@@ -1,5 +1,8 @@
 """A conversation with a chat model: turn after turn, each of them running only the tokens that are new."""
 
+import inspect
+import weakref
+from collections import abc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,21 +46,25 @@ class Conversation:
         self.generator = generator or Generator(model.params, model.config, **options)
         self._model = model
         self._prefix: Prefix | None = None
+        self._open: weakref.ref[abc.Generator[Piece, None, None]] | None = None  # weak: an answer dropped is an answer closed
 
     def system(self, text: str) -> None:
         """Puts a system message in front, in place of the one that is there; none for an empty text."""
+        self._require_closed()
         led = bool(self.messages) and self.messages[0]["role"] == "system"
         self.messages[: int(led)] = [{"role": "system", "content": text}] if text else []
 
     def reset(self) -> None:
         """Forgets all messages but the system's."""
+        self._require_closed()
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     def ask(self, text: str, *, chunk: int = 4, **settings: Any) -> Iterator[Piece]:
         """The answer to what the user says next, as it comes.
 
         Question and answer join the messages when the answer has ended. An iterator that is closed before ends the answer:
-        what came so far is what the assistant said; where nothing came, the messages stay as they were.
+        what came so far is what the assistant said; where nothing came, the messages stay as they were. So does one that nobody
+        holds any more. One answer is given at a time.
 
         Args:
           text: the user's words.
@@ -65,9 +72,10 @@ class Conversation:
           **settings: those of `llama_jax.generation.text.stream`, except `chat`, `samples`, `prefix` and `generator`.
 
         Raises:
-          InputError: for settings out of range, messages that the template refuses, and a conversation that leaves no room
-            for an answer in the model's context. The messages stay as they were.
+          InputError: for settings out of range, messages that the template refuses, a conversation that leaves no room for an
+            answer in the model's context, and while another answer is being given. The messages stay as they were.
         """
+        self._require_closed()
         if chunk < 1:
             raise InputError(f"chunk: {chunk} given; 1 or more expected")
         if settings.get("samples", 1) != 1:
@@ -78,7 +86,15 @@ class Conversation:
         answer = TextSession(self._model, [asked], prefix=self._prefix, generator=self.generator, **settings)
         # The answer has a copy of its own: two caches would be one too many.
         self._prefix, self.reused = None, reused
-        return self._answer(asked, answer, chunk)
+        pieces = self._answer(asked, answer, chunk)
+        self._open = weakref.ref(pieces)
+        return pieces
+
+    def _require_closed(self) -> None:
+        """Refuses to change the messages under an answer that is to join them."""
+        pieces = None if self._open is None else self._open()
+        if pieces is not None and inspect.getgeneratorstate(pieces) != inspect.GEN_CLOSED:
+            raise InputError("an answer is still being given; read it to its end, or close() it, before going on")
 
     def _encoded(self, asked: Messages) -> list[int]:
         """The ids of the conversation, with room for an answer behind them."""
@@ -90,7 +106,7 @@ class Conversation:
             )
         return ids
 
-    def _answer(self, asked: Messages, answer: TextSession, chunk: int) -> Iterator[Piece]:
+    def _answer(self, asked: Messages, answer: TextSession, chunk: int) -> abc.Generator[Piece, None, None]:
         """The pieces of an answer; however it ends, its words are kept."""
         said, ended = "", False
         session: Session | None = None

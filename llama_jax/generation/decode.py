@@ -1,5 +1,6 @@
 """Autoregressive decoding as pure functions: prefill, one step, and a loop with early exit. No host work inside."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jax import lax
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import Unchecked, whole
 from llama_jax.generation.sampling import History, Sampling, adjust, begin_history, remember, sample
 from llama_jax.model.cache import Cache, init_cache, take_rows
 from llama_jax.model.llama import Llama, apply
@@ -180,8 +182,8 @@ def generate_tokens(
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     sampling: Sampling,
-    stop_ids: Int[Array, "*R M"],
-    max_new_tokens: int,
+    stop_ids: Int[Array, "*R M"] | Sequence[int],
+    max_new_tokens: Unchecked,
     samples: int = 1,
 ) -> Rollout:
     """The whole of it as one function to be jitted into a larger program: prompts in, tokens and log-probabilities out.
@@ -194,15 +196,22 @@ def generate_tokens(
       sampling: settings of each of the `R = B * samples` rows of the output.
       stop_ids: tokens that end a row (the stop token itself is part of the output), for all rows or for each; may be
         empty, and filled up with `NOTHING`.
-      max_new_tokens: at most so many tokens a row; static. `T + max_new_tokens` slots are reserved.
+      max_new_tokens: at most so many tokens a row; static. `T + max_new_tokens` slots are reserved, as many as the model's
+        context at most.
       samples: answers to each prompt, static; they share its prefill and lie next to each other in the output.
 
     Raises:
-      InputError: for a negative `max_new_tokens`.
+      InputError: while it is traced, for a `max_new_tokens` that is no whole number from 0 on, or that with `T` goes beyond
+        the context.
     """
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens: {max_new_tokens} given; 0 or more expected")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     rows, length = prompts.shape
+    context = model.config.context_length
+    if length + max_new_tokens > context:
+        raise InputError(
+            f"prompts of {length} tokens with max_new_tokens {max_new_tokens} given; "
+            f"{context} (the model's context) or fewer together expected"
+        )
     total = rows * samples
     if max_new_tokens == 0:
         return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
@@ -214,6 +223,7 @@ def generate_tokens(
         origin = jnp.repeat(jnp.arange(rows), samples)
         logits, cache = logits[origin], take_rows(cache, origin)
         history = jax.tree.map(lambda x: x[origin], history)
+    stop_ids = jnp.asarray(stop_ids, jnp.int32)
     stops = jnp.broadcast_to(stop_ids, (total, stop_ids.shape[-1]))
     budget = jnp.full((total,), max_new_tokens, jnp.int32)
     progress, first = begin(logits, cache, sampling, stops, budget, history, logprobs=0)

@@ -1,20 +1,19 @@
 """Generation driven from the host: prompts in lists, compiled programs by bucket, tokens streamed in chunks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole
 from llama_jax.generation.programs import ROOM, programs_of
 from llama_jax.generation.sampling import Sampling, make_sampling
 from llama_jax.generation.session import NewTokens, Prefix, Request, Runner, Session, Tokens, prefilled
 from llama_jax.model.llama import model_for
 
-StopIds = Sequence[int] | Sequence[Sequence[int]]
 _MOST_LOGPROBS = 100
 _MOST_GUESSES = 32
 
@@ -65,20 +64,20 @@ class Generator:
 
     def start(
         self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        prompts: Unchecked,
+        max_new_tokens: Unchecked,
         sampling: Sampling | None = None,
-        stop_ids: StopIds = (),
+        stop_ids: Unchecked = (),
         *,
-        samples: int = 1,
-        logprobs: int | None = None,
+        samples: Unchecked = 1,
+        logprobs: Unchecked = None,
         prefix: Prefix | None = None,
         speculation: Speculation | None = None,
     ) -> "Session":
         """Prefills prompts and draws their first tokens.
 
         Args:
-          prompts: token ids of each prompt, one at least; lengths may differ.
+          prompts: token ids of each prompt, one at least; lengths may differ. Lists, or an array of a row a prompt.
           max_new_tokens: at most so many new tokens a row, and no more than the model's context leaves.
           sampling: settings of each row (`samples` rows a prompt, next to each other); greedy by default.
           stop_ids: tokens that end a row; for all rows or for each.
@@ -91,74 +90,58 @@ class Generator:
           InputError: for an empty prompt, one longer than the context, a token outside the vocabulary, and settings that
             are out of range or for another number of rows.
         """
+        samples = whole("samples", samples, 1)
         rows = len(prompts) * samples
         sampling = sampling if sampling is not None else make_sampling(rows)
         config = self.programs.model.config
-        check_prompts(prompts, config)
-        _check_settings(rows, max_new_tokens, sampling, samples, logprobs)
+        prompts = check_prompts(prompts, config)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
+        _check_settings(rows, sampling, logprobs, config)
+        self._check_prefix(prefix)
         speculation = self.speculation if speculation is None else speculation
         if speculation is not None:
             _check_speculation(speculation, sampling, config)
-        stops = _stop_table(stop_ids, rows)
+        stops = stop_table(stop_ids, rows)
         guesses, draft = (0, None) if speculation is None else speculation
         other = None if draft is None else draft.runner
         request = Request(prompts, max_new_tokens, sampling, stops, samples, logprobs, prefix, guesses, other)
         return Session(self.runner, request)
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *args: Any, chunk: int = 8, **settings: Any
+        self, prompts: Unchecked, max_new_tokens: Unchecked, *args: Any, chunk: int = 8, **settings: Any
     ) -> Iterator[list[NewTokens]]:
         """Yields the new tokens of every row as they come, up to `chunk` (at most 32) a row at a time; see `start`."""
         if chunk < 1:
             raise InputError(f"chunk: {chunk} given; 1 or more expected")
-        if prompts:
+        if len(prompts):
             yield from self.start(prompts, max_new_tokens, *args, **settings).stream(chunk)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *args: Any, **settings: Any) -> list[Tokens]:
+    def generate(self, prompts: Unchecked, max_new_tokens: Unchecked, *args: Any, **settings: Any) -> list[Tokens]:
         """All new tokens of every row and why it ended; see `start`."""
-        if not prompts:
+        if len(prompts) == 0:
             return []
         session = self.start(prompts, max_new_tokens, *args, **settings)
         for _ in session.stream(ROOM):
             pass
         return [session.tokens(row) for row in range(session.rows)]
 
-    def prefix(self, token_ids: Sequence[int]) -> Prefix:
+    def _check_prefix(self, prefix: Prefix | None) -> None:
+        """Refuses keys and values of another model: nothing would go wrong but the text."""
+        if prefix is not None and (prefix.runner.programs is not self.programs or prefix.runner.params is not self.params):
+            raise InputError(
+                "prefix: one of another model, other parameters or other options given; "
+                "one from this generator's prefix() or from its sessions expected"
+            )
+
+    def prefix(self, token_ids: Unchecked) -> Prefix:
         """Runs tokens that several prompts will begin with.
 
         Raises:
           InputError: for tokens that the model cannot take.
         """
-        check_prompts([token_ids], self.programs.model.config)
-        _, cache = prefilled(self.runner, [token_ids], self.programs.row_multiple, 0, None)
-        return Prefix(list(token_ids), cache)
-
-
-def _stop_table(stop_ids: StopIds, rows: int) -> list[list[int]]:
-    """The stop tokens of each row."""
-    if all(isinstance(item, (int, np.integer)) for item in stop_ids):
-        return [sorted({int(token) for token in stop_ids})] * rows  # type: ignore[arg-type]
-    if len(stop_ids) != rows:
-        raise InputError(f"stop_ids: {len(stop_ids)} lists given for {rows} rows; ids for all or one list a row expected")
-    return [sorted({int(token) for token in tokens}) for tokens in stop_ids]  # type: ignore[union-attr]
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:
-    """Refuses what the model cannot take.
-
-    Raises:
-      InputError: for an empty prompt, one longer than the context, and a token outside the vocabulary; and for no prompts.
-    """
-    if not prompts:
-        raise InputError("no prompts given; one at least expected")
-    for i, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= config.context_length:
-            raise InputError(
-                f"prompt {i + 1} has {len(prompt)} tokens; 1 to {config.context_length} (the model's context) expected"
-            )
-        outside = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if outside:
-            raise InputError(f"prompt {i + 1} holds token {outside[0]}; the vocabulary goes from 0 to {config.vocab_size - 1}")
+        (ids,) = check_prompts([token_ids], self.programs.model.config)
+        _, cache = prefilled(self.runner, [ids], self.programs.row_multiple, 0, None)
+        return Prefix(ids, cache, self.runner)
 
 
 def _check_speculation(speculation: Speculation, sampling: Sampling, config: LlamaConfig) -> None:
@@ -171,13 +154,10 @@ def _check_speculation(speculation: Speculation, sampling: Sampling, config: Lla
         raise InputError(f"the draft model has {other} tokens and the model {config.vocab_size}; the same vocabulary expected")
 
 
-def _check_settings(rows: int, max_new_tokens: int, sampling: Sampling, samples: int, logprobs: int | None) -> None:
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens: {max_new_tokens} given; 0 or more expected")
-    if samples < 1:
-        raise InputError(f"samples: {samples} given; 1 or more expected")
-    if logprobs is not None and not 0 <= logprobs <= _MOST_LOGPROBS:
-        raise InputError(f"logprobs: {logprobs} given; 0 to {_MOST_LOGPROBS} expected, or none")
+def _check_settings(rows: int, sampling: Sampling, logprobs: Unchecked, config: LlamaConfig) -> None:
+    most = min(_MOST_LOGPROBS, config.vocab_size)
+    if logprobs is not None and whole("logprobs", logprobs, 0) > most:
+        raise InputError(f"logprobs: {logprobs} given; 0 to {most} expected, or none")
     settings = sampling.temperature.shape[0]
     if settings != rows:
         raise InputError(f"sampling for {settings} rows given with {rows} rows to draw; make_sampling({rows}, ...) expected")

@@ -95,10 +95,12 @@ class Prefix(NamedTuple):
     Attributes:
       token_ids: what the cache holds.
       cache: of one row.
+      runner: what it was made with; with other parameters or another kind of cache it means nothing.
     """
 
     token_ids: list[int]
     cache: Cache
+    runner: Runner
 
     def shared(self, prompt: Sequence[int]) -> int:
         """How many leading tokens of a prompt it saves; the last token is always run, for its logits."""
@@ -229,7 +231,7 @@ class Session:
         # A row that has ended may have written behind its end: into its last slot, if it was full.
         held = min(int(cache.lengths[row]), len(known), cache.slots - 1)
         rows = jnp.full((self._runner.programs.row_multiple,), row, jnp.int32)
-        return Prefix(known[:held], self._runner.programs.take_rows(cache, rows, cache.slots))
+        return Prefix(known[:held], self._runner.programs.take_rows(cache, rows, cache.slots), self._runner)
 
 
 def prefilled(

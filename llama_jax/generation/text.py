@@ -1,12 +1,15 @@
 """Text in, text out: prompts through the tokenizer or the chat template, answers streamed back."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole
 from llama_jax.generation.generate import Generator, Speculation
 from llama_jax.generation.sampling import make_sampling
 from llama_jax.generation.session import NewTokens, Prefix, Session, joined, stop_reason
+from llama_jax.model.options import ModelOptions
 from llama_jax.text.chat import encode_chat
 from llama_jax.text.stop_strings import StopStrings
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, encode_prompt
@@ -19,6 +22,12 @@ Prompt = str | Messages
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
     "seed",
+)  # fmt: skip
+# All that is taken by name on the way from `generate` to the generator: a misspelt name is near one of them.
+_SETTINGS = (
+    *_SAMPLING, "mesh", *(field.name for field in dataclasses.fields(ModelOptions) if field.name != "scan"),
+    "max_new_tokens", "chat", "stop", "stop_ids", "samples", "logprobs", "prefix", "speculation", "generator", "chunk",
+    "callback",
 )  # fmt: skip
 
 
@@ -137,16 +146,6 @@ class _Row:
         return Completion(self.prompt, self._text, ids, reason, len(self.ids), len(ids), logprobs, top)
 
 
-def _per_row(name: str, value: Any, rows: int, is_one: Callable[[Any], bool]) -> list[list]:
-    """A list for all rows, or one list a row."""
-    values = list(value)
-    if all(is_one(item) for item in values):
-        return [values] * rows
-    if len(values) != rows or any(is_one(item) or not all(map(is_one, item)) for item in values):
-        raise InputError(f"{name}: {value!r:.60} given; a list for all of the {rows} rows, or one list a row expected")
-    return [list(item) for item in values]
-
-
 class TextSession:
     """Prompts on their way to their answers, as text; `stream` is the short way to use one.
 
@@ -159,25 +158,26 @@ class TextSession:
         model: Pretrained,
         prompts: Sequence[Prompt],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: Unchecked = 128,
         chat: bool = False,
-        stop: Sequence[str] | Sequence[Sequence[str]] = (),
-        stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
-        samples: int = 1,
-        logprobs: int | None = None,
+        stop: Unchecked = (),
+        stop_ids: Unchecked = (),
+        samples: Unchecked = 1,
+        logprobs: Unchecked = None,
         prefix: Prefix | None = None,
         speculation: Speculation | None = None,
         generator: Generator | None = None,
         **settings: Any,
     ) -> None:
-        if samples < 1:
-            raise InputError(f"samples: {samples} given; 1 or more expected")
+        check_names(settings, _SETTINGS)
+        check_texts(prompts)
+        samples, max_new_tokens = whole("samples", samples, 1), whole("max_new_tokens", max_new_tokens, 0)
         tokenizer = require_tokenizer(model)
         encoded = [encode_user(model, prompt, chat) for prompt in prompts]
         rows = len(prompts) * samples
         sampling = make_sampling(rows, **{name: settings.pop(name) for name in _SAMPLING if name in settings})
-        stops = _per_row("stop", [stop] if isinstance(stop, str) else stop, rows, lambda item: isinstance(item, str))
-        ends = [[*model.stop_ids, *own] for own in _per_row("stop_ids", stop_ids, rows, lambda item: isinstance(item, int))]
+        stops = stop_strings(stop, rows)
+        ends = [[*model.stop_ids, *own] for own in stop_table(stop_ids, rows)]
         generator = generator or Generator(model.params, model.config, **settings)
         self._rows = [
             _Row(tokenizer, prompts[row // samples], encoded[row // samples], stops[row], ends[row]) for row in range(rows)
@@ -234,6 +234,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: int = 4, **se
     """
     if chunk < 1:
         raise InputError(f"chunk: {chunk} given; 1 or more expected")
+    check_texts(prompts)
     if prompts:
         yield from TextSession(model, prompts, **settings).stream(chunk)
 

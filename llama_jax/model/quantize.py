@@ -9,6 +9,7 @@ inside a product of one row instead of widening them in memory.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -110,9 +111,8 @@ def _four_bits_each(matrix: Float[Array, "*L O I"], group: int) -> Quantized:
     return one(matrix) if matrix.ndim == 2 else lax.map(one, matrix)
 
 
-def _quantize_leaf(path: tuple, leaf: Array, bits: int, group: int) -> Weight:
-    """What takes the place of one array of the tree."""
-    name = str(path[-1].key)
+def _quantize_leaf(name: str, leaf: Array, bits: int, group: int) -> Weight:
+    """What takes the place of one array of the tree, by the last part of its path."""
     if name == "scale":
         return leaf
     channels = leaf if name == "embedding" else leaf.swapaxes(-1, -2)
@@ -139,13 +139,23 @@ def quantize(params: Parameters, bits: int = 8, group: int = 32) -> Parameters:
     Raises:
       InputError: for another number of bits, a group that does not fit, and a tree that is quantised already.
     """
+    finish = leaf_quantizer(bits, group)
+    if any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))):
+        raise InputError("the parameters are quantised already; quantize the ones they were made from")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: finish(str(path[-1].key), leaf), params)
+
+
+def leaf_quantizer(bits: int = 8, group: int = 32) -> Callable[[str, Array], Weight]:
+    """`quantize` for one array at a time, from its path and the array: `finish` of `llama_jax.load`.
+
+    Raises:
+      InputError: as `quantize`, for the arguments here and for an array there.
+    """
     if bits not in (4, 8):
         raise InputError(f"bits: {bits} given; 8 or 4 expected")
     if group < 2 or group % 2:
         raise InputError(f"group: {group} given; an even number of weights expected")
-    if any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))):
-        raise InputError("the parameters are quantised already; quantize the ones they were made from")
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _quantize_leaf(path, leaf, bits, group), params)
+    return lambda path, leaf: _quantize_leaf(path.rpartition("/")[2], leaf, bits, group)
 
 
 def parameter_bytes(params: PyTree) -> int:

@@ -1,6 +1,8 @@
 """The small JSON files that lie beside a model's tokenizer."""
 
+import io
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,13 +22,20 @@ def read_text(path: pathlib.Path, largest: int) -> str:
     """A UTF-8 file of at most `largest` bytes.
 
     Raises:
-      InputError: for larger files and other encodings.
+      InputError: for larger files, other encodings, and what is no file (a device may have no end).
     """
-    size = path.stat().st_size
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: a device or a pipe given, a regular file expected")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, largest) + 1)
+        if len(content) > size:  # it grows, or is one of the system's, which say that they are empty
+            content += file.read(largest + 1 - len(content))
+            size = len(content)
     if size > largest:
         raise InputError(f"{path}: {size} bytes given, at most {largest} expected")
     try:
-        return path.read_text(encoding="utf-8")
+        return io.StringIO(content.decode(), newline=None).read()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; the file is damaged or of another kind") from None
 

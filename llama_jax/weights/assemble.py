@@ -1,5 +1,6 @@
 """From a source of single tensors to the one parameter tree, stacked or unrolled, whole or in shards over a mesh."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -10,17 +11,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 from jax.typing import DTypeLike
 
-from llama_jax.axes import Array, Parameters
+from llama_jax.axes import Array, Parameters, PyTree
 from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible, parameter_spec
 from llama_jax.weights.source import Source, flat_shapes
 
 Form = Literal["stacked", "unrolled"]
 
+# What becomes of an array of the tree when it is there: from its path in the tree and the array to what takes its place.
+Finish = Callable[[str, jax.Array], PyTree]
+
 _STRIP = 64  # columns copied at a time: a transposed copy in strips stays in the cache and is 3 to 7 times as fast
 _ALIGNMENT = 64  # bytes; what XLA's CPU client asks of an array that it is to use without a copy
 
 
-def assemble(source: Source, form: Form, dtype: DTypeLike, mesh: Mesh | None = None, rules: Rules = TRAINING) -> Parameters:
+def as_it_is(path: str, array: jax.Array) -> jax.Array:
+    """Leaves an array of the tree as it is."""
+    return array
+
+
+def assemble(
+    source: Source, form: Form, dtype: DTypeLike, mesh: Mesh | None = None, rules: Rules = TRAINING, finish: Finish = as_it_is
+) -> Parameters:
     """Reads every tensor of a source into a parameter tree.
 
     On the host, one tensor of one layer exists at a time; on the devices, beside the tree, the same one at most.
@@ -31,6 +42,7 @@ def assemble(source: Source, form: Form, dtype: DTypeLike, mesh: Mesh | None = N
       dtype: type of the result's arrays.
       mesh: the devices over which each tensor is laid out, shard by shard; JAX's default device where `None`.
       rules: axis name -> mesh axes, for `mesh`.
+      finish: called with each array of the tree as it comes, before the next is read; what it returns takes its place.
 
     Returns:
       The tree, nested dicts.
@@ -39,10 +51,10 @@ def assemble(source: Source, form: Form, dtype: DTypeLike, mesh: Mesh | None = N
       InputError: for a mesh whose axes do not divide the model.
     """
     shardings = _shardings(source, mesh, rules)
-    flat: dict[str, jax.Array] = {}
+    flat: dict[str, PyTree] = {}
     for path in flat_shapes(source.config):
         read = _stacked if form == "stacked" and _layered(path) else _one_by_one
-        flat |= read(source, path, np.dtype(dtype), shardings.get(path))
+        flat |= read(source, path, np.dtype(dtype), shardings.get(path), lambda *leaf: jax.block_until_ready(finish(*leaf)))
     return unflatten_dict(flat, sep="/")
 
 
@@ -72,15 +84,17 @@ def parameter_sharding(path: str, ndim: int, mesh: Mesh, rules: Rules) -> NamedS
     return NamedSharding(mesh, parameter_spec(keys, ndim, rules))
 
 
-def _one_by_one(source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None) -> dict[str, jax.Array]:
+def _one_by_one(
+    source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None, finish: Finish
+) -> dict[str, PyTree]:
     """The arrays of a path by name: one, or one a layer."""
     if not _layered(path):
-        return {path: _placed(_copied(source.read(path, None), dtype), sharding)}
+        return {path: finish(path, _placed(_copied(source.read(path, None), dtype), sharding))}
     names = {path.replace("layers", f"layers_{layer}", 1): layer for layer in range(source.config.layers)}
-    return {name: _placed(_copied(source.read(path, layer), dtype), sharding) for name, layer in names.items()}
+    return {name: finish(name, _placed(_copied(source.read(path, layer), dtype), sharding)) for name, layer in names.items()}
 
 
-def _stacked(source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None) -> dict[str, jax.Array]:
+def _stacked(source: Source, path: str, dtype: np.dtype, sharding: NamedSharding | None, finish: Finish) -> dict[str, PyTree]:
     """The one array of a path, filled in place layer by layer."""
     above = sharding and NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
     stacked = jnp.zeros(flat_shapes(source.config)[path], dtype, device=above)
@@ -88,7 +102,7 @@ def _stacked(source: Source, path: str, dtype: np.dtype, sharding: NamedSharding
     for layer in range(source.config.layers):
         tensor = _placed(_copied(source.read(path, layer), dtype), sharding)
         stacked = jax.block_until_ready(fill(stacked, tensor, np.int32(layer), 0))
-    return {path: stacked}
+    return {path: finish(path, stacked)}
 
 
 def _placed(tensor: np.ndarray, sharding: NamedSharding | None) -> Array:

@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -22,15 +22,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from llama_jax.axes import PyTree
+from llama_jax.axes import Array, PyTree
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.parallel.sharding import TRAINING, Rules
 from llama_jax.weights.assemble import parameter_sharding
 from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, nest, read_manifest, seal
 
 _PARAMETERS = "params"  # the subtree of a state that inference needs
+
+# What becomes of a parameter that has been read: from its path and the array to what takes its place in the tree, by path.
+Place = Callable[[str, Array], Mapping[str, PyTree]]
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
@@ -222,28 +226,61 @@ class Checkpoints:
         return SaveError(f"checkpoint {self._directory / str(step)} was not written: {_reason(error)}")
 
 
+def _as_it_is(path: str, leaf: Array) -> dict[str, Array]:
+    return {path: leaf}
+
+
 def restore_parameters(
-    directory: Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None, rules: Rules = TRAINING
-) -> Restored:
+    directory: Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None, rules: Rules = TRAINING,
+    place: Place = _as_it_is,
+) -> Restored:  # fmt: skip
     """The verified parameters of the newest whole checkpoint; the optimizer's state is not read.
 
-    Nothing in the directory is changed, so a run may be writing to it.
+    Nothing in the directory is changed, so a run may be writing to it. One array after the other is read, verified, cast and
+    placed: beside the result, no more than one of them is in memory. Damage that shows late begins anew with an older one.
 
     Args:
       directory: as for `Checkpoints.open`.
       dtype: to cast the parameters to; as they were saved when `None`.
       mesh: the devices to lay them out over, each shard read where it lives; the default device when `None`.
       rules: axis name -> mesh axes, for `mesh`.
+      place: called with the path (such as `layers/attention/wq`) and the array of each; by default it takes its place as it is.
 
     Raises:
       InputError: if there is no checkpoint, or none of a state with `params`.
       CorruptError: if all are damaged.
     """
     directory = directory.absolute()
-    newest = _newest(directory, lambda step: _read_parameters(directory, step, mesh, rules))
+
+    def read(step: int) -> PyTree:
+        """All parameters of one checkpoint."""
+        flat: dict[str, PyTree] = {}
+        for path in _parameter_paths(directory, step):
+            flat |= jax.block_until_ready(place(path, restore_parameter(directory, step, path, dtype, mesh, rules)))
+        return unflatten_dict(flat, sep="/")
+
+    newest = _newest(directory, read)
     if newest is None:
         raise InputError(f"{directory}: no checkpoint there, the checkpoints of a run expected")
-    return newest if dtype is None else newest._replace(state=jax.tree.map(lambda x: x.astype(dtype), newest.state))
+    return newest
+
+
+def restore_parameter(
+    directory: Path, step: int, path: str, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None,
+    rules: Rules = TRAINING,
+) -> Array:  # fmt: skip
+    """One verified parameter of one checkpoint; arguments as for `restore_parameters`.
+
+    Raises:
+      CorruptError: if its content is not what was saved.
+    """
+    directory, name = directory.absolute(), f"{_PARAMETERS}/{path}"
+    manifest = _manifest(directory, step)
+    record = manifest.arrays[name]
+    where = parameter_sharding(name, len(record.shape), mesh, rules) if mesh else jnp.zeros(()).sharding
+    like = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=where)
+    (leaf,) = jax.tree.leaves(_read_arrays(directory, manifest, nest({name: like})))
+    return leaf if dtype is None else leaf.astype(dtype)
 
 
 def newest_manifest(directory: Path) -> Manifest | None:
@@ -268,15 +305,12 @@ def read_metadata(directory: Path) -> dict | None:
     return None if manifest is None else manifest.metadata
 
 
-def _read_parameters(directory: Path, step: int, mesh: Mesh | None, rules: Rules) -> PyTree:
-    manifest = _manifest(directory, step)
-    records = {path: record for path, record in manifest.arrays.items() if path.startswith(f"{_PARAMETERS}/")}
-    if not records:
+def _parameter_paths(directory: Path, step: int) -> list[str]:
+    """The parameters in a checkpoint, by their paths below `params`."""
+    paths = [path for path in _manifest(directory, step).arrays if path.startswith(f"{_PARAMETERS}/")]
+    if not paths:
         raise InputError(f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a training expected")
-    device = jnp.zeros(()).sharding
-    places = {path: parameter_sharding(path, len(r.shape), mesh, rules) if mesh else device for path, r in records.items()}
-    like = {path: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=places[path]) for path, r in records.items()}
-    return _read_arrays(directory, manifest, nest(like))[_PARAMETERS]
+    return [path.removeprefix(f"{_PARAMETERS}/") for path in paths]
 
 
 def _newest(directory: Path, read: Callable[[int], PyTree]) -> Restored | None:

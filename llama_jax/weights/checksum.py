@@ -39,9 +39,18 @@ def by_path(tree: PyTree) -> dict:
 
 
 def fold(array: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
-    """The two sums of `checksums` for one array."""
+    """The two sums of `checksums` for one array; stacked matrices one after the other, to save memory."""
+    if array.ndim < 3:
+        return _fold(array, jnp.uint32(0))
+    size = math.prod(array.shape[1:]) * (2 if array.dtype.itemsize == 8 else 1)
+    starts = jnp.arange(array.shape[0], dtype=jnp.uint32) * jnp.uint32(size % 2**32)
+    return jnp.sum(lax.map(lambda part: _fold(*part), (array, starts)), axis=0, dtype=jnp.uint32)
+
+
+def _fold(array: Array, start: Array) -> Array:
+    """The sums of an array whose first element stands at place `start` of a larger one."""
     bits = _bits(array)
-    place = _mix(_positions(bits.shape))
+    place = _mix(_positions(bits.shape) + start)
     first = _mix(bits ^ place)
     second = _mix(bits * jnp.uint32(0x9E3779B1) + _mix(~place))
     return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])

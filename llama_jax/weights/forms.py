@@ -3,10 +3,12 @@
 Stacked is canonical, on disk and in training; unrolled is what decoding runs fastest on. Both hold the same numbers.
 """
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
-from llama_jax.axes import Parameters
+from llama_jax.axes import Array, Parameters
 
 
 def stack(params: Parameters) -> Parameters:
@@ -25,3 +27,12 @@ def unstack(params: Parameters) -> Parameters:
     rest = {name: value for name, value in params.items() if name != "layers"}
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+
+
+def unrolled(path: str, leaf: Array) -> Iterator[tuple[str, Array]]:
+    """One leaf of the stacked form as it is in the unrolled one, with its paths: `layers_0/a`, ... for `layers/a`."""
+    if not path.startswith("layers/"):
+        yield path, leaf
+        return
+    for layer in range(leaf.shape[0]):
+        yield path.replace("layers", f"layers_{layer}", 1), leaf[layer]

@@ -3,11 +3,12 @@
 import contextlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 
-from llama_jax.data.atomic import sync_directory
+from llama_jax.data.atomic import claimed, remove_abandoned, sync_directory
 from llama_jax.errors import InputError
 
 _SLACK = 4 << 20  # bytes for headers and what a file system rounds up
@@ -17,7 +18,8 @@ _SLACK = 4 << 20  # bytes for headers and what a file system rounds up
 def fresh_directory(target: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
     """Makes a directory beside `target` that takes its place when the block ends without an error.
 
-    Until then it is called `target.partial-` and eight random digits; an error, or Ctrl-C, removes it.
+    Until then it is called `target.partial-` and eight random digits; an error, or Ctrl-C, removes it. One that a killed
+    process has left is removed when the next begins.
 
     Args:
       target: nothing, or an empty directory. Directories above it are made.
@@ -28,15 +30,17 @@ def fresh_directory(target: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]
     """
     target = pathlib.Path(os.path.realpath(target))
     _require_free(target)
+    remove_abandoned(target.parent, re.compile(re.escape(target.name) + r"\.partial-[0-9a-f]{8}"))
     require_room(target, nbytes)
     partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
     try:
         _make(partial)
-        yield partial
-        sync_directory(partial)
-        _require_free(target)
-        partial.rename(target)
-        sync_directory(target.parent)
+        with claimed(partial):
+            yield partial
+            sync_directory(partial)
+            _require_free(target)
+            partial.rename(target)
+            sync_directory(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -15,9 +15,11 @@ from llama_jax.weights.gguf import NAMES, ROTATED, adjacent_layout
 from llama_jax.weights.gguf_config import DIVISORS, divisors_from_config, metadata_from_config
 from llama_jax.weights.gguf_encode import ENCODINGS, Q8_0_BLOCK, Encoding, strips
 from llama_jax.weights.gguf_write import NewTensor, write_gguf_file
+from llama_jax.weights.order import Place, layered_places
 from llama_jax.weights.source import Source, file_shapes, flat_shapes, oriented, shown
 
 _QUANTIZATION_VERSION = 2
+_NOTHING_MORE: Mapping[str, object] = {}
 _UNUSED, _UNUSED_SCORE = 5, -10000.0  # type and score of a token that no text becomes
 
 
@@ -28,6 +30,7 @@ def write_gguf(
     tokenizer_metadata: Mapping[str, object],
     template: str | None,
     name: str,
+    more: Mapping[str, object] = _NOTHING_MORE,
 ) -> None:
     """Writes a model as a GGUF file, tensor by tensor; the file appears at its place when it is whole.
 
@@ -42,6 +45,7 @@ def write_gguf(
         holds a model alone, which llama.cpp does not run.
       template: the chat template, `None` for a model without.
       name: of the model, for people.
+      more: metadata beside those of the model, such as `Report.made_from` gives.
 
     Raises:
       InputError: for another `dtype`, a path that cannot be a file, a rotary scaling that GGUF cannot tell, a tokenizer
@@ -60,6 +64,7 @@ def write_gguf(
         **metadata_from_config(config),
         **_tokenizer(tokenizer_metadata, config.vocab_size),
         **({} if template is None else {"tokenizer.chat_template": template}),
+        **more,
     }
     write_gguf_file(path, metadata, [*_divisors(config), *_tensors(source, encoding)])
 
@@ -106,16 +111,11 @@ def _divisors(config: LlamaConfig) -> Iterator[NewTensor]:
 
 
 def _tensors(source: Source, encoding: Encoding) -> Iterator[NewTensor]:
-    """All weights: those outside of the layers, then layer by layer."""
-    paths = list(flat_shapes(source.config))
-    layered = [path for path in paths if path.startswith("layers/")]
+    """All weights: those outside of the layers, then those of the layers."""
     shapes = file_shapes(source.config, NAMES)
-    for path in paths:
-        if path not in layered:
-            yield _tensor(source, path, None, shapes, encoding)
-    for layer in range(source.config.layers):
-        for path in layered:
-            yield _tensor(source, path, layer, shapes, encoding)
+    outside: list[Place] = [(path, None) for path in flat_shapes(source.config) if not path.startswith("layers/")]
+    for path, layer in [*outside, *layered_places(source)]:
+        yield _tensor(source, path, layer, shapes, encoding)
 
 
 def _tensor(

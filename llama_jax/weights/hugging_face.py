@@ -36,6 +36,7 @@ NAMES = {
 _INDEX = "model.safetensors.index.json"
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _COMPARED_ROWS = 1024
+_BUFFER = "rotary_emb.inv_freq"  # that old versions stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,10 +99,10 @@ def _description(directory: pathlib.Path, name: str) -> dict[str, Any]:
         return json_object(path)
 
 
-def _shards(directory: pathlib.Path) -> list[str]:
-    """Names of the safetensors files that make up the model."""
+def _weight_map(directory: pathlib.Path) -> dict[str, str] | None:
+    """Which safetensors file holds each tensor, by the index; `None` where one file holds all."""
     if (directory / "model.safetensors").is_file():
-        return ["model.safetensors"]
+        return None
     if not (directory / _INDEX).is_file():
         raise InputError(f"neither model.safetensors nor {_INDEX}; save the model as safetensors")
     names = _description(directory, _INDEX).get("weight_map")
@@ -110,18 +111,32 @@ def _shards(directory: pathlib.Path) -> list[str]:
     for name in names.values():
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
             raise InputError(f"the index names the file {shown(name)}; a plain name ending in .safetensors expected")
-    return sorted(set(names.values()))
+    return names
 
 
 def _tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     """Every tensor by name, without the buffers that old versions stored."""
     tensors: dict[str, np.ndarray] = {}
-    for shard in _shards(directory):
+    held: dict[str, str] = {}
+    weight_map = _weight_map(directory)
+    for shard in ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values())):
         for name, tensor in map_safetensors(inside(directory, shard)).items():
             if name in tensors:
                 raise InputError(f"tensor {shown(name)} is in two files, one of them {shard}")
-            tensors[name] = tensor
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+            tensors[name], held[name] = tensor, shard
+    if weight_map is not None:
+        _require_placed(weight_map, held)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFER)}
+
+
+def _require_placed(weight_map: Mapping[str, str], held: Mapping[str, str]) -> None:
+    """Refuses an index that places tensors otherwise than the files: others read by it."""
+    for name in sorted({*weight_map, *held}):
+        there, here = weight_map.get(name), held.get(name)
+        if there != here and not name.endswith(_BUFFER):
+            found = "no file has it" if here is None else f"it is in {here}"
+            placed = f"in {there}" if there else "nowhere"
+            raise InputError(f"{_INDEX} places tensor {shown(name)} {placed}, but {found}; fetch the index and the files again")
 
 
 def _require_fitting(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> None:

@@ -35,9 +35,12 @@ from llama_jax.weights.hugging_face_write import (
 )
 from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.meta import MetaSource
-from llama_jax.weights.open import Opened
+from llama_jax.weights.open import Opened, verified
+from llama_jax.weights.order import Place, places
 from llama_jax.weights.parameter_source import ParameterSource, WatchedSource
-from llama_jax.weights.source import Source, file_shapes, flat_shapes, oriented, shown
+from llama_jax.weights.report import report
+from llama_jax.weights.run import RunSource
+from llama_jax.weights.source import Source, file_shapes, oriented, shown
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Watcher = Callable[[int], None]
@@ -72,6 +75,8 @@ def export_hugging_face(
 ) -> Exported:
     """Writes a model that lies on disk in any format as a directory of Hugging Face's.
 
+    What `report` finds out about the model goes along, in the metadata of the files of weights.
+
     Args:
       opened: from `open_model`. Of a directory of Hugging Face's, the files of the tokenizer are copied as they are.
       directory: is to hold the model; nothing, or an empty directory.
@@ -83,7 +88,7 @@ def export_hugging_face(
       InputError: for a directory that is not empty, a disk without room, a value beyond the range of `dtype`, a model
         without a tokenizer that transformers could read, and whatever is wrong with the model itself.
     """
-    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher)
+    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher, opened)
 
 
 def save_hugging_face(
@@ -112,7 +117,7 @@ def save_hugging_face(
       InputError: if the tree is not of this architecture, and as for `export_hugging_face`.
     """
     source = ParameterSource(config, params)
-    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None)
+    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None, None)
 
 
 def main_dtype(source: Source) -> str:
@@ -122,14 +127,18 @@ def main_dtype(source: Source) -> str:
 
 def _export(
     source: Source, beside: Beside, directory: str | os.PathLike[str], dtype: Dtype, max_shard_size: str | int,
-    watcher: Watcher | None,
+    watcher: Watcher | None, opened: Opened | None,
 ) -> Exported:  # fmt: skip
     target = pathlib.Path(directory)
     specs = _specs(source, dtype)
     shards = plan_shards(specs, parse_size(max_shard_size))
     nbytes = sum(spec.nbytes for spec in specs) + sum(map(len, beside.files.values()))
     with fresh_directory(target, nbytes) as partial:
-        _write_weights(partial, shards, source if watcher is None else WatchedSource(source, watcher))
+        metadata: dict[str, str] = {}
+        if opened is not None:
+            whole = verified(opened)
+            metadata, beside = report(whole).made_from(), beside._replace(origin=whole.origin)
+        _write_weights(partial, shards, source if watcher is None else WatchedSource(source, watcher), metadata)
         for name, content in _texts(target.absolute().name, source.config, _main_dtype(specs), beside).items():
             write_synced(partial / name, content)
     written = sorted(target.iterdir())
@@ -137,15 +146,17 @@ def _export(
     return Exported(target, tuple(path.name for path in written), nbytes, _main_dtype(specs))
 
 
-def _write_weights(directory: pathlib.Path, shards: dict[str, list[TensorSpec]], source: Source) -> None:
-    places = _places(source.config)
+def _write_weights(
+    directory: pathlib.Path, shards: dict[str, list[TensorSpec]], source: Source, metadata: Mapping[str, str]
+) -> None:
+    at = _places(source)
 
     def read(name: str) -> np.ndarray:
         """A tensor of the source as the files have it, `[out, in]`."""
-        return oriented(places[name][0], source.read(*places[name]))
+        return oriented(at[name][0], source.read(*at[name]))
 
     for file, specs in shards.items():
-        write_safetensors(directory / file, specs, read)
+        write_safetensors(directory / file, specs, read, metadata)
     if len(shards) > 1:
         write_synced(directory / INDEX, _json(index_of(shards)))
 
@@ -164,13 +175,9 @@ def _json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _places(config: LlamaConfig) -> dict[str, tuple[str, int | None]]:
-    """Path and layer of each tensor by its name in the files, in the order of use."""
-    paths = list(flat_shapes(config))
-    layered = [path for path in paths if path.startswith("layers/")]
-    inner: list[tuple[str, int | None]] = [(path, layer) for layer in range(config.layers) for path in layered]
-    rest = [(path, None) for path in paths if path not in ("embedding", *layered)]
-    return {NAMES[path].format(layer): (path, layer) for path, layer in [("embedding", None), *inner, *rest]}
+def _places(source: Source) -> dict[str, Place]:
+    """Path and layer of each tensor by its name in the files, in their order."""
+    return {NAMES[path].format(layer): (path, layer) for path, layer in places(source)}
 
 
 def _specs(source: Source, dtype: Dtype) -> list[TensorSpec]:
@@ -179,7 +186,7 @@ def _specs(source: Source, dtype: Dtype) -> list[TensorSpec]:
         raise InputError(f"dtype {shown(dtype)} given; one of keep, {', '.join(_SAVED_AS)} expected")
     shapes = file_shapes(source.config, NAMES)
     specs = []
-    for name, (path, layer) in _places(source.config).items():
+    for name, (path, layer) in _places(source).items():
         kept = _stored_dtype(source, path, layer) if dtype == "keep" else _SAVED_AS[dtype]
         if kept not in _SAVED_AS.values():
             raise InputError(f"tensor {name} is {kept}; one of {', '.join(_SAVED_AS)} expected")
@@ -193,7 +200,7 @@ def _stored_dtype(source: Source, path: str, layer: int | None) -> np.dtype:
         return source.files[0].tensors[META_NAMES[path].format(layer)].storage.dtype
     if isinstance(source, GgufSource):
         return DTYPES.get(source.file.tensors[GGUF_NAMES[path].format(layer)].type, DTYPES["F32"])
-    return source.read(path, layer).dtype
+    return source.dtype(path) if isinstance(source, RunSource) else source.read(path, layer).dtype
 
 
 def _main_dtype(specs: list[TensorSpec]) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import ml_dtypes
@@ -33,6 +33,8 @@ _ALIGNMENT = 8
 _ROWS = 64  # written at a time: a transposed copy in strips stays in the cache, and the cast needs no second tensor
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _PREFIXES = ("", "K", "M", "G", "T")
+
+_NO_METADATA: Mapping[str, str] = {}
 
 Reader = Callable[[str], np.ndarray]  # from the name of a tensor to its values, of any floating dtype
 
@@ -104,28 +106,31 @@ def index_of(shards: dict[str, list[TensorSpec]]) -> dict:
     return {"metadata": metadata, "weight_map": {tensor.name: file for file, shard in shards.items() for tensor in shard}}
 
 
-def write_safetensors(path: pathlib.Path, tensors: Sequence[TensorSpec], read: Reader) -> None:
+def write_safetensors(
+    path: pathlib.Path, tensors: Sequence[TensorSpec], read: Reader, metadata: Mapping[str, str] = _NO_METADATA
+) -> None:
     """Writes one file and syncs it to disk.
 
     Args:
       path: where; replaced if it exists.
       tensors: what it is to hold. Wider types are placed first, so that every tensor is aligned.
       read: gives the values of each tensor, once, in the order of the file.
+      metadata: texts by name, for the header.
 
     Raises:
       InputError: naming the tensor, if a finite value is infinite in the dtype of the file.
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     with path.open("wb") as file:
-        file.write(_header(ordered))
+        file.write(_header(ordered, metadata))
         for tensor in ordered:
             _write_values(file, tensor, read(tensor.name))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _header(tensors: Sequence[TensorSpec]) -> bytes:
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes

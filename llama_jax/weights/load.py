@@ -3,20 +3,21 @@
 import pathlib
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from llama_jax.axes import Parameters
+from llama_jax.axes import Array, Parameters, PyTree
 from llama_jax.config import LlamaConfig
 from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights.assemble import Form, assemble
+from llama_jax.weights.assemble import Finish, Form, as_it_is, assemble
 from llama_jax.weights.checkpoint import restore_parameters
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.forms import unrolled
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import Report, report
-from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSource
+from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSource, origin_of
 
 __all__ = ["RUN_CHECKPOINTS", "RUN_TOKENIZER", "Form", "Pretrained", "load"]
 
@@ -49,6 +50,7 @@ def load(
     form: Form = "unrolled",
     mesh: Mesh | None = None,
     rules: Rules = TRAINING,
+    finish: Finish = as_it_is,
 ) -> Pretrained:
     """Loads a model of any kind that `open_model` opens.
 
@@ -57,8 +59,10 @@ def load(
       dtype: type of the parameters in memory.
       form: `unrolled` (fastest to decode with) or `stacked` (the form of training).
       mesh: devices to lay the parameters out over: no device and no host ever holds more than its shards and one tensor of
-        one layer. The default device where `None`.
+        one layer (of all layers, for a run). The default device where `None`.
       rules: axis name -> mesh axes, for `mesh`.
+      finish: called with the path and the array of each parameter as it comes, before the next is read; what it returns takes
+        its place. With `llama_jax.model.quantize.leaf_quantizer(8)` the wide model never is in memory.
 
     Raises:
       InputError: for a path that holds no model, naming whatever is wrong inside, and for a mesh that does not divide it.
@@ -66,18 +70,24 @@ def load(
     """
     opened = open_model(path)
     if isinstance(opened.source, RunSource):
-        params, origin = _restored(opened.source, dtype, form, mesh, rules)
+        params, origin = _restored(opened.source, dtype, form, mesh, rules, finish)
     else:
-        params, origin = assemble(opened.source, form, dtype, mesh, rules), opened.origin
+        params, origin = assemble(opened.source, form, dtype, mesh, rules, finish), opened.origin
     facts = report(opened._replace(origin=origin))
     return Pretrained(opened.source.config, params, opened.tokenizer, opened.template, opened.stop_ids, origin, facts)
 
 
-def _restored(source: RunSource, dtype: DTypeLike, form: Form, mesh: Mesh | None, rules: Rules) -> tuple[Parameters, str]:
+def _restored(
+    source: RunSource, dtype: DTypeLike, form: Form, mesh: Mesh | None, rules: Rules, finish: Finish
+) -> tuple[Parameters, str]:
     """The parameters of a run and a line that says where they come from."""
     if mesh is not None:
         check_divisible(source.config, mesh, rules)
-    restored = restore_parameters(source.directory / RUN_CHECKPOINTS, dtype, mesh, rules)
-    params = unstack(restored.state) if form == "unrolled" else restored.state
-    warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
-    return params, f"run {source.directory.absolute().name} at step {restored.step}{warnings}"
+
+    def place(path: str, leaf: Array) -> dict[str, PyTree]:
+        """A parameter in the form asked for."""
+        arrays = unrolled(path, leaf) if form == "unrolled" else [(path, leaf)]
+        return {name: jax.block_until_ready(finish(name, array)) for name, array in arrays}
+
+    restored = restore_parameters(source.directory / RUN_CHECKPOINTS, dtype, mesh, rules, place)
+    return restored.state, origin_of(source.directory, restored)

@@ -14,7 +14,7 @@ from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hub import fetch, names_model
 from llama_jax.weights.hugging_face import HuggingFaceSource, inside
 from llama_jax.weights.meta import MetaSource
-from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource
+from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource, origin_of
 from llama_jax.weights.source import Source, blamed_on
 
 Format = Literal["run", "hugging_face", "meta", "gguf"]
@@ -70,6 +70,17 @@ def open_model(path: str | pathlib.Path) -> Opened:
         return _opener(path)(path)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+
+
+def verified(opened: Opened) -> Opened:
+    """The same, and where it is a run, its parameters read and verified: the origin names the checkpoint that is whole.
+
+    Raises:
+      CorruptError: when all checkpoints are damaged.
+    """
+    if not isinstance(opened.source, RunSource):
+        return opened
+    return opened._replace(origin=origin_of(opened.source.directory, opened.source.verified))
 
 
 def _opener(path: pathlib.Path) -> Callable[[pathlib.Path], Opened]:

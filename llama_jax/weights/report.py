@@ -1,6 +1,7 @@
 """What was found out about a model before it is trusted: a report for the screen, for JSON, and for checkpoints made of it."""
 
 import dataclasses
+import json
 from typing import Any
 
 from llama_jax.accounting import parameter_count
@@ -15,6 +16,7 @@ from llama_jax.weights.open import Opened
 _LAYOUTS = {"run": "halves", "hugging_face": "halves", "meta": "adjacent", "gguf": "adjacent"}
 _LAYOUT_WORDS = {"halves": "pairs half a head apart, as here", "adjacent": "adjacent pairs, reordered when loaded"}
 _LONGEST_LINE = 1000
+MADE_FROM = "llama_jax.made_from"  # key of the report in what is made from a model
 _FEW = 8  # special tokens on the screen; Llama 3 has 256
 
 
@@ -66,6 +68,11 @@ class Report:
             "stops": {str(token): text for token, text in self.stops.items()},
             "odd": [*self.odd],
         }
+
+    def made_from(self) -> dict[str, str]:
+        """All of it but the path, which concerns nobody else, as the metadata of a model made from this one."""
+        values = {name: value for name, value in self.to_dict().items() if name != "path"}
+        return {MADE_FROM: json.dumps(values)}
 
     def brief(self) -> list[str]:
         """One line, and another if anything is odd."""

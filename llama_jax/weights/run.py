@@ -21,6 +21,12 @@ RUN_CHECKPOINTS = "checkpoints"
 RUN_TOKENIZER = "tokenizer.model"
 
 
+def origin_of(directory: pathlib.Path, restored: "Restored") -> str:
+    """One line that says which checkpoint of a run it is, with the damaged ones that were passed over for it."""
+    warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
+    return f"run {directory.absolute().name} at step {restored.step}{warnings}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunSource:
     """A run directory as a `Source`: the newest checkpoint that is whole.
@@ -34,6 +40,7 @@ class RunSource:
     directory: pathlib.Path
     config: LlamaConfig
     manifest: "Manifest"
+    _held: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "RunSource":
@@ -59,17 +66,30 @@ class RunSource:
             return cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
 
     @functools.cached_property
-    def restored(self) -> "Restored":
-        """The verified parameters, stacked, on the default device; restored at the first use.
+    def verified(self) -> "Restored":
+        """The newest checkpoint whose parameters are whole, without these; found at the first use, by reading all of them.
 
         Raises:
           CorruptError: if all checkpoints are damaged.
         """
         from llama_jax.weights.checkpoint import restore_parameters
 
-        return restore_parameters(self.directory / RUN_CHECKPOINTS)
+        return restore_parameters(self.directory / RUN_CHECKPOINTS, place=lambda path, leaf: {})
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor, as it was trained; see `Source.read`."""
-        tensor = functools.reduce(lambda node, part: node[part], name.split("/"), self.restored.state)
-        return np.asarray(tensor if layer is None else tensor[layer])
+        """One tensor, as it was trained; see `Source.read`.
+
+        A checkpoint holds all layers of a parameter in one array, and the last one read stays in memory: read its layers one
+        after the other, see `llama_jax.weights.order`.
+        """
+        if name not in self._held:
+            from llama_jax.weights.checkpoint import restore_parameter
+
+            self._held.clear()
+            self._held[name] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, name))
+        array = self._held[name]
+        return array if layer is None else array[layer]
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a parameter, by the manifest; nothing is read."""
+        return np.dtype(self.manifest.arrays[f"params/{name}"].dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import pathlib
 import pydoc_data.topics
 import re
@@ -11,6 +12,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import sentencepiece
 from support import TINY, random_parameters, random_tokens
 
@@ -65,12 +67,32 @@ def test_hugging_face_to_hugging_face(tiny_directory, tmp_path, capsys):
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     pattern = rf"{out}: hugging_face, {size:.1f} MB in \d+\.\d s; python -m llama_jax infer --model '{out}' --prompt TEXT\n"
     assert re.fullmatch(pattern, printed.out)
+    brief = load(tiny_directory).report.brief()
+    assert brief[1].startswith("odd: the chat template ends turns with '<|im_end|>' (2)")
     lines = printed.err.splitlines()
+    assert lines[:2] == brief
+    lines = lines[2:]
     assert lines[0] == "converting Hugging Face tiny, 77,904 parameters"
     assert lines[-1] == "  100% read"
     assert len(lines) <= 11
     assert len(list(out.glob("model-0000?-of-0000?.safetensors"))) > 2
     require_same_model(out, tiny_directory)
+
+
+def test_the_report_goes_along(tiny_directory, tmp_path):
+    """In the metadata of every file, read by the libraries of these formats; where the model lay is left out."""
+    expected = load(tiny_directory).report.to_dict()
+    del expected["path"]
+    assert convert(tiny_directory, tmp_path / "out", "--format", "hugging_face", "--max-shard-size", "100KB") == 0
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    for path in files:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            assert file.metadata()["format"] == "pt"
+            assert json.loads(file.metadata()["llama_jax.made_from"]) == json.loads(json.dumps(expected))
+    assert convert(tiny_directory, tmp_path / "out.gguf", "--format", "gguf") == 0
+    field = pytest.importorskip("gguf").GGUFReader(tmp_path / "out.gguf").get_field("llama_jax.made_from")
+    assert json.loads(field.contents()) == json.loads(json.dumps(expected))
 
 
 def test_run_to_hugging_face(run, tmp_path):
@@ -160,8 +182,10 @@ def test_without_a_tokenizer(tiny_directory, tmp_path, capsys):
     assert "has no tokenizer; put its tokenizer.json" in capsys.readouterr().err
 
 
-def test_as_a_process_that_is_interrupted(tiny_directory, tmp_path):
-    """Ctrl-C at the second line of progress: status 130, not a word, nothing left."""
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("form", ["hugging_face", "gguf"])
+def test_as_a_process_that_is_interrupted(tiny_directory, tmp_path, name, status, form):
+    """Ctrl-C, or a system that shuts down, at the second line of progress: not a word, nothing left."""
     code = f"""if True:
         import signal, sys
         from llama_jax.cli import convert
@@ -169,14 +193,14 @@ def test_as_a_process_that_is_interrupted(tiny_directory, tmp_path):
         advance = convert.Progress.advance
         def interrupted(self, count):
             advance(self, count)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.{name})
         convert.Progress.advance = interrupted
-        arguments = [{str(tiny_directory)!r}, {str(tmp_path / "out")!r}, "--format", "hugging_face"]
+        arguments = [{str(tiny_directory)!r}, {str(tmp_path / "out.gguf")!r}, "--format", {form!r}]
         sys.exit(run_program(lambda: convert.main(arguments)))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.splitlines()[0].startswith("converting ")
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.splitlines()[2].startswith("converting ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -38,6 +38,13 @@ def run(*arguments) -> int:
     return run_program(lambda: main([str(argument) for argument in arguments]))
 
 
+def refusal(errors: str) -> str:
+    """The one line that says what is wrong; the report of a model that was loaded may stand above it."""
+    (line,) = [line for line in errors.splitlines() if not line.startswith(("Hugging Face tiny: ", "odd: "))]
+    assert line.startswith("error: ")
+    return line
+
+
 def summed_loss(model, ids: list[int], length: int) -> float:
     """-log p of every token but the first, in float64; each window of targets sees the tokens of its own window only."""
     total = 0.0
@@ -95,7 +102,7 @@ def test_program(tiny_directory, tiny, text_file, capsys):
 def test_json_as_a_process(tiny_directory, tiny, text_file):
     command = ["-m", "llama_jax", "eval", "--model", tiny_directory, "--text", text_file, "--length", "20", "--json"]
     done = subprocess.run([sys.executable, *command], capture_output=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr.decode().splitlines()) == (0, tiny.report.brief())
     result = json.loads(done.stdout)
     assert list(result) == ["tokens", "nats_per_token", "bits_per_byte"]
     assert result == pytest.approx(evaluate_text(tiny, TEXT, 20)._asdict(), rel=1e-6)
@@ -114,9 +121,7 @@ def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
     assert run("--model", tiny_directory, "--text", path) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert words in err
+    assert words in refusal(err)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -131,9 +136,7 @@ def test_wrong_use_is_one_line(tiny_directory, capsys, arguments, words):
     assert run("--model", tiny_directory, *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert words in err
+    assert words in refusal(err)
 
 
 def test_a_length_beyond_the_context(tiny):

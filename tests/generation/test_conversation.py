@@ -142,6 +142,26 @@ def test_an_answer_that_nobody_read_was_never_given(tiny):
     assert conversation.messages == []
 
 
+def test_one_answer_at_a_time(tiny):
+    """A second question would be asked without the first, and the later of the two answers would take the other's place."""
+    conversation = Conversation(tiny)
+    first = conversation.ask("The cat", max_new_tokens=1000, chunk=3)
+    busy = "an answer is still being given; read it to its end, or close\\(\\) it"
+    for refused in (lambda: conversation.ask("And the dog?"), conversation.reset, lambda: conversation.system("Brief.")):
+        with pytest.raises(InputError, match=busy):
+            refused()
+    heard = next(first).text + next(first).text
+    with pytest.raises(InputError, match=busy):
+        conversation.ask("And the dog?")
+    del first  # as a loop that is left by `break`
+    assert conversation.messages == [user("The cat"), assistant(heard)]
+    second = said(conversation, "And the dog?", max_new_tokens=4)
+    assert conversation.messages[2:] == [user("And the dog?"), assistant(second)]
+    conversation.ask("Nobody reads this", max_new_tokens=4)
+    assert len(conversation.messages) == 4
+    conversation.reset()
+
+
 def test_stop_strings_end_a_turn(tiny):
     """The tokens of the stop string are in the cache, not in the text: the next turn begins before them."""
     (whole,) = generate(tiny, ["The cat"], max_new_tokens=12, chat=True)

@@ -142,6 +142,24 @@ def test_a_negative_limit_is_named(tiny):
         generate_tokens(*tiny, make_sampling(4), NO_STOP, -1)
 
 
+def test_a_limit_beyond_the_context_is_named(tiny):
+    """The shapes tell, so that no rotary angle beyond the context is ever taken."""
+    length, context = tiny[2].shape[1], TINY.context_length
+    run = jax.jit(generate_tokens, static_argnums=(0, 6))
+    with pytest.raises(InputError, match=rf"prompts of {length} tokens with max_new_tokens {context - length + 1} given; 128"):
+        run(*tiny, make_sampling(4), NO_STOP, context - length + 1)
+    assert run(*tiny, make_sampling(4), NO_STOP, context - length).tokens.shape == (4, context - length)
+    with pytest.raises(InputError, match=r"max_new_tokens: 2\.5 given; a whole number expected"):
+        run(*tiny, make_sampling(4), NO_STOP, 2.5)
+
+
+def test_stop_tokens_in_a_list(tiny):
+    free = np.asarray(generate_tokens(*tiny, make_sampling(4), NO_STOP, 6).tokens)
+    stops = [int(free[0, 2])], jnp.asarray(free[0, 2:3])
+    got, expected = (generate_tokens(*tiny, make_sampling(4), ends, 6).tokens.tolist() for ends in stops)
+    assert got == expected != free.tolist()
+
+
 def test_log_probabilities_are_those_of_the_full_pass(tiny):
     """Of the model itself, whatever the temperature and the limits; 0 behind a row's end."""
     _, params, prompts, lengths = tiny

@@ -275,6 +275,54 @@ def test_what_a_model_cannot_take(generator, prompts, new, words):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("prompts", "settings", "words"), [
+    ([[1, 2.5]], {}, "prompt 1 holds 2.5; token ids, whole numbers, expected"),
+    (["ab"], {}, "prompt 1 is 'ab'; a list of token ids expected"),
+    ([1, 2], {}, "prompt 1 is 1; a list of token ids expected"),
+    ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
+    ([[1]], {"max_new_tokens": [3]}, r"max_new_tokens: \[3\] given; a whole number expected"),
+    ([[1]], {"samples": 1.5}, "samples: 1.5 given; a whole number expected"),
+    ([[1]], {"logprobs": 98}, "logprobs: 98 given; 0 to 97 expected, or none"),
+    ([[1]], {"logprobs": True}, "logprobs: True given; a whole number expected"),
+    ([[1]], {"stop_ids": ["a"]}, "stop_ids: .* given; token ids for all rows, or one list a row expected"),
+    ([[1]], {"stop_ids": [[2.5]]}, "stop_ids: .* given; token ids for all rows, or one list a row expected"),
+])  # fmt: skip
+def test_what_is_of_another_kind(generator, prompts, settings, words):
+    with pytest.raises(InputError, match=words):
+        generator.generate(prompts, **{"max_new_tokens": 3, **settings})
+
+
+@pytest.mark.parametrize("kind", [np.array, jnp.array, lambda rows: [np.array(row) for row in rows]])
+def test_arrays_are_prompts_and_stops(generator, kind):
+    rows = [PROMPTS[0], PROMPTS[1][:6]]
+    expected = generator.generate(rows, 6)
+    assert generator.generate(kind(rows), np.int64(6)) == expected
+    stop = expected[0].token_ids[2]
+    assert generator.generate(kind(rows), 6, stop_ids=np.array([stop])) == generator.generate(rows, 6, stop_ids=[stop])
+    assert generator.generate(kind(rows), 6, stop_ids=None) == expected
+
+
+def test_the_best_of_a_whole_vocabulary(generator):
+    (row,) = generator.generate(PROMPTS[:1], 1, logprobs=97)
+    assert sorted(token for token, _ in row.top_logprobs[0]) == list(range(97))
+
+
+def test_a_prefix_of_another_model_is_refused(generator):
+    """Same shapes, other numbers: nothing would go wrong but the text."""
+    strangers = [
+        Generator(unstack(random_parameters(CONFIG, seed=1)), CONFIG), of_context(64),
+        Generator(generator.params, CONFIG, cache_dtype="int8"),
+    ]  # fmt: skip
+    for stranger in strangers:
+        session = stranger.start(PROMPTS[:1], 3)
+        list(session.stream(8))
+        for prefix in (stranger.prefix(PROMPTS[0]), session.prefix()):
+            with pytest.raises(InputError, match="prefix: one of another model, other parameters or other options given"):
+                generator.generate(PROMPTS[:1], 3, prefix=prefix)
+    again = Generator(generator.params, CONFIG)
+    assert again.generate(PROMPTS[:1], 3, prefix=generator.prefix(PROMPTS[0])) == generator.generate(PROMPTS[:1], 3)
+
+
 def test_settings_that_do_not_fit(generator):
     with pytest.raises(InputError, match=r"sampling.*1 rows.*2 rows"):
         generator.generate([[1], [2]], 3, make_sampling(1, 1.0))

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import check_texts
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.sampling import make_sampling
 from llama_jax.generation.text import Completion, encode_user, generate, stream
@@ -83,10 +85,31 @@ def test_a_prompt_that_fills_the_context(tiny):
     ("a\udc80", {}, "surrogate"),
     ("a", {"dtype": "int8"}, "dtype 'int8'"),
     ("a", {"attention": "flash"}, "attention backend 'flash'"),
+    ("a", {"tempreature": 1}, "setting 'tempreature' is unknown; the nearest is temperature"),
+    ("a", {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
+    ("a", {"max_new_tokens": [3]}, r"max_new_tokens: \[3\] given; a whole number expected"),
+    ("a", {"stop": 3}, "stop: 3 given; texts that end an answer expected"),
+    ("a", {"stop": [["a", 3]]}, "stop: .* one list a row expected"),
+    ("a", {"logprobs": 1000}, "logprobs: 1000 given; 0 to 100 expected"),
 ])  # fmt: skip
 def test_what_cannot_be_done(tiny, prompt, settings, words):
     with pytest.raises(InputError, match=words):
         generate(tiny, [prompt], **settings)
+
+
+def test_prompts_that_are_one(tiny):
+    with pytest.raises(InputError, match=r"prompts: the text 'abc' given; a list of texts expected, such as \[text\]"):
+        generate(tiny, "abc")
+    with pytest.raises(InputError, match="prompt 1 is one message; a list of conversations expected"):
+        check_texts([{"role": "user", "content": "Hi"}])
+
+
+def test_no_stops_and_stops_in_arrays(tiny):
+    (plain,) = generate(tiny, ["The cat"], max_new_tokens=8)
+    assert generate(tiny, ["The cat"], max_new_tokens=8, stop=None, stop_ids=None) == [plain]
+    stop = plain.token_ids[2]
+    expected = generate(tiny, ["The cat"], max_new_tokens=8, stop_ids=[stop])
+    assert generate(tiny, ["The cat"], max_new_tokens=8, stop_ids=np.array([stop])) == expected != [plain]
 
 
 def test_a_model_without_tokenizer_or_template(tiny):

@@ -1,11 +1,14 @@
 """Whole parameter trees, in both forms, against what transformers saved and the original library decodes."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import select
+import shutil
 import subprocess
 import sys
+import weakref
 
 import gguf
 import jax
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from llama_jax.accounting import parameter_count, parameter_shapes
@@ -21,6 +24,7 @@ from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.presets import preset
 from llama_jax.weights.assemble import assemble
+from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource, config_from_hugging_face
 from llama_jax.weights.source import file_shapes
@@ -150,12 +154,11 @@ def test_without_a_mesh_arrays_may_go_anywhere(write_gguf):
 CHILD = """
 import sys
 import jax
-from llama_jax.weights.assemble import assemble
-from llama_jax.weights.open import open_model
+from llama_jax.weights.load import load
 small, path, form = sys.argv[1:]
-assemble(open_model(small).source, form, "bfloat16")
+load(small, "bfloat16", form)
 print("ready", flush=True), sys.stdin.readline()
-tree = assemble(open_model(path).source, form, "bfloat16")
+tree = load(path, "bfloat16", form).params
 print(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), flush=True), sys.stdin.readline()
 """
 
@@ -206,6 +209,45 @@ def test_beside_the_parameters_about_one_tensor_of_one_layer_is_in_memory(tmp_pa
     beyond, result = peak_beyond_result(str(small), str(path), form)
     assert result == 185_620_480
     assert beyond < LARGEST + (24 << 20)
+
+
+STACKED = SIZES["num_hidden_layers"] * 1024 * 4096 * 4  # bytes of a matrix of all layers in float32, as a run holds it
+
+
+def write_run(directory: pathlib.Path, values: dict, tokenizer: pathlib.Path) -> pathlib.Path:
+    config = config_from_hugging_face(values)
+    shapes = flatten_dict(parameter_shapes(config), sep="/")
+    flat = {path: jnp.asarray(np.resize(np.arange(16000, dtype=np.float32), shape)) for path, shape in shapes.items()}
+    with Checkpoints.open(directory / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, {"params": unflatten_dict(flat, sep="/")}, {"model": dataclasses.asdict(config)})
+    shutil.copy(tokenizer / "tokenizer.json", directory)
+    return directory
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_run_is_restored_one_array_at_a_time(tmp_path, tiny_directory):
+    """371 MB of float32 become 186 MB. The bound: an array as it is read, as it is, as it is cast, and 24 MB."""
+    small = write_run(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2}, tiny_directory)
+    path = write_run(tmp_path / "large", SIZES, tiny_directory)
+    beyond, result = peak_beyond_result(str(small), str(path), "unrolled")
+    assert result == 185_620_480
+    assert beyond < 3 * STACKED + (24 << 20)
+
+
+@pytest.mark.parametrize("form", ["stacked", "unrolled"])
+def test_each_leaf_is_finished_before_the_next_is_read(write_gguf, form):
+    """What finishes leaves sees each under its path, and what it returns is the tree; no wide array outlives its turn."""
+    seen: dict[str, weakref.ref] = {}
+
+    def finish(path, leaf):
+        assert not any(reference() is not None for reference in seen.values())
+        seen[path] = weakref.ref(leaf)
+        return leaf.shape
+
+    source = GgufSource.open(write_gguf())
+    shapes = flatten_dict(assemble(source, form, jnp.float32, finish=finish), sep="/")
+    assert shapes == {path: leaf.shape for path, leaf in flatten_dict(assemble(source, form, jnp.float32), sep="/").items()}
+    assert seen.keys() == shapes.keys()
 
 
 @pytest.mark.smollm2

@@ -1,5 +1,6 @@
 """Exports that go wrong: nothing is left that looks whole, nothing of others is touched, and one line says why."""
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -13,9 +14,11 @@ import pytest
 from exported import require_equal, tensors_of
 from support import TINY, random_parameters
 
+from llama_jax.data.atomic import claimed
 from llama_jax.errors import InputError
 from llama_jax.weights import fresh_directory as fresh_directory_module
 from llama_jax.weights.forms import unstack
+from llama_jax.weights.gguf_export import write_gguf
 from llama_jax.weights.hugging_face_export import export_hugging_face, save_hugging_face
 from llama_jax.weights.load import load
 from llama_jax.weights.open import Opened, open_model
@@ -69,6 +72,30 @@ def test_a_killed_process_leaves_nothing_that_looks_whole(tiny_directory, tmp_pa
         load(partial)
     export_hugging_face(open_model(tiny_directory), tmp_path / "out")
     require_equal(tensors_of(tmp_path / "out"), tensors_of(tiny_directory))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_still_being_written_is_left_alone(tiny_directory, tmp_path):
+    """And what only has a name like it."""
+    (tmp_path / "out.partial-mine").mkdir()
+    (tmp_path / "other.partial-00000000").mkdir()
+    command = [sys.executable, "-c", CHILD, str(tiny_directory), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "read\n"
+        before = {path.name for path in tmp_path.iterdir()}
+        export_hugging_face(open_model(tiny_directory), tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} == before | {"out"}
+        child.kill()
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_half_file_of_gguf(alive, tmp_path):
+    (tmp_path / ".out.gguf.12345.partial").write_bytes(b"half")
+    with contextlib.ExitStack() as stack:
+        if alive:
+            stack.enter_context(claimed(tmp_path / ".out.gguf.12345.partial"))
+        write_gguf(ParameterSource(TINY, random_parameters(TINY)), tmp_path / "out.gguf", "float32", {}, None, "tiny")
+        assert (tmp_path / ".out.gguf.12345.partial").exists() is alive
 
 
 def test_a_value_beyond_float16_is_named(tmp_path):

@@ -272,6 +272,29 @@ def test_index_names_only_files_of_the_directory(directory, name):
     assert "plain name" in refusal(directory)
 
 
+@pytest.mark.parametrize(("case", "words"), [
+    ("nothing of the model", "places tensor 'lm_head.weight' nowhere, but it is in a.safetensors"),
+    ("in another file", "places tensor 'lm_head.weight' in b.safetensors, but it is in a.safetensors"),
+    ("too much", "places tensor 'more' in a.safetensors, but no file has it"),
+    ("too little", "places tensor 'lm_head.weight' nowhere, but it is in a.safetensors"),
+])  # fmt: skip
+def test_an_index_that_is_not_of_these_files(directory, case, words):
+    """transformers reads by the index, and would not find the tensor."""
+    shard(directory)
+    index = json.loads((directory / INDEX).read_text())
+    changed = {
+        "nothing of the model": {"nothing": "a.safetensors", "none": "b.safetensors"},
+        "in another file": index["weight_map"] | {"lm_head.weight": "b.safetensors"},
+        "too much": index["weight_map"] | {"more": "a.safetensors"},
+        "too little": {name: file for name, file in index["weight_map"].items() if name != "lm_head.weight"},
+    }
+    (directory / INDEX).write_text(json.dumps({"weight_map": changed[case]}))
+    assert words in refusal(directory)
+    old = index["weight_map"] | {"model.layers.0.self_attn.rotary_emb.inv_freq": "a.safetensors"}
+    (directory / INDEX).write_text(json.dumps({"weight_map": old}))
+    assert HuggingFaceSource.open(directory).config.layers == 2
+
+
 def test_index_without_a_map(directory):
     for wrong in ([], {}, "a.safetensors"):
         (directory / "model.safetensors").exists() and shard(directory)

@@ -9,16 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from hub import TEMPLATE, TINY_CONTEXT
 from support import TINY, random_parameters, random_tokens
 
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.generation.text import generate
 from llama_jax.model.llama import logits
+from llama_jax.model.quantize import leaf_quantizer, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
+from llama_jax.weights import checkpoint
 from llama_jax.weights.checkpoint import Checkpoints
+from llama_jax.weights.hugging_face_export import export_hugging_face
 from llama_jax.weights.load import load
+from llama_jax.weights.open import open_model
 
 
 def test_hugging_face_directory(tiny_directory):
@@ -144,6 +149,64 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run):
     damage(run, 5)
     with pytest.raises(CorruptError, match="all checkpoints are damaged"):
         load(run)
+
+
+def test_damage_that_shows_late_begins_anew(run, monkeypatch):
+    """The last array of the newest checkpoint is another: nothing of that step is in the result."""
+    read, steps = checkpoint._read_arrays, []
+
+    def damaged(directory, manifest, like):
+        steps.append(manifest.step)
+        state = read(directory, manifest, like)
+        if manifest.step == 9 and "feed_forward_norm" in str(jax.tree.structure(state)):
+            raise CorruptError("damaged at last")
+        return state
+
+    monkeypatch.setattr(checkpoint, "_read_arrays", damaged)
+    expected = jax.tree.leaves(random_parameters(CONFIG, seed=5))
+    restored = jax.tree.leaves(load(run, form="stacked").params)
+    assert steps == [9] * len(expected) + [5] * len(expected)
+    assert all(map(np.array_equal, restored, expected))
+
+
+def test_of_a_run_one_array_is_held_and_read_once(run, tmp_path, monkeypatch):
+    """An export verifies all arrays first, since half of it cannot be taken back, and then reads each once."""
+    read, paths = checkpoint._read_arrays, []
+    monkeypatch.setattr(
+        checkpoint, "_read_arrays", lambda d, m, like: paths.append(str(jax.tree.structure(like))) or read(d, m, like)
+    )
+    opened = open_model(run)._replace(tokenizer=None)  # transformers could not read this one
+    export_hugging_face(opened, tmp_path / "out", max_shard_size="100KB")
+    leaves = len(jax.tree.leaves(random_parameters(CONFIG)))
+    assert len(paths) == 2 * leaves
+    assert len(set(paths)) == leaves
+    assert len(opened.source._held) == 1
+    params = load(tmp_path / "out", form="stacked").params
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, random_parameters(CONFIG, seed=9)))
+
+
+def test_an_export_says_which_checkpoint_it_is(run, tmp_path):
+    damage(run, 9)
+    opened = open_model(run)._replace(tokenizer=None)
+    export_hugging_face(opened, tmp_path / "out")
+    params = load(tmp_path / "out", form="stacked").params
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, random_parameters(CONFIG, seed=5)))
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
+        origin = json.loads(file.metadata()["llama_jax.made_from"])["origin"]
+    assert origin == load(run).origin
+    assert origin.startswith("run run at step 5 (")
+    assert "made from run run at step 5 (" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("origin", ["run", "hugging_face"])
+@pytest.mark.parametrize(("form", "bits"), [("stacked", 8), ("unrolled", 4)])
+def test_narrow_weights_leaf_by_leaf(origin, form, bits, run, tiny_directory):
+    """Those of the whole tree, narrowed afterwards."""
+    path = run if origin == "run" else tiny_directory
+    narrow = load(path, form=form, finish=leaf_quantizer(bits, group=4)).params
+    expected = quantize(load(path, form=form).params, bits, group=4)
+    assert jax.tree.structure(narrow) == jax.tree.structure(expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, narrow, expected))
 
 
 @pytest.mark.parametrize("form", ["stacked", "unrolled"])

@@ -1,0 +1,132 @@
+"""What callers of generation gave, looked at before anything is compiled: one line says what is wrong with it."""
+
+import difflib
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+
+Unchecked = Any  # an argument of any type, which one of the functions below looks at first
+
+
+def plain(value: Unchecked) -> Unchecked:
+    """Arrays of NumPy and JAX as lists, or as a number; all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def whole(name: str, value: Unchecked, least: int) -> int:
+    """A whole number of at least `least`.
+
+    Raises:
+      InputError: naming the argument, for anything else.
+    """
+    if not _is_whole(value):
+        raise InputError(f"{name}: {_shown(value)} given; a whole number expected")
+    if value < least:
+        raise InputError(f"{name}: {value} given; {least} or more expected")
+    return operator.index(value)
+
+
+def check_prompts(prompts: Unchecked, config: LlamaConfig) -> list[list[int]]:
+    """Prompts in token ids, from lists or arrays, as lists; refuses what the model cannot take.
+
+    Raises:
+      InputError: for an empty prompt, one longer than the context, and a token outside the vocabulary or none at all; and for
+        no prompts.
+    """
+    if len(prompts) == 0:
+        raise InputError("no prompts given; one at least expected")
+    return [_prompt(f"prompt {i}", plain(prompt), config) for i, prompt in enumerate(prompts, 1)]
+
+
+def _prompt(name: str, prompt: Unchecked, config: LlamaConfig) -> list[int]:
+    if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+        raise InputError(f"{name} is {_shown(prompt)}; a list of token ids expected")
+    if not 1 <= len(prompt) <= config.context_length:
+        raise InputError(f"{name} has {len(prompt)} tokens; 1 to {config.context_length} (the model's context) expected")
+    strange = [token for token in prompt if not _is_whole(token)]
+    if strange:
+        raise InputError(f"{name} holds {_shown(strange[0])}; token ids, whole numbers, expected")
+    outside = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if outside:
+        raise InputError(f"{name} holds token {outside[0]}; the vocabulary goes from 0 to {config.vocab_size - 1}")
+    return [operator.index(token) for token in prompt]
+
+
+def stop_table(stop_ids: Unchecked, rows: int) -> list[list[int]]:
+    """The stop tokens of each row, from those of all rows or a list a row; lists or arrays, or `None`.
+
+    Raises:
+      InputError: for anything else.
+    """
+    given = plain(() if stop_ids is None else stop_ids)
+    given = [plain(item) for item in ([given] if _is_whole(given) else given)]
+    if all(map(_is_whole, given)):
+        return [sorted(set(map(operator.index, given)))] * rows
+    if len(given) != rows:
+        raise InputError(f"stop_ids: {len(given)} lists given for {rows} rows; ids for all or one list a row expected")
+    if not all(isinstance(ids, list | tuple | set) and all(map(_is_whole, ids)) for ids in given):
+        raise InputError(f"stop_ids: {_shown(given)} given; token ids for all rows, or one list a row expected")
+    return [sorted(set(map(operator.index, ids))) for ids in given]
+
+
+def stop_strings(value: Unchecked, rows: int) -> list[list[str]]:
+    """The stop strings of each row: a text or a list of texts for all rows, or one list a row.
+
+    Raises:
+      InputError: for anything else.
+    """
+    values = [] if value is None else [value] if isinstance(value, str) else plain(value)
+    if not isinstance(values, list | tuple | set):
+        raise InputError(f"stop: {_shown(value)} given; texts that end an answer expected")
+    if all(isinstance(item, str) for item in values):
+        return [list(values)] * rows
+    lists = [item for item in values if isinstance(item, list | tuple | set) and all(isinstance(one, str) for one in item)]
+    if not len(lists) == len(values) == rows:
+        raise InputError(f"stop: {_shown(value)} given; a list for all of the {rows} rows, or one list a row expected")
+    return [list(item) for item in lists]
+
+
+def check_texts(prompts: Unchecked) -> None:
+    """Refuses what is not prompts, texts or conversations, but one of them or a part.
+
+    Raises:
+      InputError: with what to give instead.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts: the text {_shown(prompts)} given; a list of texts expected, such as [text]")
+    for i, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, Mapping):
+            raise InputError(f"prompt {i} is one message; a list of conversations expected, each a list of messages")
+        if not isinstance(prompt, Sequence):
+            raise InputError(f"prompt {i} is a {type(prompt).__name__}; a text or a list of messages expected")
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses settings that there are not.
+
+    Raises:
+      InputError: naming the first and the nearest that there is.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"setting {name!r} is unknown; the nearest is {near[0]}")
+
+
+def _is_whole(value: Unchecked) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _shown(value: Unchecked) -> str:
+    """What was given, on one line of bounded length."""
+    return " ".join(repr(value).split())[:60]
