@@ -82,7 +82,7 @@ def hardware_lines(options: argparse.Namespace, figures: dict[str, float], count
     """Rows about hardware: each says what it was reckoned from."""
     words = {
         "delivered": "{:.3g} FLOP in {hours:.3g} chip hours at {tflops:g} TFLOP/s",
-        "delivered_per_six_n_d": "{:.2f} times 6·N·D: repeated runs, evaluation, recomputation and all else that the hours hold",
+        "delivered_per_six_n_d": "{:.2f} times 6·N·D: attention, recomputation, repeated runs and all else that the hours hold",
         "model_tflops": "{:.1f} TFLOP/s a chip, if " + counted + " took {hours:.3g} chip hours",
         "gpu_hours_needed": "{:.3g} chip hours for " + counted + " at {tflops:g} TFLOP/s",
         "days": "{:.3g} days on {chips:,} chips",

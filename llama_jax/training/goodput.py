@@ -1,7 +1,7 @@
 """Goodput: the share of a run's wall time, restarts included, that went into updates that the run kept.
 
-Beside the metrics lies an append-only file, one JSON object a line: `start` when a program begins or goes on with the run, and the
-seconds by part at every record. Nothing in it is ever dropped, so that lost work stays visible.
+Beside the metrics lies an append-only file, one JSON object a line: `start` when a program begins or goes on with the run,
+and the seconds by part at every record. Nothing in it is ever dropped, so that lost work stays visible.
 """
 
 import json

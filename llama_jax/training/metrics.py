@@ -60,7 +60,7 @@ class StepRecord(NamedTuple):
 
 
 class LineFile:
-    """A file that lines are appended to, each whole or, at worst, torn at its end; a failing disk is told of once, never raised.
+    """A file that lines are appended to, at worst torn at its end; a failing disk is told of once and never raises.
 
     Args:
       path: the file; made with its directory.
@@ -145,7 +145,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics in a metrics file, oldest first; events, and lines that a crash or a full disk has torn, are left out."""
+    """The numbers in a metrics file, oldest first; events, and lines that a crash or a full disk has torn, are left out."""
     return [entry for entry in _entries(path) if "event" not in entry]
 
 

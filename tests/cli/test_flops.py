@@ -59,7 +59,8 @@ def test_mfu_from_hours_and_peak(capsys):
 
 
 def test_the_table_is_text(capsys):
-    assert run_program(lambda: main("--model llama3-8b --tokens 15T --gpu-hours 1.3M --tflops 400 --peak 989".split())) == 0
+    arguments = "--model llama3-8b --tokens 15T --gpu-hours 1.3M --tflops 400 --peak 989"
+    assert run_program(lambda: main(arguments.split())) == 0
     out = capsys.readouterr().out
     for words in ("7.23e+23 FLOP", "1.87e+24 FLOP", "0.72% of 1e26", "below", "1,868 a parameter", "causal", "MFU"):
         assert words in out
