@@ -14,6 +14,7 @@ from llama_jax.accounting import (
 )
 from llama_jax.cli.counts import count, positive
 from llama_jax.cli.options import OptionParser
+from llama_jax.cli.writing import prepare_output
 from llama_jax.config import LlamaConfig
 from llama_jax.presets import preset
 
@@ -106,6 +107,7 @@ def main(arguments: list[str], prog: str = "flops") -> int:
     if options.json:
         print(json.dumps({**compute._asdict(), "length": length or None, **figures}))
         return 0
+    prepare_output(json=False)
     counted = "6·N·D" if config is None else "the FLOPs with attention"
     rows = [("model", options.model or "of the given size"), *model_lines(config, compute, length)]
     for name, text in rows + hardware_lines(options, figures, counted):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
+RUN_METRICS = "metrics.jsonl"  # in the directory of a run
+
 Metric = float | int | None
 
 
