@@ -1,4 +1,4 @@
-"""`selftest`: the same loss for every mesh, accumulation, form, remat, attention backend, packing and resume, on your devices."""
+"""`selftest`: the same loss for every mesh, accumulation, form, remat, attention, packing and resume, on your devices."""
 
 import json
 import pathlib
