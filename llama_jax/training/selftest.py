@@ -128,11 +128,11 @@ class SelfTest:
 
     def _run(self, config: TrainConfig, mesh: Mesh, batches: Sequence[Batch], state: TrainState | None = None) -> _Figures:
         """Updates by the training step, from the same parameters whatever their form and place."""
-        recipe = make_recipe(config)
+        recipe, start = make_recipe(config), self._start(config.compute.scan_layers)
         with jax.default_matmul_precision("float32"), jax.set_mesh(mesh):
             if state is None:
                 shardings = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(recipe, mesh))
-                state = jax.device_put(self._start(config.compute.scan_layers), shardings, may_alias=False)
+                state = jax.device_put(start, shardings, may_alias=False)
             step, sharding = self._step(config, mesh), batch_sharding(recipe, mesh)
             values = []
             for batch in batches:
@@ -148,7 +148,8 @@ class SelfTest:
     def _start(self, scan_layers: bool) -> TrainState:
         """The state to begin with, on the host: one set of parameters in either form."""
         recipe = make_recipe(self._computed(scan_layers=scan_layers))
-        state = jax.device_get(sharded_init(recipe, self._one)(jax.random.key(0)))
+        with jax.set_mesh(self._one):
+            state = jax.device_get(sharded_init(recipe, self._one)(jax.random.key(0)))
         return state if scan_layers else state._replace(params=jax.device_get(unstack(self._start(True).params)))
 
     def _documents(self, backend: str) -> float:
