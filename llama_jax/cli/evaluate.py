@@ -41,7 +41,7 @@ def read_text(path: pathlib.Path) -> str:
 
 def lines_of(figures: Figures) -> list[str]:
     """One result, a figure a line."""
-    return [f"{name:15}{_shown(value)}" for name, value in figures.items()]
+    return [f"{name:17}{_shown(value)}" for name, value in figures.items()]
 
 
 def table(results: Mapping[str, Figures]) -> list[str]:

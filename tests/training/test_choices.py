@@ -122,7 +122,7 @@ def test_program_with_questions(tiny_directory, tiny, tmp_path, capsys):
     assert run_program(lambda: main(["--model", str(tiny_directory), "--choices", str(path), "--json"])) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected._asdict())
     assert run_program(lambda: main(["--model", str(tiny_directory), "--choices", str(path)])) == 0
-    assert f"acc            {expected.acc:.6f}\n" in capsys.readouterr().out
+    assert f"acc              {expected.acc:.6f}\n" in capsys.readouterr().out
 
 
 def test_program_with_several_texts_and_questions(tiny_directory, tiny, tmp_path, capsys):
