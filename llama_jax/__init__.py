@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llama_jax.generation.conversation import Conversation
     from llama_jax.generation.decode import Rollout, generate_tokens
     from llama_jax.generation.generate import Generator, Speculation
+    from llama_jax.generation.harness import harness_model
     from llama_jax.generation.sampling import Sampling, make_sampling
     from llama_jax.generation.score import Score, score, score_tokens
     from llama_jax.generation.text import Completion, Piece, generate, stream
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from llama_jax.text.chat import ChatTemplate, Dialogue, encode_chat, encode_dialogue
     from llama_jax.text.formats import named_format
     from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+    from llama_jax.training.choices import Accuracy, Question, evaluate_choices, read_questions
     from llama_jax.training.evaluate import evaluate_text
     from llama_jax.training.loss import mean_loss
     from llama_jax.weights.forms import stack, unstack
@@ -45,6 +47,7 @@ _MODULES = {
     "generation.conversation": ("Conversation",),
     "generation.decode": ("Rollout", "generate_tokens"),
     "generation.generate": ("Generator", "Speculation"),
+    "generation.harness": ("harness_model",),
     "generation.sampling": ("Sampling", "make_sampling"),
     "generation.score": ("Score", "score", "score_tokens"),
     "generation.text": ("Completion", "Piece", "generate", "stream"),
@@ -58,6 +61,7 @@ _MODULES = {
     "text.chat": ("ChatTemplate", "Dialogue", "encode_chat", "encode_dialogue"),
     "text.formats": ("named_format",),
     "text.tokenizer": ("Tokenizer", "load_tokenizer"),
+    "training.choices": ("Accuracy", "Question", "evaluate_choices", "read_questions"),
     "training.evaluate": ("evaluate_text",),
     "training.loss": ("mean_loss",),
     "weights.forms": ("stack", "unstack"),
@@ -68,6 +72,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "PRESETS",
+    "Accuracy",
     "ChatTemplate",
     "Completion",
     "Conversation",
@@ -80,6 +85,7 @@ __all__ = [
     "ModelOptions",
     "Piece",
     "Pretrained",
+    "Question",
     "Rollout",
     "RopeScaling",
     "Sampling",
@@ -90,10 +96,12 @@ __all__ = [
     "embed",
     "encode_chat",
     "encode_dialogue",
+    "evaluate_choices",
     "evaluate_text",
     "export_hugging_face",
     "generate",
     "generate_tokens",
+    "harness_model",
     "hidden_states",
     "init_cache",
     "load",
@@ -109,6 +117,7 @@ __all__ = [
     "parameter_shapes",
     "preset",
     "quantize",
+    "read_questions",
     "save_hugging_face",
     "score",
     "score_tokens",

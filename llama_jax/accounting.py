@@ -1,10 +1,13 @@
 """Parameters, FLOPs and bytes of a LLaMA in closed form: one place for reports, metrics and plans."""
 
 import math
+from typing import NamedTuple
 
 from llama_jax.config import LlamaConfig
 
 Shapes = dict  # nested dict of shape tuples, the form of a parameter tree
+
+REPORTING_THRESHOLD = 1e26  # FLOPs of a training, in the US executive order 14110 of 2023
 
 
 def parameter_shapes(config: LlamaConfig) -> Shapes:
@@ -60,3 +63,42 @@ def training_flops_per_token(config: LlamaConfig, length: int) -> int:
 def cache_bytes_per_token(config: LlamaConfig, itemsize: int) -> int:
     """Bytes of keys and values that one token occupies in the cache, all layers."""
     return 2 * config.layers * config.kv_heads * config.head_dim * itemsize
+
+
+class TrainingCompute(NamedTuple):
+    """What a training costs, by the two usual formulas.
+
+    Attributes:
+      parameters: `N`, embedding and head included.
+      tokens: `D`.
+      six_n_d: `6 * N * D` FLOPs.
+      causal: FLOPs by `training_flops_per_token`, all tokens; `None` where the architecture is not known.
+      tokens_per_parameter: `D / N`; about 20 is best for a given amount of compute (Chinchilla, arXiv:2203.15556).
+      threshold_share: `6 * N * D` as a share of 1e26, above which the US order of 2023 asked for a report.
+    """
+
+    parameters: int
+    tokens: int
+    six_n_d: float
+    causal: float | None
+    tokens_per_parameter: float
+    threshold_share: float
+
+
+def training_compute(parameters: int, tokens: int, config: LlamaConfig | None = None, length: int = 0) -> TrainingCompute:
+    """What it takes to train a model on so many tokens.
+
+    Args:
+      parameters: of the model, all of them.
+      tokens: trained on.
+      config: the architecture, where it is known, for the formula that counts attention.
+      length: tokens of a sequence, for the same.
+    """
+    six_n_d = 6.0 * parameters * tokens
+    causal = None if config is None else float(training_flops_per_token(config, length)) * tokens
+    return TrainingCompute(parameters, tokens, six_n_d, causal, tokens / parameters, six_n_d / REPORTING_THRESHOLD)
+
+
+def delivered_flops(hours: float, flops_per_second: float) -> float:
+    """FLOPs that accelerators have done in so many hours of one of them."""
+    return hours * 3600 * flops_per_second

@@ -1,20 +1,27 @@
-"""`eval`: how well a model predicts a text file."""
+"""`eval`: how well a model predicts text files, and answers multiple-choice questions."""
 
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 
 from llama_jax.cli.compilation import keep_compiled_programs
 from llama_jax.cli.options import OptionParser, add_model_options, resolve_dtype
 from llama_jax.cli.writing import note
 from llama_jax.errors import InputError
 
+Figures = Mapping[str, float]  # by name; one result
+
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `eval`."""
-    parser = OptionParser(prog, "Loss of a LLaMA on a text file, in nats a token and bits a byte.")
+    parser = OptionParser(prog, "Loss of a LLaMA on text files, in nats a token and bits a byte; accuracy on questions.")
     add_model_options(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window; the model's context by default")
+    parser.add_argument("--text", action="append", default=[], metavar="FILE", help="UTF-8 text; may be given several times")
+    parser.add_argument(
+        "--choices", action="append", default=[], metavar="FILE",
+        help='JSON lines {"prompt": TEXT, "choices": [TEXT, ...], "answer": index or text}; may be given several times',
+    )  # fmt: skip
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window of text; the model's context by default")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
@@ -33,21 +40,57 @@ def read_text(path: pathlib.Path) -> str:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}; convert it first") from None
 
 
+def lines_of(figures: Figures) -> list[str]:
+    """One result, a figure a line."""
+    return [f"{name:17}{_shown(value)}" for name, value in figures.items()]
+
+
+def table(results: Mapping[str, Figures]) -> list[str]:
+    """Several results, a file a line."""
+    width = max(map(len, results))
+    head = "  ".join([" " * width, *[f"{name:>15}" for name in next(iter(results.values()))]])
+    return [
+        head,
+        *["  ".join([f"{file:{width}}", *[f"{_shown(v):>15}" for v in row.values()]]) for file, row in results.items()],
+    ]
+
+
+def _shown(value: float) -> str:
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
+
+
 def main(arguments: list[str], prog: str = "eval") -> int:
     """Runs `eval` and returns its exit status."""
     options = make_parser(prog).parse(arguments)
-    text = read_text(pathlib.Path(options.text))
-    from llama_jax.training.evaluate import evaluate_text
+    if not options.text and not options.choices:
+        raise InputError("nothing to evaluate on: a text file (--text FILE) or questions (--choices FILE) expected")
+    texts = {name: read_text(pathlib.Path(name)) for name in options.text}
+    from llama_jax.generation.generate import Generator
+    from llama_jax.training.choices import evaluate_choices, read_questions
+    from llama_jax.training.evaluate import evaluate_text, together
     from llama_jax.weights.load import load
 
+    questions = {name: read_questions(pathlib.Path(name)) for name in options.choices}
     keep_compiled_programs()
     dtype = resolve_dtype(options.dtype)
     model = load(options.model, dtype)
     for line in model.report.brief():
         note(line)
-    result = evaluate_text(model, text, options.length, dtype=dtype)
-    lines = [
-        f"{name:15}{value:.6f}" if isinstance(value, float) else f"{name:15}{value}" for name, value in result._asdict().items()
-    ]
-    print(json.dumps(result._asdict()) if options.json else "\n".join(lines))
+    losses = {name: evaluate_text(model, text, options.length, dtype=dtype) for name, text in texts.items()}
+    if len(losses) > 1:
+        losses["total"] = together([(result, len(texts[name].encode())) for name, result in losses.items()])
+    generator = Generator(model.params, model.config, dtype=dtype) if questions else None
+    accuracies = {name: evaluate_choices(model, asked, generator) for name, asked in questions.items()}
+    kinds = [{name: result._asdict() for name, result in kind.items()} for kind in (losses, accuracies)]
+    write([kind for kind in kinds if kind], options.json)
     return 0
+
+
+def write(kinds: Sequence[Mapping[str, Figures]], as_json: bool) -> None:
+    """Results by kind and file; the figures alone where there is one file in all."""
+    everything = {name: figures for kind in kinds for name, figures in kind.items()}
+    if as_json:
+        print(json.dumps(next(iter(everything.values())) if len(everything) == 1 else everything))
+        return
+    for kind in kinds:
+        print("\n".join(lines_of(*kind.values()) if len(kind) == 1 else table(kind)))

@@ -12,8 +12,12 @@ _VERBS = {
     "train": ("llama_jax.cli.train", "train a LLaMA, or go on with a run"),
     "infer": ("llama_jax.cli.infer", "generate text"),
     "inspect": ("llama_jax.cli.inspect", "say what a model on disk is, and what is odd about it"),
-    "eval": ("llama_jax.cli.evaluate", "loss on a text file"),
+    "eval": ("llama_jax.cli.evaluate", "loss on text files, accuracy on multiple-choice questions"),
     "convert": ("llama_jax.cli.convert", "write a model in another format"),
+    "flops": ("llama_jax.cli.flops", "the compute of a training, as papers count it"),
+    "report": ("llama_jax.cli.report", "draw the curves of runs, as a picture or in the terminal"),
+    "doctor": ("llama_jax.cli.doctor", "check versions, devices, collectives and disk of this machine"),
+    "selftest": ("llama_jax.cli.selftest", "the same loss for every mesh, accumulation, backend ... on your devices"),
 }
 
 

@@ -15,7 +15,7 @@ from llama_jax.training.metrics import StepRecord
 
 _REFRESHES_PER_SECOND = 8
 _SPARK_WIDTH = 12
-_LABELS = ("loss", "lr", "tok/s", "/step", "eta", "mfu", "held-out")
+_LABELS = ("loss", "lr", "tok/s", "/step", "eta", "mfu", "goodput", "held-out")
 _RECENT = 10  # records whose median step time gives the time left
 
 
@@ -209,8 +209,16 @@ def fields(progress: Progress, held_out_loss: float | None, glyphs: Glyphs) -> l
         f"eta {duration(progress.seconds_left):>6}",
     ]
     mfu = [] if record.mfu is None else [f"mfu {record.mfu:5.1%}"]
+    goodput = [] if record.goodput is None else [f"goodput {record.goodput:5.1%}"]
     held_out = [] if held_out_loss is None else [f"held-out {held_out_loss:.4f}"]
-    return texts + mfu + held_out
+    return texts + mfu + held_out + goodput + other_time(record.time)
+
+
+def other_time(seconds: Mapping[str, float]) -> list[str]:
+    """Shares of the wall time that went elsewhere than into updates, from one percent on."""
+    total = sum(seconds.values()) or 1.0
+    shares = {part: spent / total for part, spent in seconds.items() if part != "step"}
+    return [f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.01]
 
 
 def sparkline(values: Sequence[float], glyphs: Glyphs) -> str:

@@ -1,7 +1,7 @@
 """Held-out loss: every token of a token file predicted once, in nats a token and bits a byte of text."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,12 @@ class Evaluation(NamedTuple):
 def make_evaluation(nats: float, tokens: int, bytes_of_text: int) -> Evaluation:
     """An evaluation from the summed loss."""
     return Evaluation(tokens, nats / max(1, tokens), nats / math.log(2) / max(1, bytes_of_text))
+
+
+def together(parts: Sequence[tuple[Evaluation, int]]) -> Evaluation:
+    """The evaluation of several texts, given with their bytes, as one: every token counts alike."""
+    nats = math.fsum(part.nats_per_token * part.tokens for part, _ in parts)
+    return make_evaluation(nats, sum(part.tokens for part, _ in parts), sum(size for _, size in parts))
 
 
 def batch_evaluator(model: Llama, loss_chunk: int) -> Callable[[Parameters, Batch], tuple[Array, Array]]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
+RUN_METRICS = "metrics.jsonl"  # in the directory of a run
+
 Metric = float | int | None
 
 
@@ -23,8 +25,11 @@ class StepRecord(NamedTuple):
       tokens: trained on since the start of the run.
       tokens_per_second: over all devices.
       step_seconds: seconds per update.
-      mfu: share of the peak FLOP/s of the devices, 0 to 1; `None` where the peak is unknown.
+      mfu: `accounting.training_flops_per_token` times tokens a second, as a share of the peak FLOP/s of the devices, 0 to 1;
+        `None` where the peak is unknown.
       held_out_loss: nats per token on held-out text, where this step was evaluated.
+      time: seconds of wall time since the record before by part (`data`, `step`, `save`, `eval`, `compile`), see `Clock`.
+      goodput: share of the wall time since the start of the run, restarts included, in updates that were kept.
     """
 
     step: int
@@ -36,6 +41,8 @@ class StepRecord(NamedTuple):
     step_seconds: float
     mfu: float | None = None
     held_out_loss: float | None = None
+    time: Mapping[str, float] = {}
+    goodput: float | None = None
 
     def flat(self) -> dict[str, Metric]:
         """The record under the names of the metrics file; what is `None` is left out."""
@@ -47,45 +54,46 @@ class StepRecord(NamedTuple):
             "speed/tokens_per_second": self.tokens_per_second,
             "speed/step_seconds": self.step_seconds,
             "speed/mfu": self.mfu,
+            "speed/goodput": self.goodput,
             "held_out/loss": self.held_out_loss,
         }
+        names |= {f"speed/time_{part}": seconds for part, seconds in self.time.items()}
         return {name: value for name, value in names.items() if value is not None}
 
 
-class MetricsFile:
-    """An append-only file of metrics; training never fails for its sake.
+class LineFile:
+    """A file that lines are appended to, at worst torn at its end; a failing disk is told of once and never raises.
 
     Args:
-      path: the file, such as `metrics.jsonl`.
-      resume_step: lines of later steps, left by an interrupted run, are dropped, so that no step appears twice; 0 for a
-        new run drops all.
-      warn: takes one line of text, once, when the file cannot be written.
+      path: the file; made with its directory.
+      kind: what its lines are, for the warning.
+      warn: takes one line of text.
+      prepare: done before the file is opened; its failure counts as one of the file.
     """
 
-    def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]) -> None:
-        self._path = path
+    def __init__(self, path: Path, kind: str, warn: Callable[[str], None], prepare: Callable[[], None] = lambda: None) -> None:
+        self._path, self._kind = path, kind
         self._warn = warn
         self._warned = False
         self._torn = False
         self._file: io.FileIO | None = None
-        self._guard(lambda: self._open(resume_step))
+        self._guard(lambda: self._open(prepare))
 
-    def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Appends one line at once; names are flat, such as `train/loss`, and a number that is not finite becomes null."""
-        values = {name: _plain(value) for name, value in metrics.items()}
-        self._guard(lambda: self._append(json.dumps({"step": step, **values}) + "\n"))
+    def write(self, line: str) -> None:
+        """Appends a line at once."""
+        self._guard(lambda: self._append(line + "\n"))
 
     def close(self) -> None:
         """Closes the file."""
         if self._file:
             self._guard(self._file.close)
 
-    def _open(self, resume_step: int) -> None:
-        if self._path.exists():
-            _rewrite(self._path, [entry for entry in read_metrics(self._path) if entry["step"] <= resume_step])
+    def _open(self, prepare: Callable[[], None]) -> None:
+        prepare()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a crash leaves at most one torn line, and a full disk is noticed at the line that did not fit.
         self._file = self._path.open("ab", buffering=0)
+        self._torn = _ends_torn(self._path)
 
     def _append(self, line: str) -> None:
         if self._file is None:
@@ -102,12 +110,53 @@ class MetricsFile:
             action()
         except OSError as error:
             if not self._warned:
-                self._warn(f"{self._path}: metrics cannot be written ({error.strerror}); training goes on without them")
+                self._warn(f"{self._path}: {self._kind} cannot be written ({error.strerror}); training goes on without")
             self._warned = True
 
 
+class MetricsFile:
+    """An append-only file of metrics; training never fails for its sake.
+
+    Args:
+      path: the file, such as `metrics.jsonl`.
+      resume_step: lines of later steps, left by an interrupted run, are dropped, so that no step appears twice; 0 for a
+        new run drops all.
+      warn: takes one line of text, once, when the file cannot be written.
+    """
+
+    def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]) -> None:
+        def drop_later() -> None:
+            """Leaves out the lines of steps that are done again."""
+            if path.exists():
+                _rewrite(path, [entry for entry in _entries(path) if entry["step"] <= resume_step])
+
+        self._file = LineFile(path, "metrics", warn, drop_later)
+
+    def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Appends one line at once; names are flat, such as `train/loss`, and a number that is not finite becomes null."""
+        values = {name: _plain(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}))
+
+    def event(self, step: int, event: str, **facts: str | float | int | None) -> None:
+        """Appends a line about something that happened, such as `{"step": 40, "event": "resumed"}`."""
+        self._file.write(json.dumps({"step": step, "event": event, **facts}))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, oldest first; a line that a crash or a full disk has torn is left out."""
+    """The numbers in a metrics file, oldest first; events, and lines that a crash or a full disk has torn, are left out."""
+    return [entry for entry in _entries(path) if "event" not in entry]
+
+
+def read_events(path: Path) -> list[dict]:
+    """The lines of a metrics file that tell of events, oldest first."""
+    return [entry for entry in _entries(path) if "event" in entry]
+
+
+def _entries(path: Path) -> list[dict]:
     with path.open(encoding="utf-8", errors="replace") as file:
         return list(_whole_lines(file))
 
@@ -120,6 +169,15 @@ def _whole_lines(lines: IO[str]) -> Iterator[dict]:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             yield entry
+
+
+def _ends_torn(path: Path) -> bool:
+    """Whether the last line has no end: a program was killed, or the disk full, in the middle of it."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _rewrite(path: Path, entries: list[dict]) -> None:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from llama_jax.training.metrics import MetricsFile, StepRecord, read_metrics
+from llama_jax.training.metrics import LineFile, MetricsFile, StepRecord, read_events, read_metrics
 
 RECORD = StepRecord(
     step=3, loss=2.5, learning_rate=1e-4, gradient_norm=0.5, tokens=6144, tokens_per_second=1e4, step_seconds=0.2
@@ -101,10 +101,10 @@ def test_a_full_disk_is_one_warning(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, 0, warnings.append)
     metrics.write(1, {"a": 1.0})
-    metrics._file = FullDisk(metrics._file, 5)
+    metrics._file._file = FullDisk(metrics._file._file, 5)
     metrics.write(2, {"a": 2.0})
     metrics.write(3, {"a": 3.0})
-    metrics._file.room = 1000  # somebody made room
+    metrics._file._file.room = 1000  # somebody made room
     metrics.write(4, {"a": 4.0})
     metrics.close()
     assert len(warnings) == 1
@@ -132,3 +132,25 @@ def test_a_crash_while_rewriting_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         MetricsFile(path, 1, no_warning)
     assert steps_of(path) == [1, 2, 3]
+
+
+def test_events_stand_beside_the_numbers(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0, no_warning)
+    metrics.write(1, {"train/loss": 3.0})
+    metrics.event(1, "checkpoint_saved", seconds=0.5)
+    metrics.write(2, {"train/loss": 2.0})
+    metrics.event(2, "checkpoint_saved")
+    metrics.close()
+    MetricsFile(path, 1, no_warning).close()
+    assert [entry["step"] for entry in read_metrics(path)] == [1]
+    assert read_events(path) == [{"step": 1, "event": "checkpoint_saved", "seconds": 0.5}]
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("torn")
+    file = LineFile(path, "lines", no_warning)
+    file.write("one")
+    file.write("two")
+    assert path.read_text() == "torn\none\ntwo\n"

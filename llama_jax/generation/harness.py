@@ -1,0 +1,170 @@
+"""Our models under lm-evaluation-harness (extra `eval`): thousands of tasks, asked by its own programs.
+
+import lm_eval, llama_jax
+lm = llama_jax.harness_model(llama_jax.load("SmolLM2-135M-Instruct.Q4_1.gguf"))
+print(lm_eval.simple_evaluate(lm, tasks=["hellaswag"], limit=100)["results"])
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from llama_jax.errors import InputError, imported
+from llama_jax.generation.generate import Generator
+from llama_jax.generation.score import Score, encode_pair, score_tokens
+from llama_jax.generation.text import Prompt, generate, require_tokenizer
+from llama_jax.text.chat import encode_chat
+from llama_jax.text.tokenizer import encode_prompt
+from llama_jax.weights.load import Pretrained
+
+_CHAT = "\ue000chat\ue001"  # begins a conversation on its way through the harness, which hands texts around
+_UNCHANGED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # settings of tasks, and what leaves them out
+
+
+@runtime_checkable
+class Request(Protocol):
+    """What the harness asks for, `lm_eval.api.instance.Instance`: only its arguments matter here."""
+
+    args: tuple
+
+
+class _Plan(NamedTuple):
+    """A request for text, understood."""
+
+    context: str
+    limit: int
+    stops: list[str]
+    sampling: dict[str, float]
+
+
+class HarnessMethods:
+    """The methods that the harness calls; `harness_model` joins them to its base class.
+
+    Texts longer than the context lose their beginning, as the harness's own models have it. A conversation goes through the
+    model's template here, not in the harness, so that special words in questions stay text.
+    """
+
+    def __init__(self, model: Pretrained, generator: Generator | None, batch_size: int, max_new_tokens: int) -> None:
+        super().__init__()
+        self._model, self._batch_size, self._max_new_tokens = model, batch_size, max_new_tokens
+        self._tokenizer = require_tokenizer(model)
+        self._generator = generator or Generator(model.params, model.config)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Under which the harness keeps its requests apart."""
+        return self._model.origin.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The model's template, for the harness's notes."""
+        return self._model.template.source if chat_template and self._model.template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as a text that the methods below know again.
+
+        Raises:
+          InputError: if an answer has been begun.
+        """
+        if not add_generation_prompt:
+            raise InputError("a task with gen_prefix given, an answer that is begun; one without expected, or no chat template")
+        return _CHAT + json.dumps(chat_history)
+
+    def loglikelihood(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether greedy decoding would write it."""
+        return [(score.logprob, score.greedy) for score in self._scores([self._pair(*r.args) for r in requests])]
+
+    def loglikelihood_rolling(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text; of one beyond the context, in windows that predict every token once."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        scores = iter(self._scores([window for row in windows for window in row]))
+        return [sum(next(scores).logprob for _ in row) for row in windows]
+
+    def generate_until(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to one of the task's stop strings.
+
+        Raises:
+          InputError: for settings of a task that are unknown here.
+        """
+        plans = [_plan(request.args[0], request.args[1], self._max_new_tokens) for request in requests]
+        order = sorted(range(len(plans)), key=lambda i: (plans[i].limit, len(plans[i].context)))
+        answers: dict[int, str] = {}
+        for limit, group in itertools.groupby(order, key=lambda i: plans[i].limit):
+            rows = list(group)
+            for first in range(0, len(rows), self._batch_size):
+                batch = rows[first : first + self._batch_size]
+                answers.update(zip(batch, self._written([plans[i] for i in batch], limit)))
+        return [answers[i] for i in range(len(plans))]
+
+    def _written(self, plans: Sequence[_Plan], limit: int) -> list[str]:
+        settings: dict[str, Any] = {name: [plan.sampling[name] for plan in plans] for name in _UNCHANGED}
+        found = generate(
+            self._model, [self._prompt(plan.context, limit) for plan in plans], max_new_tokens=limit,
+            stop=[plan.stops for plan in plans], generator=self._generator, **settings,
+        )  # fmt: skip
+        return [completion.text for completion in found]
+
+    def _prompt(self, context: str, limit: int) -> Prompt:
+        """What a context asks for: a conversation, or a text that leaves room for an answer."""
+        if context.startswith(_CHAT):
+            return json.loads(context.removeprefix(_CHAT))
+        room = max(1, self._model.config.context_length - limit)
+        ids = encode_prompt(self._tokenizer, context)
+        return context if len(ids) <= room else self._tokenizer.decode(ids[-room:])
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and what follows it, the context cut at its beginning to fit."""
+        if context.startswith(_CHAT):
+            template, messages = self._model.template, json.loads(context.removeprefix(_CHAT))
+            if template is None:
+                raise InputError(f"{self._model.origin} has no chat template; ask without apply_chat_template")
+            prompt, following = encode_chat(template, self._tokenizer, messages), self._tokenizer.encode(continuation)
+        else:
+            prompt, following = encode_pair(self._tokenizer, context, continuation)
+        return prompt[-max(1, self._model.config.context_length + 1 - len(following)) :], following
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Pairs that predict every token of a text once, each with as much past as the last of its window can have."""
+        first, ids = encode_pair(self._tokenizer, "", text)
+        size = self._model.config.context_length
+        pairs = []
+        for start in range(0, len(ids), size):
+            end = min(start + size, len(ids))
+            pairs.append((ids[max(0, end - size - 1) : start] or first, ids[start:end]))
+        return pairs
+
+    def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+        return score_tokens(self._generator, [pair[0] for pair in pairs], [pair[1] for pair in pairs], self._batch_size)
+
+
+def _plan(context: str, settings: Mapping[str, Any], limit: int) -> _Plan:
+    unknown = set(settings) - {"until", "max_gen_toks", "do_sample", *_UNCHANGED}
+    if unknown:
+        raise InputError(f"generation_kwargs {sorted(unknown)[0]!r} is unknown; until, max_gen_toks, do_sample, temperature, "
+                         "top_k, top_p or min_p expected")  # fmt: skip
+    until = settings.get("until") or []
+    sampling = {name: settings.get(name, neutral) for name, neutral in _UNCHANGED.items()}
+    if not settings.get("do_sample", sampling["temperature"] > 0):
+        sampling["temperature"] = 0.0
+    elif "temperature" not in settings:
+        sampling["temperature"] = 1.0
+    stops = [until] if isinstance(until, str) else [text for text in until if text]
+    return _Plan(context, int(settings.get("max_gen_toks", limit)), stops, sampling)
+
+
+def harness_model(
+    model: Pretrained, generator: Generator | None = None, batch_size: int = 16, max_new_tokens: int = 256
+) -> HarnessMethods:
+    """A model as lm-evaluation-harness wants it: give it to `lm_eval.simple_evaluate`.
+
+    Args:
+      model: from `llama_jax.load`.
+      generator: to use; else one is made.
+      batch_size: texts run together.
+      max_new_tokens: limit of an answer where the task names none.
+
+    Raises:
+      InputError: if lm-eval is not installed; for a model without tokenizer.
+    """
+    base = imported("lm_eval.api.model", "eval").LM
+    return type("HarnessModel", (HarnessMethods, base), {})(model, generator, batch_size, max_new_tokens)

@@ -1,0 +1,159 @@
+"""Goodput: the share of a run's wall time, restarts included, that went into updates that the run kept.
+
+Beside the metrics lies an append-only file, one JSON object a line: `start` when a program begins or goes on with the run,
+and the seconds by part at every record. Nothing in it is ever dropped, so that lost work stays visible.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_jax.training.display import duration
+from llama_jax.training.metrics import LineFile
+
+RUN_GOODPUT = "goodput.jsonl"
+
+
+class Goodput(NamedTuple):
+    """Where the wall time of a run went, from its first start to the last line written.
+
+    Attributes:
+      wall: seconds in all, those between two programs included.
+      useful: seconds in updates that the run kept.
+      redone: seconds in updates lost because the run went on from an earlier checkpoint.
+      parts: seconds by other part: `data`, `save`, `eval`, `compile`.
+      down: the rest: start-up, and no program running.
+      starts: times that a program began or went on with the run.
+    """
+
+    wall: float = 0.0
+    useful: float = 0.0
+    redone: float = 0.0
+    parts: Mapping[str, float] = {}
+    down: float = 0.0
+    starts: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """`useful / wall`; `None` before anything was measured."""
+        return self.useful / self.wall if self.wall > 0 else None
+
+    def lines(self) -> dict[str, str]:
+        """The rows of a table."""
+        if self.share is None:
+            return {}
+        rows = {"goodput": f"{self.share:.1%}: {duration(self.useful)} in updates that were kept, of {duration(self.wall)} "
+                           f"since the start of the run ({self.starts} start{'s' if self.starts != 1 else ''})"}  # fmt: skip
+        spent = {**self.parts, "redone": self.redone, "start-up and down": self.down}
+        told = [f"{name} {seconds / self.wall:.1%}" for name, seconds in spent.items() if seconds / self.wall >= 0.0005]
+        return rows | ({"other time": ", ".join(told)} if told else {})
+
+
+class Ledger:
+    """The lines of a goodput file, added up as they come."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._last = 0.0
+        self._kept: list[tuple[int, float]] = []  # step of a record, seconds in its updates
+        self._useful = self._redone = 0.0
+        self._parts: dict[str, float] = {}
+        self._starts = 0
+
+    def add(self, entry: Mapping) -> None:
+        """Takes in a line; one that makes no sense is passed over."""
+        moment, step = entry.get("time"), entry.get("step")
+        if not isinstance(moment, (int, float)) or not isinstance(step, int):
+            return
+        self._first = moment if self._first is None else min(self._first, moment)
+        self._last = max(self._last, moment)
+        if entry.get("event") == "start":
+            self._starts += 1
+            self._drop(step)
+        elif isinstance(entry.get("seconds"), Mapping):
+            self._book(step, {str(k): float(v) for k, v in entry["seconds"].items() if isinstance(v, (int, float))})
+
+    def _drop(self, step: int) -> None:
+        """Updates after a step are to be done again."""
+        while self._kept and self._kept[-1][0] > step:
+            lost = self._kept.pop()[1]
+            self._useful -= lost
+            self._redone += lost
+
+    def _book(self, step: int, seconds: dict[str, float]) -> None:
+        useful = seconds.pop("step", 0.0)
+        self._kept.append((step, useful))
+        self._useful += useful
+        for part, spent in seconds.items():
+            self._parts[part] = self._parts.get(part, 0.0) + spent
+
+    def goodput(self) -> Goodput:
+        """Where the time went so far."""
+        if self._first is None:
+            return Goodput()
+        told = self._useful + self._redone + sum(self._parts.values())
+        wall = max(self._last - self._first, told)  # a clock set back must not make more than all of it useful
+        return Goodput(wall, self._useful, self._redone, dict(self._parts), wall - told, self._starts)
+
+
+class GoodputLog:
+    """The goodput file of a run, open for this program.
+
+    Args:
+      path: the file, `RUN/goodput.jsonl`.
+      step: updates that the state to go on with has; 0 at the start of a run.
+      warn: takes one line of text, once, when the file cannot be written.
+      now: seconds since 1970.
+    """
+
+    def __init__(self, path: Path, step: int, warn: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
+        self._ledger = Ledger()
+        for entry in read_lines(path):
+            self._ledger.add(entry)
+        self._now = now
+        self._file = LineFile(path, "goodput", warn)
+        self._add({"event": "start", "step": step})
+
+    def add(self, step: int, seconds: Mapping[str, float]) -> float | None:
+        """Books the seconds by part since the last call, see `Clock.take`; the run's goodput so far."""
+        self._add({"step": step, "seconds": {part: round(spent, 6) for part, spent in seconds.items()}})
+        return self.goodput.share
+
+    @property
+    def goodput(self) -> Goodput:
+        """Where the time of the run went so far."""
+        return self._ledger.goodput()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _add(self, entry: dict) -> None:
+        entry = {"time": round(self._now(), 3), **entry}
+        self._ledger.add(entry)
+        self._file.write(json.dumps(entry))
+
+
+def read_lines(path: Path) -> Iterable[Mapping]:
+    """The objects of a file of JSON lines; lines that are torn, and a file that is not there, give nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def read_goodput(path: Path) -> Goodput:
+    """Where the time of a run went, from its file; nothing where there is none."""
+    ledger = Ledger()
+    for entry in read_lines(path):
+        ledger.add(entry)
+    return ledger.goodput()
