@@ -6,6 +6,9 @@ from llama_jax.config import LlamaConfig
 
 Shapes = dict  # nested dict of shape tuples, the form of a parameter tree
 
+# The matrices of a layer by name, in the order of use: what an adapter may stand over.
+LAYER_MATRICES = ("wq", "wk", "wv", "wo", "gate", "up", "down")
+
 
 def parameter_shapes(config: LlamaConfig) -> Shapes:
     """Shapes of the canonical parameter tree: 2-D weights, contraction first, layers stacked on a leading axis `L`.
