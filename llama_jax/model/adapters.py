@@ -33,9 +33,7 @@ class Dropout:
     rate: float
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "a", "b", "dropout"], meta_fields=["scale"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "a", "b", "dropout"], meta_fields=["scale"])
 @dataclasses.dataclass(frozen=True)
 class Adapted:
     """A frozen matrix `[I, O]` and its adapter, or such pairs stacked: `x weight + (x a) b * scale`.

@@ -19,7 +19,7 @@ from llama_jax.model.attention import NO_MASK, Mask, Scales, attend
 from llama_jax.model.cache import LayerCache, append
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.product import product, with_adapter
-from llama_jax.model.quantize import Quantized
+from llama_jax.model.quantize import Quantized, Weight
 from llama_jax.model.rope import Rotation, rotate
 from llama_jax.parallel.sharding import (
     PARAMETER_AXES,
@@ -72,24 +72,29 @@ def declare(module: nn.Module, name: str, std: float, shape: tuple[int, int]) ->
     return held if isinstance(held, Quantized | Adapted) else module.param(name, nn.initializers.normal(std), shape)
 
 
-def gathered_weight(weight: Matrix, name: str, options: ModelOptions) -> Matrix:
+def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
     """The weight `name` gathered for use; a plain one in the compute dtype, or its own where that is narrower."""
-    if isinstance(weight, Adapted):
-        low = {
-            part: gathered(getattr(weight, part), adapter_axes(name, part), options.compute_dtype, options.rules)
-            for part in ("a", "b")
-        }
-        return dataclasses.replace(weight, weight=gathered_weight(weight.weight, name, options), **low)
     if isinstance(weight, Quantized):
         return jax.tree.map(lambda part: gathered_part(part, channels_first(name), options.rules), weight)
     return gathered(weight, PARAMETER_AXES[name], options.compute_dtype, options.rules)
+
+
+def gathered_matrix(matrix: Matrix, name: str, options: ModelOptions) -> Matrix:
+    """`gathered_weight` of a matrix that may be adapted: its weight and both factors."""
+    if not isinstance(matrix, Adapted):
+        return gathered_weight(matrix, name, options)
+    a, b = (
+        gathered(factor, adapter_axes(name, part), options.compute_dtype, options.rules)
+        for part, factor in (("a", matrix.a), ("b", matrix.b))
+    )
+    return dataclasses.replace(matrix, weight=gathered_weight(matrix.weight, name, options), a=a, b=b)
 
 
 def _weights(
     module: nn.Module, options: ModelOptions, stds: dict[str, float], shapes: dict[str, tuple[int, int]]
 ) -> list[Matrix]:
     """Declares the matrices of a module and returns them gathered for use."""
-    return [gathered_weight(declare(module, name, stds[name], shape), name, options) for name, shape in shapes.items()]
+    return [gathered_matrix(declare(module, name, stds[name], shape), name, options) for name, shape in shapes.items()]
 
 
 def join_heads(heads: Float[Array, "B N T H"], weight: Matrix) -> Float[Array, "B T D"]:

@@ -324,7 +324,7 @@ class TrainConfig:
         smallest = min(_sides(self.model, self.adapter.targets))
         _require(rank <= smallest, "adapter.rank", rank, f"at most the smaller side of the targets' matrices ({smallest})")
         _require(rank == 0 or self.run.init is not None, "run.init", None, "a model for the adapters (adapter.rank) to change")
-        _require(beta == 0 or rank > 0, "adapter.rank", rank, "1 or more: preference.beta compares with the model without adapters")
+        _require(beta == 0 or rank > 0, "adapter.rank", rank, "1 or more with preference.beta: it compares with the bare model")
         rows = data.batch_rows // data.accumulation
         _require(beta == 0 or rows % 2 == 0, "data.batch_rows", data.batch_rows,
                  f"an even number of rows a micro-batch, {rows} are left: preference.beta takes pairs")  # fmt: skip

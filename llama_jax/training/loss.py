@@ -164,11 +164,11 @@ class Objective(NamedTuple):
 
     Attributes:
       loss: from model, parameters, batch `[B, T]` and chunk of the loss to the summed loss, and further sums by name.
-      count: from a batch, or micro-batches `[A, B, T]`, to what the sums are divided by in the end.
+      targets: from a batch, or micro-batches `[A, B, T]`, to what the sums are divided by in the end.
     """
 
     loss: Callable[[Llama, Parameters, Batch, int], tuple[Float[Array, ""], dict[str, Array]]]
-    count: Callable[[Batch], Float[Array, ""]]
+    targets: Callable[[Batch], Float[Array, ""]]
 
 
 def target_weight(batch: Batch) -> Float[Array, ""]:

@@ -106,13 +106,18 @@ def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: Py
     if count == 1:
         return sums(first, jnp.int32(0))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, first, jnp.int32(0)))
-    return lax.scan(lambda carry, given: (jax.tree.map(jnp.add, carry, sums(*given)), None), start, (batch, jnp.arange(count)))[0]
+
+    def add(carry: Sums, given: tuple[Batch, Int[Array, ""]]) -> tuple[Sums, None]:
+        """Adds the sums of a micro-batch."""
+        return jax.tree.map(jnp.add, carry, sums(*given)), None
+
+    return lax.scan(add, start, (batch, jnp.arange(count)))[0]
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, StepMetrics]:
     """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has no part in it."""
     (loss, more), gradient = summed_gradients(recipe, state, batch, frozen)
-    targets = recipe.objective.count(batch)
+    targets = recipe.objective.targets(batch)
     gradient = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradient)
     updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
