@@ -35,7 +35,7 @@ def adapter_recipe(recipe: Recipe, config: TrainConfig) -> Recipe:
 
     def parameters(adapters: Parameters, frozen: Parameters, draw: Draw | None) -> Parameters:
         """The frozen model with its adapters; with dropout in training."""
-        return combine(frozen, adapters, adapter.scale, dropout_at(adapter, config.run.seed, draw))
+        return combine(frozen, adapters, adapter.alpha / adapter.rank, dropout_at(adapter, config.run.seed, draw))
 
     objective = preference_objective(beta) if beta > 0 else NEXT_TOKEN_FROZEN_HEAD
     return recipe._replace(objective=objective, init=init, parameters=parameters)

@@ -260,11 +260,6 @@ class AdapterConfig:
         once = known and len(set(self.targets)) == len(self.targets) > 0
         _require(once, "adapter.targets", self.targets, f"a list of {', '.join(LAYER_MATRICES)}, each once")
 
-    @property
-    def scale(self) -> float:
-        """What the adapters' product is multiplied by."""
-        return self.alpha / self.rank
-
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig:

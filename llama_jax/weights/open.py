@@ -15,8 +15,8 @@ from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hub import fetch, names_model
 from llama_jax.weights.hugging_face import HuggingFaceSource, inside
 from llama_jax.weights.meta import MetaSource
-from llama_jax.weights.peft import CONFIG as ADAPTERS
-from llama_jax.weights.peft import MergedSource, read_adapters
+from llama_jax.weights.peft import CONFIG as ADAPTERS_CONFIG
+from llama_jax.weights.peft import Adapters, MergedSource, read_adapters
 from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource
 from llama_jax.weights.source import Source, blamed_on, shown
 
@@ -84,7 +84,7 @@ def _opener(path: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
         return _open_run
     if (path / "config.json").is_file():
         return _open_hugging_face
-    if (path / ADAPTERS).is_file():
+    if (path / ADAPTERS_CONFIG).is_file():
         return _open_adapted
     if (path / "params.json").is_file() and any(path.glob("consolidated*.pth")):
         return _open_meta
@@ -123,25 +123,23 @@ def _open_hugging_face(path: pathlib.Path) -> Opened:
     )
 
 
-def with_adapters(base: Opened, directory: pathlib.Path) -> Opened:
-    """An opened model with the adapters of a directory of PEFT's merged into its weights as they are read.
-
-    Raises:
-      InputError: for adapters that cannot be read or do not fit the model.
-    """
-    adapters = read_adapters(directory, base.source.config)
-    origin = f"{base.origin} with adapters {directory.absolute().name}"
+def merged(base: Opened, adapters: Adapters, path: pathlib.Path) -> Opened:
+    """An opened model with adapters from `path` merged into its weights as they are read."""
+    origin = f"{base.origin} with adapters {path.absolute().name}"
     return base._replace(source=MergedSource(base.source, adapters), origin=origin)
 
 
 def _open_adapted(path: pathlib.Path) -> Opened:
     with blamed_on(path):
-        named = json_object(inside(path, ADAPTERS)).get("base_model_name_or_path")
+        named = json_object(inside(path, ADAPTERS_CONFIG)).get("base_model_name_or_path")
         places = [pathlib.Path(named), path / named] if isinstance(named, str) and named else []
         base = next((place for place in places if place.exists()), None)
-        if base is None or (base / ADAPTERS).is_file():
-            raise InputError(f"{ADAPTERS} names the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST")
-    return with_adapters(open_model(base), path)
+        if base is None or (base / ADAPTERS_CONFIG).is_file():
+            raise InputError(
+                f"{ADAPTERS_CONFIG} names the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST"
+            )
+    opened = open_model(base)
+    return merged(opened, read_adapters(path, opened.source.config), path)
 
 
 def _open_meta(path: pathlib.Path) -> Opened:

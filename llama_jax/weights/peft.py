@@ -194,7 +194,7 @@ class MergedSource:
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One tensor; see `Source.read`."""
         tensor = self.base.read(name, layer)
-        factors = flatten_dict(self.adapters.tree, sep="/")
+        factors = flatten_dict(stack(self.adapters.tree), sep="/")
         if layer is None or f"{name}/a" not in factors:
             return tensor
         a, b = (np.asarray(factors[f"{name}/{factor}"][layer], np.float32) for factor in _FACTORS)

@@ -101,9 +101,8 @@ def test_dropout_differs_between_layers_and_names_and_is_the_same_in_both_forms(
     stacked = combine(PARAMS, adapters, 2.0, dropout)
     unrolled = combine(unstack(PARAMS), unstack(adapters), 2.0, dropout)
     np.testing.assert_allclose(logits(stacked, TOKENS, CONFIG), logits(unrolled, TOKENS, CONFIG), atol=1e-5)
-    keys = [jax.random.key_data(stacked["layers"][part][name].dropout.key)
-            for part, names in (("attention", LAYER_MATRICES[:4]), ("feed_forward", LAYER_MATRICES[4:])) for name in names]  # fmt: skip
-    flat = np.concatenate([np.asarray(key) for key in keys])
+    leaves = [{**stacked["layers"]["attention"], **stacked["layers"]["feed_forward"]}[name] for name in LAYER_MATRICES]
+    flat = np.concatenate([np.asarray(jax.random.key_data(leaf.dropout.key)) for leaf in leaves])
     assert len(np.unique(flat, axis=0)) == len(flat) == 7 * CONFIG.layers
     other = combine(PARAMS, adapters, 2.0, Dropout(jax.random.key(4), 0.4))
     whole = combine(PARAMS, adapters, 2.0)
