@@ -35,7 +35,9 @@ from llama_jax.training.step import (
 )
 from llama_jax.weights.forms import stack, unstack
 
-CONFIG = dataclasses.replace(TINY, vocab_size=96, head_dim=16)  # divisible by a 2 x 2 x 2 mesh and by groups of 32
+CONFIG = dataclasses.replace(
+    TINY, vocab_size=96, dim=64, layers=2, head_dim=16
+)  # divisible by a 2 x 2 x 2 mesh and by groups of 32
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.0, clip_norm=1e9, weight_decay=0.5)
 
 
@@ -86,12 +88,11 @@ def test_fresh_adapters_have_the_loss_of_the_base():
     np.testing.assert_allclose(metrics.loss, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)], ids=str)
-def test_mesh_accumulation_and_form_change_nothing(sizes):
+def test_mesh_accumulation_and_form_change_nothing():
     config, params, batch = train_config(), random_parameters(CONFIG), random_batch(CONFIG)
     sgd = lambda **options: make(config, **options)._replace(optimizer=optax.sgd(1.0))  # noqa: E731
     expected, figures = run(sgd(), params, batch)
-    got, split = run(sgd(remat="full"), params, batch, sizes)
+    got, split = run(sgd(remat="full"), params, batch, (2, 2, 2))
     close(got, expected)
     np.testing.assert_allclose(jax.tree.leaves(split), jax.tree.leaves(figures), rtol=1e-5)
     close(run(sgd(), params, batch, accumulation=4)[0], expected)
@@ -110,7 +111,7 @@ def test_adapters_and_moments_are_sharded_and_the_rank_is_not():
         assert feed_forward["down"]["b"].sharding.spec == PartitionSpec(None, None, ("fsdp",))
 
 
-@pytest.mark.parametrize("base", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("base", ["int8", "int4"])
 def test_narrow_base_trains_and_stays_as_it_is(base):
     config = train_config(base=base, dropout=0.1)
     recipe = make(config, dataclasses.replace(OPTIMIZER, weight_decay=0.0))
@@ -143,6 +144,11 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch_and_off_outside_of_t
     assert loss(wet, None) == loss(dry, None) == loss(dry, first) != loss(wet, first)
 
 
+def base_layer(model):
+    """Bytes of the matrices of one layer in float32."""
+    return 4 * model.dim * (2 * model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim + 3 * model.ffn_dim)
+
+
 def test_frozen_part_costs_neither_gradients_nor_optimizer_state():
     model = dataclasses.replace(CONFIG, vocab_size=512, dim=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn_dim=1024)
     rows, length = 1, 32
@@ -162,9 +168,9 @@ def test_frozen_part_costs_neither_gradients_nor_optimizer_state():
     assert base + 3 * trained <= figures.argument_size_in_bytes <= base + 3 * trained + inputs + 1024
     assert 3 * trained <= figures.output_size_in_bytes <= 3 * trained + 4096
     assert figures.alias_size_in_bytes >= 3 * trained
-    # Between: gradients of the adapters, one layer's activations and two copies of its largest matrix, the stream before
-    # each layer, and the chunk of logits; far from the gradients of the base (`base` bytes).
-    layer = rows * length * (4 * model.dim + 8 * model.ffn_dim) * 4 + 2 * model.dim * model.ffn_dim * 4
+    # Between: gradients of the adapters, one layer's activations and weights (widened, turned), the stream before each layer,
+    # and a chunk of logits; far from the gradients of the base, another `base` bytes.
+    layer = base_layer(model) + rows * length * (4 * model.dim + 8 * model.ffn_dim) * 4
     stream, logits = (model.layers + 4) * rows * length * model.dim * 4, 3 * rows * length * model.vocab_size * 4
     bound = 2 * trained + layer + stream + logits
     print(f"base {base / 2**20:.1f} MiB, trained {trained / 2**20:.1f}, temporaries {figures.temp_size_in_bytes / 2**20:.1f}, "
@@ -178,7 +184,7 @@ def test_what_cannot_be_is_refused_in_one_line():
     for change, words in (
         ({"rank": 33}, "adapter.rank: 33 given, at most the smaller side of the targets' matrices .32. expected"),
         ({"rank": -1}, "adapter.rank: -1 given, a whole number"), ({"alpha": 0.0}, "adapter.alpha: 0.0 given"),
-        ({"dropout": 1.0}, "adapter.dropout: 1.0 given"), ({"base": "int2"}, "adapter.base: 'int2' given"),
+        ({"dropout": 1.0}, "adapter.dropout: 1.0 given"), ({"rank": True}, "adapter.rank: True given"),
         ({"targets": ("q_proj",)}, "adapter.targets: .'q_proj',. given"), ({"targets": ()}, "adapter.targets"),
         ({"targets": ("wq", "wq")}, "adapter.targets"), ({"rank": 0, "beta": 0.1}, "adapter.rank: 0 given, 1 or more"),
     ):  # fmt: skip

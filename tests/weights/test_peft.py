@@ -156,13 +156,13 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     tensors = load_file(tmp_path / "out" / TENSORS)
     name = next(iter(tensors))
     save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "out" / TENSORS)
-    with pytest.raises(InputError, match="1 missing: 'base_model.model"):
+    with pytest.raises(InputError, match="1 missing: 'base_model"):
         read_adapters(tmp_path / "out", TINY)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4), np.float32)}, tmp_path / "out" / TENSORS)
-    with pytest.raises(InputError, match="1 unexpected: 'base_model.model.lm_head"):
+    with pytest.raises(InputError, match="1 unexpected: 'base_model"):
         read_adapters(tmp_path / "out", TINY)
     shutil.rmtree(tmp_path / "out")
-    with pytest.raises(InputError, match="adapter_config.json"):
+    with pytest.raises(InputError, match="adapter_config"):
         read_adapters(tmp_path / "out", TINY)
     with pytest.raises(InputError, match="dtype 'int8' given"):
         save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "other", dtype="int8")
