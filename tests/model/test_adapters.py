@@ -132,5 +132,5 @@ def test_what_cannot_be_is_refused_in_one_line():
         with pytest.raises(InputError, match=words) as error:
             make(rank, targets)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="wq is quantised; merge into"):
+    with pytest.raises(InputError, match="is quantised; merge into"):
         merge(quantize(PARAMS, 8), random_adapters(), 1.0)
