@@ -35,9 +35,8 @@ from llama_jax.training.step import (
 )
 from llama_jax.weights.forms import stack, unstack
 
-CONFIG = dataclasses.replace(
-    TINY, vocab_size=96, dim=64, layers=2, head_dim=16
-)  # divisible by a 2 x 2 x 2 mesh and by groups of 32
+# Divisible by a 2 x 2 x 2 mesh and by groups of 32.
+CONFIG = dataclasses.replace(TINY, vocab_size=96, dim=64, layers=2, heads=4, head_dim=16)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.0, clip_norm=1e9, weight_decay=0.5)
 
 
