@@ -8,6 +8,8 @@ from llama_jax.config import LlamaConfig
 Shapes = dict  # nested dict of shape tuples, the form of a parameter tree
 
 REPORTING_THRESHOLD = 1e26  # FLOPs of a training, in the US executive order 14110 of 2023
+# The matrices of a layer by name, in the order of use: what an adapter may stand over.
+LAYER_MATRICES = ("wq", "wk", "wv", "wo", "gate", "up", "down")
 
 
 def parameter_shapes(config: LlamaConfig) -> Shapes:

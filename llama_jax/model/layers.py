@@ -3,6 +3,7 @@
 The mathematics lives in the functions (`rms_norm`, `swiglu`, `rotate`, `attend`), usable without any module.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -13,13 +14,21 @@ from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float
 from llama_jax.config import LlamaConfig
+from llama_jax.model.adapters import Adapted, Matrix
 from llama_jax.model.attention import NO_MASK, Mask, Scales, attend
 from llama_jax.model.cache import LayerCache, append
 from llama_jax.model.options import ModelOptions
-from llama_jax.model.product import product
+from llama_jax.model.product import product, with_adapter
 from llama_jax.model.quantize import Quantized, Weight
 from llama_jax.model.rope import Rotation, rotate
-from llama_jax.parallel.sharding import PARAMETER_AXES, channels_first, constrain, gathered, gathered_part
+from llama_jax.parallel.sharding import (
+    PARAMETER_AXES,
+    adapter_axes,
+    channels_first,
+    constrain,
+    gathered,
+    gathered_part,
+)
 
 # Standard deviation of fresh weights; those that write into the residual stream are narrower by sqrt(2 * layers), so that
 # the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
@@ -57,10 +66,10 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.config.norm_eps)
 
 
-def declare(module: nn.Module, name: str, std: float, shape: tuple[int, int]) -> Weight:
-    """A matrix of the module, drawn with `std` by `init`; the parameters may hold a quantised one in its place."""
+def declare(module: nn.Module, name: str, std: float, shape: tuple[int, int]) -> Matrix:
+    """A matrix of the module, drawn with `std` by `init`; the parameters may hold a quantised or adapted one in its place."""
     held = module.get_variable("params", name) if module.has_variable("params", name) else None
-    return held if isinstance(held, Quantized) else module.param(name, nn.initializers.normal(std), shape)
+    return held if isinstance(held, Quantized | Adapted) else module.param(name, nn.initializers.normal(std), shape)
 
 
 def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
@@ -70,15 +79,28 @@ def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
     return gathered(weight, PARAMETER_AXES[name], options.compute_dtype, options.rules)
 
 
+def gathered_matrix(matrix: Matrix, name: str, options: ModelOptions) -> Matrix:
+    """`gathered_weight` of a matrix that may be adapted: its weight and both factors."""
+    if not isinstance(matrix, Adapted):
+        return gathered_weight(matrix, name, options)
+    a, b = (
+        gathered(factor, adapter_axes(name, part), options.compute_dtype, options.rules)
+        for part, factor in (("a", matrix.a), ("b", matrix.b))
+    )
+    return dataclasses.replace(matrix, weight=gathered_weight(matrix.weight, name, options), a=a, b=b)
+
+
 def _weights(
     module: nn.Module, options: ModelOptions, stds: dict[str, float], shapes: dict[str, tuple[int, int]]
-) -> list[Weight]:
+) -> list[Matrix]:
     """Declares the matrices of a module and returns them gathered for use."""
-    return [gathered_weight(declare(module, name, stds[name], shape), name, options) for name, shape in shapes.items()]
+    return [gathered_matrix(declare(module, name, stds[name], shape), name, options) for name, shape in shapes.items()]
 
 
-def join_heads(heads: Float[Array, "B N T H"], weight: Weight) -> Float[Array, "B T D"]:
+def join_heads(heads: Float[Array, "B N T H"], weight: Matrix) -> Float[Array, "B T D"]:
     """The heads of each token side by side, times `weight [N*H, D]`."""
+    if isinstance(weight, Adapted):
+        return with_adapter(heads, weight, join_heads)
     batch, count, length, head_dim = heads.shape
     if length == 1 or isinstance(weight, Quantized):
         return product(heads.swapaxes(1, 2).reshape(batch, length, count * head_dim), weight)
@@ -108,7 +130,7 @@ class Attention(nn.Module):
         stds = {"wq": _INIT_STD, "wk": _INIT_STD, "wv": _INIT_STD, "wo": _INIT_STD * (2 * config.layers) ** -0.5}
         wq, wk, wv, wo = _weights(self, self.options, stds, shapes)
 
-        def heads(w: Weight, axis: str) -> Array:
+        def heads(w: Matrix, axis: str) -> Array:
             """Projects the stream to heads `[B, T, n, H]`."""
             flat = constrain(product(x, w), ("batch", "length", axis), rules)
             return flat.reshape(*x.shape[:2], -1, config.head_dim)

@@ -38,7 +38,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declares the parameters; see `llama_jax.accounting.parameter_shapes` for the tree."""
         config = self.config
-        self.embedding = declare(self, "embedding", _INIT_STD, (config.vocab_size, config.dim))
+        self.embedding: Any = declare(self, "embedding", _INIT_STD, (config.vocab_size, config.dim))
         if self.options.scan:
             self.layers: Any = scanned_layers(config, self.options, "layers")
         else:

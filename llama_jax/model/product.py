@@ -7,7 +7,9 @@ activations are split into narrow parts that add up to them (`x = a + b + c`, ex
 product: bfloat16 parts for bfloat16 weights, 8-bit integers for 8-bit integers.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float, Int, Shaped
+from llama_jax.model.adapters import Adapted, Matrix, dropped
 from llama_jax.model.quantize import Quantized, Weight, integers
 
 _FEW_ROWS = 16  # with more rows, widening the weights costs less than multiplying them by three parts
@@ -94,26 +97,46 @@ def _plain(x: Float[Array, "*B I"], matrix: Shaped[Array, "..."], axis: int, dty
     return _dot(x, wide.T if axis else wide, 0, dtype)
 
 
-def _quantized_product(x: Float[Array, "M I"], weight: Quantized, dtype: DTypeLike) -> Float[Array, "M O"]:
-    sums = lax.platform_dependent(
+@jax.checkpoint  # a backward pass widens the weights again instead of keeping the wide ones of every layer
+def _quantized_sums(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
+    return lax.platform_dependent(
         x,
         weight,
         cpu=_quantized_on_cpu,
         default=lambda x, weight: _plain(x, integers(weight), 1, jnp.float32),
     )
+
+
+def _quantized_product(x: Float[Array, "M I"], weight: Quantized, dtype: DTypeLike) -> Float[Array, "M O"]:
+    sums = _quantized_sums(x, weight)
     return (sums * lax.stop_gradient(weight.scales)[:, 0]).astype(dtype)
 
 
-def product(x: Float[Array, "*B I"], weight: Weight, axis: int = 0, dtype: DTypeLike | None = None) -> Float[Array, "*B O"]:
-    """`x` times a weight matrix, plain or quantised, no wider than `x`.
+def with_adapter(x: Array, weight: Adapted, times: Callable[[Array, Weight], Array]) -> Array:
+    """`x` times an adapted weight: `times(x, weight) + times(x, a) b * scale`, the low rank in between.
+
+    Args:
+      x: activations in the form that `times` takes.
+      weight: a frozen weight and its adapter.
+      times: the product of such activations and a weight that is not adapted.
+    """
+    low = times(dropped(x, weight.dropout), weight.a)
+    # The checkpoint has a backward pass cast a frozen weight again instead of keeping it in another type.
+    return jax.checkpoint(times)(x, weight.weight) + product(low, weight.b) * weight.scale
+
+
+def product(x: Float[Array, "*B I"], weight: Matrix, axis: int = 0, dtype: DTypeLike | None = None) -> Float[Array, "*B O"]:
+    """`x` times a weight matrix, plain, quantised or adapted, no wider than `x`.
 
     Args:
       x: activations.
-      weight: plain `[I, O]`, or `[O, I]` with `axis=1`; or quantised.
+      weight: plain `[I, O]`, or `[O, I]` with `axis=1`; quantised; or adapted.
       axis: the axis of a plain weight that is summed over (quantised ones have one order).
       dtype: of the result; that of `x` by default.
     """
     dtype = x.dtype if dtype is None else dtype
+    if isinstance(weight, Adapted):
+        return with_adapter(x, weight, functools.partial(product, dtype=dtype))
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantized):
         return _quantized_product(rows, weight, dtype).reshape(*x.shape[:-1], -1)

@@ -43,6 +43,7 @@ TRAINING: Rules = (
     ("ffn", ("tensor",)),
     ("norm", ()),
     ("layers", ()),
+    ("rank", ()),
     ("length", ()),
     ("width", ()),
 )
@@ -62,10 +63,18 @@ def parameter_spec(path: tuple, ndim: int, rules: Rules) -> PartitionSpec:
       ndim: dimensions of the array; one more than the table says means layers stacked on a leading axis.
       rules: axis name -> mesh axes.
     """
-    axes = PARAMETER_AXES.get(str(getattr(path[-1], "key", "")) if path else "")
+    name, part = ("", *[str(getattr(key, "key", "")) for key in path])[-2:] if path else ("", "")
+    adapter = name in PARAMETER_AXES and part in ("a", "b")
+    axes = adapter_axes(name, part) if adapter else PARAMETER_AXES.get(part)
     if axes is None or ndim < len(axes):
         return PartitionSpec()
     return partition_spec(("layers",) * (ndim - len(axes)) + axes, rules)
+
+
+def adapter_axes(name: str, part: str) -> tuple[str, str]:
+    """Axis names of an adapter's factors: `a` has the inputs of the weight, `b` its outputs, and the rank is never split."""
+    inputs, outputs = PARAMETER_AXES[name]
+    return (inputs, "rank") if part == "a" else ("rank", outputs)
 
 
 def channels_first(name: str) -> tuple[str, ...]:
@@ -133,19 +142,20 @@ def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rule
     """A weight shard in the compute dtype, or its own where that is narrower, gathered over `fsdp` for use.
 
     Cast first, so that the gather moves the narrow type; the transpose of the first constraint brings the gradient back
-    sharded (reduce-scattered), which the compiler does not do by itself.
+    sharded (reduce-scattered), which the compiler does not do by itself. On one device there is nothing to gather, and a
+    constraint would be one more copy of the weights of all layers, kept by the scan for the backward pass.
     """
     narrow = weight.astype(dtype) if weight.dtype.itemsize >= jnp.dtype(dtype).itemsize else weight
-    if jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().size == 1:
         return narrow
     return constrain(constrain(narrow, axes, rules), axes, _without_fsdp(rules))
 
 
 def gathered_part(part: Array, axes: tuple[str, ...], rules: Rules) -> Array:
     """A part of a quantised weight (integers, scales or multipliers) in its own type, gathered over `fsdp` for use."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    for pinned in (rules, _without_fsdp(rules)) if sizes else ():
-        part = jax.lax.with_sharding_constraint(part, _fitting(partition_spec(axes, pinned), part.shape, sizes))
+    mesh = jax.sharding.get_abstract_mesh()
+    for pinned in (rules, _without_fsdp(rules)) if mesh.size > 1 else ():
+        part = jax.lax.with_sharding_constraint(part, _fitting(partition_spec(axes, pinned), part.shape, mesh.shape))
     return part
 
 

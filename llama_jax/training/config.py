@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from llama_jax.accounting import LAYER_MATRICES, parameter_shapes
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 
@@ -35,8 +36,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.eps": (0, 1),
     "optimizer.weight_decay": (0, 10),
     "optimizer.clip_norm": (1e-9, 1e9),
+    "adapter.rank": (0, 1 << 14),
+    "adapter.alpha": (1e-6, 1e6),
+    "adapter.dropout": (0, 0.99),
+    "preference.beta": (0, 100),
 }
 _DTYPES = ("auto", "float32", "bfloat16")
+_BASES = (*_DTYPES, "int8", "int4")
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -226,6 +232,52 @@ class MeshConfig:
         _require(len(open_axes) <= 1, f"mesh.{open_axes[-1] if open_axes else ''}", -1, "-1 on one axis of the mesh only")
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA) over a frozen model, `run.init`, in place of training it whole.
+
+    Attributes:
+      rank: `r`, columns of an adapter's first factor; 0 for no adapters.
+      alpha: the adapters' product is scaled by alpha / rank.
+      dropout: share of an adapter's input that is left out in training.
+      targets: matrices of a layer that have adapters, of `wq wk wv wo gate up down`.
+      base: how the frozen weights are held: `float32`, `bfloat16`, `int8`, `int4`, or `auto` for the dtype of the compute.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LAYER_MATRICES
+    base: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_fields("adapter", self)
+        _require(self.base in _BASES, "adapter.base", self.base, " or ".join(_BASES))
+        known = isinstance(self.targets, tuple) and set(self.targets) <= set(LAYER_MATRICES)
+        once = known and len(set(self.targets)) == len(self.targets) > 0
+        _require(once, "adapter.targets", self.targets, f"a list of {', '.join(LAYER_MATRICES)}, each once")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Training on pairs of a chosen and a rejected answer (DPO) in place of the next token.
+
+    Attributes:
+      beta: how much it costs to leave the model that the run began with; 0 for training on the next token.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_fields("preference", self)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run, resolved: what `config.yaml` in the directory of a run holds.
@@ -237,6 +289,8 @@ class TrainConfig:
       data: text and batches.
       optimizer: AdamW and its schedule.
       mesh: how devices share the work.
+      adapter: low-rank adapters instead of whole training.
+      preference: pairs of answers instead of the next token.
 
     Raises:
       InputError: naming the key, where two sections contradict each other.
@@ -248,6 +302,8 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    preference: PreferenceConfig = PreferenceConfig()
 
     def __post_init__(self) -> None:
         context, vocabulary = self.model.context_length, self.model.vocab_size
@@ -256,3 +312,21 @@ class TrainConfig:
         trained = self.data.tokenizer is None and self.run.init is None
         fits = not trained or self.data.vocab_size <= vocabulary
         _require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        rank, beta, data = self.adapter.rank, self.preference.beta, self.data
+        smallest = min(_sides(self.model, self.adapter.targets))
+        _require(rank <= smallest, "adapter.rank", rank, f"at most the smaller side of the targets' matrices ({smallest})")
+        _require(rank == 0 or self.run.init is not None, "run.init", None, "a model for the adapters (adapter.rank) to change")
+        _require(beta == 0 or rank > 0, "adapter.rank", rank, "1 or more with preference.beta: it compares with the bare model")
+        rows = data.batch_rows // data.accumulation
+        _require(beta == 0 or rows % 2 == 0, "data.batch_rows", data.batch_rows,
+                 f"an even number of rows a micro-batch, {rows} are left: preference.beta takes pairs")  # fmt: skip
+
+
+def _sides(model: LlamaConfig, targets: Sequence[str]) -> list[int]:
+    """Inputs and outputs of the matrices of these names."""
+    layer = parameter_shapes(model)["layers"]
+    matrices = {**layer["attention"], **layer["feed_forward"]}
+    return [side for name in targets for side in matrices[name][1:]]

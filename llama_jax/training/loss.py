@@ -5,7 +5,8 @@ three matrix products with the head instead of four and never holds `[B, T, V]`,
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,11 +96,89 @@ def _cross_entropy_backward(chunk: int, saved: tuple[Array, Array], scale: Array
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def row_losses(
+    features: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+) -> Float[Array, " B"]:
+    """Sum of weight * -log p(target) of each row, in nats, float32, under a frozen head: no gradient of it is formed.
+
+    Args:
+      features: normed stream, ready for the head; the only argument that gradients reach.
+      head: output matrix, a constant.
+      targets: the token to be predicted at each position.
+      weights: 0 leaves a position out.
+      chunk: tokens of the whole batch whose logits exist at one time.
+    """
+
+    def add(totals: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        """Adds the losses of a chunk."""
+        part, target, weight = piece
+        return totals + jnp.sum(weight * _losses(part, head, target)[1], axis=1), None
+
+    return lax.scan(add, jnp.zeros(features.shape[:1], jnp.float32), _cut(features, targets, weights, chunk))[0]
+
+
+def _row_losses_forward(features: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
+    def add(totals: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        """Adds the losses of a chunk; gives the gradient of its features."""
+        part, target, weight = piece
+        log_probabilities, losses = _losses(part, head, target)
+        at_target = lax.broadcasted_iota(jnp.int32, log_probabilities.shape, 2) == target[..., None]
+        d_logits = ((jnp.exp(log_probabilities) - at_target) * weight[..., None]).astype(part.dtype)
+        d_part = jnp.einsum("bcv,dv->bcd", d_logits, head, preferred_element_type=jnp.float32)
+        return totals + jnp.sum(weight * losses, axis=1), d_part.astype(part.dtype)
+
+    start = jnp.zeros(features.shape[:1], jnp.float32)
+    totals, parts = lax.scan(add, start, _cut(features, targets, weights, chunk))
+    batch, length, dim = features.shape
+    return totals, jnp.moveaxis(parts, 0, 1).reshape(batch, -1, dim)[:, :length]
+
+
+def _row_losses_backward(chunk: int, d_features: Array, scales: Array) -> tuple:
+    return (d_features * scales[:, None, None]).astype(d_features.dtype), None, None, None
+
+
+row_losses.defvjp(_row_losses_forward, _row_losses_backward)
+
+
 def batch_loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, ""]:
     """Sum over a batch of weight * -log p(target) in nats; divide by the sum of the weights for the mean a token."""
     last = apply(model, params, batch.tokens, batch.documents, method="features").last
     head = apply(model, params, method="head_matrix")
     return cross_entropy(last, head, batch.targets, batch.weights, chunk)
+
+
+def batch_row_losses(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, " B"]:
+    """Sum over each row of weight * -log p(target) in nats; the head (plain or quantised) is a constant."""
+    last = apply(model, params, batch.tokens, batch.documents, method="features").last
+    head = lax.stop_gradient(apply(model, params, method="head_matrix"))
+    return row_losses(last, head, batch.targets, batch.weights, chunk)
+
+
+class Objective(NamedTuple):
+    """What training makes small, as sums over a batch, so that micro-batches can be added up.
+
+    Attributes:
+      loss: from model, parameters, batch `[B, T]` and chunk of the loss to the summed loss, and further sums by name.
+      targets: from a batch, or micro-batches `[A, B, T]`, to what the sums are divided by in the end.
+    """
+
+    loss: Callable[[Llama, Parameters, Batch, int], tuple[Float[Array, ""], dict[str, Array]]]
+    targets: Callable[[Batch], Float[Array, ""]]
+
+
+def target_weight(batch: Batch) -> Float[Array, ""]:
+    """The weight of all targets."""
+    return jnp.sum(batch.weights)
+
+
+NEXT_TOKEN = Objective(lambda *given: (batch_loss(*given), {}), target_weight)
+# The same where nothing of the head is trained: two products with it instead of three.
+NEXT_TOKEN_FROZEN_HEAD = Objective(lambda *given: (jnp.sum(batch_row_losses(*given)), {}), target_weight)
 
 
 def mean_loss(

@@ -9,11 +9,11 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.axes import Array, Float, Int, Parameters, PyTree
+from llama_jax.axes import Array, Float, Int, Key, Parameters, PyTree
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
 from llama_jax.parallel.sharding import batch_spec, replicated, tree_shardings
-from llama_jax.training.loss import batch_loss
+from llama_jax.training.loss import NEXT_TOKEN, Objective
 
 
 class TrainState(NamedTuple):
@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: updates done.
-      params: float32 master parameters, stacked form.
+      params: what is trained, float32: the master parameters, stacked form, or a tree of adapters.
       optimizer: state of the optax optimizer.
     """
 
@@ -37,13 +37,29 @@ class StepMetrics(NamedTuple):
       loss: mean over the batch's targets, nats a token.
       grad_norm: global norm of the gradient before clipping.
       learning_rate: of this update.
-      targets: tokens that counted in the loss.
+      targets: tokens that counted in the loss; whatever else an objective counts.
+      more: further means of the objective, by name.
     """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     targets: Float[Array, ""]
+    more: dict[str, Array]
+
+
+# Number of the update, and of the micro-batch in it, for what is drawn at random in training.
+Draw = tuple[Int[Array, ""], Int[Array, ""]]
+
+
+def fresh_parameters(model: Llama, key: Key[Array, ""]) -> Parameters:
+    """Random parameters of a model."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def all_trained(trained: Parameters, frozen: PyTree = None, draw: Draw | None = None) -> Parameters:
+    """The parameters of a model that is trained whole: what is trained."""
+    return trained
 
 
 class Recipe(NamedTuple):
@@ -54,45 +70,65 @@ class Recipe(NamedTuple):
       optimizer: an optax optimizer that includes the learning rate.
       schedule: the learning rate, for the metrics.
       loss_chunk: tokens whose logits exist at one time.
+      objective: what is made small.
+      init: draws what is trained.
+      parameters: from what is trained, what is frozen and the draw (`None` outside of training) to what the model runs.
     """
 
     model: Llama
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     loss_chunk: int
+    objective: Objective = NEXT_TOKEN
+    init: Callable[[Llama, Key[Array, ""]], Parameters] = fresh_parameters
+    parameters: Callable[[Parameters, PyTree, Draw | None], Parameters] = all_trained
 
 
-def summed_gradients(recipe: Recipe, params: Parameters, batch: Batch) -> tuple[Array, Parameters]:
+Sums = tuple[tuple[Float[Array, ""], dict[str, Array]], Parameters]  # (loss, more), gradient
+
+
+def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> Sums:
     """Summed loss and its gradient over micro-batches `[A, B, T]`, added up one after the other.
 
     Sums, not means: dividing once by the targets of the whole batch weights every token alike, whatever the split.
     """
-    loss_and_gradient = jax.value_and_grad(lambda p, micro: batch_loss(recipe.model, p, micro, recipe.loss_chunk))
-    if batch.tokens.shape[0] == 1:
-        return loss_and_gradient(params, jax.tree.map(lambda x: x[0], batch))
 
-    def add(carry: tuple[Array, Parameters], micro: Batch) -> tuple[tuple[Array, Parameters], None]:
-        """Adds the loss and gradient of a micro-batch."""
-        return jax.tree.map(jnp.add, carry, loss_and_gradient(params, micro)), None
+    def loss(trained: Parameters, micro: Batch, number: Int[Array, ""]) -> tuple[Array, dict[str, Array]]:
+        """Of a micro-batch."""
+        params = recipe.parameters(trained, frozen, (state.step, number))
+        return recipe.objective.loss(recipe.model, params, micro, recipe.loss_chunk)
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    return lax.scan(add, start, batch)[0]
+    def sums(micro: Batch, number: Int[Array, ""]) -> Sums:
+        """Of a micro-batch, with the gradient of what is trained."""
+        return jax.value_and_grad(loss, has_aux=True)(state.params, micro, number)
+
+    first, count = jax.tree.map(lambda x: x[0], batch), batch.tokens.shape[0]
+    if count == 1:
+        return sums(first, jnp.int32(0))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, first, jnp.int32(0)))
+
+    def add(carry: Sums, given: tuple[Batch, Int[Array, ""]]) -> tuple[Sums, None]:
+        """Adds the sums of a micro-batch."""
+        return jax.tree.map(jnp.add, carry, sums(*given)), None
+
+    return lax.scan(add, start, (batch, jnp.arange(count)))[0]
 
 
-def train_step(recipe: Recipe, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    """One optimizer update from micro-batches `[A, B, T]`."""
-    loss, gradient = summed_gradients(recipe, state.params, batch)
-    targets = jnp.sum(batch.weights)
+def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, StepMetrics]:
+    """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has no part in it."""
+    (loss, more), gradient = summed_gradients(recipe, state, batch, frozen)
+    targets = recipe.objective.targets(batch)
     gradient = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradient)
     updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss / jnp.maximum(targets, 1), optax.tree.norm(gradient), recipe.schedule(state.step), targets)
+    loss, more = jax.tree.map(lambda total: total / jnp.maximum(targets, 1), (loss, more))
+    metrics = StepMetrics(loss, optax.tree.norm(gradient), recipe.schedule(state.step), targets, more)
     return TrainState(state.step + 1, params, optimizer), metrics
 
 
 def init_state(recipe: Recipe, key: Array) -> TrainState:
     """A fresh state at step 0."""
-    params = recipe.model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = recipe.init(recipe.model, key)
     return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params))
 
 
@@ -114,17 +150,28 @@ def batch_sharding(recipe: Recipe, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, batch_spec(recipe.model.options.rules, leading=1))
 
 
-def sharded_step(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """`train_step` compiled for a mesh; the state given is consumed."""
+def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """`train_step` compiled for a mesh; the state given is consumed, what is frozen (the last argument, if any) is not.
+
+    Args:
+      recipe: what an update is.
+      mesh: the devices.
+      frozen: arrays, or their shapes, like those that the program will be given.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, state_shapes(recipe, mesh))
+    fixed = () if frozen is None else (tree_shardings(frozen, mesh, recipe.model.options.rules),)
     return jax.jit(
-        lambda state, batch: train_step(recipe, state, batch),
-        in_shardings=(shardings, batch_sharding(recipe, mesh)),
+        lambda state, batch, *frozen: train_step(recipe, state, batch, *frozen),
+        in_shardings=(shardings, batch_sharding(recipe, mesh), *fixed),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=(0,),
     )
 
 
-def micro_batches(batch: Batch, accumulation: int) -> Batch:
-    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every row `i` with `i % A == a`."""
-    return Batch(*[x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1) for x in batch])
+def micro_batches(batch: Batch, accumulation: int, together: int = 1) -> Batch:
+    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every row `i` with `i % A == a`.
+
+    Rows that belong `together`, so many after each other, are dealt out as one.
+    """
+    dealt = [x.reshape(-1, accumulation, together, *x.shape[1:]).swapaxes(0, 1) for x in batch]
+    return Batch(*[x.reshape(accumulation, -1, *x.shape[3:]) for x in dealt])

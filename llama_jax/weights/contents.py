@@ -14,6 +14,7 @@ from llama_jax.weights.hugging_face import NAMES as HUGGING_FACE_NAMES
 from llama_jax.weights.hugging_face import HuggingFaceSource
 from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.meta import MetaSource
+from llama_jax.weights.peft import MergedSource
 from llama_jax.weights.run import RunSource
 from llama_jax.weights.source import Source
 
@@ -84,6 +85,8 @@ def _stored(source: Source) -> Iterator[Stored]:
         yield from _of_shards(source)
     elif isinstance(source, RunSource):
         yield from _of_run(source)
+    elif isinstance(source, MergedSource):
+        yield from _stored(source.base)
 
 
 def _counts(name: str, source: Source) -> bool:

@@ -10,12 +10,15 @@ from llama_jax.text.formats import format_for
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hub import fetch, names_model
 from llama_jax.weights.hugging_face import HuggingFaceSource, inside
 from llama_jax.weights.meta import MetaSource
+from llama_jax.weights.peft import CONFIG as ADAPTERS_CONFIG
+from llama_jax.weights.peft import Adapters, MergedSource, read_adapters
 from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource, origin_of
-from llama_jax.weights.source import Source, blamed_on
+from llama_jax.weights.source import Source, blamed_on, shown
 
 Format = Literal["run", "hugging_face", "meta", "gguf"]
 
@@ -52,10 +55,11 @@ class Opened(NamedTuple):
 
 
 def open_model(path: str | pathlib.Path) -> Opened:
-    """Opens a run directory of `train.py`, a directory of Hugging Face's or of Meta's, or a GGUF file.
+    """Opens a run directory of `train.py`, a directory of Hugging Face's, of Meta's or of PEFT's, or a GGUF file.
 
     Of a GGUF model in several files any part will do. A name such as `meta-llama/Llama-3.2-1B`, with `@revision` or without,
-    where there is no such path, is that of a model on the Hugging Face Hub; see `llama_jax.weights.hub`.
+    where there is no such path, is that of a model on the Hugging Face Hub; see `llama_jax.weights.hub`. A directory of
+    adapters (PEFT's) is the model that its description names, with them merged.
 
     Names, shapes and types of all tensors are checked; no weight is read.
 
@@ -91,6 +95,8 @@ def _opener(path: pathlib.Path) -> Callable[[pathlib.Path], Opened]:
         return _open_run
     if (path / "config.json").is_file():
         return _open_hugging_face
+    if (path / ADAPTERS_CONFIG).is_file():
+        return _open_adapted
     if (path / "params.json").is_file() and any(path.glob("consolidated*.pth")):
         return _open_meta
     raise InputError(f"{path}: {_found(path)}")
@@ -126,6 +132,25 @@ def _open_hugging_face(path: pathlib.Path) -> Opened:
     return Opened(
         source, tokenizer, template_from_directory(path), stops, "hugging_face", path, f"Hugging Face {path.absolute().name}"
     )
+
+
+def merged(base: Opened, adapters: Adapters, path: pathlib.Path) -> Opened:
+    """An opened model with adapters from `path` merged into its weights as they are read."""
+    origin = f"{base.origin} with adapters {path.absolute().name}"
+    return base._replace(source=MergedSource(base.source, adapters), origin=origin)
+
+
+def _open_adapted(path: pathlib.Path) -> Opened:
+    with blamed_on(path):
+        named = json_object(inside(path, ADAPTERS_CONFIG)).get("base_model_name_or_path")
+        places = [pathlib.Path(named), path / named] if isinstance(named, str) and named else []
+        base = next((place for place in places if place.exists()), None)
+        if base is None or (base / ADAPTERS_CONFIG).is_file():
+            raise InputError(
+                f"{ADAPTERS_CONFIG} names the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST"
+            )
+    opened = open_model(base)
+    return merged(opened, read_adapters(path, opened.source.config), path)
 
 
 def _open_meta(path: pathlib.Path) -> Opened:

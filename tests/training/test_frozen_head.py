@@ -1,0 +1,57 @@
+"""The loss under a frozen head: against optax on whole logits, row by row; no gradient of the head, no logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import TINY, random_parameters
+from test_step import random_batch
+
+from llama_jax.model.llama import Llama, logits
+from llama_jax.model.quantize import quantize
+from llama_jax.training.loss import NEXT_TOKEN, NEXT_TOKEN_FROZEN_HEAD, batch_row_losses, row_losses
+
+
+def drawn(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40, 10_000])
+def test_rows_and_gradients_of_features_equal_optax(chunk):
+    features, head, weights = drawn((3, 11, 8)), drawn((8, 50), 1), jnp.abs(drawn((3, 11), 2))
+    targets = jnp.asarray(np.random.default_rng(3).integers(0, 50, (3, 11)), jnp.int32)
+    mix = jnp.asarray([0.7, -2.0, 0.1])  # each row's slope is another one
+
+    def expected(features):
+        return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(features @ head, targets), axis=1)
+
+    np.testing.assert_allclose(row_losses(features, head, targets, weights, chunk), expected(features), rtol=1e-6)
+    got = jax.grad(lambda f: row_losses(f, head, targets, weights, chunk) @ mix)(features)
+    np.testing.assert_allclose(got, jax.grad(lambda f: expected(f) @ mix)(features), atol=1e-5)
+
+
+def test_frozen_head_costs_neither_logits_nor_a_gradient():
+    rows, length, dim, vocab = 2, 512, 64, 8192
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((rows, length, dim), jnp.float32), ((dim, vocab), jnp.float32),
+              ((rows, length), jnp.int32), ((rows, length), jnp.float32))]  # fmt: skip
+    loss = jax.value_and_grad(lambda f, h, t, w: jnp.sum(row_losses(f, h, t, w, 64)))
+    program = jax.jit(loss).lower(*shapes).compile()
+    head, chunk, features = dim * vocab * 4, 64 * vocab * 4, rows * length * dim * 4
+    used = program.memory_analysis().temp_size_in_bytes
+    print(f"temporaries {used / 2**20:.1f} MiB, head {head / 2**20:.1f}, chunk {chunk / 2**20:.1f}")
+    assert used <= 2 * chunk + 4 * features  # 8 MiB below what a gradient of the head takes beside them at the least
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_objectives_agree_and_quantised_heads_work(tied):
+    config = dataclasses.replace(TINY, tied_head=tied)
+    params, batch, model = random_parameters(config), random_batch(config), Llama(config)
+    whole, frozen = (objective.loss(model, params, batch, 50)[0] for objective in (NEXT_TOKEN, NEXT_TOKEN_FROZEN_HEAD))
+    np.testing.assert_allclose(frozen, whole, rtol=1e-6)
+    narrow = quantize(params, 8)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits(narrow, batch.tokens, config, batch.documents), batch.targets)
+    expected = jnp.sum(each * batch.weights, axis=1)
+    np.testing.assert_allclose(batch_row_losses(model, narrow, batch, 50), expected, rtol=1e-4)

@@ -1,0 +1,80 @@
+"""Preferences: loss, gradient and figures against the formula of the paper in float64, pairs in micro-batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from support import random_parameters
+from test_adapter_training import CONFIG, close, make, train_config, warm_state
+from test_step import random_batch
+
+from llama_jax.model.adapters import merge
+from llama_jax.model.llama import logits
+from llama_jax.training.step import init_state, micro_batches, train_step
+
+BETA = 0.3
+
+
+def row_log_probabilities(params, batch):
+    """Log p of each row's targets, from whole logits."""
+    each = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch.tokens, CONFIG, batch.documents), batch.targets)
+    return -jnp.sum(each * batch.weights, axis=1)
+
+
+def by_hand(policy, reference):
+    """The paper's equation 7 in float64, and its figures."""
+    rewards = BETA * (np.asarray(policy, np.float64) - np.asarray(reference, np.float64))
+    margin = rewards[0::2] - rewards[1::2]
+    return np.mean(np.log1p(np.exp(-margin))), margin, rewards
+
+
+@functools.cache
+def compiled():
+    """A recipe of plain descent with rate 1, and its step."""
+    recipe = make(train_config(beta=BETA))._replace(optimizer=optax.sgd(1.0))
+    return recipe, jax.jit(functools.partial(train_step, recipe))
+
+
+def test_loss_figures_and_gradient_equal_the_formula():
+    (recipe, step), params, batch = compiled(), random_parameters(CONFIG), random_batch(CONFIG)
+    state = warm_state(recipe)
+    reference = row_log_probabilities(params, batch)
+    policy = lambda adapters: row_log_probabilities(merge(params, adapters, 2.0), batch)  # noqa: E731
+    _, margin, rewards = by_hand(policy(state.params), reference)
+    for real in (8, 6):  # the last pair as it is, then as padding
+        weights = jnp.where(jnp.arange(8)[:, None] < real, batch.weights, 0)
+        after, metrics = step(state, micro_batches(batch._replace(weights=weights), 1), params)
+        given = margin[: real // 2]
+        np.testing.assert_allclose(metrics.loss, np.mean(np.log1p(np.exp(-given))), rtol=1e-4)
+        means = {"accuracy": given > 0, "margin": given, "chosen": rewards[0:real:2], "rejected": rewards[1:real:2]}
+        assert metrics.more.keys() == means.keys()
+        for name, values in means.items():
+            np.testing.assert_allclose(metrics.more[name], np.mean(values), rtol=1e-3, atol=1e-4)
+        assert metrics.targets == real / 2
+        # The chain rule with slopes in float64: -beta sigmoid(-margin) for chosen rows, the opposite for rejected ones.
+        slope = BETA / (1 + np.exp(given)) / len(given)
+        slopes = np.zeros(8, np.float32)
+        slopes[:real] = np.stack([-slope, slope], axis=1).reshape(-1)
+        expected = jax.grad(lambda adapters, slopes=slopes: policy(adapters) @ slopes)(state.params)
+        close(jax.tree.map(jnp.subtract, state.params, after.params), expected, atol=1e-4)
+
+
+def test_fresh_adapters_are_indifferent():
+    (recipe, step), params, batch = compiled(), random_parameters(CONFIG), random_batch(CONFIG)
+    _, metrics = step(init_state(recipe, jax.random.key(0)), micro_batches(batch, 1), params)
+    np.testing.assert_allclose(metrics.loss, np.log(2), rtol=1e-5)
+    assert metrics.more["accuracy"] == 0 == metrics.more["margin"]
+
+
+def test_pairs_stay_together_in_micro_batches():
+    batch = random_batch(CONFIG)
+    numbered = batch._replace(tokens=np.repeat(np.arange(8)[:, None], 24, 1))
+    dealt = np.asarray(micro_batches(numbered, 2, together=2).tokens[:, :, 0])
+    assert dealt.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    (recipe, step), params = compiled(), random_parameters(CONFIG)
+    whole, figures = step(warm_state(recipe), micro_batches(batch, 1), params)
+    split, split_figures = step(warm_state(recipe), micro_batches(batch, 2, together=2), params)
+    close(split.params, whole.params)
+    np.testing.assert_allclose(jax.tree.leaves(split_figures), jax.tree.leaves(figures), rtol=1e-4, atol=1e-5)

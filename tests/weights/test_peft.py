@@ -1,0 +1,183 @@
+"""Adapters in PEFT's files: against transformers with the same factors, and PEFT itself where it is installed."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exported import expected_tensors, tensors_of
+from safetensors.numpy import load_file, save_file
+from support import TINY, random_parameters, random_tokens, transformers_model
+
+from llama_jax.accounting import LAYER_MATRICES
+from llama_jax.cli import adapters as verb
+from llama_jax.errors import InputError
+from llama_jax.model.adapters import combine, init_adapters, merge
+from llama_jax.model.llama import logits
+from llama_jax.weights.checkpoint import Checkpoints
+from llama_jax.weights.forms import stack, unstack
+from llama_jax.weights.load import load
+from llama_jax.weights.open import open_model
+from llama_jax.weights.peft import CONFIG, TENSORS, Adapters, read_adapters, save_adapters
+
+
+def random_adapters(config=TINY, rank=4, targets=LAYER_MATRICES):
+    fresh = init_adapters(jax.random.key(1), config, rank, targets)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32), fresh)
+
+
+def loaded(directory):
+    """A model of Hugging Face's, stacked, and its architecture."""
+    model = load(directory, form="stacked")
+    return model.params, model.config
+
+
+def rewrite(directory, **changes):
+    values = json.loads((directory / CONFIG).read_text()) | changes
+    (directory / CONFIG).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("form", [stack, unstack], ids=["stacked", "unrolled"])
+def test_what_was_written_comes_back(form, tmp_path):
+    tree = random_adapters(targets=("wq", "wo", "down"))
+    save_adapters(Adapters(form(tree), 2.5, "/models/base"), tmp_path / "out", dropout=0.1)
+    back = read_adapters(tmp_path / "out", TINY)
+    assert (back.scale, back.base, back.rank) == (2.5, "/models/base", 4)
+    jax.tree.map(np.testing.assert_array_equal, back.tree, jax.device_get(tree))
+    values = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert values["target_modules"] == ["down_proj", "o_proj", "q_proj"]
+    assert (values["r"], values["lora_alpha"], values["lora_dropout"]) == (4, 10.0, 0.1)
+    tensor = load_file(tmp_path / "out" / TENSORS)["base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"]
+    np.testing.assert_array_equal(tensor, tree["layers"]["feed_forward"]["down"]["a"][2].T)
+
+
+@pytest.mark.parity
+def test_logits_equal_transformers_with_merged_weights_in_float64(tmp_path):
+    torch = pytest.importorskip("torch")
+    params, tree, tokens = random_parameters(TINY), random_adapters(), random_tokens(TINY, (2, 12))
+    save_adapters(Adapters(tree, 2.0), tmp_path / "out")
+    model = transformers_model(TINY, params).double()
+    state = model.state_dict()
+    for name, tensor in load_file(tmp_path / "out" / TENSORS).items():
+        if "lora_A" in name:
+            up = load_file(tmp_path / "out" / TENSORS)[name.replace("lora_A", "lora_B")]
+            weight = name.removeprefix("base_model.model.").replace(".lora_A", "")
+            state[weight] += torch.from_numpy(up.astype(np.float64) @ tensor.astype(np.float64)) * 2.0
+    with torch.no_grad():
+        expected = model(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
+    np.testing.assert_allclose(logits(combine(params, tree, 2.0), tokens, TINY), expected, atol=2e-4)
+
+
+@pytest.mark.parity
+def test_peft_reads_ours_and_we_read_its(tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    params, tree, tokens = random_parameters(TINY), random_adapters(), random_tokens(TINY, (2, 12))
+    save_adapters(Adapters(tree, 2.0), tmp_path / "ours")
+    model = peft.PeftModel.from_pretrained(transformers_model(TINY, params), tmp_path / "ours").eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
+    np.testing.assert_allclose(logits(combine(params, tree, 2.0), tokens, TINY), theirs, atol=1e-4)
+    model.save_pretrained(tmp_path / "theirs")
+    back = read_adapters(tmp_path / "theirs", TINY)
+    assert back.scale == 2.0
+    jax.tree.map(np.testing.assert_array_equal, back.tree, jax.device_get(tree))
+
+
+def test_a_directory_of_adapters_loads_as_the_merged_model(tiny_directory, tmp_path):
+    params, config = loaded(tiny_directory)
+    tree = random_adapters(config)
+    save_adapters(Adapters(tree, 0.5, str(tiny_directory)), tmp_path / "mine")
+    model = load(tmp_path / "mine", form="stacked")
+    assert model.origin == "Hugging Face tiny with adapters mine"
+    assert model.tokenizer is not None
+    assert model.template is not None
+    assert model.report.parameters == model.report.expected_parameters
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), model.params, merge(params, tree, 0.5))
+
+
+def test_merged_into_a_hugging_face_directory(tiny_directory, tmp_path, capsys):
+    params, config = loaded(tiny_directory)
+    tree = random_adapters(config, targets=("wk", "gate"))
+    save_adapters(Adapters(tree, 0.5), tmp_path / "mine")
+    assert verb.main(["merge", str(tiny_directory), str(tmp_path / "mine"), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    expected = expected_tensors(merge(params, tree, 0.5))
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        np.testing.assert_allclose(tensor, expected[name], atol=1e-6)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tiny_directory / "tokenizer.json").read_bytes()
+
+
+def test_exported_from_a_run(tiny_directory, tmp_path, capsys):
+    _, config = loaded(tiny_directory)
+    tree = random_adapters(config, targets=("wv",))
+    with Checkpoints.open(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(7, {"params": tree, "step": jnp.int32(7)}, {"model": dataclasses.asdict(config)})
+    lines = ["run:", f"  init: {tiny_directory}", "adapter:", "  rank: 4", "  alpha: 2", "  targets: [wv]", "model:"]
+    lines += [
+        f"  {name}: {'null' if value is None else str(value).lower()}" for name, value in dataclasses.asdict(config).items()
+    ]
+    (tmp_path / "run" / "config.yaml").write_text("\n".join(lines))
+    assert verb.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    back = read_adapters(tmp_path / "out", config)
+    assert (back.scale, back.base) == (0.5, str(tiny_directory))
+    jax.tree.map(np.testing.assert_array_equal, back.tree, jax.device_get(tree))
+    assert verb.main(["merge", str(tiny_directory), str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    assert open_model(tmp_path / "merged").source.config == config
+    with pytest.raises(InputError, match="adapters 'mix' given; merge or export"):
+        verb.main(["mix"])
+
+
+BROKEN = {
+    "peft_type": ({"peft_type": "IA3"}, "peft_type 'IA3'"), "bias": ({"bias": "all"}, "bias 'all'"),
+    "dora": ({"use_dora": True}, "'use_dora' is True"), "pissa": ({"init_lora_weights": "pissa"}, "changes the base"),
+    "pattern": ({"rank_pattern": {"q_proj": 8}}, "'rank_pattern'"), "unknown": ({"new_trick": 3}, "'new_trick' is 3"),
+    "rank": ({"r": 8}, "misshapen"), "no rank": ({"r": None}, "r is missing"), "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
+    "saved": ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_not_plain_lora_is_refused(kind, tmp_path):
+    changes, words = BROKEN[kind]
+    save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "out")
+    rewrite(tmp_path / "out", **changes)
+    with pytest.raises(InputError, match=words) as error:
+        read_adapters(tmp_path / "out", TINY)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "out") in str(error.value)
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path):
+    save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / TENSORS)
+    name = next(iter(tensors))
+    save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "out" / TENSORS)
+    with pytest.raises(InputError, match="1 missing: 'base_model"):
+        read_adapters(tmp_path / "out", TINY)
+    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4), np.float32)}, tmp_path / "out" / TENSORS)
+    with pytest.raises(InputError, match="1 unexpected: 'base_model"):
+        read_adapters(tmp_path / "out", TINY)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(InputError, match="adapter_config"):
+        read_adapters(tmp_path / "out", TINY)
+    with pytest.raises(InputError, match="dtype 'int8' given"):
+        save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "other", dtype="int8")
+
+
+def test_scales_of_rank_stabilised_adapters(tmp_path):
+    save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "out")
+    rewrite(tmp_path / "out", use_rslora=True)
+    assert read_adapters(tmp_path / "out", TINY).scale == 8.0 / 2  # alpha / sqrt(r)
+
+
+def test_a_base_that_is_not_here_is_named(tmp_path):
+    save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0, "meta-llama/Llama-3.2-1B"), tmp_path / "out")
+    with pytest.raises(InputError, match=r"names the model 'meta-llama/Llama-3.2-1B', not here; name it: adapters merge"):
+        load(tmp_path / "out")
+    rewrite(tmp_path / "out", base_model_name_or_path=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="not here"):
+        load(tmp_path / "out")
