@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 
@@ -56,7 +57,8 @@ def write_yaml(path: pathlib.Path, config: TrainConfig) -> pathlib.Path:
 
 def child_environment(devices: int = 1) -> dict[str, str]:
     """As the tests have it, compiled programs shared, but with so many virtual devices."""
-    changes = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1",
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    changes = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1",
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "COLUMNS": "100",
                # Threads of XLA's pool, by default one a core: collectives of virtual devices, which block theirs, can
                # take them all and then wait for ever for the one that has none.

@@ -88,6 +88,7 @@ class RunConfig:
       eval_every: steps between two evaluations on held-out text; 0 for none.
       checkpoint_every: steps between two checkpoints; the last step always has one.
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
+      trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each an extra to install.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -102,9 +103,11 @@ class RunConfig:
     eval_every: int = 100
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fields("run", self)
+        _require(isinstance(self.trackers, tuple), "run.trackers", self.trackers, "a list such as [tensorboard]")
         named = self.init is None or (isinstance(self.init, str) and self.init != "")
         _require(named, "run.init", self.init, "a path or null")
 

@@ -31,10 +31,11 @@ def describe_run(config: TrainConfig, split: Split) -> dict:
         "batch_rows": data.batch_rows,
         "seed": data.seed,
     }
+    adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
+    trained = {"model": dataclasses.asdict(config.model), "adapter": adapter}
     if data.tokenizer is None:
-        return {"model": dataclasses.asdict(config.model), "data": values | {"vocab_size": data.vocab_size}}
-    given = hash_tokenizer(Path(data.tokenizer))[:16]
-    return {"model": dataclasses.asdict(config.model), TOKENIZER: given, "data": values}
+        return {**trained, "data": values | {"vocab_size": data.vocab_size}}
+    return {**trained, TOKENIZER: hash_tokenizer(Path(data.tokenizer))[:16], "data": values}
 
 
 def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:

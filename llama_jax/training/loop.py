@@ -12,17 +12,21 @@ from typing import NamedTuple
 import jax
 
 from llama_jax.accounting import parameter_count
+from llama_jax.axes import Parameters
 from llama_jax.data.batches import PackedBatches
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.errors import InputError
+from llama_jax.training.books import Books
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.display import Display, duration, si
 from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate
+from llama_jax.training.goodput import RUN_GOODPUT, Goodput
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
-from llama_jax.training.metrics import MetricsFile, StepRecord
+from llama_jax.training.metrics import RUN_METRICS, StepRecord
 from llama_jax.training.setup import (
     adopt,
+    frozen_base,
     make_directory,
     make_recipe,
     prepare_data,
@@ -31,11 +35,11 @@ from llama_jax.training.setup import (
     split_corpus,
 )
 from llama_jax.training.step import TrainState, batch_sharding, micro_batches, sharded_init, sharded_step, state_shapes
-from llama_jax.training.step_log import StepLog
+from llama_jax.training.step_log import mfu_line
+from llama_jax.training.trackers import require_trackers
 from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
-RUN_METRICS = "metrics.jsonl"
 RUN_CONFIG = "config.yaml"
 
 Stop = Callable[[int], bool]  # asked after every step whether to save and end there
@@ -50,6 +54,7 @@ class Summary(NamedTuple):
       evaluation: on the held-out text with the final parameters; `None` where this call did not come to the end.
       unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline.
       saved: whether the last state is on disk.
+      goodput: where the wall time of the run went, restarts included.
     """
 
     step: int
@@ -57,6 +62,7 @@ class Summary(NamedTuple):
     evaluation: Evaluation | None
     unigram: float
     saved: bool
+    goodput: Goodput = Goodput()
 
 
 class Run:
@@ -75,6 +81,7 @@ class Run:
         self.mesh = run_mesh(config)
         self.recipe = make_recipe(config)
         require_vocabulary(config)
+        require_trackers(config.run.trackers)
         make_directory(self.directory)
         self.config, made_from = adopt(config)
         config = self.config
@@ -108,15 +115,17 @@ class Run:
         copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
         unigram = unigram_cross_entropy(self.data.train, self.data.held_out)
         with jax.set_mesh(mesh), Checkpoints.open(self.directory / RUN_CHECKPOINTS, config.run.keep_checkpoints) as checkpoints:
+            frozen = frozen_base(config, self.recipe, mesh)
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             self.display.start(self._heading(first, unigram), config.run.steps)
-            metrics = MetricsFile(self.directory / RUN_METRICS, first, self.display.event)
-            state, evaluation = self._steps(state, first, checkpoints, metrics, should_stop)
-            metrics.close()
-            self._attempt(checkpoints.wait)
+            books = Books(config, [device.device_kind for device in mesh.devices.flat], first, self.display.event)
+            state, evaluation = self._steps(state, frozen, checkpoints, books, should_stop)
+            with books.clock("save"):
+                self._attempt(checkpoints.wait)
             step = int(state.step)
-            return Summary(step, config.run.steps, evaluation, unigram, saved=step in checkpoints.steps())
+            goodput = books.close(step)
+            return Summary(step, config.run.steps, evaluation, unigram, step in checkpoints.steps(), goodput)
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
         """The newest good state, or a fresh one."""
@@ -130,7 +139,7 @@ class Run:
     def _init(self) -> TrainState:
         """A fresh state: random parameters, or those of the model that the run begins with."""
         state = sharded_init(self.recipe, self.mesh)(jax.random.key(self.config.run.seed))
-        if self.config.run.init is None:
+        if self.config.run.init is None or self.config.adapter.rank:
             return state
         form: Form = "stacked" if self.recipe.model.options.scan else "unrolled"
         model = load(self.config.run.init, "float32", form, self.mesh)
@@ -148,43 +157,45 @@ class Run:
             f"devices   {devices} x {self.mesh.devices.flat[0].device_kind} ({shape})",
             f"data      {si(self.data.train.header.tokens)} training tokens, {si(self.data.held_out.header.tokens)} held out; "
             f"{si(tokens)} tokens a step, {config.run.steps * tokens / self.data.train.header.tokens:.2f} epochs in all",
+            f"mfu       {mfu_line(config, [device.device_kind for device in self.mesh.devices.flat])}",
             f"baseline  unigram entropy of the held-out text {unigram:.3f} nats a token",
             f"run       {self.directory}, " + (f"going on from step {first}" if first else "from the start"),
         ]
 
     def _steps(
-        self, state: TrainState, first: int, checkpoints: Checkpoints, metrics: MetricsFile, should_stop: Stop
+        self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, books: Books, should_stop: Stop
     ) -> tuple[TrainState, Evaluation | None]:
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
         run, accumulation = self.config.run, self.config.data.accumulation
-        step_program, sharding = sharded_step(self.recipe, self.mesh), batch_sharding(self.recipe, self.mesh)
-        log = StepLog(self.config)
-        for step in range(first, run.steps):
-            batch = jax.device_put(micro_batches(self.batches.batch(step), accumulation), sharding)
-            state, figures = step_program(state, batch)
-            log.add(figures)
+        step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
+        for step in range(int(state.step), run.steps):
+            with books.clock("data"):
+                batch = jax.device_put(micro_batches(self.batches.batch(step), accumulation), sharding)
+            state, figures = step_program(state, batch, *frozen)
+            books.log.add(figures)
             done = step + 1
             last = done == run.steps
             ending = last or should_stop(done)
             evaluating = last or (not ending and is_due(done, run.eval_every))
             evaluation = None
             if ending or evaluating or is_due(done, run.log_every):
-                record = log.record(done)
-                evaluation = self._evaluate(state) if evaluating else None
-                self._report(record, evaluation, metrics)
+                record = books.log.record(done)
+                with books.clock("eval"):
+                    evaluation = self._evaluate(state, frozen) if evaluating else None
+                self._report(record, evaluation, books)
                 self._attempt(checkpoints.poll)
-                log.start_clock()
+                books.log.start_clock()
             # After the metrics, so that what a checkpoint holds is never missing there.
             if ending or is_due(done, run.checkpoint_every):
-                self._attempt(functools.partial(checkpoints.save, done, state, self.metadata))
+                with books.clock("save"):
+                    self._attempt(functools.partial(checkpoints.save, done, state, self.metadata))
             if ending:
                 return state, evaluation
         return state, None
 
-    def _report(self, record: StepRecord, evaluation: Evaluation | None, metrics: MetricsFile) -> None:
+    def _report(self, record: StepRecord, evaluation: Evaluation | None, books: Books) -> None:
         """Shows and keeps the figures of a step."""
-        more = _flat(evaluation) if evaluation else {}
-        metrics.write(record.step, record.flat() | more)
+        books.write(record.step, record.flat() | (_flat(evaluation) if evaluation else {}))
         self.display.step(record._replace(held_out_loss=evaluation.nats_per_token if evaluation else None))
 
     def _attempt(self, action: Callable[[], None]) -> None:
@@ -194,10 +205,11 @@ class Run:
         except SaveError as error:
             self.display.event(f"warning: {error}")
 
-    def _evaluate(self, state: TrainState) -> Evaluation:
+    def _evaluate(self, state: TrainState, frozen: tuple[Parameters, ...]) -> Evaluation:
         data, model = self.config.data, self.recipe.model
+        params = self.recipe.parameters(state.params, frozen[0] if frozen else None, None)
         rows = data.batch_rows // data.accumulation
-        return evaluate(self._evaluator, state.params, self.data.held_out, data.length, rows, self.mesh, model)
+        return evaluate(self._evaluator, params, self.data.held_out, data.length, rows, self.mesh, model)
 
 
 @contextlib.contextmanager
@@ -238,7 +250,7 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
         loss, bits = summary.evaluation.nats_per_token, summary.evaluation.bits_per_byte
         rows["held-out"] = f"{loss:.4f} nats a token, {bits:.4f} bits a byte ({summary.evaluation.tokens} tokens)"
         rows["unigram"] = f"{summary.unigram:.4f} nats a token (the entropy to beat)"
-    return rows
+    return rows | summary.goodput.lines()
 
 
 def newest_step(directory: Path) -> int:
@@ -251,4 +263,5 @@ def clear_run(directory: Path) -> None:
     """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
     if (directory / RUN_CHECKPOINTS).exists():
         shutil.rmtree(directory / RUN_CHECKPOINTS)
-    (directory / RUN_METRICS).unlink(missing_ok=True)
+    for name in (RUN_METRICS, RUN_GOODPUT):
+        (directory / name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from llama_jax.axes import Parameters
 from llama_jax.data.atomic import atomic_write
 from llama_jax.data.corpus import read_corpus, standard_library
 from llama_jax.data.prepare import PreparedData, prepare
@@ -19,10 +20,12 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, check_divisible
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.display import Display
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama_jax.training.step import Recipe
+from llama_jax.weights.load import Form, load
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import report
 
@@ -102,9 +105,18 @@ def make_recipe(config: TrainConfig) -> Recipe:
     attention = choose_backend(compute.attention, config.data.length, config.data.length)
     options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention)
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
-    return Recipe(
-        Llama(config.model, options), make_optimizer(config.optimizer, config.run.steps), schedule, compute.loss_chunk
-    )
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk)
+    return adapter_recipe(recipe, config) if config.adapter.rank else recipe
+
+
+def frozen_base(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Parameters, ...]:
+    """The model under the adapters of a run, on its shards; nothing for a run that trains the model itself."""
+    if not config.adapter.rank or config.run.init is None:
+        return ()
+    form: Form = "stacked" if recipe.model.options.scan else "unrolled"
+    base = load(config.run.init, base_dtype(config.adapter, recipe.model), form, mesh)
+    return (frozen_parameters(base.params, config.adapter, recipe.model, mesh),)
 
 
 def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:

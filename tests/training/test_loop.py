@@ -163,7 +163,7 @@ def test_evaluation_and_compilation_are_no_part_of_the_step_time(config, monkeyp
     now = [100.0]
     monkeypatch.setattr(step_log.time, "perf_counter", lambda: now[0])
     log = step_log.StepLog(config)
-    figures = StepMetrics(*map(np.float32, (2, 1, 1e-3, 128)))
+    figures = StepMetrics(*map(np.float32, (2, 1, 1e-3, 128)), {})
 
     def update(seconds):
         now[0] += seconds

@@ -1,0 +1,50 @@
+"""Everything that a run writes down about itself while it trains: metrics, the time split, goodput."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from llama_jax.training.clock import Clock
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.goodput import RUN_GOODPUT, Goodput, GoodputLog
+from llama_jax.training.metrics import RUN_METRICS, Metric, MetricsFile
+from llama_jax.training.step_log import StepLog
+from llama_jax.training.trackers import open_trackers
+
+
+class Books:
+    """The books of a run, open for this program.
+
+    Attributes:
+      clock: the ledger of the wall time: `with books.clock("data"):`.
+      log: figures of updates, made into records.
+    """
+
+    def __init__(self, config: TrainConfig, device_kinds: Sequence[str], step: int, warn: Callable[[str], None]) -> None:
+        """Opens them.
+
+        Args:
+          config: of the run.
+          device_kinds: `device_kind` of each device that trains.
+          step: updates that the state to go on with has.
+          warn: takes one line of text where something cannot be written.
+        """
+        directory = Path(config.run.dir)
+        self.clock = Clock()
+        self._metrics = MetricsFile(directory / RUN_METRICS, step, warn)
+        self._goodput = GoodputLog(directory / RUN_GOODPUT, step, warn)
+        self._trackers = open_trackers(config.run.trackers, directory, dataclasses.asdict(config), step, warn)
+        self.log = StepLog(config, device_kinds, self.clock, self._goodput)
+
+    def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Keeps the figures of a step."""
+        self._metrics.write(step, metrics)
+        self._trackers.log(step, metrics)
+
+    def close(self, step: int) -> Goodput:
+        """Closes them; where the wall time of the run went."""
+        self.log.close(step)
+        self._metrics.close()
+        self._goodput.close()
+        self._trackers.close()
+        return self._goodput.goodput
