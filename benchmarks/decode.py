@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--prefill", default="512,2047", help="prompt lengths; the model's context is 2048")
+    parser.add_argument("--prefill", default="512,2047", help="prompt lengths")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--quick", action="store_true", help="one round of little: whether it runs")
     options = parser.parse_args()
