@@ -13,6 +13,8 @@ _VERBS = {
     "infer": ("llama_jax.cli.infer", "generate text"),
     "inspect": ("llama_jax.cli.inspect", "say what a model on disk is, and what is odd about it"),
     "eval": ("llama_jax.cli.evaluate", "loss on a text file"),
+    "prepare": ("llama_jax.cli.prepare", "turn text and conversations into token files"),
+    "data": ("llama_jax.cli.data", "data verify: check token files, hash the batch of a step"),
     "convert": ("llama_jax.cli.convert", "write a model in another format"),
 }
 

@@ -1,11 +1,11 @@
 """From the figures of single updates to records, without waiting for the device in between."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from llama_jax.training.config import TrainConfig
 from llama_jax.training.metrics import StepRecord
 from llama_jax.training.step import StepMetrics
 
@@ -16,8 +16,9 @@ class StepLog:
     Saving counts as time of the updates, evaluation and the compilation in the first update do not.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._tokens_per_step = config.data.batch_rows * config.data.length
+    def __init__(self, tokens_before: Callable[[int], int]) -> None:
+        """Takes a function that counts the tokens of the steps before a step."""
+        self._tokens_before = tokens_before
         self._pending: list[StepMetrics] = []
         self._timed = 0  # updates since the clock was started
         self._first_seconds: float | None = None
@@ -44,7 +45,10 @@ class StepLog:
         """
         figures = jax.device_get(self._pending)
         elapsed = time.perf_counter() - self._since
-        seconds = elapsed / self._timed if self._timed else self._first_seconds or elapsed
+        timed = max(1, self._timed)
+        seconds = elapsed / timed if self._timed else self._first_seconds or elapsed
+        tokens = self._tokens_before(step)
+        tokens_per_step = (tokens - self._tokens_before(step - timed)) / timed
         self._pending, self._timed = [], 0
         last = figures[-1]
         return StepRecord(
@@ -52,7 +56,7 @@ class StepLog:
             loss=float(np.mean([f.loss for f in figures])),
             learning_rate=float(last.learning_rate),
             gradient_norm=float(last.grad_norm),
-            tokens=step * self._tokens_per_step,
-            tokens_per_second=self._tokens_per_step / seconds,
+            tokens=tokens,
+            tokens_per_second=tokens_per_step / seconds,
             step_seconds=seconds,
         )
