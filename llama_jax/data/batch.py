@@ -26,8 +26,8 @@ class Batch(NamedTuple):
 
 def empty_batch(rows: int, length: int) -> Batch:
     """Rows of padding, to be filled."""
-    ids = (np.zeros((rows, length), np.int32) for _ in range(2))
-    return Batch(*ids, np.zeros((rows, length), np.float32), np.zeros((rows, length), np.int32))
+    tokens, targets, documents = (np.zeros((rows, length), np.int32) for _ in range(3))
+    return Batch(tokens, targets, np.zeros((rows, length), np.float32), documents)
 
 
 def select_rows(batches: Sequence[Batch], order: np.ndarray) -> Batch:

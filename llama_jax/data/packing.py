@@ -1,6 +1,6 @@
 """Rows of a data set, numbered: its tokens cut into windows, its documents fitted whole into rows, or pairs of answers."""
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -13,6 +13,7 @@ from llama_jax.errors import InputError
 Name = Literal["cut", "fit"]
 
 
+@runtime_checkable
 class Packing(Protocol):
     """The rows of one pass over some tokens.
 

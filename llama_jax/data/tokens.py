@@ -1,6 +1,6 @@
 """Tokens as batches read them: one long row of documents, whatever files it lies in."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -20,6 +20,7 @@ class Piece(NamedTuple):
     learned: Bool[Any, " T"]
 
 
+@runtime_checkable
 class Tokens(Protocol):
     """Documents one after another."""
 

@@ -1,5 +1,7 @@
 """The batch of a step on all devices of all hosts, each host reading the rows of its own devices only."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -42,7 +44,5 @@ def global_batch(batches: Batches, step: int, micro_rows: int, sharding: NamedSh
             read[key] = batches.chosen_rows(step, wanted.ravel())
         return read[key][field].reshape(*wanted.shape, -1)[..., index[2]]
 
-    return Batch(*[
-        jax.make_array_from_callback(shape, sharding, lambda index, field=field: part(field, index))
-        for field in range(len(Batch._fields))
-    ])  # fmt: skip
+    fields = range(len(Batch._fields))
+    return Batch(*[jax.make_array_from_callback(shape, sharding, functools.partial(part, field)) for field in fields])

@@ -86,7 +86,7 @@ class Run:
         require_same_run(saved, self.metadata, self.directory)
         self.metadata |= {} if made_from is None else {MADE_FROM: made_from}
         self.batches = make_batches(self.data, config.data)
-        self._corpus_losses: dict[str, float] = {}  # of the last evaluation, where there are several corpora
+        self._corpus_losses: dict[str, float | int | None] = {}  # of the last evaluation, where there are several corpora
         self._evaluator = batch_evaluator(self.recipe.model, self.recipe.loss_chunk)
 
     def train(self, should_stop: Stop = lambda step: False) -> Summary:
