@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -37,17 +38,8 @@ def lines(tmp_path_factory):
     return path
 
 
-def processes_of(directory):
-    """Processes whose command line, or whose parent's, names the directory."""
-    return [name for name in os.listdir("/proc") if name.isdigit() and str(directory) in _command_line(name)]
-
-
-def _command_line(number):
-    try:
-        with open(f"/proc/{number}/cmdline") as file:
-            return file.read()
-    except OSError:
-        return ""
+def children_of(process):
+    return [int(word) for word in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
@@ -58,11 +50,11 @@ def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_d
         while not list(killed.glob("train-*.tokens")):
             time.sleep(0.05)
             assert process.poll() is None
-        children = [int(n) for n in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+        children = children_of(process)
         process.kill()
         process.communicate()
     deadline = time.monotonic() + 20
-    while any(f"/proc/{child}" and os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert children
     assert not any(os.path.exists(f"/proc/{child}") for child in children)  # workers end with the process that started them
@@ -90,8 +82,8 @@ def test_worker_that_dies_is_an_error(tmp_path, lines, tiny_directory):
                "--output", tmp_path / "out") as process:  # fmt: skip
         while not list((tmp_path / "out").glob("train-*.tokens")):
             time.sleep(0.05)
-        children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
+        children = children_of(process)
+        os.kill(children[-1], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "ended without a word" in errors

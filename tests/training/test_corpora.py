@@ -76,7 +76,7 @@ def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
     summary = run.train()
     lines = read_lines(pathlib.Path(config.run.dir))
     last = lines[-1]
-    parts = {name: part for name, part in run.data.held_out.items()}
+    parts = run.data.held_out
     assert list(parts) == ["a", "second"]
     targets = {name: part.size - part.documents for name, part in parts.items()}
     mean = sum(last[f"held_out/{name}/loss"] * count for name, count in targets.items()) / sum(targets.values())
@@ -124,8 +124,10 @@ def test_sources_must_fit_together(config, folders, tmp_path, tiny_directory):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"packing": "best"}, "data.packing"), ({"batch_ramp": ((5, 3),)}, "data.batch_ramp"), ({"skip_steps": ((5, 3),)}, "data.skip_steps"),
-    ({"sources": (SourceConfig("x"),), "paths": ("y",)}, "data.paths"), ({"sources": (SourceConfig("x"),), "tokenizer": "t"}, "data.tokenizer"),
+    ({"packing": "best"}, "data.packing"), ({"batch_ramp": ((5, 3),)}, "data.batch_ramp"),
+    ({"skip_steps": ((5, 3),)}, "data.skip_steps"),
+    ({"sources": (SourceConfig("x"),), "paths": ("y",)}, "data.paths"),
+    ({"sources": (SourceConfig("x"),), "tokenizer": "t"}, "data.tokenizer"),
 ])  # fmt: skip
 def test_contradictions_in_the_config_are_named(changes, message):
     with pytest.raises(InputError, match=message):
