@@ -53,8 +53,8 @@ def main(arguments: list[str], prog: str = "prepare") -> int:
     seconds = time.perf_counter() - started
     held_out = sum(shard.documents for shard in manifest.held_out_shards)
     notes = [f"{manifest.documents:,} documents ({held_out:,} held out)", f"{manifest.tokens:,} tokens"]
-    notes += [f"{manifest.dropped:,} empty ones dropped"] * (manifest.dropped > 0)
-    notes += [f"{len(manifest.shards)} shards" + (f", {kept} of them from before" if kept else "")]
+    notes += [f"empty and dropped: {manifest.dropped:,}"] * (manifest.dropped > 0)
+    notes += [f"shards: {len(manifest.shards)}" + (f" ({kept} of them from before)" if kept else "")]
     print(f"{shlex.quote(options.output)}: {manifest.kind}, {', '.join(notes)}; {seconds:.1f} s")
     return 0
 

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 from llama_jax.data.atomic import atomic_write
 from llama_jax.data.corpus import is_held_out
-from llama_jax.data.encoding import Document, Encoder, encode_all
+from llama_jax.data.encoding import Encoder, encode_all
 from llama_jax.data.manifest import MANIFEST, MANIFEST_VERSION, TOKENIZER, Manifest, ShardEntry, SourceEntry, file_sha256
 from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.records import Record, SourceFile, list_files, read_records
+from llama_jax.data.side import Side, Stamp
 from llama_jax.data.token_file import TokenFile
-from llama_jax.data.token_header import VERSION, Kind
-from llama_jax.data.token_writer import TokenWriter, token_writer
+from llama_jax.data.token_header import VERSION
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import load_tokenizer
@@ -109,10 +109,11 @@ class _Folder:
         template = encoder.template
         self._template = None if template is None else hashlib.sha256(repr(template).encode()).hexdigest()
         ingredients = [VERSION, self._tokenizer, self._template, settings.held_out, settings.shard_tokens, sources]
-        self._key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
         for left in directory.glob(".*.partial"):  # of a process that was killed
             left.unlink()
-        self._sides = {name: _Side(directory, name, self) for name in (TRAIN, HELD_OUT)}
+        stamp = Stamp(key, self._tokenizer, self._vocab_size, settings.shard_tokens)
+        self._sides = {name: Side(directory, name, stamp) for name in (TRAIN, HELD_OUT)}
         self.kept = sum(side.shards for side in self._sides.values())
         self._dropped = self._passed = 0  # records, bytes of the sources
 
@@ -139,24 +140,6 @@ class _Folder:
             raise InputError(f"{self._directory}: holds a data set made of other input; name another --output, or remove it")
         return True
 
-    def sources_sha256(self, side: str, number: int) -> str:
-        """What the header of a shard says: the hash of all that it depends on."""
-        return hashlib.sha256(f"{self._key} {side} {number}".encode()).hexdigest()
-
-    def open_writer(self, path: Path, kind: Kind) -> contextlib.AbstractContextManager[TokenWriter]:
-        """A writer of a shard."""
-        return token_writer(path, self._vocab_size, kind)
-
-    @property
-    def shard_tokens(self) -> int:
-        """At which a shard ends."""
-        return self._settings.shard_tokens
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """Of the tokenizer's files."""
-        return self._tokenizer
-
     def fill(self, files: Sequence[SourceFile], on_progress: OnProgress) -> None:
         """Encodes what no finished shard holds."""
         total = sum(source.bytes for source in self._sources)
@@ -168,7 +151,7 @@ class _Folder:
         for side in self._sides.values():
             side.close()
 
-    def _side(self, record: Record) -> "_Side":
+    def _side(self, record: Record) -> Side:
         return self._sides[HELD_OUT if is_held_out(record.key, self._settings.held_out) else TRAIN]
 
     def _missing(self, files: Sequence[SourceFile]) -> Iterator[Record]:
@@ -207,76 +190,6 @@ class _Folder:
         )
         manifest.write(self._directory)
         return Prepared(manifest, self.kept)
-
-
-class _Side:
-    """The shards of one side of the split."""
-
-    def __init__(self, directory: Path, name: str, folder: _Folder) -> None:
-        self._directory, self._name, self._folder = directory, name, folder
-        self._stack = contextlib.ExitStack()
-        self._writer: TokenWriter | None = None
-        self._bytes = self.shards = 0
-        self._kept_documents = 0
-        while (file := self._finished(self.shards)) is not None:
-            self._kept_documents += file.documents
-            self.shards += 1
-        self._skipped = 0
-
-    def _path(self, number: int) -> Path:
-        return self._directory / f"{self._name}-{number:05d}.tokens"
-
-    def _finished(self, number: int) -> TokenFile | None:
-        """A shard that an earlier call left whole; anything else of that name will be replaced."""
-        try:
-            file = TokenFile.open(self._path(number))
-            file.verify()
-        except InputError:
-            return None
-        return file if file.header.sources_sha256 == self._folder.sources_sha256(self._name, number) else None
-
-    def has(self, documents: int) -> bool:
-        """Counts documents that come next; whether finished shards hold them."""
-        if self._skipped >= self._kept_documents:
-            return False
-        self._skipped += documents
-        return True
-
-    def add(self, kind: Kind, documents: list[Document]) -> None:
-        """Appends the documents of one record; they are not parted."""
-        if self._writer is None:
-            self._writer = self._stack.enter_context(self._folder.open_writer(self._path(self.shards), kind))
-            self._bytes = 0
-        for ids, mask, size in documents:
-            self._writer.add(ids, mask)
-            self._bytes += size
-        if self._writer.tokens >= self._folder.shard_tokens:
-            self.close()
-
-    def close(self) -> None:
-        """Finishes the shard that is open."""
-        if self._writer is None:
-            return
-        self._writer.finish(
-            bytes_of_text=self._bytes,
-            tokenizer_sha256=self._folder.tokenizer_sha256,
-            sources_sha256=self._folder.sources_sha256(self._name, self.shards),
-        )
-        self._stack.close()
-        self._writer = None
-        self.shards += 1
-
-    def abandon(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Removes a shard that is not finished."""
-        self._stack.__exit__(kind, error, trace)
-
-    def open(self) -> list[TokenFile]:
-        """All shards, whole; those of an earlier, longer result are removed."""
-        number = self.shards
-        while self._path(number).exists():
-            self._path(number).unlink()
-            number += 1
-        return [TokenFile.open(self._path(number)) for number in range(self.shards)]
 
 
 def _place_tokenizer(directory: Path, files: Mapping[str, bytes]) -> None:
