@@ -162,9 +162,9 @@ def test_pairs_learn_from_the_last_answer_only(tmp_path, text, tokenizer, form):
     part = TokenSet.open(tmp_path / "out").train
     begin = said if form == "messages" else said[2:]
     start = 0
-    for answer in ("good one", "bad"):
+    for number, answer in enumerate(("good one", "bad")):
         prefix = encode_chat(text.template, tokenizer, begin, add_generation_prompt=True)
-        ids, _, learned = part.read(start, start + int(part.lengths()[answer == "bad"]))
+        ids, _, learned = part.read(start, start + int(part.lengths()[number]))
         start += len(ids)
         assert ids[: len(prefix)].tolist() == prefix
         assert not learned[: len(prefix)].any()
