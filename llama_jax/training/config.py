@@ -211,13 +211,13 @@ class DataConfig:
         )
         _require(self.packing in ("cut", "fit"), "data.packing", self.packing, "cut or fit")
         Steps(self.batch_rows, self.batch_ramp, self.skip_steps)
-        odd = [rows for _, rows in self.batch_ramp if rows % self.micro_rows]
-        _require(not odd, "data.batch_ramp", odd, f"multiples of a micro-batch's {self.micro_rows} rows")
+        odd = [rows for _, rows in self.batch_ramp if rows % micro_rows(self)]
+        _require(not odd, "data.batch_ramp", odd, f"multiples of a micro-batch's {micro_rows(self)} rows")
 
-    @property
-    def micro_rows(self) -> int:
-        """Rows of a micro-batch."""
-        return self.batch_rows // self.accumulation
+
+def micro_rows(data: DataConfig) -> int:
+    """Rows of a micro-batch."""
+    return data.batch_rows // data.accumulation
 
 
 @dataclasses.dataclass(frozen=True)

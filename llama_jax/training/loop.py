@@ -15,7 +15,7 @@ from llama_jax.accounting import parameter_count
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.errors import InputError
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import TrainConfig, micro_rows
 from llama_jax.training.corpora import make_batches, open_data, split_corpus
 from llama_jax.training.display import Display, duration, si
 from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate, together
@@ -157,11 +157,11 @@ class Run:
         self, state: TrainState, first: int, checkpoints: Checkpoints, metrics: MetricsFile, should_stop: Stop
     ) -> tuple[TrainState, Evaluation | None]:
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
-        run, micro_rows = self.config.run, self.config.data.micro_rows
+        run, rows = self.config.run, micro_rows(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh), batch_sharding(self.recipe, self.mesh)
         log = StepLog(self.batches.tokens_before)
         for step in range(first, run.steps):
-            batch = global_batch(self.batches, step, micro_rows, sharding)
+            batch = global_batch(self.batches, step, rows, sharding)
             state, figures = step_program(state, batch)
             log.add(figures)
             done = step + 1
@@ -198,7 +198,7 @@ class Run:
     def _evaluate(self, state: TrainState) -> Evaluation:
         data, model = self.config.data, self.recipe.model
         found = {
-            name: evaluate(self._evaluator, state.params, tokens, data.length, data.micro_rows, self.mesh, model, data.packing)
+            name: evaluate(self._evaluator, state.params, tokens, data.length, micro_rows(data), self.mesh, model, data.packing)
             for name, tokens in self.data.held_out.items()
         }
         if len(found) > 1:

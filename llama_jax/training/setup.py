@@ -17,7 +17,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, check_divisible
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import TrainConfig, micro_rows
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama_jax.training.step import Recipe
 from llama_jax.weights.open import Opened, open_model
@@ -57,7 +57,7 @@ def run_mesh(config: TrainConfig) -> Mesh:
     """The mesh of a run, checked against its model and its batch."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_divisible(config.model, mesh, TRAINING)
-    rows, ways = config.data.micro_rows, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, ways = micro_rows(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise InputError(
             f"data.batch_rows: micro-batches of {rows} rows given; a multiple of mesh.data * mesh.fsdp ({ways}) expected"

@@ -124,7 +124,7 @@ def test_sources_must_fit_together(config, folders, tmp_path, tiny_directory):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"packing": "best"}, "data.packing"), ({"batch_ramp": ((5, 3),)}, "data.batch_ramp"),
+    ({"batch_ramp": ((5, 3),)}, "data.batch_ramp"),
     ({"skip_steps": ((5, 3),)}, "data.skip_steps"),
     ({"sources": (SourceConfig("x"),), "paths": ("y",)}, "data.paths"),
     ({"sources": (SourceConfig("x"),), "tokenizer": "t"}, "data.tokenizer"),
