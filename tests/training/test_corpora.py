@@ -82,7 +82,7 @@ def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
     mean = sum(last[f"held_out/{name}/loss"] * count for name, count in targets.items()) / sum(targets.values())
     assert last["held_out/loss"] == pytest.approx(mean, rel=1e-6)
     assert summary.evaluation.tokens == sum(targets.values())
-    assert [line["tokens"] for line in lines] == [128, 128 + 256, 128 + 512]
+    assert [line["train/tokens"] for line in lines] == [128, 128 + 256, 128 + 512]
     assert (pathlib.Path(config.run.dir) / "chat_template.jinja").is_file()
     more = dataclasses.replace(config.run, steps=4)
     Run(dataclasses.replace(config, run=more, data=dataclasses.replace(data, skip_steps=((9, 9),))), Quiet())
@@ -92,8 +92,9 @@ def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
 
 
 def test_conversations_are_fitted_whole(config, folders):
-    data = dataclasses.replace(config.data, sources=(SourceConfig(str(folders / "chat")),), packing="fit", length=64)
-    opened = open_data(dataclasses.replace(config, data=data))
+    data = dataclasses.replace(config.data, sources=(SourceConfig(str(folders / "chat")),), packing="fit", length=128)
+    model = dataclasses.replace(config.model, context_length=128)
+    opened = open_data(dataclasses.replace(config, data=data, model=model))
     batches = make_batches(opened, data)
     batch = batches.batch(0)
     assert 0 < batch.weights.mean() < (batch.documents > 0).mean()
