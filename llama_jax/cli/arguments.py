@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.presets import preset
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import SourceConfig, TrainConfig
 
 Pair = tuple[str, object]  # a dotted key and its value; the value {} opens a section
 
@@ -31,6 +31,8 @@ _SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
 _EXPECTED = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null",
     tuple[str, ...]: "a list such as [a, b]",
+    tuple[SourceConfig, ...]: "a list such as [{path: a, weight: 2}, {path: b}] (path, weight, name)",
+    tuple[tuple[int, int], ...]: "pairs of whole numbers such as [[100, 200]]",
 }  # fmt: skip
 
 

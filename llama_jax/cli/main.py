@@ -14,6 +14,8 @@ _VERBS = {
     "inspect": ("llama_jax.cli.inspect", "say what a model on disk is, and what is odd about it"),
     "eval": ("llama_jax.cli.evaluate", "loss on text files, accuracy on multiple-choice questions"),
     "adapters": ("llama_jax.cli.adapters", "adapters of a run: written apart, or merged into their model"),
+    "prepare": ("llama_jax.cli.prepare", "turn text and conversations into token files"),
+    "data": ("llama_jax.cli.data", "data verify: check token files, hash the batch of a step"),
     "convert": ("llama_jax.cli.convert", "write a model in another format"),
     "flops": ("llama_jax.cli.flops", "the compute of a training, as papers count it"),
     "report": ("llama_jax.cli.report", "draw the curves of runs, as a picture or in the terminal"),

@@ -15,6 +15,7 @@ from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.files import read_text
 from llama_jax.text.formats import FORMATS, named_format
 from llama_jax.text.sandbox import LARGEST_SOURCE
+from llama_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama_jax.generation.generate import Generator, Speculation
@@ -170,8 +171,20 @@ def _template(name: str, source: str | None, model: "Pretrained") -> ChatTemplat
     """The template of a name or of a file's text, with the tokenizer's begin and end tokens."""
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer; a chat template needs one")
-    if source is None:
-        return named_format(name, model.tokenizer)
-    texts = {number: text for text, number in model.tokenizer.special_tokens.items()}
-    begin, end = (texts.get(-1 if token is None else token) for token in (model.tokenizer.begin_id, model.tokenizer.end_id))
+    return named_format(name, model.tokenizer) if source is None else _own_template(source, model.tokenizer)
+
+
+def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template of a built-in format's name, or of a file, with the tokenizer's begin and end tokens.
+
+    Raises:
+      InputError: for neither; and if the tokenizer lacks special tokens that the format is made of.
+    """
+    source = template_source(name)
+    return named_format(name, tokenizer) if source is None else _own_template(source, tokenizer)
+
+
+def _own_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
+    texts = {number: text for text, number in tokenizer.special_tokens.items()}
+    begin, end = (texts.get(-1 if token is None else token) for token in (tokenizer.begin_id, tokenizer.end_id))
     return ChatTemplate(source, begin, end)

@@ -1,75 +1,88 @@
-"""Batches as a pure function of (seed, step): no state to save, no dependence on the number of hosts.
-
-Documents are packed: the token file is read as one long row, cut into windows of `length + 1` tokens whose last token
-is the first of the next window, so that over an epoch every token is an input once and a target once.
-"""
+"""Batches as a pure function of (seed, step): no state to save, no dependence on the number of hosts."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
 
+from llama_jax.data.batch import Batch, select_rows
+from llama_jax.data.packing import Cut, Packing
 from llama_jax.data.permutation import permute
-from llama_jax.data.token_file import TokenFile
+from llama_jax.data.steps import Steps
+from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
 
+# Rows in which the proportions of a mixture are exact. Part of a run's identity, as is all of this file.
+BLOCK = 1000
+_MIXING = 1 << 62  # set in the seed of the order of sources, and of no source's own
 
-class Batch(NamedTuple):
-    """Rows of packed documents.
+
+class Source(NamedTuple):
+    """One data set of a mixture.
 
     Attributes:
-      tokens: inputs.
-      targets: the token that follows each input in the token file.
-      weights: 1 where the target counts; 0 where it begins another document, and on padding.
-      documents: number of the input's document inside its row, from 1; 0 on padding. Equal numbers may attend.
+      packing: its rows.
+      weight: its share of the rows, beside the weights of the others.
     """
 
-    tokens: Int32[Any, "B T"]
-    targets: Int32[Any, "B T"]
-    weights: Float32[Any, "B T"]
-    documents: Int32[Any, "B T"]
+    packing: Packing
+    weight: float
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedBatches:
-    """The training batches of a token file, without end: epoch after epoch, each in an order of its own.
+class Batches:
+    """The training batches of one or several data sets, without end.
 
-    A last window that the tokens do not fill is left out. An epoch may end inside a batch; the next one begins there.
+    Each set is read epoch after epoch, each epoch in an order of its own; one may end inside a batch. Of several sets,
+    every 1,000 rows (of pairs: every 1,000 pairs) hold exactly the wanted share of each, in an order of their own.
 
     Attributes:
-      token_file: the tokens.
-      batch_rows: `B`, rows of the global batch.
-      length: `T`, tokens of a row.
+      sources: what is mixed.
+      steps: how many rows each step has, and which it reads.
       seed: chooses the order.
 
     Raises:
-      InputError: if the tokens do not fill one batch.
+      InputError: if a set has too few rows for its part of a batch, or too little weight, or pairs are mixed with other data.
     """
 
-    token_file: TokenFile
-    batch_rows: int
-    length: int
+    sources: tuple[Source, ...]
+    steps: Steps
     seed: int
 
     def __post_init__(self) -> None:
-        _require_positive(batch_rows=self.batch_rows, length=self.length)
-        if self.windows < self.batch_rows:
-            raise InputError(
-                f"{self.token_file.path}: {self.token_file.header.tokens} tokens are {self.windows} windows of "
-                f"{self.length} + 1, but a batch needs {self.batch_rows}; lower batch_rows or length, or give more text"
-            )
+        if not self.sources or {source.packing.unit for source in self.sources} not in ({1}, {2}):
+            raise InputError("sources: none, or pairs of answers beside other data; sets of one kind expected")
+        odd = [rows for _, rows in ((0, self.steps.rows), *self.steps.ramp) if rows % self.unit]
+        if odd:
+            raise InputError(f"batch_rows: {odd[0]} given, an even number expected: pairs of answers take two rows each")
+        shares = block_shares([source.weight for source in self.sources])
+        for source, share in zip(self.sources, shares):
+            wanted = self.unit * -(-self.steps.most_rows // self.unit * share // BLOCK)
+            if share == 0 or source.packing.count < wanted:
+                raise InputError(_too_little(source, share, wanted))
 
     @property
-    def windows(self) -> int:
-        """Windows in one epoch."""
-        return (self.token_file.header.tokens - 1) // self.length
+    def unit(self) -> int:
+        """Neighbouring rows that stay together: 2 for pairs of answers, else 1."""
+        return self.sources[0].packing.unit
+
+    @property
+    def length(self) -> int:
+        """`T`, tokens of a row."""
+        return self.sources[0].packing.length
+
+    def rows_at(self, step: int) -> int:
+        """`B`, rows of the global batch of a step."""
+        return self.steps.rows_at(step)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens, padding included, that were read when a step begins."""
+        return self.steps.used_before(step) * self.length
 
     def batch(self, step: int) -> Batch:
         """The whole batch of a step, which counts from 0."""
-        return self.rows(step, 0, self.batch_rows)
+        return self.rows(step, 0, self.rows_at(step))
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows `start` to `stop - 1` of the batch of a step: the part that one host reads.
@@ -77,64 +90,98 @@ class PackedBatches:
         Raises:
           InputError: a negative step, or rows that the batch does not have.
         """
-        if step < 0 or not 0 <= start <= stop <= self.batch_rows:
-            raise InputError(f"rows {start} to {stop} of step {step} asked for, but a batch has rows 0 to {self.batch_rows}")
-        epochs, places = np.divmod(step * self.batch_rows + np.arange(start, stop, dtype=np.int64), self.windows)
-        order = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            order[here] = permute(places[here], self.windows, self.seed, int(epoch))
-        return _cut_windows(self.token_file, order, self.length)
+        most = self.rows_at(max(step, 0))
+        if step < 0 or not 0 <= start <= stop <= most:
+            raise InputError(f"rows {start} to {stop} of step {step} asked for, but a batch has rows 0 to {most}")
+        return self.chosen_rows(step, np.arange(start, stop, dtype=np.int64))
+
+    def chosen_rows(self, step: int, numbers: np.ndarray) -> Batch:
+        """Rows of the batch of a step by their numbers, in the order given."""
+        units, inside = np.divmod(self.steps.position(step) + numbers, self.unit)
+        of, places = self._mixed(units)
+        parts, orders = [], []
+        for number, (packing, _) in enumerate(self.sources):
+            here = np.flatnonzero(of == number)
+            if here.size:
+                order = _epochs(places[here], packing.count // self.unit, self.seed | number << 32)
+                parts.append(packing.rows(order * self.unit + inside[here]))
+                orders.append(here)
+        if not parts:
+            return self.sources[0].packing.rows(numbers)
+        return select_rows(parts, np.argsort(np.concatenate(orders)))
+
+    def _mixed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each unit of the data the number of its source, and its place in the endless row of that source."""
+        if len(self.sources) == 1:
+            return np.zeros_like(units), units
+        shares = np.array(block_shares([source.weight for source in self.sources]))
+        firsts = np.cumsum(shares) - shares
+        blocks, places = np.divmod(units, BLOCK)
+        slots = np.empty_like(places)
+        for block in np.unique(blocks):
+            here = blocks == block
+            slots[here] = permute(places[here], BLOCK, self.seed | _MIXING, int(block))
+        of = np.searchsorted(firsts, slots, side="right") - 1
+        return of, blocks * shares[of] + slots - firsts[of]
 
 
-def sequential_windows(token_file: TokenFile, length: int, batch_rows: int) -> Iterator[Batch]:
-    """The windows of a token file in order, each once: every token is a target of weight 1 once, but for first tokens.
+def block_shares(weights: list[float]) -> list[int]:
+    """Rows of each source in a block: proportional to its weight, what is left over by largest remainder.
 
-    A document that a window cuts goes on in the next row without its past. What is missing in the last batch is
-    padding, so all batches have one shape. The weights sum to tokens minus documents.
+    Raises:
+      InputError: for a weight that is not above 0.
+    """
+    if min(weights) <= 0:
+        raise InputError(f"weights: {min(weights)} given, numbers above 0 expected")
+    exact = [BLOCK * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda number: (shares[number] - exact[number], number))
+    for number in by_remainder[: BLOCK - sum(shares)]:
+        shares[number] += 1
+    return shares
+
+
+def sequential_windows(tokens: Tokens, length: int, batch_rows: int) -> Iterator[Batch]:
+    """The windows of some tokens in order, each once: every token that is learned from is a target of weight 1 once.
+
+    First tokens of documents are not. A document that a window cuts goes on in the next row without its past. What is
+    missing in the last batch is padding, so all batches have one shape. Of text, the weights sum to tokens minus documents.
 
     Args:
-      token_file: the tokens.
+      tokens: any.
       length: `T`, tokens of a row.
       batch_rows: `B`, rows of a batch.
     """
-    _require_positive(batch_rows=batch_rows, length=length)
-    windows = -(-(token_file.header.tokens - 1) // length)
+    if min(length, batch_rows) < 1:
+        raise InputError(f"length: {length}, batch_rows: {batch_rows}: at least 1 expected")
+    packing, windows = Cut(tokens, length), -(-(tokens.size - 1) // length)
     for first in range(0, windows, batch_rows):
-        yield _cut_windows(token_file, np.arange(first, first + batch_rows), length)
+        yield packing.rows(np.arange(first, first + batch_rows))
 
 
-def fingerprint(batch: Batch) -> str:
-    """SHA-256, in hexadecimal, of a batch's shape and content: equal on all machines if and only if the batch is."""
-    digest = hashlib.sha256(repr(batch.tokens.shape).encode())
-    for values in batch:
-        digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-    return digest.hexdigest()
+def sequential_rows(packing: Packing, batch_rows: int) -> Iterator[Batch]:
+    """The rows of a packing in order, each once; what is missing in the last batch is padding."""
+    for first in range(0, packing.count, batch_rows):
+        yield packing.rows(np.arange(first, first + batch_rows))
 
 
-def _require_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise InputError(f"{name}: {value} given, at least 1 expected")
+def _epochs(places: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Units of a source at places of its endless row, in which every epoch has its own order."""
+    epochs, inside = np.divmod(places, count)
+    order = np.empty_like(inside)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        order[here] = permute(inside[here], count, seed, int(epoch))
+    return order
 
 
-def _cut_windows(token_file: TokenFile, windows: np.ndarray, length: int) -> Batch:
-    """Window `w` holds the tokens from `w * length` on; past the end of the file there is padding."""
-    ids = np.zeros((len(windows), length + 1), np.int32)
-    documents = np.zeros_like(ids)
-    for row, first in enumerate((windows * length).tolist()):
-        piece = token_file.tokens[first : first + length + 1]
-        ids[row, : len(piece)] = piece
-        documents[row, : len(piece)] = _document_numbers(token_file.starts, first, len(piece))
-    same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] > 0)
-    return Batch(ids[:, :-1], ids[:, 1:], same.astype(np.float32), documents[:, :-1])
-
-
-def _document_numbers(starts: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Documents of the tokens from `first` to `first + count - 1`, numbered from 1."""
-    # Keys of the array's own type: any other would have the whole mapped array converted for each look-up.
-    begin, end = np.searchsorted(starts, np.array([first, first + count], np.uint64))
-    changes = np.zeros(count, np.int32)
-    changes[:1] = 1
-    changes[(starts[begin:end] - np.uint64(first)).astype(np.int64)] = 1
-    return np.cumsum(changes, dtype=np.int32)
+def _too_little(source: Source, share: int, wanted: int) -> str:
+    tokens, rows = source.packing.tokens, source.packing.count
+    if share == 0:
+        return (
+            f"{tokens.name}: weight {source.weight} given, at least 1 of {BLOCK} rows expected; raise it or leave the set out"
+        )
+    return (
+        f"{tokens.name}: {tokens.size} tokens are {rows} rows, but its part of a batch needs {wanted}; lower batch_rows or "
+        "length, or give more text"
+    )

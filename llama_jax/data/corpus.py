@@ -61,7 +61,7 @@ def standard_library() -> Iterator[Document]:
       InputError: if this interpreter came without sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in _sorted_files(root, (".py",), _NOT_LIBRARY) if _is_library(path.relative_to(root))]
+    paths = [path for path in sorted_files(root, (".py",), _NOT_LIBRARY) if _is_library(path.relative_to(root))]
     if not paths:
         raise InputError(f"{root}: no sources of the standard library here; name files or folders of text instead")
     for path in paths:
@@ -73,7 +73,7 @@ def _is_library(relative: Path) -> bool:
     return not relative.parts[0].startswith(_NOT_LIBRARY_PREFIXES)
 
 
-def _sorted_files(root: Path, suffixes: tuple[str, ...], left_out: Set[str] = frozenset()) -> list[Path]:
+def sorted_files(root: Path, suffixes: tuple[str, ...], left_out: Set[str] = frozenset()) -> list[Path]:
     """Files below `root`, hidden ones and folders named in `left_out` excepted, by relative path with `/` on any system."""
     found = []
     for folder, folders, names in os.walk(root):
@@ -83,7 +83,7 @@ def _sorted_files(root: Path, suffixes: tuple[str, ...], left_out: Set[str] = fr
 
 
 def _read_folder(root: Path) -> Iterator[Document]:
-    paths = _sorted_files(root, TEXT_SUFFIXES)
+    paths = sorted_files(root, TEXT_SUFFIXES)
     if not paths:
         raise InputError(f"{root}: no text in this folder; files ending in {', '.join(TEXT_SUFFIXES)} expected")
     for path in paths:

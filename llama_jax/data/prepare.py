@@ -126,6 +126,22 @@ def copy_tokenizer(path: Path, target: Path) -> None:
             copy.unlink(missing_ok=True)
 
 
+def read_tokenizer_files(path: Path) -> dict[str, bytes]:
+    """The files that define a tokenizer and its chat template, by name.
+
+    Args:
+      path: as `load_tokenizer` takes it, file or folder; an own file of another name is given a usual one.
+
+    Raises:
+      InputError: there is no such tokenizer.
+    """
+    main = _find_tokenizer(path)
+    content = main.read_bytes()
+    name = "tokenizer.json" if content.lstrip().startswith(b"{") else "tokenizer.model"
+    beside = (main.parent / other for other in (*_BESIDE_TOKENIZER, "chat_template.jinja"))
+    return {name: content, **{file.name: file.read_bytes() for file in beside if file.is_file()}}
+
+
 def _find_tokenizer(path: Path) -> Path:
     """The tokenizer's own file."""
     mains = [path / name for name in ("tokenizer.json", "tokenizer.model")] if path.is_dir() else [path]

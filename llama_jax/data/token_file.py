@@ -1,38 +1,37 @@
 """Tokens on disk: a memory-mapped file, checked against its header when it is opened (`token_header` has the layout)."""
 
-import array
 import dataclasses
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from llama_jax.data.atomic import atomic_write
-from llama_jax.data.token_header import START_DTYPE, TOKENS_AT, TokenHeader, choose_dtype, pack_header, read_header
-from llama_jax.errors import CorruptError, InputError
-
-Ids = Sequence[int] | np.ndarray
+from llama_jax.data.token_header import START_DTYPE, TOKENS_AT, TokenHeader, read_header
+from llama_jax.data.token_writer import Ids, token_writer
+from llama_jax.data.tokens import Piece
+from llama_jax.errors import CorruptError
 
 _CHECKED_AT_ONCE = 1 << 22  # elements
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenFile:
-    """An open token file; nothing is read from disk before it is looked at.
+    """An open token file (`data.tokens.Tokens`); nothing is read from disk before it is looked at.
 
     Attributes:
       path: where it is.
       header: what it says about itself.
       tokens: all documents one after another, memory-mapped.
       starts: position in `tokens` of each document's first token, memory-mapped, increasing from 0.
+      mask: which tokens are learned from, one bit each, memory-mapped; `None` where all are.
     """
 
     path: Path
     header: TokenHeader
     tokens: np.ndarray
     starts: np.ndarray
+    mask: np.ndarray | None
 
     @classmethod
     def open(cls, path: Path) -> "TokenFile":
@@ -48,12 +47,64 @@ class TokenFile:
             raise CorruptError(f"{path}: {size} bytes, but its header promises {header.file_bytes}; prepare the data again")
         tokens = np.memmap(path, header.token_dtype, "r", TOKENS_AT, (header.tokens,))
         starts = np.memmap(path, START_DTYPE, "r", header.starts_at, (header.documents,))
-        return cls(path, header, tokens, starts)
+        masked = header.mask_bytes > 0
+        mask = np.memmap(path, np.uint8, "r", header.mask_at, (header.mask_bytes,)) if masked else None
+        return cls(path, header, tokens, starts, mask)
+
+    @property
+    def name(self) -> str:
+        """Its path."""
+        return str(self.path)
+
+    @property
+    def kind(self) -> str:
+        """Of its documents, as in the header."""
+        return self.header.kind
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return self.header.tokens
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return self.header.documents
 
     @property
     def bytes_of_text(self) -> int:
-        """UTF-8 bytes of the text that was encoded."""
+        """UTF-8 bytes of what is learned from."""
         return self.header.bytes_of_text
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token is below it."""
+        return self.header.vocab_size
+
+    def read(self, first: int, stop: int) -> Piece:
+        """The tokens from `first` to `stop - 1`; fewer where the file ends before.
+
+        Raises:
+          CorruptError: for a token outside the vocabulary: the file was damaged after it was written.
+        """
+        ids = self.tokens[first:stop].astype(np.int32)
+        if ids.size and ids.max() >= self.vocab_size:
+            raise CorruptError(f"{self.path}: token {ids.max()}, but a vocabulary of {self.vocab_size}; prepare the data again")
+        # Keys of the array's own type: any other would have the whole mapped array converted for each look-up.
+        begin, end = np.searchsorted(self.starts, np.array([first, first + len(ids)], np.uint64))
+        begins = np.zeros(len(ids), bool)
+        begins[(self.starts[begin:end] - np.uint64(first)).astype(np.int64)] = True
+        return Piece(ids, begins, self._learned(first, len(ids)))
+
+    def _learned(self, first: int, count: int) -> np.ndarray:
+        if self.mask is None:
+            return np.ones(count, bool)
+        bits = np.unpackbits(self.mask[first // 8 : -(-(first + count) // 8)])
+        return bits[first % 8 : first % 8 + count].astype(bool)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        return np.diff(self.starts.astype(np.int64), append=self.size)
 
     def verify(self) -> None:
         """Reads everything once and compares it with the header.
@@ -61,7 +112,8 @@ class TokenFile:
         Raises:
           CorruptError: naming the file and what is wrong.
         """
-        for name, values in (("tokens", self.tokens), ("starts", self.starts)):
+        parts = {"tokens": self.tokens, "starts": self.starts} | ({} if self.mask is None else {"mask": self.mask})
+        for name, values in parts.items():
             if _checksum(values) != getattr(self.header, f"{name}_crc32"):
                 raise CorruptError(f"{self.path}: the checksum of its {name} is wrong; prepare the data again")
         if self.starts[0] != 0 or self.starts[-1] >= self.header.tokens or not _increases(self.starts):
@@ -82,7 +134,7 @@ def write_tokens(
     tokenizer_sha256: str,
     sources_sha256: str,
 ) -> TokenFile:
-    """Writes documents, one at a time, and opens the result; an interruption leaves no file, or the old one.
+    """Writes text documents, one at a time, and opens the result; an interruption leaves no file, or the old one.
 
     Args:
       path: file to write.
@@ -95,56 +147,16 @@ def write_tokens(
     Raises:
       InputError: no documents, or an id outside the vocabulary, naming it and its document's number from 0.
     """
-    starts = array.array("Q")
-    with atomic_write(path) as file:
-        file.write(bytes(TOKENS_AT))
-        tokens, crc = _write_documents(file, documents, vocab_size, starts)
-        if not tokens:
-            raise InputError(f"{path}: no tokens to write; give documents that are not empty")
-        ends = np.asarray(starts, START_DTYPE)
-        header = TokenHeader(
-            choose_dtype(vocab_size),
-            tokens,
-            len(ends),
-            bytes_of_text,
-            vocab_size,
-            tokenizer_sha256,
-            sources_sha256,
-            crc,
-            _checksum(ends),
-        )
-        file.write(bytes(header.starts_at - file.tell()))
-        file.write(ends.tobytes())
-        file.seek(0)
-        file.write(pack_header(header))
+    with token_writer(path, vocab_size, "text") as writer:
+        for ids in documents:
+            writer.add(ids)
+        writer.finish(bytes_of_text=bytes_of_text, tokenizer_sha256=tokenizer_sha256, sources_sha256=sources_sha256)
     return TokenFile.open(path)
 
 
 def iterate_pieces(values: np.ndarray) -> Iterator[np.ndarray]:
     """Consecutive parts of a long array, so that a pass over a mapped file needs little memory."""
     return (values[first : first + _CHECKED_AT_ONCE] for first in range(0, len(values), _CHECKED_AT_ONCE))
-
-
-def _write_documents(file: BinaryIO, documents: Iterable[Ids], vocab_size: int, starts: array.array) -> tuple[int, int]:
-    """Appends each document's start to `starts`; returns how many tokens were written and their checksum."""
-    dtype = np.dtype(choose_dtype(vocab_size)).newbyteorder("<")
-    tokens, crc = 0, 0
-    for number, ids in enumerate(documents):
-        if len(ids):
-            encoded = _checked_ids(ids, number, vocab_size).astype(dtype).tobytes()
-            starts.append(tokens)
-            tokens += len(ids)
-            crc = zlib.crc32(encoded, crc)
-            file.write(encoded)
-    return tokens, crc
-
-
-def _checked_ids(ids: Ids, document: int, vocab_size: int) -> np.ndarray:
-    values = np.asarray(ids, np.int64)
-    outside = values[(values < 0) | (values >= vocab_size)]
-    if outside.size:
-        raise InputError(f"document {document}: token id {outside[0]}, but ids from 0 to {vocab_size - 1} expected")
-    return values
 
 
 def _checksum(values: np.ndarray) -> int:

@@ -5,21 +5,25 @@ header                                            JSON, up to byte 4096
 tokens                                            uint16 or uint32, little endian
 padding to a multiple of 8 bytes
 starts: position of each document's first token   uint64, little endian
+mask: which tokens are learned from, if not all   one bit a token, the first in the highest bit of a byte
 """
 
 import json
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from llama_jax.errors import CorruptError, InputError
 
-VERSION = 1
+VERSION = 2
 TOKENS_AT = 4096  # bytes
 START_DTYPE: np.dtype = np.dtype("<u8")
+
+Kind = Literal["text", "chat", "pairs"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _MAGIC = b"LJTOKENS"
 _PREAMBLE = struct.Struct("<8sIII")
@@ -30,17 +34,21 @@ class TokenHeader(NamedTuple):
     """What a token file says about itself.
 
     Attributes:
+      kind: `text`, learned from as a whole; `chat`, conversations with a mask of what the assistant says; `pairs`, the same
+        with two neighbouring documents for one prompt, the chosen answer before the rejected one.
       dtype: `uint16` where the vocabulary allows, else `uint32`.
       tokens: number of tokens, begin and end tokens included.
       documents: number of documents; each has at least one token.
-      bytes_of_text: UTF-8 bytes of the text that was encoded: the denominator of bits per byte.
+      bytes_of_text: UTF-8 bytes of what is learned from, all text or what the assistant says: the denominator of bits per byte.
       vocab_size: every token is below it.
       tokenizer_sha256: of the tokenizer's file.
       sources_sha256: of the documents' names and texts.
       tokens_crc32: checksum of the tokens' bytes.
       starts_crc32: checksum of the starts' bytes.
+      mask_crc32: checksum of the mask's bytes; 0 for `text`, which has none.
     """
 
+    kind: str
     dtype: str
     tokens: int
     documents: int
@@ -50,6 +58,7 @@ class TokenHeader(NamedTuple):
     sources_sha256: str
     tokens_crc32: int
     starts_crc32: int
+    mask_crc32: int
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -63,9 +72,19 @@ class TokenHeader(NamedTuple):
         return -(-tokens_end // START_DTYPE.itemsize) * START_DTYPE.itemsize
 
     @property
+    def mask_at(self) -> int:
+        """Byte at which the mask begins."""
+        return self.starts_at + self.documents * START_DTYPE.itemsize
+
+    @property
+    def mask_bytes(self) -> int:
+        """Length of the mask; 0 where every token is learned from."""
+        return 0 if self.kind == "text" else -(-self.tokens // 8)
+
+    @property
     def file_bytes(self) -> int:
         """Length of the whole file."""
-        return self.starts_at + self.documents * START_DTYPE.itemsize
+        return self.mask_at + self.mask_bytes
 
 
 def choose_dtype(vocab_size: int) -> str:
@@ -113,6 +132,7 @@ def _parse(path: Path, body: bytes) -> TokenHeader:
     except (ValueError, TypeError, RecursionError):
         raise CorruptError(f"{path}: its header is not one of a token file; prepare the data again") from None
     types_fit = all(type(value) is TokenHeader.__annotations__[name] for name, value in header._asdict().items())
-    if not types_fit or header.dtype not in _TOKEN_DTYPES or min(header.tokens, header.documents) < 1:
+    known = types_fit and header.dtype in _TOKEN_DTYPES and header.kind in KINDS
+    if not known or min(header.tokens, header.documents) < 1:
         raise CorruptError(f"{path}: its header has values of a wrong kind; prepare the data again")
     return header

@@ -20,11 +20,15 @@ class Books:
       log: figures of updates, made into records.
     """
 
-    def __init__(self, config: TrainConfig, device_kinds: Sequence[str], step: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: TrainConfig, tokens_before: Callable[[int], int], device_kinds: Sequence[str], step: int,
+        warn: Callable[[str], None],
+    ) -> None:  # fmt: skip
         """Opens them.
 
         Args:
           config: of the run.
+          tokens_before: counts the tokens of the steps before a step.
           device_kinds: `device_kind` of each device that trains.
           step: updates that the state to go on with has.
           warn: takes one line of text where something cannot be written.
@@ -34,7 +38,7 @@ class Books:
         self._metrics = MetricsFile(directory / RUN_METRICS, step, warn)
         self._goodput = GoodputLog(directory / RUN_GOODPUT, step, warn)
         self._trackers = open_trackers(config.run.trackers, directory, dataclasses.asdict(config), step, warn)
-        self.log = StepLog(config, device_kinds, self.clock, self._goodput)
+        self.log = StepLog(config, tokens_before, device_kinds, self.clock, self._goodput)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Keeps the figures of a step."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from llama_jax.accounting import LAYER_MATRICES, parameter_shapes
 from llama_jax.config import LlamaConfig
+from llama_jax.data.steps import Steps
 from llama_jax.errors import InputError
 
 # Inclusive ranges, by section and key. Upper ends of counts are far above any use and keep typing errors out of loops.
@@ -28,6 +29,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.batch_rows": (1, 10**9),
     "data.accumulation": (1, 10**6),
     "data.seed": (0, 2**32 - 1),
+    "data.sources.weight": (1e-9, 1e9),
     "optimizer.learning_rate": (0, 10),
     "optimizer.warmup_steps": (0, 10**9),
     "optimizer.final_fraction": (0, 1),
@@ -140,17 +142,51 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A folder that `prepare` wrote, as a part of the training data.
+
+    Attributes:
+      path: the folder.
+      weight: its share of the rows, beside the weights of the others.
+      name: in metrics (`held_out/NAME/loss`); null for the folder's own.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    path: str
+    weight: float = 1.0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields("data.sources", self)
+        named = self.name is None or (isinstance(self.name, str) and self.name != "" and "/" not in self.name)
+        _require(named, "data.sources.name", self.name, "a name without / or null")
+
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which text is trained on and how it is cut into batches.
 
     Attributes:
       paths: text files and folders of them; empty for the standard library of the running Python.
+      sources: folders that `prepare` wrote, in place of `paths`: `[{path, weight, name}, ...]`, mixed row by row; their
+        tokenizer is that of the run.
       vocab_size: of the tokenizer to train when `tokenizer` is not given; at most `model.vocab_size`.
       tokenizer: path of an existing tokenizer file; null to train one on the text.
       held_out_fraction: share of the documents kept out of training, for evaluation; of a single file, its end.
       length: `T`, tokens predicted in a row.
       batch_rows: rows of one optimizer update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in; divides `batch_rows`.
+      packing: `cut`: documents one after another, cut into rows; `fit`: whole documents side by side, by best fit. (Pairs of
+        answers always have a row each.)
+      batch_ramp: later sizes of a batch, `[[step, rows], ...]`: from that step on so many rows, in more micro-batches of the
+        same size; skipped steps count.
+      skip_steps: data that is never used, `[[first, last], ...]`: what these steps would have read is left out, and the
+        steps from `first` on read what follows.
       seed: of the order of the data.
 
     Raises:
@@ -158,12 +194,16 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()
     vocab_size: int = 4096
     tokenizer: str | None = None
     held_out_fraction: float = 0.02
     length: int = 256
     batch_rows: int = 8
     accumulation: int = 1
+    packing: Literal["cut", "fit"] = "cut"
+    batch_ramp: Pairs = ()
+    skip_steps: Pairs = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -174,6 +214,19 @@ class DataConfig:
         _require(named, "data.tokenizer", self.tokenizer, "a path or null")
         _require(self.batch_rows % self.accumulation == 0, "data.accumulation", self.accumulation,
                  f"a divisor of data.batch_rows ({self.batch_rows})")  # fmt: skip
+        _require(not (self.sources and self.paths), "data.paths", self.paths, "no text beside data.sources")
+        _require(
+            not (self.sources and self.tokenizer), "data.tokenizer", self.tokenizer, "none beside data.sources (they have one)"
+        )
+        _require(self.packing in ("cut", "fit"), "data.packing", self.packing, "cut or fit")
+        Steps(self.batch_rows, self.batch_ramp, self.skip_steps)
+        odd = [rows for _, rows in self.batch_ramp if rows % micro_rows(self)]
+        _require(not odd, "data.batch_ramp", odd, f"multiples of a micro-batch's {micro_rows(self)} rows")
+
+
+def micro_rows(data: DataConfig) -> int:
+    """Rows of a micro-batch."""
+    return data.batch_rows // data.accumulation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +365,7 @@ class TrainConfig:
         context, vocabulary = self.model.context_length, self.model.vocab_size
         _require(self.data.length <= context, "data.length", self.data.length,
                  f"at most model.context_length ({context})")  # fmt: skip
-        trained = self.data.tokenizer is None and self.run.init is None
+        trained = self.data.tokenizer is None and self.run.init is None and not self.data.sources
         fits = not trained or self.data.vocab_size <= vocabulary
         _require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")
         self._check_tuning()

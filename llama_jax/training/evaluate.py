@@ -10,8 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.axes import Array, Parameters
-from llama_jax.data.batches import Batch, sequential_windows
-from llama_jax.data.token_file import TokenFile
+from llama_jax.data.batch import Batch
+from llama_jax.data.batches import sequential_rows, sequential_windows
+from llama_jax.data.packing import Name, pack
+from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, model_for
 from llama_jax.parallel.sharding import batch_spec
@@ -54,17 +56,21 @@ def batch_evaluator(model: Llama, loss_chunk: int) -> Callable[[Parameters, Batc
 
 
 def evaluate(
-    run: Callable[[Parameters, Batch], tuple[Array, Array]], params: Parameters, token_file: TokenFile, length: int,
-    batch_rows: int, mesh: Mesh, model: Llama,
+    run: Callable[[Parameters, Batch], tuple[Array, Array]], params: Parameters, tokens: Tokens, length: int,
+    batch_rows: int, mesh: Mesh, model: Llama, packing: Name = "cut",
 ) -> Evaluation:  # fmt: skip
-    """Loss over a whole token file, in windows of `length` tokens, `batch_rows` at a time."""
+    """Loss over all tokens, in rows of `length`, `batch_rows` at a time; `fit` parts no document that fits into a row."""
     rows = NamedSharding(mesh, batch_spec(model.options.rules))
     parts: list[tuple[Array, Array]] = []
-    for batch in sequential_windows(token_file, length, batch_rows):
+    whole = packing == "fit" or tokens.kind == "pairs"
+    batches = (
+        sequential_rows(pack(tokens, length, packing), batch_rows) if whole else sequential_windows(tokens, length, batch_rows)
+    )
+    for batch in batches:
         jax.block_until_ready(parts[-2:-1])  # the host must not run ahead and fill the device with batches
         parts.append(run(params, jax.device_put(batch, rows)))
     nats, targets = (math.fsum(column) for column in zip(*jax.device_get(parts)))
-    return make_evaluation(nats, int(targets), token_file.header.bytes_of_text)
+    return make_evaluation(nats, int(targets), tokens.bytes_of_text)
 
 
 def evaluate_text(model: Pretrained, text: str, length: int | None = None, **options: Any) -> Evaluation:

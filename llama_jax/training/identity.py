@@ -11,28 +11,37 @@ from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.split import Split
 from llama_jax.errors import InputError
 from llama_jax.training.config import TrainConfig
+from llama_jax.training.corpora import sources_identity
 from llama_jax.training.step import TrainState
 from llama_jax.weights.checkpoint import read_metadata
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
 # Keys in the metadata of checkpoints that stand for what a config only names the place of.
 TEXT = "paths (hash of the text)"
+SOURCES = "sources (hash of the manifest x weight)"
 TOKENIZER = "data.tokenizer (hash)"
 MADE_FROM = "made_from"  # the report of the model that a run began with; tells, and is not compared
 
 
-def describe_run(config: TrainConfig, split: Split) -> dict:
+def describe_run(config: TrainConfig, split: Split | None) -> dict:
     """What a checkpoint says of its run, but for a tokenizer yet to be trained: resuming with another of these is refused."""
     data = config.data
-    values: dict[str, object] = {
+    values: dict[str, object] = {} if split is None else {
         "held_out_fraction": data.held_out_fraction,  # before the text, whose hash follows it: the first difference is told
         TEXT: split.train.sha256[:16],
+    }  # fmt: skip
+    # Data that are to be left out (`skip_steps`) may change: that is how a run gets past what it stumbled over.
+    values |= {
         "length": data.length,
         "batch_rows": data.batch_rows,
         "seed": data.seed,
+        "packing": data.packing,
+        "batch_ramp": [list(stage) for stage in data.batch_ramp],
     }
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
     trained = {"model": dataclasses.asdict(config.model), "adapter": adapter}
+    if split is None:
+        return {**trained, "data": values | {SOURCES: sources_identity(data)}}
     if data.tokenizer is None:
         return {**trained, "data": values | {"vocab_size": data.vocab_size}}
     return {**trained, TOKENIZER: hash_tokenizer(Path(data.tokenizer))[:16], "data": values}

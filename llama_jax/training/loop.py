@@ -13,15 +13,16 @@ import jax
 
 from llama_jax.accounting import parameter_count
 from llama_jax.axes import Parameters
-from llama_jax.data.batches import PackedBatches
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.errors import InputError
 from llama_jax.training.books import Books
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import TrainConfig, micro_rows
+from llama_jax.training.corpora import make_batches, open_data, split_corpus
 from llama_jax.training.display import Display, duration, si
-from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate
+from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate, together
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput
+from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
 from llama_jax.training.metrics import RUN_METRICS, StepRecord
 from llama_jax.training.setup import (
@@ -29,12 +30,11 @@ from llama_jax.training.setup import (
     frozen_base,
     make_directory,
     make_recipe,
-    prepare_data,
+    require_fitting_objective,
     require_vocabulary,
     run_mesh,
-    split_corpus,
 )
-from llama_jax.training.step import TrainState, batch_sharding, micro_batches, sharded_init, sharded_step, state_shapes
+from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
 from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps, read_metadata
@@ -89,11 +89,13 @@ class Run:
         split = split_corpus(config)
         self.metadata = describe_run(config, split)
         require_same_run(saved, self.metadata, self.directory)  # before the text is encoded, which may take long
-        self.data = prepare_data(config, split, display)
-        self.metadata[TOKENIZER] = self.data.train.header.tokenizer_sha256[:16]
+        self.data = open_data(config, split, display.event)
+        self.metadata[TOKENIZER] = self.data.tokenizer_sha256[:16]
         require_same_run(saved, self.metadata, self.directory)
         self.metadata |= {} if made_from is None else {MADE_FROM: made_from}
-        self.batches = PackedBatches(self.data.train, config.data.batch_rows, config.data.length, config.data.seed)
+        self.batches = make_batches(self.data, config.data)
+        require_fitting_objective(config, self.batches.unit)
+        self._corpus_losses: dict[str, float | int | None] = {}  # of the last evaluation, where there are several corpora
         self._evaluator = batch_evaluator(self.recipe.model, self.recipe.loss_chunk)
 
     def train(self, should_stop: Stop = lambda step: False) -> Summary:
@@ -113,13 +115,14 @@ class Run:
         if config.run.overwrite:
             clear_run(self.directory)
         copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
-        unigram = unigram_cross_entropy(self.data.train, self.data.held_out)
+        unigram = unigram_cross_entropy(self.data.train, list(self.data.held_out.values()))
         with jax.set_mesh(mesh), Checkpoints.open(self.directory / RUN_CHECKPOINTS, config.run.keep_checkpoints) as checkpoints:
             frozen = frozen_base(config, self.recipe, mesh)
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             self.display.start(self._heading(first, unigram), config.run.steps)
-            books = Books(config, [device.device_kind for device in mesh.devices.flat], first, self.display.event)
+            kinds = [device.device_kind for device in mesh.devices.flat]
+            books = Books(config, self.batches.tokens_before, kinds, first, self.display.event)
             state, evaluation = self._steps(state, frozen, checkpoints, books, should_stop)
             with books.clock("save"):
                 self._attempt(checkpoints.wait)
@@ -151,12 +154,13 @@ class Run:
         config, devices = self.config, self.mesh.devices.size
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         tokens = config.data.batch_rows * config.data.length
+        training, held_out = (sum(part.size for part in parts) for parts in (self.data.train, self.data.held_out.values()))
         return [
             f"model     {si(parameter_count(config.model))} parameters, {config.model.layers} layers, "
             f"{self.recipe.model.options.dtype} compute",
             f"devices   {devices} x {self.mesh.devices.flat[0].device_kind} ({shape})",
-            f"data      {si(self.data.train.header.tokens)} training tokens, {si(self.data.held_out.header.tokens)} held out; "
-            f"{si(tokens)} tokens a step, {config.run.steps * tokens / self.data.train.header.tokens:.2f} epochs in all",
+            f"data      {si(training)} training tokens, {si(held_out)} held out; "
+            f"{si(tokens)} tokens a step, {self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",
             f"mfu       {mfu_line(config, [device.device_kind for device in self.mesh.devices.flat])}",
             f"baseline  unigram entropy of the held-out text {unigram:.3f} nats a token",
             f"run       {self.directory}, " + (f"going on from step {first}" if first else "from the start"),
@@ -166,11 +170,11 @@ class Run:
         self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, books: Books, should_stop: Stop
     ) -> tuple[TrainState, Evaluation | None]:
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
-        run, accumulation = self.config.run, self.config.data.accumulation
+        run, rows = self.config.run, micro_rows(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
         for step in range(int(state.step), run.steps):
             with books.clock("data"):
-                batch = jax.device_put(micro_batches(self.batches.batch(step), accumulation), sharding)
+                batch = global_batch(self.batches, step, rows, sharding)
             state, figures = step_program(state, batch, *frozen)
             books.log.add(figures)
             done = step + 1
@@ -195,7 +199,8 @@ class Run:
 
     def _report(self, record: StepRecord, evaluation: Evaluation | None, books: Books) -> None:
         """Shows and keeps the figures of a step."""
-        books.write(record.step, record.flat() | (_flat(evaluation) if evaluation else {}))
+        more = _flat(evaluation) | self._corpus_losses if evaluation else {}
+        books.write(record.step, record.flat() | more)
         self.display.step(record._replace(held_out_loss=evaluation.nats_per_token if evaluation else None))
 
     def _attempt(self, action: Callable[[], None]) -> None:
@@ -208,8 +213,13 @@ class Run:
     def _evaluate(self, state: TrainState, frozen: tuple[Parameters, ...]) -> Evaluation:
         data, model = self.config.data, self.recipe.model
         params = self.recipe.parameters(state.params, frozen[0] if frozen else None, None)
-        rows = data.batch_rows // data.accumulation
-        return evaluate(self._evaluator, params, self.data.held_out, data.length, rows, self.mesh, model)
+        found = {
+            name: evaluate(self._evaluator, params, tokens, data.length, micro_rows(data), self.mesh, model, data.packing)
+            for name, tokens in self.data.held_out.items()
+        }
+        if len(found) > 1:
+            self._corpus_losses = {f"held_out/{name}/loss": part.nats_per_token for name, part in found.items()}
+        return together([(part, self.data.held_out[name].bytes_of_text) for name, part in found.items()])
 
 
 @contextlib.contextmanager

@@ -9,9 +9,7 @@ from jax.sharding import Mesh
 
 from llama_jax.axes import Parameters
 from llama_jax.data.atomic import atomic_write
-from llama_jax.data.corpus import read_corpus, standard_library
-from llama_jax.data.prepare import PreparedData, prepare
-from llama_jax.data.split import Split, split_documents
+from llama_jax.data.token_set import TokenSet
 from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
@@ -21,12 +19,11 @@ from llama_jax.parallel.sharding import TRAINING, check_divisible
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
-from llama_jax.training.config import TrainConfig
-from llama_jax.training.display import Display
+from llama_jax.training.config import TrainConfig, micro_rows
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama_jax.training.step import Recipe
 from llama_jax.weights.load import Form, load
-from llama_jax.weights.open import open_model
+from llama_jax.weights.open import Opened, open_model
 from llama_jax.weights.report import report
 
 RUN_TEXT = "tokenizer"  # in a run's directory: the tokenizer files of the model that the run began with
@@ -46,32 +43,6 @@ def make_directory(directory: Path) -> None:
         raise InputError(f"run.dir: {directory} cannot be written; name a writable directory")
 
 
-def split_corpus(config: TrainConfig) -> Split:
-    """The text of a run, its two sides."""
-    paths = config.data.paths
-    return split_documents(lambda: read_corpus(paths) if paths else standard_library(), config.data.held_out_fraction)
-
-
-def prepare_data(config: TrainConfig, split: Split, display: Display) -> PreparedData:
-    """Token files and tokenizer of a run, below its directory; made once, then opened."""
-    reported: list[str] = []
-
-    def on_progress(stage: str, done: int, total: int) -> None:
-        """Says once that a stage has begun."""
-        if stage not in reported:
-            reported.append(stage)
-            display.event({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
-
-    return prepare(
-        Path(config.run.dir) / "data",
-        split,
-        vocab_size=config.data.vocab_size,
-        seed=config.data.seed,
-        tokenizer_path=Path(config.data.tokenizer) if config.data.tokenizer else None,
-        on_progress=on_progress,
-    )
-
-
 def require_vocabulary(config: TrainConfig) -> None:
     """Refuses a given tokenizer with tokens that the model does not have.
 
@@ -89,7 +60,7 @@ def run_mesh(config: TrainConfig) -> Mesh:
     """The mesh of a run, checked against its model and its batch."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_divisible(config.model, mesh, TRAINING)
-    rows, ways = config.data.batch_rows // config.data.accumulation, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, ways = micro_rows(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise InputError(
             f"data.batch_rows: micro-batches of {rows} rows given; a multiple of mesh.data * mesh.fsdp ({ways}) expected"
@@ -110,6 +81,22 @@ def make_recipe(config: TrainConfig) -> Recipe:
     return adapter_recipe(recipe, config) if config.adapter.rank else recipe
 
 
+def require_fitting_objective(config: TrainConfig, unit: int) -> None:
+    """Refuses preferences without pairs of answers, and pairs without preferences.
+
+    Args:
+      config: of the run.
+      unit: neighbouring rows of a batch that belong together: 2 for pairs.
+
+    Raises:
+      InputError: naming the key.
+    """
+    beta = config.preference.beta
+    if (beta > 0) != (unit == 2):
+        given = "pairs of a chosen and a rejected answer" if unit == 2 else "texts"
+        raise InputError(f"preference.beta: {beta} given with data of {given}; a number above 0 with pairs, 0 with all else")
+
+
 def frozen_base(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Parameters, ...]:
     """The model under the adapters of a run, on its shards; nothing for a run that trains the model itself."""
     if not config.adapter.rank or config.run.init is None:
@@ -122,21 +109,28 @@ def frozen_base(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Parame
 def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
     """The config of a run that begins with a model on disk, completed by what that model brings.
 
-    Its tokenizer and chat template are copied into the run's directory, unless the config names another tokenizer.
+    Its tokenizer and chat template are copied into the run's directory, unless the config names another tokenizer or the
+    data are prepared: then the chat template is theirs.
 
     Returns:
       The config with `data.tokenizer` set, and the report on the model; or as it is and `None` without `run.init`.
 
     Raises:
-      InputError: for a model that cannot be opened, of another architecture, or without a tokenizer where none is named.
+      InputError: for a model that cannot be opened, of another architecture, without a tokenizer where none is named, or
+        with another tokenizer than that of prepared data.
     """
+    prepared = TokenSet.open(Path(config.data.sources[0].path)) if config.data.sources else None
+    if prepared is not None:
+        _copy_template(prepared.tokenizer_path, Path(config.run.dir))
     if config.run.init is None:
         return config, None
     opened = open_model(config.run.init)
     if opened.source.config != config.model:
         raise InputError(f"model: another architecture than that of run.init ({config.run.init}) given; leave out its numbers")
     facts = report(opened).to_dict()
-    if config.data.tokenizer is not None:
+    if prepared is not None:
+        _require_same_tokenizer(prepared, opened)
+    if config.data.tokenizer is not None or prepared is not None:
         return config, facts
     if opened.tokenizer is None:
         raise InputError(f"data.tokenizer: none given and none beside the weights of {config.run.init}; name one")
@@ -148,3 +142,24 @@ def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
         with atomic_write((directory if name == "chat_template.jinja" else folder) / name) as file:
             file.write(content)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder))), facts
+
+
+def _copy_template(tokenizer: Path, directory: Path) -> None:
+    """Takes the chat template of prepared data into a run's directory."""
+    source = tokenizer / "chat_template.jinja"
+    if source.is_file():
+        with atomic_write(directory / source.name) as file:
+            file.write(source.read_bytes())
+
+
+def _require_same_tokenizer(prepared: TokenSet, opened: Opened) -> None:
+    """Refuses data made with tokens that mean something else to the model that a run begins with."""
+    if opened.tokenizer is None:
+        return
+    theirs, ours = load_tokenizer(prepared.tokenizer_path).surface.pieces, opened.tokenizer.surface.pieces
+    differing = next((token for token, (a, b) in enumerate(zip(theirs, ours)) if a != b), None)
+    if differing is not None:
+        raise InputError(
+            f"data.sources: in {prepared.directory} token {differing} is {theirs[differing]!r:.40}, in run.init it is "
+            f"{ours[differing]!r:.40}; prepare the data with --tokenizer {opened.path}"
+        )

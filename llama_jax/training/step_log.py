@@ -1,7 +1,7 @@
 """From the figures of single updates to records, without waiting for the device in between."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ class StepLog:
 
     Args:
       config: of the run.
+      tokens_before: counts the tokens of the steps before a step.
       device_kinds: `device_kind` of each device that trains, for MFU; none is told where its peak is not known.
       clock: the ledger that the loop books its parts in: `with clock("data"):`.
       goodput: of the run, over restarts; none is told where `None`.
@@ -31,11 +32,12 @@ class StepLog:
     def __init__(
         self,
         config: TrainConfig,
+        tokens_before: Callable[[int], int],
         device_kinds: Sequence[str] = (),
         clock: Clock | None = None,
         goodput: GoodputLog | None = None,
     ) -> None:
-        self._tokens_per_step = config.data.batch_rows * config.data.length
+        self._tokens_before = tokens_before
         self._flops_per_token = training_flops_per_token(config.model, config.data.length)
         self._peak = total_peak(device_kinds)
         self._pending: list[StepMetrics] = []
@@ -67,7 +69,10 @@ class StepLog:
         """
         figures = jax.device_get(self._pending)
         elapsed = time.perf_counter() - self._since
-        seconds = elapsed / self._timed if self._timed else self._first_seconds or elapsed
+        timed = max(1, self._timed)
+        seconds = elapsed / timed if self._timed else self._first_seconds or elapsed
+        tokens = self._tokens_before(step)
+        tokens_per_step = (tokens - self._tokens_before(step - timed)) / timed
         self._pending, self._timed = [], 0
         last = figures[-1]
         parts = self._clock.take()
@@ -76,10 +81,10 @@ class StepLog:
             loss=float(np.mean([f.loss for f in figures])),
             learning_rate=float(last.learning_rate),
             gradient_norm=float(last.grad_norm),
-            tokens=step * self._tokens_per_step,
-            tokens_per_second=self._tokens_per_step / seconds,
+            tokens=tokens,
+            tokens_per_second=tokens_per_step / seconds,
             step_seconds=seconds,
-            mfu=None if self._peak is None else self._flops_per_token * self._tokens_per_step / seconds / self._peak,
+            mfu=None if self._peak is None else self._flops_per_token * tokens_per_step / seconds / self._peak,
             time=parts,
             goodput=None if self._goodput is None else self._goodput.add(step, parts),
         )

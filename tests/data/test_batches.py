@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.batches import Batch, PackedBatches, fingerprint, sequential_windows
+from llama_jax.data.batch import Batch, fingerprint
+from llama_jax.data.batches import Batches, Source, sequential_windows
+from llama_jax.data.packing import pack
+from llama_jax.data.steps import Steps
 from llama_jax.errors import InputError
+
+
+def cut_batches(tokens, rows, length, seed):
+    return Batches((Source(pack(tokens, length, "cut"), 1.0),), Steps(rows), seed)
 
 
 def oracle_row(documents, window, length):
@@ -55,15 +62,15 @@ def test_sequential_windows_equal_the_oracle(make_file, random_documents, seed, 
 @pytest.mark.parametrize("seed", range(5))
 def test_epoch_of_training_is_all_full_windows_once(make_file, random_documents, seed, length):
     documents = random_documents(seed, 15)
-    data = PackedBatches(make_file(documents), 1, length, seed)
-    assert data.windows == (sum(map(len, documents)) - 1) // length
-    rows = [content(data.batch(step)) for step in range(data.windows)]
-    wanted = [content(oracle_batch(documents, [window], length)) for window in range(data.windows)]
+    data = cut_batches(make_file(documents), 1, length, seed)
+    assert data.sources[0].packing.count == (sum(map(len, documents)) - 1) // length
+    rows = [content(data.batch(step)) for step in range(data.sources[0].packing.count)]
+    wanted = [content(oracle_batch(documents, [window], length)) for window in range(data.sources[0].packing.count)]
     assert sorted(rows) == sorted(wanted)
 
 
 def test_types_and_shapes(make_file, random_documents):
-    batch = PackedBatches(make_file(random_documents(0, 30)), 3, 7, 0).batch(0)
+    batch = cut_batches(make_file(random_documents(0, 30)), 3, 7, 0).batch(0)
     assert [str(field.dtype) for field in batch] == ["int32", "int32", "float32", "int32"]
     assert {field.shape for field in batch} == {(3, 7)}
 
@@ -71,28 +78,28 @@ def test_types_and_shapes(make_file, random_documents):
 @settings(deadline=None, max_examples=30)
 @given(step=st.integers(0, 10**6), seed=st.integers(0, 1000), hosts=st.sampled_from([1, 2, 4, 8]))
 def test_hosts_together_read_the_global_batch(packed, step, seed, hosts):
-    data = PackedBatches(packed, 8, 5, seed)
+    data = cut_batches(packed, 8, 5, seed)
     share = 8 // hosts
     parts = [data.rows(step, host * share, (host + 1) * share) for host in range(hosts)]
     assert fingerprint(joined(parts)) == fingerprint(data.batch(step))
 
 
 def test_batch_does_not_depend_on_history(packed):
-    data = PackedBatches(packed, 8, 5, 1)
+    data = cut_batches(packed, 8, 5, 1)
     forward = [fingerprint(data.batch(step)) for step in range(40)]
-    backward = [fingerprint(PackedBatches(packed, 8, 5, 1).batch(step)) for step in reversed(range(40))]
+    backward = [fingerprint(cut_batches(packed, 8, 5, 1).batch(step)) for step in reversed(range(40))]
     assert forward == backward[::-1]
     assert len(set(forward)) == 40
 
 
 def test_epochs_continue_seamlessly_and_differ(packed):
-    data = PackedBatches(packed, 8, 5, 1)
-    assert data.windows % 8, "the epoch must end inside a batch for this test"
-    rows = joined([data.batch(step) for step in range(3 * data.windows // 8 + 1)])
+    data = cut_batches(packed, 8, 5, 1)
+    assert data.sources[0].packing.count % 8, "the epoch must end inside a batch for this test"
+    rows = joined([data.batch(step) for step in range(3 * data.sources[0].packing.count // 8 + 1)])
     first, second = (
         [
             fingerprint(Batch(*(field[[row]] for field in rows)))
-            for row in range(epoch * data.windows, (epoch + 1) * data.windows)
+            for row in range(epoch * data.sources[0].packing.count, (epoch + 1) * data.sources[0].packing.count)
         ]
         for epoch in range(2)
     )
@@ -101,16 +108,16 @@ def test_epochs_continue_seamlessly_and_differ(packed):
 
 
 def test_seeds_give_different_batches(packed):
-    assert len({fingerprint(PackedBatches(packed, 8, 5, seed).batch(0)) for seed in range(10)}) == 10
+    assert len({fingerprint(cut_batches(packed, 8, 5, seed).batch(0)) for seed in range(10)}) == 10
 
 
 def test_order_of_a_run_is_part_of_the_format(packed):
     # A golden value: whoever changes it changes what every resumed training reads.
-    assert fingerprint(PackedBatches(packed, 8, 5, 3).batch(11)) == GOLDEN
+    assert fingerprint(cut_batches(packed, 8, 5, 3).batch(11)) == GOLDEN
 
 
 def test_fingerprint_sees_every_field_and_the_shape(packed):
-    batch = PackedBatches(packed, 4, 6, 0).batch(0)
+    batch = cut_batches(packed, 4, 6, 0).batch(0)
     changed = [batch._replace(**{name: getattr(batch, name) + 1}) for name in Batch._fields]
     reshaped = Batch(*(field.reshape(6, 4) for field in batch))
     assert len({fingerprint(one) for one in [batch, *changed, reshaped]}) == 6
@@ -136,7 +143,7 @@ def test_single_token_needs_no_evaluation(make_file):
 
 
 def test_no_target_comes_from_another_document(packed):
-    batch = PackedBatches(packed, 8, 5, 2).batch(0)
+    batch = cut_batches(packed, 8, 5, 2).batch(0)
     starts = set(packed.starts.tolist())
     assert 0 < batch.weights.mean() < 1
     assert (np.diff(batch.documents, axis=1) >= 0).all()
@@ -149,23 +156,23 @@ def test_no_target_comes_from_another_document(packed):
 
 def test_too_little_text_names_the_numbers(make_file):
     file = make_file([[1] * 41])
-    assert PackedBatches(file, 4, 10, 0).batch(0).tokens.shape == (4, 10)
-    with pytest.raises(InputError, match=r"41 tokens are 4 windows of 10 \+ 1, but a batch needs 5"):
-        PackedBatches(file, 5, 10, 0)
+    assert cut_batches(file, 4, 10, 0).batch(0).tokens.shape == (4, 10)
+    with pytest.raises(InputError, match="41 tokens are 4 rows, but its part of a batch needs 5"):
+        cut_batches(file, 5, 10, 0)
 
 
-@pytest.mark.parametrize(("rows", "length", "name"), [(0, 4, "batch_rows"), (1, 0, "length"), (-1, 4, "batch_rows")])
+@pytest.mark.parametrize(("rows", "length", "name"), [(0, 4, "at least 1 row"), (1, 0, "length"), (-1, 4, "at least 1 row")])
 def test_senseless_sizes_are_refused(packed, rows, length, name):
-    with pytest.raises(InputError, match=f"{name}: "):
-        PackedBatches(packed, rows, length, 0)
-    with pytest.raises(InputError, match=f"{name}: "):
+    with pytest.raises(InputError, match=name):
+        cut_batches(packed, rows, length, 0)
+    with pytest.raises(InputError, match="at least 1"):
         next(sequential_windows(packed, length, rows))
 
 
 @pytest.mark.parametrize(("step", "start", "stop"), [(-1, 0, 8), (0, -1, 8), (0, 0, 9), (0, 5, 4)])
 def test_rows_outside_the_batch_are_refused(packed, step, start, stop):
     with pytest.raises(InputError, match="rows 0 to 8"):
-        PackedBatches(packed, 8, 5, 0).rows(step, start, stop)
+        cut_batches(packed, 8, 5, 0).rows(step, start, stop)
 
 
 GOLDEN = "99400df27efa371fe3cf0879b0c8a5531bbde57dbd6d8a16644d443a6a019b87"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from llama_jax.data import prepare as module
-from llama_jax.data.batches import PackedBatches, sequential_windows
+from llama_jax.data.batches import sequential_windows
 from llama_jax.data.corpus import Document, is_held_out
+from llama_jax.data.packing import pack
 from llama_jax.data.prepare import copy_tokenizer, encode_documents, hash_tokenizer, prepare
 from llama_jax.data.split import split_documents
 from llama_jax.errors import CorruptError, InputError
@@ -69,8 +70,8 @@ def test_files_hold_the_documents_of_their_side(tmp_path, documents):
 def test_held_out_documents_never_appear_in_training_windows(tmp_path, documents):
     data = run(tmp_path, documents)
     tokenizer = load_tokenizer(data.tokenizer_path)
-    batches = PackedBatches(data.train, 2, 64, 0)
-    rows = np.concatenate([batches.batch(step).tokens for step in range(batches.windows)])
+    packing = pack(data.train, 64, "cut")
+    rows = packing.rows(np.arange(packing.count)).tokens
     seen = "".join(tokenizer.decode(row.tolist()) for row in rows)
     for document in documents:
         lines = [line for line in document.text.splitlines() if line in seen]

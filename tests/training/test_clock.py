@@ -131,7 +131,7 @@ def figures() -> StepMetrics:
 def test_mfu_is_its_formula(tmp_path):
     config = tiny_config(tmp_path, tmp_path)
     chips = ["TPU v4"] * 2
-    log = StepLog(config, chips)
+    log = StepLog(config, lambda step: step * 128, chips)
     for _ in range(3):
         log.add(figures())
     record = log.record(3)
@@ -145,7 +145,7 @@ def test_mfu_is_its_formula(tmp_path):
 
 def test_no_mfu_on_a_cpu(tmp_path):
     config = tiny_config(tmp_path, tmp_path)
-    log = StepLog(config, ["cpu"])
+    log = StepLog(config, lambda step: step * 128, ["cpu"])
     log.add(figures())
     assert log.record(1).mfu is None
     assert mfu_line(config, ["cpu"]) == "n/a: the peak of cpu is not known"
@@ -156,7 +156,7 @@ def test_records_tell_the_time_split_and_the_goodput(tmp_path):
     watch = Watch()
     clock = Clock(watch)
     goodput = GoodputLog(tmp_path / "goodput.jsonl", 0, no_warning, watch)
-    log = StepLog(tiny_config(tmp_path, tmp_path), clock=clock, goodput=goodput)
+    log = StepLog(tiny_config(tmp_path, tmp_path), lambda step: step * 128, clock=clock, goodput=goodput)
     watch.pass_by(20)
     log.add(figures())
     watch.pass_by(8)

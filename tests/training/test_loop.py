@@ -162,7 +162,7 @@ def test_a_record_means_the_losses_since_the_one_before(config, tmp_path):
 def test_evaluation_and_compilation_are_no_part_of_the_step_time(config, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(step_log.time, "perf_counter", lambda: now[0])
-    log = step_log.StepLog(config)
+    log = step_log.StepLog(config, lambda step: step * config.data.batch_rows * config.data.length)
     figures = StepMetrics(*map(np.float32, (2, 1, 1e-3, 128)), {})
 
     def update(seconds):

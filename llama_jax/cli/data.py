@@ -1,0 +1,67 @@
+"""`data verify`: whether prepared data is whole, and which batch a step of a run reads."""
+
+import pathlib
+import sys
+
+from llama_jax.cli.options import OptionParser
+from llama_jax.cli.program import DAMAGED
+from llama_jax.errors import InputError
+
+_RUN_CONFIG = "config.yaml"
+
+
+def make_parser(prog: str) -> OptionParser:
+    """The options of `data verify`."""
+    parser = OptionParser(prog, "Check prepared data, byte by byte; or print the hash of the batch of a step.")
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="folder that prepare wrote; with --step: of a run")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of a run, as train takes it; with --step")
+    parser.add_argument("--step", type=int, metavar="N", help="print the fingerprint of the global batch of this step, from 0")
+    return parser
+
+
+def main(arguments: list[str], prog: str = "data verify") -> int:
+    """Runs `data verify` and returns its exit status: 5 where something is damaged."""
+    if arguments[:1] not in (["verify"], ["--help"], ["-h"]):
+        raise InputError(f"data {' '.join(arguments[:1])!r}: unknown; data verify DIR expected")
+    options = make_parser(prog).parse(arguments[1:] if arguments[0] == "verify" else arguments)
+    if (options.directory is None) == (options.config is None):
+        raise InputError("data verify: a folder, or --config FILE with --step N expected")
+    if options.step is None:
+        if options.directory is None:
+            raise InputError("data verify: --config given without --step N; the step of a batch expected")
+        return _verify(pathlib.Path(options.directory))
+    return _show_batch(options.config or str(pathlib.Path(options.directory) / _RUN_CONFIG), options.step)
+
+
+def _verify(directory: pathlib.Path) -> int:
+    from llama_jax.data.manifest import Manifest
+    from llama_jax.data.token_set import damage
+
+    found = damage(directory)
+    for line in found:
+        print(f"damaged: {line}", file=sys.stderr)
+    if found:
+        return DAMAGED
+    manifest = Manifest.read(directory)
+    print(f"{directory}: whole; {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} shards")
+    return 0
+
+
+def _show_batch(config_file: str, step: int) -> int:
+    from llama_jax.cli.arguments import parse_train
+    from llama_jax.cli.train import architecture
+    from llama_jax.data.batch import fingerprint
+
+    if step < 0:
+        raise InputError(f"--step: {step} given, 0 or more expected")
+    config = parse_train(["--config", config_file], pathlib.Path(config_file), architecture)
+    from llama_jax.training.corpora import make_batches, open_data
+
+    batches = make_batches(open_data(config), config.data)
+    batch = batches.batch(step)
+    rows, length = batch.tokens.shape
+    print(
+        f"step {step}: data step {batches.steps.data_step(step)}, {rows} rows of {length} tokens, "
+        f"{int(batch.weights.sum())} targets; sha256 {fingerprint(batch)}"
+    )
+    return 0

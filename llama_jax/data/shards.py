@@ -1,0 +1,246 @@
+"""From records to a prepared folder: shards of tokens, written one after another, and a manifest at the end.
+
+Which shard a document is in depends on the documents before it alone, so the result is the same for any number of
+workers, and a second run goes on behind the shards that a first one finished.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from llama_jax.data.atomic import atomic_write
+from llama_jax.data.corpus import is_held_out
+from llama_jax.data.encoding import Encoder, encode_all
+from llama_jax.data.manifest import MANIFEST, MANIFEST_VERSION, TOKENIZER, Manifest, ShardEntry, SourceEntry, file_sha256
+from llama_jax.data.prepare import hash_tokenizer
+from llama_jax.data.records import Record, SourceFile, list_files, read_records
+from llama_jax.data.side import Side, Stamp
+from llama_jax.data.token_file import TokenFile
+from llama_jax.data.token_header import VERSION
+from llama_jax.errors import InputError
+from llama_jax.text.chat import ChatTemplate
+from llama_jax.text.tokenizer import load_tokenizer
+
+TRAIN, HELD_OUT = "train", "held_out"
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class Settings(NamedTuple):
+    """How a folder is prepared.
+
+    Attributes:
+      held_out: share of the records kept out of training, from 0 to below 1.
+      shard_tokens: at which a shard ends; its last document is whole.
+      workers: processes; changes nothing in the result.
+    """
+
+    held_out: float = 0.01
+    shard_tokens: int = 100_000_000
+    workers: int = 1
+
+
+class Prepared(NamedTuple):
+    """What `prepare_set` did.
+
+    Attributes:
+      manifest: of the folder.
+      kept: shards that an earlier call had finished.
+    """
+
+    manifest: Manifest
+    kept: int
+
+
+class Text(NamedTuple):
+    """How records become tokens.
+
+    Attributes:
+      files: of the tokenizer, by name: what `load_tokenizer` finds in a folder with them.
+      template: how conversations are written; `None` where there are none.
+    """
+
+    files: Mapping[str, bytes]
+    template: ChatTemplate | None
+
+
+def prepare_set(
+    paths: Sequence[str | Path], directory: Path, text: Text, settings: Settings, on_progress: OnProgress
+) -> Prepared:
+    """Encodes files and folders into a prepared folder; the same call again goes on where an interrupted one ended.
+
+    Args:
+      paths: text, JSON lines, Parquet, or folders of them; their records are of one kind.
+      directory: folder to write; it may hold an unfinished result of the same input.
+      text: tokenizer and chat template; the tokenizer's files are copied into the folder.
+      settings: see there.
+      on_progress: called with `hash` or `encode`, the bytes of the sources done and all of them.
+
+    Raises:
+      InputError: naming what cannot be read or encoded; or if the folder holds, or another process writes, something else.
+    """
+    _check(settings)
+    files = list_files(paths)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _only_writer(directory):
+        sources, stats = _hash_sources(files, on_progress), [_stat(file) for file in files]
+        _place_tokenizer(directory, text.files)
+        with _Folder(directory, Encoder(directory / TOKENIZER, text.template), settings, sources) as folder:
+            if not folder.is_finished:
+                folder.fill(files, on_progress)
+                if [_stat(file) for file in files] != stats:
+                    raise InputError("the sources changed while they were read; run again when nothing writes to them")
+            return folder.finish()
+
+
+class _Folder:
+    """The result on its way."""
+
+    def __init__(self, directory: Path, encoder: Encoder, settings: Settings, sources: tuple[SourceEntry, ...]) -> None:
+        self._directory, self._encoder, self._settings, self._sources = directory, encoder, settings, sources
+        self._tokenizer = hash_tokenizer(encoder.tokenizer_path)
+        self._vocab_size = load_tokenizer(encoder.tokenizer_path).vocab_size
+        template = encoder.template
+        self._template = None if template is None else hashlib.sha256(repr(template).encode()).hexdigest()
+        ingredients = [VERSION, self._tokenizer, self._template, settings.held_out, settings.shard_tokens, sources]
+        key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
+        for left in directory.glob(".*.partial"):  # of a process that was killed
+            left.unlink()
+        stamp = Stamp(key, self._tokenizer, self._vocab_size, settings.shard_tokens)
+        self._sides = {name: Side(directory, name, stamp) for name in (TRAIN, HELD_OUT)}
+        self.kept = sum(side.shards for side in self._sides.values())
+        self._dropped = self._passed = 0  # records, bytes of the sources
+
+    def __enter__(self) -> "_Folder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for side in self._sides.values():
+            side.abandon(kind, error, trace)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a manifest of the same input is there.
+
+        Raises:
+          InputError: if it is of another input.
+        """
+        if not (self._directory / MANIFEST).exists():
+            return False
+        manifest = Manifest.read(self._directory)
+        made = manifest.tokenizer_sha256, manifest.template_sha256, manifest.held_out, manifest.shard_tokens, manifest.sources
+        wanted = self._tokenizer, self._template, self._settings.held_out, self._settings.shard_tokens, self._sources
+        if made[0] != wanted[0] or made[2:] != wanted[2:] or (manifest.template_sha256 and made[1] != wanted[1]):
+            raise InputError(f"{self._directory}: holds a data set made of other input; name another --output, or remove it")
+        return True
+
+    def fill(self, files: Sequence[SourceFile], on_progress: OnProgress) -> None:
+        """Encodes what no finished shard holds."""
+        total = sum(source.bytes for source in self._sources)
+        missing = self._missing(files)
+        for record, documents in encode_all(missing, self._encoder, self._settings.workers):
+            self._side(record).add(record.kind, documents)
+            self._passed += record.nbytes
+            on_progress("encode", self._passed, total)
+        for side in self._sides.values():
+            side.close()
+
+    def _side(self, record: Record) -> Side:
+        return self._sides[HELD_OUT if is_held_out(record.key, self._settings.held_out) else TRAIN]
+
+    def _missing(self, files: Sequence[SourceFile]) -> Iterator[Record]:
+        for record in read_records(files):
+            if record.is_empty:
+                self._dropped += 1
+            elif not self._side(record).has(2 if record.kind == "pairs" else 1):
+                yield record
+                continue
+            self._passed += record.nbytes
+
+    def finish(self) -> Prepared:
+        """Writes the manifest, unless it is there."""
+        if self.is_finished:
+            return Prepared(Manifest.read(self._directory), self.kept)
+        opened = {name: side.open() for name, side in self._sides.items()}
+        if not opened[TRAIN]:
+            raise InputError("no document to train on in these sources; give text, or a smaller --held-out")
+        shards = opened[TRAIN] + opened[HELD_OUT]
+        kind = shards[0].kind
+        manifest = Manifest(
+            version=MANIFEST_VERSION,
+            kind=kind,
+            vocab_size=self._vocab_size,
+            tokenizer_sha256=self._tokenizer,
+            template_sha256=None if kind == "text" else self._template,
+            held_out=self._settings.held_out,
+            shard_tokens=self._settings.shard_tokens,
+            sources=self._sources,
+            dropped=self._dropped,
+            documents=sum(file.documents for file in shards),
+            tokens=sum(file.size for file in shards),
+            bytes_of_text=sum(file.bytes_of_text for file in shards),
+            train=tuple(map(_entry, opened[TRAIN])),
+            held_out_shards=tuple(map(_entry, opened[HELD_OUT])),
+        )
+        manifest.write(self._directory)
+        return Prepared(manifest, self.kept)
+
+
+def _place_tokenizer(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Copies the tokenizer's files, unless they are those of a finished result."""
+    folder = directory / TOKENIZER
+    present = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+    if present == files:
+        return
+    if (directory / MANIFEST).exists():
+        raise InputError(f"{directory}: holds a data set made with another tokenizer; name another --output, or remove it")
+    folder.mkdir(exist_ok=True)
+    for name in present.keys() - files.keys():
+        (folder / name).unlink()
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
+
+
+def _check(settings: Settings) -> None:
+    if not 0 <= settings.held_out < 1:
+        raise InputError(f"--held-out: {settings.held_out} given, a number from 0 to below 1 expected")
+    if settings.shard_tokens < 1 or settings.workers < 1:
+        raise InputError(f"--shard-tokens {settings.shard_tokens}, --workers {settings.workers}: at least 1 expected")
+
+
+def _hash_sources(files: Sequence[SourceFile], on_progress: OnProgress) -> tuple[SourceEntry, ...]:
+    total, done = sum(file.path.stat().st_size for file in files), 0
+    found = []
+    for file in files:
+        found.append(SourceEntry(file.name, file.path.stat().st_size, file_sha256(file.path)))
+        done += found[-1].bytes
+        on_progress("hash", done, total)
+    return tuple(found)
+
+
+def _stat(file: SourceFile) -> tuple[int, int]:
+    stat = file.path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _entry(file: TokenFile) -> ShardEntry:
+    return ShardEntry(file.path.name, file.documents, file.size, file.path.stat().st_size, file_sha256(file.path))
+
+
+@contextlib.contextmanager
+def _only_writer(directory: Path) -> Iterator[None]:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{directory}: another process prepares data there; wait for it, or name another --output") from None
+    finally:
+        os.close(handle)

@@ -1,0 +1,79 @@
+"""Which rows of the endless data a step reads: skipped steps and a growing batch, in closed form."""
+
+import dataclasses
+
+from llama_jax.errors import InputError
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The places of steps in the order of the data.
+
+    The data are dealt out in data steps, counted from 0. Without skipped ones, step and data step are the same number;
+    else step `k` reads the `k`-th data step that is not skipped. The size of a batch goes by the data step, so that
+    leaving one out moves nothing else.
+
+    Attributes:
+      rows: of a data step.
+      ramp: `((step, rows), ...)`: from that data step on so many rows; steps ascend.
+      skip: `((first, last), ...)`: data steps that are never used, both ends included; in ascending order, disjoint.
+
+    Raises:
+      InputError: for anything else.
+    """
+
+    rows: int
+    ramp: Pairs = ()
+    skip: Pairs = ()
+
+    def __post_init__(self) -> None:
+        for name, pairs in (("batch_ramp", self.ramp), ("skip_steps", self.skip)):
+            if not all(len(pair) == 2 and all(type(number) is int for number in pair) for pair in pairs):
+                raise InputError(f"data.{name}: {pairs!r:.60} given, pairs of whole numbers expected, as in [[100, 200]]")
+        starts = [step for step, _ in self.ramp]
+        if any(step < 1 for step in starts) or starts != sorted(set(starts)) or min(rows for _, rows in self._stages) < 1:
+            raise InputError(
+                f"data.batch_ramp: {self.ramp!r:.60} given, at least 1 row and steps that ascend from 1 on expected"
+            )
+        ends = [-1, *(end for pair in self.skip for end in pair)]
+        if any(last < first for first, last in self.skip) or any(b <= a for a, b in zip(ends[::2], ends[1::2])):
+            raise InputError(
+                f"data.skip_steps: {self.skip!r:.60} given, ranges [first, last] that ascend and do not overlap expected"
+            )
+
+    @property
+    def _stages(self) -> Pairs:
+        return ((0, self.rows), *self.ramp)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest batch."""
+        return max(rows for _, rows in self._stages)
+
+    def data_step(self, step: int) -> int:
+        """The data step that a step reads."""
+        for first, last in self.skip:
+            if step >= first:
+                step += last - first + 1
+        return step
+
+    def rows_at(self, step: int) -> int:
+        """Rows of the batch of a step."""
+        data_step = self.data_step(step)
+        return next(rows for start, rows in reversed(self._stages) if start <= data_step)
+
+    def position(self, step: int) -> int:
+        """Rows of the data, used or skipped, before those of a step."""
+        return self._position(self.data_step(step))
+
+    def used_before(self, step: int) -> int:
+        """Rows that the steps before a step read."""
+        end = self.data_step(step)
+        skipped = (self._position(last + 1) - self._position(first) for first, last in self.skip if last < end)
+        return self._position(end) - sum(skipped)
+
+    def _position(self, data_step: int) -> int:
+        ends = [*(start for start, _ in self.ramp), data_step]
+        return sum(rows * max(0, min(end, data_step) - start) for (start, rows), end in zip(self._stages, ends))

@@ -1,0 +1,161 @@
+"""The data of a run: corpora that are mixed, each with its held-out part; their batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from llama_jax.data.batches import Batches, Source
+from llama_jax.data.corpus import read_corpus, standard_library
+from llama_jax.data.manifest import manifest_sha256
+from llama_jax.data.packing import pack
+from llama_jax.data.prepare import PreparedData, hash_tokenizer, prepare
+from llama_jax.data.split import Split, split_documents
+from llama_jax.data.steps import Steps
+from llama_jax.data.token_set import TokenSet
+from llama_jax.data.tokens import Tokens, largest_token
+from llama_jax.errors import InputError
+from llama_jax.training.config import DataConfig, TrainConfig
+
+Say = Callable[[str], None]
+
+
+class Corpus(NamedTuple):
+    """One data set of a run.
+
+    Attributes:
+      name: for metrics and messages.
+      weight: its share of the rows, beside the weights of the others.
+      train: what is trained on.
+      held_out: what is evaluated on; `None` if nothing was held out.
+    """
+
+    name: str
+    weight: float
+    train: Tokens
+    held_out: Tokens | None
+
+
+class RunData(NamedTuple):
+    """All data of a run.
+
+    Attributes:
+      corpora: at least one; at least one has a held-out part.
+      tokenizer_path: the tokenizer that made them, file or folder.
+      tokenizer_sha256: of its files.
+    """
+
+    corpora: tuple[Corpus, ...]
+    tokenizer_path: Path
+    tokenizer_sha256: str
+
+    @property
+    def train(self) -> list[Tokens]:
+        """What is trained on."""
+        return [corpus.train for corpus in self.corpora]
+
+    @property
+    def held_out(self) -> dict[str, Tokens]:
+        """What is evaluated on, by corpus."""
+        return {corpus.name: corpus.held_out for corpus in self.corpora if corpus.held_out is not None}
+
+
+def split_corpus(config: TrainConfig) -> Split | None:
+    """The text of a run, its two sides; `None` where the run has prepared data."""
+    data = config.data
+    if data.sources:
+        return None
+    return split_documents(lambda: read_corpus(data.paths) if data.paths else standard_library(), data.held_out_fraction)
+
+
+def open_data(config: TrainConfig, split: Split | None = None, say: Say = lambda line: None) -> RunData:
+    """The data of a run: prepared folders, or text that is encoded below the run's directory once.
+
+    Args:
+      config: of the run.
+      split: of `split_corpus`, where it was made already.
+      say: told of work that takes long.
+
+    Raises:
+      InputError: for data of different tokenizers, without a held-out part, or with tokens that the model does not have.
+    """
+    data = config.data
+    opened = _open_sources(data) if data.sources else _open_text(config, split or split_corpus(config), say)
+    if not opened.held_out:
+        raise InputError("data.sources: none has a held-out part; prepare one with --held-out 0.01")
+    _require_vocabulary(opened, config.model.vocab_size)
+    return opened
+
+
+def make_batches(opened: RunData, data: DataConfig) -> Batches:
+    """The batches of a run.
+
+    Raises:
+      InputError: if there is too little data for one.
+    """
+    sources = tuple(Source(pack(corpus.train, data.length, data.packing), corpus.weight) for corpus in opened.corpora)
+    return Batches(sources, Steps(data.batch_rows, data.batch_ramp, data.skip_steps), data.seed)
+
+
+def sources_identity(data: DataConfig) -> dict[str, object]:
+    """What prepared folders a run reads, by the hashes of their manifests."""
+    return {
+        name: f"{manifest_sha256(Path(source.path))[:16]} x {source.weight}" for name, source in zip(_names(data), data.sources)
+    }
+
+
+def _names(data: DataConfig) -> list[str]:
+    names = [source.name or Path(source.path).absolute().name for source in data.sources]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"data.sources: two are called {twice[0]!r}; give each a name of its own")
+    return names
+
+
+def _open_sources(data: DataConfig) -> RunData:
+    sets = [TokenSet.open(Path(source.path)) for source in data.sources]
+    for opened in sets:
+        if opened.manifest.tokenizer_sha256 != sets[0].manifest.tokenizer_sha256:
+            raise InputError(
+                f"data.sources: {opened.directory} is not of the tokenizer of {sets[0].directory}; prepare both with one"
+            )
+    corpora = (
+        Corpus(name, source.weight, opened.train, opened.held_out)
+        for name, source, opened in zip(_names(data), data.sources, sets)
+    )
+    digest = hash_tokenizer(sets[0].tokenizer_path)
+    if digest != sets[0].manifest.tokenizer_sha256:
+        raise InputError(f"{sets[0].tokenizer_path}: not the tokenizer of the manifest; prepare the data again")
+    return RunData(tuple(corpora), sets[0].tokenizer_path, digest)
+
+
+def _open_text(config: TrainConfig, split: Split | None, say: Say) -> RunData:
+    assert split is not None
+    reported: list[str] = []
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        """Says once that a stage has begun."""
+        if stage not in reported:
+            reported.append(stage)
+            say({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
+
+    data = config.data
+    made: PreparedData = prepare(
+        Path(config.run.dir) / "data",
+        split,
+        vocab_size=data.vocab_size,
+        seed=data.seed,
+        tokenizer_path=Path(data.tokenizer) if data.tokenizer else None,
+        on_progress=on_progress,
+    )
+    corpus = Corpus("text", 1.0, made.train, made.held_out)
+    return RunData((corpus,), made.tokenizer_path, made.train.header.tokenizer_sha256)
+
+
+def _require_vocabulary(opened: RunData, vocab_size: int) -> None:
+    """Refuses tokens that the model does not have; looks for them only where the tokenizer is larger than the model."""
+    for tokens in (*opened.train, *opened.held_out.values()):
+        if tokens.vocab_size > vocab_size and (largest := largest_token(tokens)) >= vocab_size:
+            raise InputError(
+                f"{tokens.name}: token {largest}, but model.vocab_size is {vocab_size}; take the tokenizer of this model, or a "
+                f"vocabulary of {tokens.vocab_size}"
+            )

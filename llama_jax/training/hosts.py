@@ -1,0 +1,48 @@
+"""The batch of a step on all devices of all hosts, each host reading the rows of its own devices only."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from llama_jax.data.batch import Batch
+from llama_jax.data.batches import Batches
+
+
+def row_numbers(rows: int, micro_rows: int, unit: int) -> np.ndarray:
+    """Which rows of a batch each micro-batch holds, `[A, B/A]`: the units are dealt out in turn.
+
+    So a host that holds the same rows of every micro-batch reads neighbouring rows, and pairs stay together.
+    """
+    return (
+        np.arange(rows, dtype=np.int64)
+        .reshape(micro_rows // unit, rows // micro_rows, unit)
+        .swapaxes(0, 1)
+        .reshape(-1, micro_rows)
+    )
+
+
+def global_batch(batches: Batches, step: int, micro_rows: int, sharding: NamedSharding) -> Batch:
+    """The batch of a step as micro-batches `[A, B/A, T]`, sharded over the devices of all processes.
+
+    Args:
+      batches: the same on every process.
+      step: from 0.
+      micro_rows: rows of a micro-batch; divides the rows of the batch.
+      sharding: of the result.
+    """
+    numbers = row_numbers(batches.rows_at(step), micro_rows, batches.unit)
+    shape = (*numbers.shape, batches.length)
+    read: dict[tuple, Batch] = {}
+
+    def part(field: int, index: tuple[slice, ...]) -> np.ndarray:
+        """A field of the rows that one device holds; devices that hold the same rows share them."""
+        wanted = numbers[index[:2]]
+        key = wanted.shape, wanted.tobytes()
+        if key not in read:
+            read[key] = batches.chosen_rows(step, wanted.ravel())
+        return read[key][field].reshape(*wanted.shape, -1)[..., index[2]]
+
+    fields = range(len(Batch._fields))
+    return Batch(*[jax.make_array_from_callback(shape, sharding, functools.partial(part, field)) for field in fields])

@@ -1,0 +1,261 @@
+"""`prepare_set`: what is read, that the result depends on the input alone, interruption, damage."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from llama_jax.data import encoding
+from llama_jax.data.corpus import is_held_out
+from llama_jax.data.manifest import Manifest
+from llama_jax.data.prepare import read_tokenizer_files
+from llama_jax.data.records import list_files, read_records
+from llama_jax.data.shards import Settings, Text, prepare_set
+from llama_jax.data.token_set import TokenSet, damage
+from llama_jax.errors import CorruptError, InputError
+from llama_jax.text.chat import encode_chat, encode_dialogue, template_from_directory
+from llama_jax.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def text(tiny_directory):
+    return Text(read_tokenizer_files(tiny_directory), template_from_directory(tiny_directory))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_directory):
+    return load_tokenizer(tiny_directory)
+
+
+def write_lines(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+@pytest.fixture
+def lines(tmp_path):
+    source = random.Random(1)
+    texts = ["".join(source.choices("abc def\n", k=source.randint(1, 60))) for _ in range(80)]
+    return write_lines(tmp_path / "a.jsonl", [{"text": value, "id": 7} for value in texts])
+
+
+def prepare(paths, directory, text, on_progress=lambda *call: None, **changes):
+    settings = Settings(**{"held_out": 0.2, "shard_tokens": 500, **changes})
+    return prepare_set([paths] if not isinstance(paths, list) else paths, directory, text, settings, on_progress)
+
+
+def snapshot(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def documents_of(part, tokenizer):
+    ids = part.read(0, part.size).ids
+    return [tokenizer.decode(piece.tolist()) for piece in np.split(ids, np.cumsum(part.lengths())[:-1])]
+
+
+def test_every_record_is_on_one_side_in_its_order(tmp_path, lines, text, tokenizer):
+    manifest, _ = prepare(lines, tmp_path / "out", text)
+    opened = TokenSet.open(tmp_path / "out")
+    texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+    for part, side in ((opened.train, False), (opened.held_out, True)):
+        wanted = [value for value in texts if is_held_out(value, 0.2) == side]
+        assert documents_of(part, tokenizer) == wanted
+        assert part.bytes_of_text == sum(len(value.encode()) for value in wanted)
+    assert len(manifest.train) > 2
+    assert all(entry.tokens >= 500 for entry in manifest.train[:-1])
+    assert manifest.documents == 80
+    assert damage(tmp_path / "out") == []
+
+
+def test_reading_across_shards_equals_one_file(tmp_path, lines, text):
+    prepare(lines, tmp_path / "many", text)
+    prepare(lines, tmp_path / "one", text, shard_tokens=10**6)
+    many, one = (TokenSet.open(tmp_path / name).train for name in ("many", "one"))
+    assert (len(many.files) > 2, len(one.files)) == (True, 1)
+    assert many.lengths().tolist() == one.lengths().tolist()
+    for first in range(0, one.size + 40, 37):
+        for got, wanted in zip(many.read(first, first + 700), one.read(first, first + 700)):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_result_does_not_depend_on_the_workers(tmp_path, lines, text, monkeypatch):
+    monkeypatch.setattr(encoding, "_CHUNK_RECORDS", 7)
+    for workers in (1, 2):
+        prepare(lines, tmp_path / str(workers), text, workers=workers)
+    assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")
+
+
+@pytest.mark.parametrize("after", [1, 30, 79])
+def test_interrupted_work_goes_on_and_ends_equal(tmp_path, lines, text, after, monkeypatch):
+    calls = []
+
+    def interrupt(stage, done, total):
+        calls.append(stage)
+        if calls.count("encode") == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(lines, tmp_path / "out", text, interrupt)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        TokenSet.open(tmp_path / "out")
+    finished = len(list((tmp_path / "out").glob("*.tokens")))
+    encoded = []
+    encode = encoding.encode_record
+    monkeypatch.setattr(encoding, "encode_record", lambda record, *rest: encoded.append(record) or encode(record, *rest))
+    assert prepare(lines, tmp_path / "out", text).kept == finished
+    assert len(encoded) < 80 or not finished
+    prepare(lines, tmp_path / "fresh", text)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "fresh")
+    encoded.clear()
+    prepare(lines, tmp_path / "out", text)
+    assert not encoded
+
+
+def test_shards_of_other_settings_are_not_taken_over(tmp_path, lines, text):
+    def stop(stage, done, total):
+        if stage == "encode" and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(lines, tmp_path / "out", text, stop, shard_tokens=100)
+    assert prepare(lines, tmp_path / "out", text).kept == 0
+    prepare(lines, tmp_path / "fresh", text)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "fresh")
+
+
+def test_finished_folder_is_not_overwritten_by_other_input(tmp_path, lines, text):
+    prepare(lines, tmp_path / "out", text)
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(InputError, match="other input"):
+        prepare(lines, tmp_path / "out", text, held_out=0.5)
+    with pytest.raises(InputError, match="another tokenizer"):
+        prepare(lines, tmp_path / "out", text._replace(files={"tokenizer.json": b"{}"}))
+    lines.write_text(lines.read_text() + '{"text": "more"}\n')
+    with pytest.raises(InputError, match="other input"):
+        prepare(lines, tmp_path / "out", text)
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_conversations_keep_what_the_assistant_says(tmp_path, text, tokenizer):
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    values = [{"messages": talk * 2}, {"prompt": "And?", "completion": "So."}, {"messages": talk[:1]}]
+    manifest, _ = prepare(write_lines(tmp_path / "c.jsonl", values), tmp_path / "out", text, held_out=0)
+    assert (manifest.kind, manifest.dropped, manifest.documents) == ("chat", 1, 2)
+    part = TokenSet.open(tmp_path / "out").train
+    short = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
+    wanted = [encode_dialogue(text.template, tokenizer, messages) for messages in (talk * 2, short)]
+    whole = part.read(0, part.size)
+    assert whole.ids.tolist() == [token for dialogue in wanted for token in dialogue.token_ids]
+    assert whole.learned.tolist() == [flag for dialogue in wanted for flag in dialogue.mask]
+    assert part.bytes_of_text == len("Yes.Yes.So.")
+
+
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_pairs_learn_from_the_last_answer_only(tmp_path, text, tokenizer, form):
+    said = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), ("a", "b", "c"))]
+    prompt = {"messages": said} if form == "messages" else {"prompt": "c"}
+    value = {**prompt, "chosen": "good one", "rejected": "bad"}
+    manifest, _ = prepare(write_lines(tmp_path / "p.jsonl", [value]), tmp_path / "out", text, held_out=0)
+    assert (manifest.kind, manifest.documents) == ("pairs", 2)
+    part = TokenSet.open(tmp_path / "out").train
+    begin = said if form == "messages" else said[2:]
+    start = 0
+    for number, answer in enumerate(("good one", "bad")):
+        prefix = encode_chat(text.template, tokenizer, begin, add_generation_prompt=True)
+        ids, _, learned = part.read(start, start + int(part.lengths()[number]))
+        start += len(ids)
+        assert ids[: len(prefix)].tolist() == prefix
+        assert not learned[: len(prefix)].any()
+        assert tokenizer.decode(ids[learned].tolist()).strip() == answer
+        end = tokenizer.special_tokens["<|im_end|>"]
+        assert ids[learned][-1] == end
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"text": "x"', "not JSON"), ("[1]", "list given"), ('{"txt": "x"}', "fields txt"), ('{"text": 3}', "text is a int"),
+    ('{"text": "\\ud800"}', "surrogate"), ('{"messages": [3]}', "holds 3"),
+    ('{"messages": [{"role": "user"}]}', "role and content"),
+    ('{"chosen": "a", "rejected": "b"}', "without prompt"), ('{"prompt": "a", "completion": null}', "completion is a NoneType"),
+    ('{"prompt": "a", "completion": "b"}', "chat given, but the first record was text"), ("[" * 100_000, "not JSON"),
+])  # fmt: skip
+def test_bad_line_is_named(tmp_path, text, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(InputError, match=rf"bad\.jsonl:3: .*{message}"):
+        prepare(path, tmp_path / "out", text)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_worker_names_the_record_it_cannot_encode(tmp_path, text):
+    path = write_lines(
+        tmp_path / "c.jsonl", [{"messages": [{"role": "assistant", "content": "x"}, {"role": "clown", "content": "y"}]}]
+    )
+    for workers in (1, 2):
+        with pytest.raises(InputError, match=r"c\.jsonl:1: messages\[1\]\.role"):
+            prepare(path, tmp_path / "out", text, workers=workers)
+    with pytest.raises(InputError, match=r"c\.jsonl:1: .*--template"):
+        prepare(path, tmp_path / "none", text._replace(template=None))
+
+
+def test_folder_of_several_kinds_of_files(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "b.txt").write_text("plain")
+    (tmp_path / "in" / "image.png").write_text("no")
+    write_lines(tmp_path / "in" / "sub" / "a.jsonl", [{"text": "one"}, {"text": ""}])
+    records = list(read_records(list_files([tmp_path / "in"])))
+    assert [(record.body, record.is_empty) for record in records] == [("plain", False), ("one", False), ("", True)]
+    for wrong in ("missing", "in/image.png/x"):
+        with pytest.raises(InputError, match="no such file"):
+            list_files([tmp_path / wrong])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="nothing to read"):
+        list_files([tmp_path / "empty"])
+
+
+def test_parquet_gives_the_records_of_json_lines(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values = [{"prompt": f"q{i}", "completion": "a" * i, "extra": i} for i in range(5)]
+    parquet.write_table(arrow.Table.from_pylist(values), tmp_path / "x.parquet")
+    write_lines(tmp_path / "x.jsonl", values)
+    from_parquet, from_lines = (
+        [(r.kind, r.key, r.body) for r in read_records(list_files([tmp_path / name]))] for name in ("x.parquet", "x.jsonl")
+    )
+    assert from_parquet == from_lines
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(InputError, match=r"bad\.parquet: not Parquet"):
+        list(read_records(list_files([tmp_path / "bad.parquet"])))
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"llama-jax\[data\]"):
+        list(read_records(list_files([tmp_path / "x.parquet"])))
+
+
+def test_damage_is_found_and_named(tmp_path, lines, text):
+    prepare(lines, tmp_path / "out", text)
+    manifest = Manifest.read(tmp_path / "out")
+    path = tmp_path / "out" / manifest.train[1].file
+    content = bytearray(path.read_bytes())
+    content[4096 + 50] ^= 1
+    path.write_bytes(content)
+    TokenSet.open(tmp_path / "out")  # sizes and headers are right
+    (found,) = damage(tmp_path / "out")
+    assert path.name in found
+    path.unlink()
+    with pytest.raises(CorruptError, match=f"{path.name}: missing"):
+        TokenSet.open(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert len(damage(tmp_path / "out")) == 2
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    with pytest.raises(CorruptError, match=r"manifest\.json"):
+        damage(tmp_path / "out")
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path, text):
+    with pytest.raises(InputError, match="no document to train on"):
+        prepare(write_lines(tmp_path / "e.jsonl", [{"text": ""}]), tmp_path / "out", text)
