@@ -96,11 +96,12 @@ def make_batches(opened: RunData, data: DataConfig) -> Batches:
     return Batches(sources, Steps(data.batch_rows, data.batch_ramp, data.skip_steps), data.seed)
 
 
-def sources_identity(data: DataConfig) -> dict[str, object]:
-    """What prepared folders a run reads, by the hashes of their manifests."""
-    return {
-        name: f"{manifest_sha256(Path(source.path))[:16]} x {source.weight}" for name, source in zip(_names(data), data.sources)
-    }
+def sources_identity(data: DataConfig) -> list[str]:
+    """What prepared folders a run reads, in their order, by the hashes of their manifests."""
+    return [
+        f"{name} {manifest_sha256(Path(source.path))[:16]} x {source.weight}"
+        for name, source in zip(_names(data), data.sources)
+    ]
 
 
 def _names(data: DataConfig) -> list[str]:

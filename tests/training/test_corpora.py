@@ -83,7 +83,6 @@ def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
     assert last["held_out/loss"] == pytest.approx(mean, rel=1e-6)
     assert summary.evaluation.tokens == sum(targets.values())
     assert [line["train/tokens"] for line in lines] == [128, 128 + 256, 128 + 512]
-    assert (pathlib.Path(config.run.dir) / "chat_template.jinja").is_file()
     more = dataclasses.replace(config.run, steps=4)
     Run(dataclasses.replace(config, run=more, data=dataclasses.replace(data, skip_steps=((9, 9),))), Quiet())
     for changes in ({"sources": data.sources[::-1]}, {"sources": data.sources[:1]}, {"packing": "fit"}, {"batch_ramp": ()}):

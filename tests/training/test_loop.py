@@ -24,6 +24,7 @@ from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training import evaluate as evaluate_module
 from llama_jax.training import loop, setup, step, step_log
 from llama_jax.training.evaluate import batch_evaluator, evaluate
+from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import fingerprint
 from llama_jax.training.loop import Run, only_run
 from llama_jax.training.step import StepMetrics
@@ -132,12 +133,12 @@ def test_a_run_reports_the_held_out_loss_of_its_last_state(config, corpus):
 
 def test_no_held_out_document_is_trained_on(config, monkeypatch, corpus):
     batches = []
-    monkeypatch.setattr(loop, "micro_batches", lambda batch, a: batches.append(batch.tokens) or step.micro_batches(batch, a))
+    monkeypatch.setattr(loop, "global_batch", lambda *given: batches.append(global_batch(*given)) or batches[-1])
     run = Run(changed(config, run={"steps": 60, "eval_every": 0, "checkpoint_every": 60}), Recorder())
     run.train()
-    assert len(batches) == 60 > run.batches.windows / 4  # more than an epoch
+    assert len(batches) == 60 > run.batches.sources[0].packing.count / 4  # more than an epoch
     tokenizer = load_tokenizer(run.data.tokenizer_path)
-    text = "\n".join(tokenizer.decode(row.tolist()) for batch in batches for row in batch)
+    text = "\n".join(tokenizer.decode(row.tolist()) for batch in batches for row in np.asarray(batch.tokens[0]))
     seen = {int(number) for number in re.findall(r"<(\d+)>", text)}
     assert seen == {number for number in range(20) if not is_held_out(f"{number}.txt", 0.2)}
     assert len(seen) < 20
@@ -285,7 +286,7 @@ def test_overwrite_starts_anew(config):
 
 
 def test_too_little_text_for_a_batch_is_explained(config):
-    with pytest.raises(InputError, match="windows"):
+    with pytest.raises(InputError, match=r"tokens are \d+ rows, but its part of a batch needs 10000"):
         Run(changed(config, data={"batch_rows": 10_000}), Recorder())
 
 
@@ -306,10 +307,10 @@ def test_of_a_single_file_the_end_is_held_out(config, tmp_path):
     path.write_text("".join(f"{' '.join(WORDS[number % 7 :])} {number}\n" for number in range(500)))
     run = Run(changed(config, data={"paths": (str(path),)}, run={"steps": 2}), Recorder())
     tokenizer = load_tokenizer(run.data.tokenizer_path)
-    train, held_out = (tokenizer.decode(file.tokens.tolist()) for file in (run.data.train, run.data.held_out))
+    train, held_out = (tokenizer.decode(file.tokens.tolist()) for file in (run.data.train[0], run.data.held_out["text"]))
     assert train + held_out == path.read_text()
     assert 0.2 <= len(held_out) / len(train + held_out) < 0.22
-    assert run.train().evaluation.tokens == run.data.held_out.header.tokens - 1
+    assert run.train().evaluation.tokens == run.data.held_out["text"].size - 1
 
 
 def test_repeated_lines_are_learned_and_continued(config, tmp_path):
