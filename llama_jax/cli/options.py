@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import fractions
 import re
 from typing import NoReturn
 
@@ -114,15 +113,6 @@ def bias(text: str) -> tuple[int, float]:
         return int(token), float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r:.60} given; ID=VALUE expected, as in 42=-5") from None
-
-
-def count(text: str) -> int:
-    """A number such as `300`, `64k`, `100M`, `2G` or `15T`: powers of ten."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGBT]?)", text)
-    number = found and fractions.Fraction(found[1]) * 10 ** {"": 0, "k": 3, "M": 6, "G": 9, "B": 9, "T": 12}[found[2]]
-    if not number or number.denominator != 1:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} given; a count expected, as in 100M")
-    return int(number)
 
 
 def resolve_dtype(name: str) -> str:

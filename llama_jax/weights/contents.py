@@ -12,9 +12,9 @@ from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.gguf_config import DIVISORS
 from llama_jax.weights.hugging_face import NAMES as HUGGING_FACE_NAMES
 from llama_jax.weights.hugging_face import HuggingFaceSource
+from llama_jax.weights.merged import MergedSource
 from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.meta import MetaSource
-from llama_jax.weights.peft import MergedSource
 from llama_jax.weights.run import RunSource
 from llama_jax.weights.source import Source
 

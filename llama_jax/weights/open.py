@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, template_from_directory, template_from_gguf
@@ -14,11 +14,14 @@ from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hub import fetch, names_model
 from llama_jax.weights.hugging_face import HuggingFaceSource, inside
+from llama_jax.weights.merged import CONFIG as ADAPTERS_CONFIG
+from llama_jax.weights.merged import MergedSource
 from llama_jax.weights.meta import MetaSource
-from llama_jax.weights.peft import CONFIG as ADAPTERS_CONFIG
-from llama_jax.weights.peft import Adapters, MergedSource, read_adapters
 from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource, origin_of
 from llama_jax.weights.source import Source, blamed_on, shown
+
+if TYPE_CHECKING:
+    from llama_jax.weights.peft import Adapters
 
 Format = Literal["run", "hugging_face", "meta", "gguf"]
 
@@ -134,7 +137,7 @@ def _open_hugging_face(path: pathlib.Path) -> Opened:
     )
 
 
-def merged(base: Opened, adapters: Adapters, path: pathlib.Path) -> Opened:
+def merged(base: Opened, adapters: "Adapters", path: pathlib.Path) -> Opened:
     """An opened model with adapters from `path` merged into its weights as they are read."""
     origin = f"{base.origin} with adapters {path.absolute().name}"
     return base._replace(source=MergedSource(base.source, adapters), origin=origin)
@@ -150,6 +153,8 @@ def _open_adapted(path: pathlib.Path) -> Opened:
                 f"{ADAPTERS_CONFIG} names the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST"
             )
     opened = open_model(base)
+    from llama_jax.weights.peft import read_adapters  # it needs JAX, as opening a model otherwise does not
+
     return merged(opened, read_adapters(path, opened.source.config), path)
 
 

@@ -1,4 +1,4 @@
-"""Adapters in files of their own, as the package PEFT writes and reads them, and a source that has them merged.
+"""Adapters in files of their own, as the package PEFT writes and reads them.
 
 A directory with `adapter_config.json` and `adapter_model.safetensors`: of each matrix `lora_A [r, in]` and `lora_B [out, r]`.
 Heads of queries and keys have the same layout there as here, so nothing is reordered.
@@ -24,11 +24,11 @@ from llama_jax.weights.forms import stack
 from llama_jax.weights.fresh_directory import fresh_directory, write_synced
 from llama_jax.weights.hugging_face import NAMES, inside
 from llama_jax.weights.hugging_face_write import DTYPES, TensorSpec, write_safetensors
+from llama_jax.weights.merged import CONFIG
 from llama_jax.weights.safetensors_file import map_safetensors
-from llama_jax.weights.source import Shape, Source, blamed_on, flat_shapes, require_tensors, shown
+from llama_jax.weights.source import Shape, blamed_on, flat_shapes, require_tensors, shown
 from llama_jax.weights.values import flag, real, whole
 
-CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
 _PATHS = {path.rsplit("/", 1)[-1]: path for path in NAMES if path.rsplit("/", 1)[-1] in LAYER_MATRICES}
@@ -172,30 +172,3 @@ def _tree(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Parameters:
             if names[0] in tensors:
                 tree[f"{path}/{factor}"] = np.stack([tensors[name].T.astype(np.float32) for name in names])
     return unflatten_dict(tree, sep="/")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class MergedSource:
-    """A source with adapters merged into it, one tensor at a time: added in float32, in the type that the tensor had.
-
-    Attributes:
-      base: the model.
-      adapters: for it, stacked.
-    """
-
-    base: Source
-    adapters: Adapters
-
-    @property
-    def config(self) -> LlamaConfig:
-        """The architecture of the base."""
-        return self.base.config
-
-    def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor; see `Source.read`."""
-        tensor = self.base.read(name, layer)
-        factors = flatten_dict(stack(self.adapters.tree), sep="/")
-        if layer is None or f"{name}/a" not in factors:
-            return tensor
-        a, b = (np.asarray(factors[f"{name}/{factor}"][layer], np.float32) for factor in _FACTORS)
-        return (tensor.astype(np.float32) + a @ b * np.float32(self.adapters.scale)).astype(tensor.dtype)

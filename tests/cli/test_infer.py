@@ -165,7 +165,6 @@ def test_interrupted(tiny_directory):
     (["--prompt", "a", "--chat", "--chat-template", "alpaca"], "no built-in format (llama2, llama3, chatml), and no file"),
     (["--prompt", "a", "--chat", "--chat-template", "llama3"], "chat format llama3: the tokenizer lacks"),
     (["--prompt", "a", "--quantize", "int2"], "argument --quantize: invalid choice: 'int2'"),
-    (["--prompt", "a", "--quantize", "int4"], "groups of 32 weights do not divide"),
     (["--prompt", ""], "prompt 1 has 0 tokens"),
     (["--prompt", "a\udcff"], "surrogate"),
     ([], "standard input is empty; one prompt a line expected"),

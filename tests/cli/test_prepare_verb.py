@@ -12,8 +12,6 @@ import time
 import pytest
 from tiny_runs import ROOT, child_environment
 
-from llama_jax.cli.options import count
-
 
 def start(*arguments):
     command = [sys.executable, "-m", "llama_jax", *map(str, arguments)]
@@ -88,16 +86,3 @@ def test_worker_that_dies_is_an_error(tmp_path, lines, tiny_directory):
     assert process.returncode == 2
     assert "ended without a word" in errors
     assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("300", 300), ("64k", 64_000), ("100M", 10**8), ("1.5G", 15 * 10**8), ("15T", 15 * 10**12)]
-)
-def test_counts_are_powers_of_ten(text, number):
-    assert count(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "-3", "1.5", "3Mi", "1e6", "0"])
-def test_other_counts_are_refused(text):
-    with pytest.raises(Exception, match="a count expected"):
-        count(text)
