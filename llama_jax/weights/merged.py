@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from llama_jax.weights.source import Source
 CONFIG = "adapter_config.json"  # what makes a directory one of adapters
 
 
+@runtime_checkable
 class Factors(Protocol):
     """Adapters as far as merging them goes; see `llama_jax.weights.peft.Adapters`."""
 
