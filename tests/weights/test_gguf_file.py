@@ -44,12 +44,14 @@ def test_real_metadata_equal_the_original_librarys(smollm2_gguf, original):
 
 @pytest.mark.smollm2
 def test_real_header_is_read_fast(smollm2_gguf):
-    def seconds() -> float:
-        start = time.perf_counter()
-        GgufFile.open(smollm2_gguf)
-        return time.perf_counter() - start
+    """In a fifth of the time of the original library, whatever machine this is and how busy."""
 
-    assert min(seconds() for _ in range(3)) < 0.3
+    def seconds(read) -> float:
+        start = time.process_time()
+        read(smollm2_gguf)
+        return time.process_time() - start
+
+    assert min(seconds(GgufFile.open) for _ in range(3)) < 0.2 * min(seconds(gguf.GGUFReader) for _ in range(2))
 
 
 @pytest.mark.smollm2
@@ -132,9 +134,9 @@ ALIGNED = [entry("general.alignment", 4, struct.pack("<I", 32))]
 def test_hostile_headers_are_refused_at_once(tmp_path, entries, records, named):
     data = HEAD + struct.pack("<QQ", len(records), len(entries)) + b"".join(entries + records) + bytes(256)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     assert named in refusal(tmp_path / "hostile.gguf", data)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
 
