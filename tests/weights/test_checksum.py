@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from llama_jax.weights.checksum import by_path, checksums, fold
+from llama_jax.weights.checksum import _fold_whole, checksums
 
 _WORD = 2**32
 
@@ -67,3 +67,12 @@ def test_exchanged_elements_and_rows_count():
 
 def test_paths_are_joined_by_slashes():
     assert list(by_path({"a": [1, {"b": 2}]})) == ["a/0", "a/1/b"]
+
+
+def test_arrays_of_one_shape_share_a_program():
+    """A tree of hundreds of arrays, or one array after the other, compiles as often as there are shapes."""
+    before = _fold_whole._cache_size()
+    checksums({f"layer_{i}": jnp.full((7, 11), i, jnp.float32) for i in range(40)})
+    for i in range(5):
+        checksums({f"other_{i}": jnp.full((7, 11), i, jnp.float32)})
+    assert _fold_whole._cache_size() == before + 1
