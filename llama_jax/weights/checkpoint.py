@@ -11,10 +11,11 @@ This is the only module that imports Orbax.
 """
 
 import contextlib
+import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from llama_jax.axes import Array, PyTree
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.parallel.sharding import TRAINING, Rules
 from llama_jax.weights.assemble import parameter_sharding
+from llama_jax.weights.checksum import by_path
 from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, nest, read_manifest, seal
 
 _PARAMETERS = "params"  # the subtree of a state that inference needs
@@ -38,6 +40,8 @@ Place = Callable[[str, Array], Mapping[str, PyTree]]
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+
+_TOGETHER = 16 << 20  # bytes of small arrays that are read at a time
 
 
 class SaveError(RuntimeError):
@@ -236,8 +240,9 @@ def restore_parameters(
 ) -> Restored:  # fmt: skip
     """The verified parameters of the newest whole checkpoint; the optimizer's state is not read.
 
-    Nothing in the directory is changed, so a run may be writing to it. One array after the other is read, verified, cast and
-    placed: beside the result, no more than one of them is in memory. Damage that shows late begins anew with an older one.
+    Nothing in the directory is changed, so a run may be writing to it. One array after the other, or several small ones, are
+    read, verified, cast and placed: beside the result, no more than the largest of them is in memory. Damage that shows late
+    begins anew with an older one.
 
     Args:
       directory: as for `Checkpoints.open`.
@@ -255,8 +260,9 @@ def restore_parameters(
     def read(step: int) -> PyTree:
         """All parameters of one checkpoint."""
         flat: dict[str, PyTree] = {}
-        for path in _parameter_paths(directory, step):
-            flat |= jax.block_until_ready(place(path, restore_parameter(directory, step, path, dtype, mesh, rules)))
+        for paths in _parameter_groups(directory, step):
+            for path, leaf in _restore(directory, step, paths, dtype, mesh, rules).items():
+                flat |= jax.block_until_ready(place(path, leaf))
         return unflatten_dict(flat, sep="/")
 
     newest = _newest(directory, read)
@@ -274,13 +280,22 @@ def restore_parameter(
     Raises:
       CorruptError: if its content is not what was saved.
     """
-    directory, name = directory.absolute(), f"{_PARAMETERS}/{path}"
+    return _restore(directory.absolute(), step, [path], dtype, mesh, rules)[path]
+
+
+def _restore(
+    directory: Path, step: int, paths: Sequence[str], dtype: jax.typing.DTypeLike | None, mesh: Mesh | None, rules: Rules
+) -> dict[str, Array]:
+    """Verified parameters of one checkpoint by their paths."""
     manifest = _manifest(directory, step)
-    record = manifest.arrays[name]
-    where = parameter_sharding(name, len(record.shape), mesh, rules) if mesh else jnp.zeros(()).sharding
-    like = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=where)
-    (leaf,) = jax.tree.leaves(_read_arrays(directory, manifest, nest({name: like})))
-    return leaf if dtype is None else leaf.astype(dtype)
+    like = {}
+    for name in (f"{_PARAMETERS}/{path}" for path in paths):
+        record = manifest.arrays[name]
+        where = parameter_sharding(name, len(record.shape), mesh, rules) if mesh else jnp.zeros(()).sharding
+        like[name] = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=where)
+    leaves = by_path(_read_arrays(directory, manifest, nest(like)))
+    cast = {name: leaf if dtype is None else leaf.astype(dtype) for name, leaf in leaves.items()}
+    return {path: cast[f"{_PARAMETERS}/{path}"] for path in paths}
 
 
 def newest_manifest(directory: Path) -> Manifest | None:
@@ -305,12 +320,25 @@ def read_metadata(directory: Path) -> dict | None:
     return None if manifest is None else manifest.metadata
 
 
-def _parameter_paths(directory: Path, step: int) -> list[str]:
-    """The parameters in a checkpoint, by their paths below `params`."""
-    paths = [path for path in _manifest(directory, step).arrays if path.startswith(f"{_PARAMETERS}/")]
-    if not paths:
+def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
+    """The parameters in a checkpoint, by their paths below `params`; those read together are few or small.
+
+    Opening a checkpoint takes longer than reading a small array.
+    """
+    prefix, arrays = f"{_PARAMETERS}/", _manifest(directory, step).arrays
+    sizes = {path.removeprefix(prefix): math.prod(record.shape) * jnp.dtype(record.dtype).itemsize
+             for path, record in arrays.items() if path.startswith(prefix)}  # fmt: skip
+    if not sizes:
         raise InputError(f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a training expected")
-    return [path.removeprefix(f"{_PARAMETERS}/") for path in paths]
+    groups: list[list[str]] = []
+    room = 0
+    for path, size in sizes.items():
+        if size > room:
+            groups.append([])
+            room = max(*sizes.values(), _TOGETHER)
+        groups[-1].append(path)
+        room -= size
+    return groups
 
 
 def _newest(directory: Path, read: Callable[[int], PyTree]) -> Restored | None:

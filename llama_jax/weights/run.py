@@ -62,6 +62,9 @@ class RunSource:
             raise InputError(
                 f"{checkpoints}: step {manifest.step} does not say which model it is of; the run of train.py expected"
             )
+        if not any(path.startswith("params/embedding") for path in manifest.arrays):
+            raise InputError(f"{checkpoints}: a run of adapters, without their model; merge them first: python -m llama_jax "
+                             f"adapters merge MODEL {directory} DST")  # fmt: skip
         with blamed_on(checkpoints):
             return cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
 
@@ -79,17 +82,23 @@ class RunSource:
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One tensor, as it was trained; see `Source.read`.
 
-        A checkpoint holds all layers of a parameter in one array, and the last one read stays in memory: read its layers one
-        after the other, see `llama_jax.weights.order`.
+        Of a run with scanned layers, a checkpoint holds all layers of a parameter in one array, and the last one read stays in
+        memory: read its layers one after the other, see `llama_jax.weights.order`.
         """
-        if name not in self._held:
+        path = self._path(name, layer)
+        if path not in self._held:
             from llama_jax.weights.checkpoint import restore_parameter
 
             self._held.clear()
-            self._held[name] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, name))
-        array = self._held[name]
-        return array if layer is None else array[layer]
+            self._held[path] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, path))
+        array = self._held[path]
+        return array[layer] if layer is not None and path == name else array
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a parameter, by the manifest; nothing is read."""
-        return np.dtype(self.manifest.arrays[f"params/{name}"].dtype)
+        return np.dtype(self.manifest.arrays[f"params/{self._path(name, 0)}"].dtype)
+
+    def _path(self, name: str, layer: int | None) -> str:
+        """Where a checkpoint has a parameter: with those of all layers, or in a run with unrolled layers, in its own."""
+        stacked = layer is None or f"params/{name}" in self.manifest.arrays
+        return name if stacked else name.replace("layers/", f"layers_{layer}/", 1)
