@@ -261,8 +261,9 @@ def restore_parameters(
         """All parameters of one checkpoint."""
         flat: dict[str, PyTree] = {}
         for paths in _parameter_groups(directory, step):
-            for path, leaf in _restore(directory, step, paths, dtype, mesh, rules).items():
-                flat |= jax.block_until_ready(place(path, leaf))
+            leaves = _restore(directory, step, paths, dtype, mesh, rules)
+            while leaves:  # what has its place is let go before the next is read
+                flat |= jax.block_until_ready(place(*leaves.popitem()))
         return unflatten_dict(flat, sep="/")
 
     newest = _newest(directory, read)
@@ -321,7 +322,7 @@ def read_metadata(directory: Path) -> dict | None:
 
 
 def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
-    """The parameters in a checkpoint, by their paths below `params`; those read together are few or small.
+    """The parameters in a checkpoint, by their paths below `params`; small ones are read together, a large one alone.
 
     Opening a checkpoint takes longer than reading a small array.
     """
@@ -335,7 +336,7 @@ def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
     for path, size in sizes.items():
         if size > room:
             groups.append([])
-            room = max(*sizes.values(), _TOGETHER)
+            room = _TOGETHER
         groups[-1].append(path)
         room -= size
     return groups

@@ -69,8 +69,11 @@ def load(
       CorruptError: when every checkpoint of a run is damaged.
     """
     opened = open_model(path)
-    if isinstance(opened.source, RunSource):
+    if isinstance(opened.source, RunSource) and (opened.source.stacked or form == "unrolled"):
         params, origin = _restored(opened.source, dtype, form, mesh, rules, finish)
+    elif isinstance(opened.source, RunSource):  # layer by layer, as with the files of others
+        params = assemble(opened.source, form, dtype, mesh, rules, finish)
+        origin = origin_of(opened.source.directory, opened.source.verified)
     else:
         params, origin = assemble(opened.source, form, dtype, mesh, rules, finish), opened.origin
     facts = report(opened._replace(origin=origin))

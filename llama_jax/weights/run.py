@@ -68,6 +68,11 @@ class RunSource:
         with blamed_on(checkpoints):
             return cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers of a parameter lie in one array: whether the run scanned them."""
+        return any(path.startswith("params/layers/") for path in self.manifest.arrays)
+
     @functools.cached_property
     def verified(self) -> "Restored":
         """The newest checkpoint whose parameters are whole, without these; found at the first use, by reading all of them.
@@ -92,7 +97,7 @@ class RunSource:
             self._held.clear()
             self._held[path] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, path))
         array = self._held[path]
-        return array[layer] if layer is not None and path == name else array
+        return array[layer] if layer is not None and self.stacked else array
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a parameter, by the manifest; nothing is read."""
@@ -100,5 +105,4 @@ class RunSource:
 
     def _path(self, name: str, layer: int | None) -> str:
         """Where a checkpoint has a parameter: with those of all layers, or in a run with unrolled layers, in its own."""
-        stacked = layer is None or f"params/{name}" in self.manifest.arrays
-        return name if stacked else name.replace("layers/", f"layers_{layer}/", 1)
+        return name if layer is None or self.stacked else name.replace("layers/", f"layers_{layer}/", 1)

@@ -59,6 +59,15 @@ class Terminal:
         found, self.seen = self.seen[: self.seen.index(words) + len(words)], self.seen[self.seen.index(words) + len(words) :]
         return found
 
+    def press_until(self, key: str, words: str) -> None:
+        """Presses a key until some words are written: readline overlooks a signal that comes just before it waits."""
+        for _ in range(20):
+            self.type(key)
+            with contextlib.suppress(AssertionError):
+                self.read_until(words, seconds=3)
+                return
+        raise AssertionError(f"{words!r} did not come: {self.seen!r}")
+
     def close(self) -> int:
         """Waits for the end of the program; its exit status."""
         try:

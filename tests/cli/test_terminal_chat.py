@@ -59,9 +59,8 @@ def test_in_a_terminal(tiny, tiny_directory, tmp_path):
     assert "from the cache" in stopped
     window.read_until("> ")
     window.type("half a line")
-    window.read_until("half a line")  # readline waits again: a signal in the middle of its work it would only see later
-    window.type("\x03")
-    window.read_until("Ctrl-D leaves")
+    window.read_until("half a line")
+    window.press_until("\x03", "Ctrl-D leaves")
     window.read_until("> ")
     window.type("/sav x\n")
     window.read_until("error: command '/sav' is unknown; the nearest is /save\n")

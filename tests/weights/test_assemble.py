@@ -226,12 +226,12 @@ def write_run(directory: pathlib.Path, values: dict, tokenizer: pathlib.Path) ->
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_run_is_restored_one_array_at_a_time(tmp_path, tiny_directory):
-    """371 MB of float32 become 186 MB. The bound: an array as it is read, as it is, as it is cast, and 24 MB."""
+    """371 MB of float32 become 186 MB. The bound: an array as it is read, as it is, as it is cast, and 48 MB."""
     small = write_run(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2}, tiny_directory)
     path = write_run(tmp_path / "large", SIZES, tiny_directory)
     beyond, result = peak_beyond_result(str(small), str(path), "unrolled")
     assert result == 185_620_480
-    assert beyond < 3 * STACKED + (24 << 20)
+    assert beyond < 3 * STACKED + (48 << 20)
 
 
 @pytest.mark.parametrize("form", ["stacked", "unrolled"])
