@@ -214,7 +214,7 @@ def test_a_run_of_adapters_is_refused(run, tmp_path):
         state = {"params": {"layers": {"attention": {"wq": {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3, 2))}}}}}
         checkpoints.save(9, state, {"model": dataclasses.asdict(CONFIG)})
     shutil.copy(run / "tokenizer.model", other)
-    with pytest.raises(InputError, match="a run of adapters, without their model; merge them first: .* adapters merge MODEL"):
+    with pytest.raises(InputError, match=r"a run of adapters, without their model; merge them first: .* adapters merge MODEL"):
         load(other)
 
 
