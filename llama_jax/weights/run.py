@@ -27,6 +27,42 @@ def origin_of(directory: pathlib.Path, restored: "Restored") -> str:
     return f"run {directory.absolute().name} at step {restored.step}{warnings}"
 
 
+def run_manifest(directory: pathlib.Path) -> "Manifest":
+    """What the newest checkpoint of a run says about itself; no array is read.
+
+    Raises:
+      InputError: if there is no checkpoint.
+      CorruptError: if the manifests of all checkpoints are damaged.
+    """
+    from llama_jax.weights.checkpoint_files import list_steps, newest_manifest  # which import JAX
+
+    checkpoints = directory / RUN_CHECKPOINTS
+    manifest = newest_manifest(checkpoints)
+    if manifest is not None:
+        return manifest
+    if list_steps(checkpoints):
+        raise CorruptError(f"{checkpoints}: all checkpoints are damaged; bring back a copy or start another run")
+    raise InputError(f"{checkpoints}: no checkpoint there, the checkpoints of a run expected")
+
+
+def run_config(directory: pathlib.Path, manifest: "Manifest") -> LlamaConfig:
+    """The architecture of a run's model.
+
+    Raises:
+      InputError: if the checkpoint does not say.
+    """
+    checkpoints = directory / RUN_CHECKPOINTS
+    if not isinstance(manifest.metadata.get("model"), dict):
+        raise InputError(f"{checkpoints}: step {manifest.step} does not say which model it is of; the run of train.py expected")
+    with blamed_on(checkpoints):
+        return config_from_dict(manifest.metadata["model"])
+
+
+def has_adapters(manifest: "Manifest") -> bool:
+    """Whether a run trained adapters alone: every whole model has an embedding."""
+    return not any(path.startswith("params/embedding") for path in manifest.arrays)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunSource:
     """A run directory as a `Source`: the newest checkpoint that is whole.
@@ -47,26 +83,14 @@ class RunSource:
         """Reads what the newest checkpoint says about itself, and no array.
 
         Raises:
-          InputError: if there is no checkpoint, or none of a model.
+          InputError: if there is no checkpoint, or none of a whole model.
           CorruptError: if the manifests of all checkpoints are damaged.
         """
-        from llama_jax.weights.checkpoint_files import list_steps, newest_manifest  # which import JAX
-
-        checkpoints = pathlib.Path(directory) / RUN_CHECKPOINTS
-        manifest = newest_manifest(checkpoints)
-        if manifest is None and list_steps(checkpoints):
-            raise CorruptError(f"{checkpoints}: all checkpoints are damaged; bring back a copy or start another run")
-        if manifest is None:
-            raise InputError(f"{checkpoints}: no checkpoint there, the checkpoints of a run expected")
-        if not isinstance(manifest.metadata.get("model"), dict):
-            raise InputError(
-                f"{checkpoints}: step {manifest.step} does not say which model it is of; the run of train.py expected"
-            )
-        if not any(path.startswith("params/embedding") for path in manifest.arrays):
-            raise InputError(f"{checkpoints}: a run of adapters, without their model; merge them first: python -m llama_jax "
-                             f"adapters merge MODEL {directory} DST")  # fmt: skip
-        with blamed_on(checkpoints):
-            return cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
+        directory = pathlib.Path(directory)
+        manifest = run_manifest(directory)
+        if has_adapters(manifest):
+            raise InputError(f"{directory}: a run of adapters given, of a whole model expected")
+        return cls(directory, run_config(directory, manifest), manifest)
 
     @property
     def stacked(self) -> bool:
