@@ -3,13 +3,9 @@
 import pathlib
 import shlex
 import time
-from typing import TYPE_CHECKING
 
 from llama_jax.cli.options import OptionParser
 from llama_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from llama_jax.weights.peft import Adapters
 
 _ACTIONS = ("merge", "export")
 _USAGE = "llama-jax adapters merge BASE ADAPTERS DST | llama-jax adapters export RUN DST"
@@ -62,36 +58,20 @@ def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
     from llama_jax.weights.open import merged, open_model
     from llama_jax.weights.peft import read_adapters
     from llama_jax.weights.run import RUN_CHECKPOINTS
+    from llama_jax.weights.run_adapters import restore_adapters
 
     opened = open_model(base)
     directory = pathlib.Path(adapters)
-    found = _of_run(directory) if (directory / RUN_CHECKPOINTS).is_dir() else read_adapters(directory, opened.source.config)
+    is_run = (directory / RUN_CHECKPOINTS).is_dir()
+    found = restore_adapters(directory)[0] if is_run else read_adapters(directory, opened.source.config)
     return export_hugging_face(merged(opened, found, directory), target, dtype).nbytes  # type: ignore[arg-type]
 
 
 def _export(run: str, target: str, dtype: str) -> int:
     """Writes the adapters of a run; returns their bytes."""
     from llama_jax.weights.peft import save_adapters
+    from llama_jax.weights.run_adapters import restore_adapters
 
-    adapters = _of_run(pathlib.Path(run))
+    adapters, _ = restore_adapters(pathlib.Path(run))
     save_adapters(adapters, target, dtype)
     return sum(path.stat().st_size for path in pathlib.Path(target).iterdir())
-
-
-def _of_run(directory: pathlib.Path) -> "Adapters":
-    """The adapters of a run's newest whole checkpoint.
-
-    Raises:
-      InputError: for a run that trained no adapters, and one without checkpoints.
-    """
-    from llama_jax.cli.arguments import parse_train
-    from llama_jax.weights.checkpoint import restore_parameters
-    from llama_jax.weights.peft import Adapters
-    from llama_jax.weights.run import RUN_CHECKPOINTS
-
-    path = directory / "config.yaml"
-    config = parse_train(["--config", str(path)], path)
-    if config.adapter.rank == 0:
-        raise InputError(f"{directory}: a run without adapters (adapter.rank is 0) given; convert writes its model")
-    tree = restore_parameters(directory / RUN_CHECKPOINTS).state
-    return Adapters(tree, config.adapter.alpha / config.adapter.rank, config.run.init)

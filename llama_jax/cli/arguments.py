@@ -27,6 +27,8 @@ Pair = tuple[str, object]  # a dotted key and its value; the value {} opens a se
 
 _LARGEST_FILE = 1 << 20  # bytes: a run needs a few kilobytes
 _SWITCHES = ("help", "print_config")
+_TEXT_TAG, *_NUMBER_TAGS = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float"))
+_SHORT = {"profile": "run.profile"}
 _SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
 _EXPECTED = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null",
@@ -85,7 +87,12 @@ _PARENTS = {key.rpartition(".")[0] for key in _KEYS} - {""}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without its traps: keys given twice and aliases, which can stand for more than memory holds."""
+    """PyYAML's safe loader without its traps: keys given twice, numbers in minutes, aliases of more than memory holds."""
+
+    def resolve(self, kind: type[yaml.Node], value: typing.Any, implicit: typing.Any) -> str:
+        """The type of a node; `10:15` is a text, as YAML 1.2 has it, and not 615."""
+        tag = super().resolve(kind, value, implicit)
+        return _TEXT_TAG if kind is yaml.ScalarNode and tag in _NUMBER_TAGS and ":" in value else tag
 
     def compose_node(self, parent: yaml.Node | None, index: typing.Any) -> yaml.Node | None:
         """A node of the file that is no alias."""
@@ -114,7 +121,7 @@ def _split_arguments(arguments: list[str]) -> list[tuple[str, str]]:
             if not words or words[0].startswith("--"):
                 raise InputError(f"--{key}: nothing given, a value expected, as in --{key} VALUE")
             value = words.pop(0)
-        pairs.append((key, value))
+        pairs.append((_SHORT.get(key, key), value))
     return pairs
 
 

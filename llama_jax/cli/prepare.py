@@ -84,9 +84,7 @@ def read_text(path: str, template: str) -> "Text":
             raise InputError(f"--tokenizer: {path} has no tokenizer; name one")
         tokenizer, beside = opened.tokenizer, opened.template
         files = hugging_face_files(tokenizer, None if beside is None else beside.source)
-    chosen = choose_template(template, tokenizer, beside)
-    own = {} if chosen is None else {"chat_template.jinja": chosen.source.encode()}
-    return Text({name: content for name, content in files.items() if name != "chat_template.jinja"} | own, chosen)
+    return Text(files, choose_template(template, tokenizer, beside))
 
 
 def is_tokenizer(path: pathlib.Path) -> bool:

@@ -152,7 +152,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-_worker: tuple[Tokenizer, ChatTemplate | None] | None = None  # of this process, where it is a worker
+_worker: tuple[Tokenizer, ChatTemplate | None]  # of this process, set where it is a worker
 
 
 def _start_worker(encoder: Encoder) -> None:
@@ -171,5 +171,4 @@ def _end_with_parent() -> None:
 
 
 def _encode_chunk(chunk: list[Record]) -> list[list[Document]]:
-    assert _worker is not None
     return [encode_record(record, *_worker) for record in chunk]

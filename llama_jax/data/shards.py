@@ -90,7 +90,7 @@ def prepare_set(
     directory.mkdir(parents=True, exist_ok=True)
     with _only_writer(directory):
         sources, stats = _hash_sources(files, on_progress), [_stat(file) for file in files]
-        _place_tokenizer(directory, text.files)
+        _place_tokenizer(directory, _files(text))
         with _Folder(directory, Encoder(directory / TOKENIZER, text.template), settings, sources) as folder:
             if not folder.is_finished:
                 folder.fill(files, on_progress)
@@ -190,6 +190,12 @@ class _Folder:
         )
         manifest.write(self._directory)
         return Prepared(manifest, self.kept)
+
+
+def _files(text: Text) -> Mapping[str, bytes]:
+    """What the folder keeps: the tokenizer's files, and the template in one of its own wherever it came from."""
+    own = {} if text.template is None else {"chat_template.jinja": text.template.source.encode()}
+    return {**text.files, **own}
 
 
 def _place_tokenizer(directory: Path, files: Mapping[str, bytes]) -> None:

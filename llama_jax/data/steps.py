@@ -1,6 +1,8 @@
 """Which rows of the endless data a step reads: skipped steps and a growing batch, in closed form."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 from llama_jax.errors import InputError
 
@@ -30,18 +32,13 @@ class Steps:
 
     def __post_init__(self) -> None:
         for name, pairs in (("batch_ramp", self.ramp), ("skip_steps", self.skip)):
-            if not all(len(pair) == 2 and all(type(number) is int for number in pair) for pair in pairs):
-                raise InputError(f"data.{name}: {pairs!r:.60} given, pairs of whole numbers expected, as in [[100, 200]]")
-        starts = [step for step, _ in self.ramp]
-        if any(step < 1 for step in starts) or starts != sorted(set(starts)) or min(rows for _, rows in self._stages) < 1:
-            raise InputError(
-                f"data.batch_ramp: {self.ramp!r:.60} given, at least 1 row and steps that ascend from 1 on expected"
-            )
-        ends = [-1, *(end for pair in self.skip for end in pair)]
-        if any(last < first for first, last in self.skip) or any(b <= a for a, b in zip(ends[::2], ends[1::2])):
-            raise InputError(
-                f"data.skip_steps: {self.skip!r:.60} given, ranges [first, last] that ascend and do not overlap expected"
-            )
+            _require(_are_pairs(pairs), name, pairs, "pairs of whole numbers expected, as in [[100, 200]]")
+        starts, sizes = zip(*self._stages)
+        grows = all(a < b for a, b in itertools.pairwise(starts)) and min(sizes) >= 1
+        _require(grows, "batch_ramp", self.ramp, "at least 1 row and steps that ascend from 1 on expected")
+        ends = [-1, *(last for _, last in self.skip)]
+        parted = all(end < first <= last for end, (first, last) in zip(ends, self.skip))
+        _require(parted, "skip_steps", self.skip, "ranges [first, last] that ascend and do not overlap expected")
 
     @property
     def _stages(self) -> Pairs:
@@ -77,3 +74,12 @@ class Steps:
     def _position(self, data_step: int) -> int:
         ends = [*(start for start, _ in self.ramp), data_step]
         return sum(rows * max(0, min(end, data_step) - start) for (start, rows), end in zip(self._stages, ends))
+
+
+def _require(condition: bool, name: str, pairs: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"data.{name}: {pairs!r:.60} given, {expected}")
+
+
+def _are_pairs(pairs: Sequence[Sequence[object]]) -> bool:
+    return all(len(pair) == 2 and all(type(number) is int for number in pair) for pair in pairs)

@@ -8,6 +8,7 @@ from llama_jax.training.clock import Clock
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput, GoodputLog
 from llama_jax.training.metrics import RUN_METRICS, Metric, MetricsFile
+from llama_jax.training.profile import RUN_PROFILE, Trace
 from llama_jax.training.step_log import StepLog
 from llama_jax.training.trackers import open_trackers
 
@@ -18,6 +19,7 @@ class Books:
     Attributes:
       clock: the ledger of the wall time: `with books.clock("data"):`.
       log: figures of updates, made into records.
+      trace: of the steps of `run.profile`.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Books:
         self._metrics = MetricsFile(directory / RUN_METRICS, step, warn)
         self._goodput = GoodputLog(directory / RUN_GOODPUT, step, warn)
         self._trackers = open_trackers(config.run.trackers, directory, dataclasses.asdict(config), step, warn)
+        self.trace = Trace(config.run.profile, directory / RUN_PROFILE, warn)
         self.log = StepLog(config, tokens_before, device_kinds, self.clock, self._goodput)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
@@ -47,6 +50,7 @@ class Books:
 
     def close(self, step: int) -> Goodput:
         """Closes them; where the wall time of the run went."""
+        self.trace.close()
         self.log.close(step)
         self._metrics.close()
         self._goodput.close()

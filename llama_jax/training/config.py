@@ -6,6 +6,7 @@ The sections are frozen dataclasses; what a YAML file calls `optimizer.learning_
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,6 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "run.eval_every": (0, 10**9),
     "run.checkpoint_every": (1, 10**9),
     "run.keep_checkpoints": (1, 10**6),
+    "run.sample_tokens": (1, 10**6),
     "compute.loss_chunk": (1, 10**9),
     "data.vocab_size": (1, 1 << 22),
     "data.held_out_fraction": (0, 0.5),
@@ -91,6 +93,9 @@ class RunConfig:
       checkpoint_every: steps between two checkpoints; the last step always has one.
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
       trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each an extra to install.
+      profile: `FIRST:LAST`, steps to trace (they take longer) into `dir/profile`, as in 10:15; also `--profile`.
+      sample_prompts: texts that the model continues at each evaluation, as in `["def ", "The "]`; also kept in `samples.jsonl`.
+      sample_tokens: at most so many tokens each.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -106,12 +111,26 @@ class RunConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     trackers: tuple[str, ...] = ()
+    profile: str | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
 
     def __post_init__(self) -> None:
         _check_fields("run", self)
         _require(isinstance(self.trackers, tuple), "run.trackers", self.trackers, "a list such as [tensorboard]")
         named = self.init is None or (isinstance(self.init, str) and self.init != "")
         _require(named, "run.init", self.init, "a path or null")
+        traced = profiled_steps(self.profile)
+        _require(self.profile is None or (len(traced) > 0 and traced[0] >= 1 and traced[-1] <= self.steps), "run.profile",
+                 self.profile, f"FIRST:LAST from 1 to run.steps ({self.steps}), such as 10:15, or null")  # fmt: skip
+        prompts = isinstance(self.sample_prompts, tuple) and all(isinstance(text, str) and text for text in self.sample_prompts)
+        _require(prompts, "run.sample_prompts", self.sample_prompts, 'a list of texts such as ["def ", "The "]')
+
+
+def profiled_steps(profile: object) -> range:
+    """The steps that `run.profile` names; none where it names none."""
+    found = re.fullmatch("([0-9]{1,10}):([0-9]{1,10})", profile) if isinstance(profile, str) else None
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
 
 @dataclasses.dataclass(frozen=True)

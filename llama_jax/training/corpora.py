@@ -61,9 +61,10 @@ class RunData(NamedTuple):
 
 def split_corpus(config: TrainConfig) -> Split | None:
     """The text of a run, its two sides; `None` where the run has prepared data."""
-    data = config.data
-    if data.sources:
-        return None
+    return None if config.data.sources else _split_text(config.data)
+
+
+def _split_text(data: DataConfig) -> Split:
     return split_documents(lambda: read_corpus(data.paths) if data.paths else standard_library(), data.held_out_fraction)
 
 
@@ -79,7 +80,7 @@ def open_data(config: TrainConfig, split: Split | None = None, say: Say = lambda
       InputError: for data of different tokenizers, without a held-out part, or with tokens that the model does not have.
     """
     data = config.data
-    opened = _open_sources(data) if data.sources else _open_text(config, split or split_corpus(config), say)
+    opened = _open_sources(data) if data.sources else _open_text(config, split or _split_text(data), say)
     if not opened.held_out:
         raise InputError("data.sources: none has a held-out part; prepare one with --held-out 0.01")
     _require_vocabulary(opened, config.model.vocab_size)
@@ -129,8 +130,7 @@ def _open_sources(data: DataConfig) -> RunData:
     return RunData(tuple(corpora), sets[0].tokenizer_path, digest)
 
 
-def _open_text(config: TrainConfig, split: Split | None, say: Say) -> RunData:
-    assert split is not None
+def _open_text(config: TrainConfig, split: Split, say: Say) -> RunData:
     reported: list[str] = []
 
     def on_progress(stage: str, done: int, total: int) -> None:

@@ -92,11 +92,13 @@ def evaluate_text(model: Pretrained, text: str, length: int | None = None, **opt
         raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
     ids = np.asarray(encode_prompt(model.tokenizer, text), np.int32)
     context = model.config.context_length
-    length = min(context if length is None else length, max(1, len(ids) - 1))
+    length = context if length is None else length
     if len(ids) < 2 or not 1 <= length <= context:
         raise InputError(
-            f"a text of {len(ids)} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} expected"
+            f"a text of {len(ids)} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
+            "context) expected"
         )
+    length = min(length, len(ids) - 1)
     vocabulary = model.config.vocab_size
     if ids.max() >= vocabulary:
         raise InputError(f"the text holds token {ids.max()}; the vocabulary goes from 0 to {vocabulary - 1}")

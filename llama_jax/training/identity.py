@@ -13,7 +13,7 @@ from llama_jax.errors import InputError
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.corpora import sources_identity
 from llama_jax.training.step import TrainState
-from llama_jax.weights.checkpoint import read_metadata
+from llama_jax.weights.checkpoint_files import read_metadata
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
 # Keys in the metadata of checkpoints that stand for what a config only names the place of.
@@ -39,7 +39,8 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
         "batch_ramp": [list(stage) for stage in data.batch_ramp],
     }
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
-    trained = {"model": dataclasses.asdict(config.model), "adapter": adapter}
+    preference = dataclasses.asdict(config.preference)
+    trained = {"model": dataclasses.asdict(config.model), "adapter": adapter, "preference": preference}
     if split is None:
         return {**trained, "data": values | {SOURCES: sources_identity(data)}}
     if data.tokenizer is None:

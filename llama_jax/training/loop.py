@@ -25,6 +25,8 @@ from llama_jax.training.goodput import RUN_GOODPUT, Goodput
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
 from llama_jax.training.metrics import RUN_METRICS, StepRecord
+from llama_jax.training.profile import RUN_PROFILE
+from llama_jax.training.samples import RUN_SAMPLES, Samples
 from llama_jax.training.setup import (
     adopt,
     frozen_base,
@@ -37,7 +39,8 @@ from llama_jax.training.setup import (
 from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
-from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps, read_metadata
+from llama_jax.weights.checkpoint import Checkpoints, SaveError
+from llama_jax.weights.checkpoint_files import list_steps, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
 RUN_CONFIG = "config.yaml"
@@ -96,6 +99,7 @@ class Run:
         self.batches = make_batches(self.data, config.data)
         require_fitting_objective(config, self.batches.unit)
         self._corpus_losses: dict[str, float | int | None] = {}  # of the last evaluation, where there are several corpora
+        self._samples = Samples(config.run, self.recipe.model, self.mesh, self.data.tokenizer_path, display.event)
         self._evaluator = batch_evaluator(self.recipe.model, self.recipe.loss_chunk)
 
     def train(self, should_stop: Stop = lambda step: False) -> Summary:
@@ -121,6 +125,7 @@ class Run:
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             self.display.start(self._heading(first, unigram), config.run.steps)
+            self._samples.begin(first)
             kinds = [device.device_kind for device in mesh.devices.flat]
             books = Books(config, self.batches.tokens_before, kinds, first, self.display.event)
             state, evaluation = self._steps(state, frozen, checkpoints, books, should_stop)
@@ -175,7 +180,7 @@ class Run:
         for step in range(int(state.step), run.steps):
             with books.clock("data"):
                 batch = global_batch(self.batches, step, rows, sharding)
-            state, figures = step_program(state, batch, *frozen)
+            state, figures = books.trace.run(step + 1, step_program, state, batch, *frozen)
             books.log.add(figures)
             done = step + 1
             last = done == run.steps
@@ -213,6 +218,7 @@ class Run:
     def _evaluate(self, state: TrainState, frozen: tuple[Parameters, ...]) -> Evaluation:
         data, model = self.config.data, self.recipe.model
         params = self.recipe.parameters(state.params, frozen[0] if frozen else None, None)
+        self._samples.take(int(state.step), params)
         found = {
             name: evaluate(self._evaluator, params, tokens, data.length, micro_rows(data), self.mesh, model, data.packing)
             for name, tokens in self.data.held_out.items()
@@ -271,7 +277,8 @@ def newest_step(directory: Path) -> int:
 
 def clear_run(directory: Path) -> None:
     """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
-    if (directory / RUN_CHECKPOINTS).exists():
-        shutil.rmtree(directory / RUN_CHECKPOINTS)
-    for name in (RUN_METRICS, RUN_GOODPUT):
+    for name in (RUN_CHECKPOINTS, RUN_PROFILE):
+        if (directory / name).exists():
+            shutil.rmtree(directory / name)
+    for name in (RUN_METRICS, RUN_GOODPUT, RUN_SAMPLES):
         (directory / name).unlink(missing_ok=True)

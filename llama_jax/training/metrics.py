@@ -1,6 +1,7 @@
 """The numbers of a run: one record a step, and an append-only file of them, one JSON object a line."""
 
 import errno
+import functools
 import io
 import json
 import math
@@ -125,12 +126,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]) -> None:
-        def drop_later() -> None:
-            """Leaves out the lines of steps that are done again."""
-            if path.exists():
-                _rewrite(path, [entry for entry in _entries(path) if entry["step"] <= resume_step])
-
-        self._file = LineFile(path, "metrics", warn, drop_later)
+        self._file = LineFile(path, "metrics", warn, functools.partial(drop_later, path, resume_step))
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Appends one line at once; names are flat, such as `train/loss`, and a number that is not finite becomes null."""
@@ -144,6 +140,12 @@ class MetricsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def drop_later(path: Path, step: int) -> None:
+    """Leaves out of a file the lines of later steps, which are done again, and those that are torn."""
+    if path.exists():
+        _rewrite(path, [entry for entry in _entries(path) if entry["step"] <= step])
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -127,7 +127,7 @@ def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
     opened = open_model(config.run.init)
     if opened.source.config != config.model:
         raise InputError(f"model: another architecture than that of run.init ({config.run.init}) given; leave out its numbers")
-    facts = report(opened).to_dict()
+    facts = report(opened).to_dict() | {"path": config.run.init}  # as it was named: a name on the Hub stays one
     if prepared is not None:
         _require_same_tokenizer(prepared, opened)
     if config.data.tokenizer is not None or prepared is not None:

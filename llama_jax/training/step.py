@@ -168,10 +168,6 @@ def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> Callable[
     )
 
 
-def micro_batches(batch: Batch, accumulation: int, together: int = 1) -> Batch:
-    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every row `i` with `i % A == a`.
-
-    Rows that belong `together`, so many after each other, are dealt out as one.
-    """
-    dealt = [x.reshape(-1, accumulation, together, *x.shape[1:]).swapaxes(0, 1) for x in batch]
-    return Batch(*[x.reshape(accumulation, -1, *x.shape[3:]) for x in dealt])
+def micro_batches(batch: Batch, accumulation: int) -> Batch:
+    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every row `i` with `i % A == a`."""
+    return Batch(*[x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1) for x in batch])

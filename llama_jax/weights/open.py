@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, template_from_directory, template_from_gguf
 from llama_jax.text.formats import format_for
@@ -17,7 +18,7 @@ from llama_jax.weights.hugging_face import HuggingFaceSource, inside
 from llama_jax.weights.merged import CONFIG as ADAPTERS_CONFIG
 from llama_jax.weights.merged import MergedSource
 from llama_jax.weights.meta import MetaSource
-from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource, origin_of
+from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource, has_adapters, origin_of, run_config, run_manifest
 from llama_jax.weights.source import Source, blamed_on, shown
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def open_model(path: str | pathlib.Path) -> Opened:
 
     Of a GGUF model in several files any part will do. A name such as `meta-llama/Llama-3.2-1B`, with `@revision` or without,
     where there is no such path, is that of a model on the Hugging Face Hub; see `llama_jax.weights.hub`. A directory of
-    adapters (PEFT's) is the model that its description names, with them merged.
+    adapters (PEFT's, or a run of them) is the model that they were made for, with them merged.
 
-    Names, shapes and types of all tensors are checked; no weight is read.
+    Names, shapes and types of all tensors are checked; no weight is read but adapters.
 
     Raises:
       InputError: for a path that holds none of these, and naming whatever is wrong inside.
@@ -146,8 +147,7 @@ def merged(base: Opened, adapters: "Adapters", path: pathlib.Path) -> Opened:
 def _open_adapted(path: pathlib.Path) -> Opened:
     with blamed_on(path):
         named = json_object(inside(path, ADAPTERS_CONFIG)).get("base_model_name_or_path")
-        places = [pathlib.Path(named), path / named] if isinstance(named, str) and named else []
-        base = next((place for place in places if place.exists()), None)
+        base = _place_of(named, path) if isinstance(named, str) and named else None
         if base is None or (base / ADAPTERS_CONFIG).is_file():
             raise InputError(
                 f"{ADAPTERS_CONFIG} names the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST"
@@ -156,6 +156,11 @@ def _open_adapted(path: pathlib.Path) -> Opened:
     from llama_jax.weights.peft import read_adapters  # it needs JAX, as opening a model otherwise does not
 
     return merged(opened, read_adapters(path, opened.source.config), path)
+
+
+def _place_of(named: str, adapters: pathlib.Path) -> pathlib.Path | None:
+    """Where the model of adapters is: as they name it, from here or from their directory; `None` if it is gone."""
+    return next((place for place in (pathlib.Path(named), adapters / named) if place.exists()), None)
 
 
 def _open_meta(path: pathlib.Path) -> Opened:
@@ -170,7 +175,29 @@ def _open_meta(path: pathlib.Path) -> Opened:
 
 
 def _open_run(path: pathlib.Path) -> Opened:
+    manifest = run_manifest(path)
+    if has_adapters(manifest):
+        return _open_adapter_run(path, run_config(path, manifest))
     source = RunSource.open(path)
     tokenizer = load_tokenizer(path)  # with a template beside it, if the run was one of conversations
     origin = f"run {path.absolute().name} at step {source.manifest.step}"
     return Opened(source, tokenizer, template_from_directory(path), stop_ids(tokenizer), "run", path, origin)
+
+
+def _open_adapter_run(path: pathlib.Path, config: LlamaConfig) -> Opened:
+    """A run of adapters: the model that it began with, with them merged, and the words of the run."""
+    from llama_jax.weights.run_adapters import restore_adapters  # it needs Orbax, which takes seconds to import
+
+    adapters, restored = restore_adapters(path)
+    named = adapters.base or ""
+    place = _place_of(named, path) or pathlib.Path(named)
+    if not place.exists() and not names_model(place):
+        raise InputError(f"{path}: adapters of the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST")
+    base = open_model(place)
+    if base.source.config != config:
+        raise InputError(f"{path}: adapters of another model than {place} is now; name theirs: adapters merge MODEL {path} DST")
+    tokenizer = load_tokenizer(path)
+    return merged(base, adapters, path)._replace(
+        tokenizer=tokenizer, template=template_from_directory(path), stop_ids=stop_ids(tokenizer),
+        origin=f"{base.origin} with adapters of {origin_of(path, restored)}",
+    )  # fmt: skip

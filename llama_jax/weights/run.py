@@ -13,7 +13,7 @@ from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.source import blamed_on
 
 if TYPE_CHECKING:
-    from llama_jax.weights.checkpoint import Restored
+    from llama_jax.weights.checkpoint_files import Restored
     from llama_jax.weights.manifest import Manifest
 
 # A run directory as `train.py` lays it out.
@@ -25,6 +25,42 @@ def origin_of(directory: pathlib.Path, restored: "Restored") -> str:
     """One line that says which checkpoint of a run it is, with the damaged ones that were passed over for it."""
     warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
     return f"run {directory.absolute().name} at step {restored.step}{warnings}"
+
+
+def run_manifest(directory: pathlib.Path) -> "Manifest":
+    """What the newest checkpoint of a run says about itself; no array is read.
+
+    Raises:
+      InputError: if there is no checkpoint.
+      CorruptError: if the manifests of all checkpoints are damaged.
+    """
+    from llama_jax.weights.checkpoint_files import list_steps, newest_manifest  # which import JAX
+
+    checkpoints = directory / RUN_CHECKPOINTS
+    manifest = newest_manifest(checkpoints)
+    if manifest is not None:
+        return manifest
+    if list_steps(checkpoints):
+        raise CorruptError(f"{checkpoints}: all checkpoints are damaged; bring back a copy or start another run")
+    raise InputError(f"{checkpoints}: no checkpoint there, the checkpoints of a run expected")
+
+
+def run_config(directory: pathlib.Path, manifest: "Manifest") -> LlamaConfig:
+    """The architecture of a run's model.
+
+    Raises:
+      InputError: if the checkpoint does not say.
+    """
+    checkpoints = directory / RUN_CHECKPOINTS
+    if not isinstance(manifest.metadata.get("model"), dict):
+        raise InputError(f"{checkpoints}: step {manifest.step} does not say which model it is of; the run of train.py expected")
+    with blamed_on(checkpoints):
+        return config_from_dict(manifest.metadata["model"])
+
+
+def has_adapters(manifest: "Manifest") -> bool:
+    """Whether a run trained adapters alone: every whole model has an embedding."""
+    return not any(path.startswith("params/embedding") for path in manifest.arrays)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,26 +83,14 @@ class RunSource:
         """Reads what the newest checkpoint says about itself, and no array.
 
         Raises:
-          InputError: if there is no checkpoint, or none of a model.
+          InputError: if there is no checkpoint, or none of a whole model.
           CorruptError: if the manifests of all checkpoints are damaged.
         """
-        from llama_jax.weights.checkpoint import list_steps, newest_manifest  # Orbax takes seconds to import
-
-        checkpoints = pathlib.Path(directory) / RUN_CHECKPOINTS
-        manifest = newest_manifest(checkpoints)
-        if manifest is None and list_steps(checkpoints):
-            raise CorruptError(f"{checkpoints}: all checkpoints are damaged; bring back a copy or start another run")
-        if manifest is None:
-            raise InputError(f"{checkpoints}: no checkpoint there, the checkpoints of a run expected")
-        if not isinstance(manifest.metadata.get("model"), dict):
-            raise InputError(
-                f"{checkpoints}: step {manifest.step} does not say which model it is of; the run of train.py expected"
-            )
-        if not any(path.startswith("params/embedding") for path in manifest.arrays):
-            raise InputError(f"{checkpoints}: a run of adapters, without their model; merge them first: python -m llama_jax "
-                             f"adapters merge MODEL {directory} DST")  # fmt: skip
-        with blamed_on(checkpoints):
-            return cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
+        directory = pathlib.Path(directory)
+        manifest = run_manifest(directory)
+        if has_adapters(manifest):
+            raise InputError(f"{directory}: a run of adapters given, of a whole model expected")
+        return cls(directory, run_config(directory, manifest), manifest)
 
     @property
     def stacked(self) -> bool:
@@ -80,7 +104,7 @@ class RunSource:
         Raises:
           CorruptError: if all checkpoints are damaged.
         """
-        from llama_jax.weights.checkpoint import restore_parameters
+        from llama_jax.weights.restore import restore_parameters  # Orbax takes seconds to import
 
         return restore_parameters(self.directory / RUN_CHECKPOINTS, place=lambda path, leaf: {})
 
@@ -92,7 +116,7 @@ class RunSource:
         """
         path = self._path(name, layer)
         if path not in self._held:
-            from llama_jax.weights.checkpoint import restore_parameter
+            from llama_jax.weights.restore import restore_parameter
 
             self._held.clear()
             self._held[path] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, path))

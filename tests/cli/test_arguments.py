@@ -91,6 +91,24 @@ def test_values_of_every_kind(default):
     assert parse_train([*words, "--data.tokenizer", "null"], default).data.tokenizer is None
 
 
+def test_steps_to_trace_in_every_spelling(default, tmp_path):
+    """Also as YAML 1.1 would read as 615, ten minutes and fifteen seconds."""
+    named = write(tmp_path, "traced.yaml", "run: {profile: 10:15}\n")
+    spellings = ["--profile 10:15", "--profile=10:15", "--run.profile 10:15", "run.profile=10:15"]
+    for words in spellings:
+        config = parse_train(words.split(), default)
+        assert config.run.profile == "10:15"
+        again = write(tmp_path, "again.yaml", to_yaml(config))
+        assert parse_train(["--config", str(again)], default) == config
+    assert parse_train(["--config", str(default), "--config", str(named)], default).run.profile == "10:15"
+    assert parse_train(["--profile", "null"], default).run.profile is None
+    prompts = parse_train(["--run.sample_prompts", '["def ", "1:30", "The cat"]'], default).run.sample_prompts
+    assert prompts == ("def ", "1:30", "The cat")
+    line = line_of(["--profile", "15:10"], default)
+    assert line == "run.profile: '15:10' given, FIRST:LAST from 1 to run.steps (300), such as 10:15, or null expected"
+    assert "--profile: nothing given" in line_of(["--profile"], default)
+
+
 def test_flags_win_over_files_and_later_over_earlier(default, tmp_path):
     more = write(tmp_path, "more.yaml", "run: {steps: 700, seed: 1}\n")
     config = parse_train(["--run.seed", "3", "--config", str(default), "--config", str(more), "--run.seed=4"], default)

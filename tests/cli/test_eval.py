@@ -141,8 +141,10 @@ def test_wrong_use_is_one_line(tiny_directory, capsys, arguments, words):
 
 def test_a_length_beyond_the_context(tiny):
     model = tiny._replace(config=type(tiny.config)(**{**tiny.config.__dict__, "context_length": 16}))
-    with pytest.raises(InputError, match="windows of 17: at least 2 tokens, windows of 1 to 16 expected"):
+    with pytest.raises(InputError, match="windows of 17: at least 2 tokens, windows of 1 to 16 "):
         evaluate_text(model, TEXT, 17)
+    with pytest.raises(InputError, match=r"a text of [2-9] tokens in windows of 17"):  # though the text is shorter
+        evaluate_text(model, "The cat", 17)
     assert evaluate_text(model, TEXT) == evaluate_text(tiny, TEXT, 16)
 
 

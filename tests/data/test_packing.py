@@ -4,6 +4,7 @@ import collections
 import itertools
 import random
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -245,11 +246,19 @@ def test_skipping_leaves_out_what_those_steps_would_have_read():
 
 @pytest.mark.parametrize(("ramp", "skip"), [
     (((0, 4),), ()), (((5, 4), (3, 8)), ()), (((5, 0),), ()),
-    ((), ((4, 3),)), ((), ((1, 5), (5, 6))), ((), ((-2, 3),)),
+    ((), ((4, 3),)), ((), ((1, 5), (5, 6))), ((), ((-2, 3),)), ((), ((1, 5), (7, 6))), ((), ((8, 9), (1, 2))),
+    (((5,),), ()), (((5, 4.0),), ()), ((), ((1, True),)), (((5, 8), (5, 9)), ()),
 ])  # fmt: skip
-def test_senseless_steps_are_refused(ramp, skip):
+def test_senseless_steps_are_refused(ramp, skip, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose checks would come before ours
     with pytest.raises(InputError, match=r"data\.(batch_ramp|skip_steps)"):
         Steps(4, ramp, skip)
+
+
+def test_neighbouring_ranges_are_two_ranges():
+    assert [Steps(4, (), ((0, 1), (2, 2), (5, 6))).data_step(step) for step in range(4)] == [3, 4, 7, 8]
+    with pytest.raises(InputError, match=r"data\.batch_ramp"):
+        Steps(0)
 
 
 # Masks on disk

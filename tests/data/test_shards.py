@@ -1,7 +1,9 @@
 """`prepare_set`: what is read, that the result depends on the input alone, interruption, damage."""
 
+import dataclasses
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -197,6 +199,22 @@ def test_worker_names_the_record_it_cannot_encode(tmp_path, text):
             prepare(path, tmp_path / "out", text, workers=workers)
     with pytest.raises(InputError, match=r"c\.jsonl:1: .*--template"):
         prepare(path, tmp_path / "none", text._replace(template=None))
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["declared", "named"])
+def test_the_template_is_kept_in_a_file_of_its_own(tmp_path, lines, tiny_directory, named):
+    """Whether `tokenizer_config.json` declared it or it was named: whoever trains on the folder looks for it there."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny_directory, folder)
+    declared = template_from_directory(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"chat_template": declared.source}))
+    wanted = dataclasses.replace(declared, source="{{ messages }}") if named else declared
+    prepare(lines, tmp_path / "out", Text(read_tokenizer_files(folder), wanted))
+    assert (tmp_path / "out" / "tokenizer" / "chat_template.jinja").read_text() == wanted.source
+    assert template_from_directory(tmp_path / "out" / "tokenizer") == wanted
+    prepare(lines, tmp_path / "out", Text(read_tokenizer_files(folder), wanted))  # the same again
 
 
 def test_folder_of_several_kinds_of_files(tmp_path):

@@ -10,8 +10,10 @@ from support import random_parameters
 from test_adapter_training import CONFIG, close, make, train_config, warm_state
 from test_step import random_batch
 
+from llama_jax.data.batch import Batch
 from llama_jax.model.adapters import merge
 from llama_jax.model.llama import logits
+from llama_jax.training.hosts import row_numbers
 from llama_jax.training.step import init_state, micro_batches, train_step
 
 BETA = 0.3
@@ -70,11 +72,10 @@ def test_fresh_adapters_are_indifferent():
 
 def test_pairs_stay_together_in_micro_batches():
     batch = random_batch(CONFIG)
-    numbered = batch._replace(tokens=np.repeat(np.arange(8)[:, None], 24, 1))
-    dealt = np.asarray(micro_batches(numbered, 2, together=2).tokens[:, :, 0])
+    dealt = row_numbers(rows=8, micro_rows=4, unit=2)
     assert dealt.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
     (recipe, step), params = compiled(), random_parameters(CONFIG)
     whole, figures = step(warm_state(recipe), micro_batches(batch, 1), params)
-    split, split_figures = step(warm_state(recipe), micro_batches(batch, 2, together=2), params)
+    split, split_figures = step(warm_state(recipe), Batch(*[field[dealt] for field in batch]), params)
     close(split.params, whole.params)
     np.testing.assert_allclose(jax.tree.leaves(split_figures), jax.tree.leaves(figures), rtol=1e-4, atol=1e-5)

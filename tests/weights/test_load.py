@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hub import TEMPLATE, TINY_CONTEXT
 from support import TINY, random_parameters, random_tokens
 
@@ -20,10 +21,10 @@ from llama_jax.model.llama import logits
 from llama_jax.model.quantize import leaf_quantizer, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
-from llama_jax.weights import checkpoint
+from llama_jax.weights import restore
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.checksum import by_path
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.forms import stack, unstack
 from llama_jax.weights.hugging_face_export import export_hugging_face
 from llama_jax.weights.load import load
 from llama_jax.weights.open import open_model
@@ -157,7 +158,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run):
 
 def test_damage_that_shows_late_begins_anew(run, monkeypatch):
     """The last array of the newest checkpoint is another: nothing of that step is in the result."""
-    read, steps = checkpoint._read_arrays, []
+    read, steps = restore.read_arrays, []
 
     def damaged(directory, manifest, like):
         steps.append(manifest.step)
@@ -166,8 +167,8 @@ def test_damage_that_shows_late_begins_anew(run, monkeypatch):
             raise CorruptError("damaged at last")
         return state
 
-    monkeypatch.setattr(checkpoint, "_read_arrays", damaged)
-    monkeypatch.setattr(checkpoint, "_TOGETHER", 0)  # each array is read alone
+    monkeypatch.setattr(restore, "read_arrays", damaged)
+    monkeypatch.setattr(restore, "_TOGETHER", 0)  # each array is read alone
     expected = jax.tree.leaves(random_parameters(CONFIG, seed=5))
     restored = jax.tree.leaves(load(run, form="stacked").params)
     half = len(steps) // 2
@@ -178,8 +179,8 @@ def test_damage_that_shows_late_begins_anew(run, monkeypatch):
 
 def test_of_a_run_one_array_is_held_and_read_once(run, tmp_path, monkeypatch):
     """An export verifies all arrays first, since half of it cannot be taken back, and then reads each once."""
-    read, paths = checkpoint._read_arrays, collections.Counter()
-    monkeypatch.setattr(checkpoint, "_read_arrays", lambda d, m, like: paths.update(by_path(like).keys()) or read(d, m, like))
+    read, paths = restore.read_arrays, collections.Counter()
+    monkeypatch.setattr(restore, "read_arrays", lambda d, m, like: paths.update(by_path(like).keys()) or read(d, m, like))
     opened = open_model(run)._replace(tokenizer=None)  # transformers could not read this one
     export_hugging_face(opened, tmp_path / "out", max_shard_size="100KB")
     assert len(paths) == len(jax.tree.leaves(random_parameters(CONFIG)))
@@ -208,14 +209,51 @@ def test_a_run_with_unrolled_layers_is_the_same_model(run, tmp_path):
     assert load(other, form="stacked").origin == "run unrolled at step 9"
 
 
-def test_a_run_of_adapters_is_refused(run, tmp_path):
-    other = tmp_path / "adapters"
-    with Checkpoints.open(other / "checkpoints", keep=3) as checkpoints:
-        state = {"params": {"layers": {"attention": {"wq": {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3, 2))}}}}}
-        checkpoints.save(9, state, {"model": dataclasses.asdict(CONFIG)})
-    shutil.copy(run / "tokenizer.model", other)
-    with pytest.raises(InputError, match=r"a run of adapters, without their model; merge them first: .* adapters merge MODEL"):
-        load(other)
+def write_adapter_run(directory, tree, base, config=CONFIG):
+    """A run of adapters of rank 2 and alpha 6 as the loop leaves it, as far as loading goes."""
+    adapter, made_from = {"rank": 2, "alpha": 6.0}, {"path": str(base)}
+    with Checkpoints.open(directory / "checkpoints", keep=3) as checkpoints:
+        for step, adapters in ((5, jax.tree.map(jnp.zeros_like, tree)), (9, tree)):
+            metadata = {"model": dataclasses.asdict(config), "adapter": adapter, "made_from": made_from}
+            checkpoints.save(step, {"params": adapters}, metadata)
+    return directory
+
+
+@pytest.mark.parametrize("form", [stack, unstack], ids=["stacked", "unrolled"])
+def test_a_run_of_adapters_is_its_model_with_them_merged(run, tmp_path, form):
+    """Over a run; `W + A B alpha / rank` by hand."""
+    rng = np.random.default_rng(3)
+    a, b = (rng.normal(size=(CONFIG.layers, *shape)) for shape in ((CONFIG.dim, 2), (2, CONFIG.ffn_dim)))
+    up = ("layers", "feed_forward", "up")
+    tree = form(unflatten_dict({(*up, "a"): jnp.asarray(a, jnp.float32), (*up, "b"): jnp.asarray(b, jnp.float32)}))
+    mine = write_adapter_run(tmp_path / "mine", tree, run)
+    shutil.copy(run / "tokenizer.model", mine)
+    before, after = (load(path, form="stacked") for path in (run, mine))
+    expected, found = flatten_dict(before.params), flatten_dict(after.params)
+    expected[up] = np.asarray(expected[up], np.float64) + np.einsum("lir,lro->lio", a, b) * 3
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_allclose(found[path], array, atol=1e-5 if path == up else 0)
+    assert after.origin == f"{before.origin} with adapters of run mine at step 9"
+    assert after.tokenizer is not None
+    assert after.report.parameters == before.report.parameters
+    export_hugging_face(open_model(mine)._replace(tokenizer=None), tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out", form="stacked").params, after.params)
+
+
+def test_a_run_of_adapters_without_its_model(run, tmp_path):
+    tree = {"layers": {"attention": {"wk": {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3, 2))}}}}
+    gone = write_adapter_run(tmp_path / "gone", tree, tmp_path / "moved")
+    other = write_adapter_run(tmp_path / "other", tree, run, dataclasses.replace(CONFIG, rope_theta=5.0))
+    silent = tmp_path / "silent"
+    with Checkpoints.open(silent / "checkpoints", keep=3) as checkpoints:
+        checkpoints.save(9, {"params": tree}, {"model": dataclasses.asdict(CONFIG)})
+    for path, words in ((gone, "adapters of the model .*moved', not here; name it: adapters merge MODEL .*gone DST"),
+                        (other, "adapters of another model than .* is now; name theirs: adapters merge MODEL .*other DST"),
+                        (silent, "step 9 does not say of which model")):  # fmt: skip
+        with pytest.raises(InputError, match=words) as error:
+            load(path)
+        assert "\n" not in str(error.value)
 
 
 def test_an_export_says_which_checkpoint_it_is(run, tmp_path):

@@ -115,12 +115,8 @@ def test_exported_from_a_run(tiny_directory, tmp_path, capsys):
     _, config = loaded(tiny_directory)
     tree = random_adapters(config, targets=("wv",))
     with Checkpoints.open(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(7, {"params": tree, "step": jnp.int32(7)}, {"model": dataclasses.asdict(config)})
-    lines = ["run:", f"  init: {tiny_directory}", "adapter:", "  rank: 4", "  alpha: 2", "  targets: [wv]", "model:"]
-    lines += [
-        f"  {name}: {'null' if value is None else str(value).lower()}" for name, value in dataclasses.asdict(config).items()
-    ]
-    (tmp_path / "run" / "config.yaml").write_text("\n".join(lines))
+        metadata = {"adapter": {"rank": 4, "alpha": 2.0}, "made_from": {"path": str(tiny_directory)}}
+        checkpoints.save(7, {"params": tree}, {"model": dataclasses.asdict(config), **metadata})
     assert verb.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     back = read_adapters(tmp_path / "out", config)
     assert (back.scale, back.base) == (0.5, str(tiny_directory))
