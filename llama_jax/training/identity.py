@@ -39,7 +39,8 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
         "batch_ramp": [list(stage) for stage in data.batch_ramp],
     }
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
-    trained = {"model": dataclasses.asdict(config.model), "adapter": adapter}
+    optimizer = {"name": config.optimizer.name, "moments_dtype": config.optimizer.moments_dtype}  # what its state is
+    trained = {"model": dataclasses.asdict(config.model), "adapter": adapter, "optimizer": optimizer}
     if split is None:
         return {**trained, "data": values | {SOURCES: sources_identity(data)}}
     if data.tokenizer is None:
