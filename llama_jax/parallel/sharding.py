@@ -102,6 +102,43 @@ def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def optimizer_shardings(state: PyTree, params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+    """A `NamedSharding` for every array of an optimizer's state, found by the parameter whose path its own path ends with.
+
+    Arrays of the parameter's shape live where it lives; sums over one of its dimensions (Adafactor's) where the others do;
+    everything else is replicated.
+
+    Args:
+      state: of an optimizer whose moments repeat the tree of parameters, arrays or shapes.
+      params: what it optimizes, arrays or shapes.
+      mesh: the devices.
+      rules: axis name -> mesh axes.
+    """
+    places = {tuple(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def sharding(path: tuple, leaf: Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        """That of one array."""
+        owner = next((path[start:] for start in range(len(path)) if path[start:] in places), None)
+        if owner is None:
+            return replicated(mesh)
+        shape = places[owner].shape
+        axes = parameter_spec(owner, len(shape), rules)
+        axes = PartitionSpec(*axes, *[None] * (len(shape) - len(axes)))
+        return NamedSharding(mesh, _part_spec(leaf.shape, shape, axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _part_spec(shape: tuple[int, ...], whole: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
+    """The spec of an array that repeats a whole one of a known spec, or all of it but one dimension, or neither."""
+    if shape == whole:
+        return spec
+    for axis in reversed(range(len(whole))):
+        if shape == whole[:axis] + whole[axis + 1 :]:
+            return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
+    return PartitionSpec()
+
+
 def check_divisible(config: LlamaConfig, mesh: Mesh, rules: Rules) -> None:
     """Refuses a mesh whose axes do not divide the model.
 

@@ -34,12 +34,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.sources.weight": (1e-9, 1e9),
     "optimizer.learning_rate": (0, 10),
     "optimizer.warmup_steps": (0, 10**9),
+    "optimizer.schedule_steps": (0, 10**9),
+    "optimizer.decay_fraction": (0, 1),
     "optimizer.final_fraction": (0, 1),
     "optimizer.beta1": (0, 0.999999),
     "optimizer.beta2": (0, 0.999999),
     "optimizer.eps": (0, 1),
     "optimizer.weight_decay": (0, 10),
     "optimizer.clip_norm": (1e-9, 1e9),
+    "optimizer.z_loss": (0, 1),
     "adapter.rank": (0, 1 << 14),
     "adapter.alpha": (1e-6, 1e6),
     "adapter.dropout": (0, 0.99),
@@ -47,6 +50,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 _DTYPES = ("auto", "float32", "bfloat16")
 _BASES = (*_DTYPES, "int8", "int4")
+_OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+_SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -250,33 +255,55 @@ def micro_rows(data: DataConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay.
+    """The optimizer, its learning rate and what is added to the loss.
 
     Attributes:
+      name: `adamw`; `adafactor` (almost no state; the learning rate is relative to the size of a matrix's entries); `lion` (one
+        moment; published with a third to a tenth of AdamW's learning rate and as much more decay); `muon` (one moment, made
+        orthogonal, for the matrices of the layers, AdamW for the rest; learning rate and decay as for AdamW).
       learning_rate: peak, reached at the end of the warm-up.
+      schedule: after the warm-up: `cosine`, `linear`, `wsd` (at the peak until the decay) or `constant`.
       warmup_steps: updates in which the learning rate rises to its peak.
+      schedule_steps: updates that the schedule is laid out for, where that is not the run: 0 for `run.steps`.
+      decay_fraction: share of the schedule that the decay of `wsd` takes.
       final_fraction: learning rate of the last update, as a fraction of the peak.
-      beta1: decay of the mean of the gradient.
-      beta2: decay of the mean of its square.
-      eps: added to the root of the mean square.
-      weight_decay: decoupled; applied to matrices, not to the scales of norms.
+      beta1: decay of the mean of the gradient; with `lion`, weight of the mean in an update.
+      beta2: decay of the mean of its square; with `lion`, decay of the mean; `adafactor` has no use for either.
+      eps: added to the root of the mean square, by AdamW.
+      moments_dtype: of the mean of the gradient. bfloat16 halves it and rounds it to 8 bits: of the state of `adamw` a quarter
+        is saved (the mean of the square stays float32: in bfloat16 its small changes would be lost), of that of `lion` half, of
+        that of `muon` half for the matrices of the layers; `adafactor` has no such mean.
+      weight_decay: decoupled, times the learning rate; applied to matrices, not to the scales of norms.
       clip_norm: largest global norm of a gradient; a longer one is scaled down to it.
+      z_loss: this times log(Z)^2 is added to the loss of each token, Z being the sum over the vocabulary that its softmax
+        divides by, so that logits do not drift; 1e-4 in PaLM (arXiv:2204.02311), 0 for none.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
     """
 
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: float = 3e-4
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
+    schedule_steps: int = 0
+    decay_fraction: float = 0.2
     final_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         _check_fields("optimizer", self)
+        _require(self.name in _OPTIMIZERS, "optimizer.name", self.name, " or ".join(_OPTIMIZERS))
+        _require(self.schedule in _SCHEDULES, "optimizer.schedule", self.schedule, " or ".join(_SCHEDULES))
+        dtypes = ("float32",) if self.name == "adafactor" else ("float32", "bfloat16")
+        expected = " or ".join(dtypes) + (" (adafactor keeps no mean of the gradient)" if self.name == "adafactor" else "")
+        _require(self.moments_dtype in dtypes, "optimizer.moments_dtype", self.moments_dtype, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,7 +389,7 @@ class TrainConfig:
       model: the architecture; in a YAML file or on the command line also the name of a preset such as `llama3.2-1b`.
       compute: how the model is computed.
       data: text and batches.
-      optimizer: AdamW and its schedule.
+      optimizer: what an update is, and its learning rate.
       mesh: how devices share the work.
       adapter: low-rank adapters instead of whole training.
       preference: pairs of answers instead of the next token.
@@ -391,6 +418,8 @@ class TrainConfig:
 
     def _check_tuning(self) -> None:
         rank, beta, data = self.adapter.rank, self.preference.beta, self.data
+        z_loss = self.optimizer.z_loss
+        _require(z_loss == 0 or rank == 0, "optimizer.z_loss", z_loss, "0 with adapter.rank: it steers a head that is frozen")
         smallest = min(_sides(self.model, self.adapter.targets))
         _require(rank <= smallest, "adapter.rank", rank, f"at most the smaller side of the targets' matrices ({smallest})")
         _require(rank == 0 or self.run.init is not None, "run.init", None, "a model for the adapters (adapter.rank) to change")

@@ -31,6 +31,7 @@ class StepRecord(NamedTuple):
       held_out_loss: nats per token on held-out text, where this step was evaluated.
       time: seconds of wall time since the record before by part (`data`, `step`, `save`, `eval`, `compile`), see `Clock`.
       goodput: share of the wall time since the start of the run, restarts included, in updates that were kept.
+      more: further means of the objective on the training batch, by name, such as `z_loss`.
     """
 
     step: int
@@ -44,6 +45,7 @@ class StepRecord(NamedTuple):
     held_out_loss: float | None = None
     time: Mapping[str, float] = {}
     goodput: float | None = None
+    more: Mapping[str, float] = {}
 
     def flat(self) -> dict[str, Metric]:
         """The record under the names of the metrics file; what is `None` is left out."""
@@ -58,6 +60,7 @@ class StepRecord(NamedTuple):
             "speed/goodput": self.goodput,
             "held_out/loss": self.held_out_loss,
         }
+        names |= {f"train/{name}": value for name, value in self.more.items()}
         names |= {f"speed/time_{part}": seconds for part, seconds in self.time.items()}
         return {name: value for name, value in names.items() if value is not None}
 

@@ -20,7 +20,9 @@ from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
 from llama_jax.training.config import TrainConfig, micro_rows
-from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama_jax.training.loss import next_token
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.schedule import learning_rate_schedule
 from llama_jax.training.step import Recipe
 from llama_jax.weights.load import Form, load
 from llama_jax.weights.open import Opened, open_model
@@ -76,8 +78,8 @@ def make_recipe(config: TrainConfig) -> Recipe:
     attention = choose_backend(compute.attention, config.data.length, config.data.length)
     options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention)
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
-    optimizer = make_optimizer(config.optimizer, config.run.steps)
-    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk)
+    optimizer, objective = make_optimizer(config.optimizer), next_token(config.optimizer.z_loss)
+    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk, objective)
     return adapter_recipe(recipe, config) if config.adapter.rank else recipe
 
 

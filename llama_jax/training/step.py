@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.axes import Array, Float, Int, Key, Parameters, PyTree
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
-from llama_jax.parallel.sharding import batch_spec, replicated, tree_shardings
+from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings
 from llama_jax.training.loss import NEXT_TOKEN, Objective
 
 
@@ -67,8 +67,8 @@ class Recipe(NamedTuple):
 
     Attributes:
       model: the module.
-      optimizer: an optax optimizer that includes the learning rate.
-      schedule: the learning rate, for the metrics.
+      optimizer: an optax optimizer with a learning rate of 1; its updates are multiplied by the schedule.
+      schedule: from the step to the learning rate, whatever became of the steps before.
       loss_chunk: tokens whose logits exist at one time.
       objective: what is made small.
       init: draws what is trained.
@@ -120,9 +120,10 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree =
     targets = recipe.objective.targets(batch)
     gradient = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradient)
     updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    rate = recipe.schedule(state.step)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
     loss, more = jax.tree.map(lambda total: total / jnp.maximum(targets, 1), (loss, more))
-    metrics = StepMetrics(loss, optax.tree.norm(gradient), recipe.schedule(state.step), targets, more)
+    metrics = StepMetrics(loss, optax.tree.norm(gradient), rate, targets, more)
     return TrainState(state.step + 1, params, optimizer), metrics
 
 
@@ -135,7 +136,9 @@ def init_state(recipe: Recipe, key: Array) -> TrainState:
 def state_shapes(recipe: Recipe, mesh: Mesh) -> PyTree:
     """Shape, dtype and sharding of every array of the state, without making it."""
     shapes = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
-    shardings = tree_shardings(shapes, mesh, recipe.model.options.rules)
+    rules = recipe.model.options.rules
+    shardings = tree_shardings(shapes._replace(optimizer=()), mesh, rules)
+    shardings = shardings._replace(optimizer=optimizer_shardings(shapes.optimizer, shapes.params, mesh, rules))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

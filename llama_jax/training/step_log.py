@@ -87,6 +87,7 @@ class StepLog:
             mfu=None if self._peak is None else self._flops_per_token * tokens_per_step / seconds / self._peak,
             time=parts,
             goodput=None if self._goodput is None else self._goodput.add(step, parts),
+            more={name: float(value) for name, value in last.more.items()},
         )
 
     def close(self, step: int) -> None:

@@ -12,7 +12,8 @@ from test_step import random_batch
 
 from llama_jax.model.llama import Llama, logits
 from llama_jax.model.quantize import quantize
-from llama_jax.training.loss import NEXT_TOKEN, NEXT_TOKEN_FROZEN_HEAD, batch_row_losses, row_losses
+from llama_jax.training.cross_entropy import row_losses
+from llama_jax.training.loss import NEXT_TOKEN, NEXT_TOKEN_FROZEN_HEAD, batch_row_losses
 
 
 def drawn(shape, seed=0):

@@ -17,8 +17,10 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import PARAMETER_AXES, TRAINING, parameter_spec
 from llama_jax.training.config import OptimizerConfig
-from llama_jax.training.loss import batch_loss, cross_entropy, mean_loss
-from llama_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
+from llama_jax.training.cross_entropy import cross_entropy
+from llama_jax.training.loss import batch_loss, mean_loss
+from llama_jax.training.optimizer import decayed, make_optimizer
+from llama_jax.training.schedule import learning_rate_schedule
 from llama_jax.training.step import (
     Recipe,
     TrainState,
@@ -51,7 +53,7 @@ def plain_loss(params, batch, config=CONFIG):
 
 
 def sgd_recipe(config=CONFIG, rate=0.1, chunk=64, **options) -> Recipe:
-    return Recipe(Llama(config, ModelOptions(**options)), optax.sgd(rate), optax.constant_schedule(rate), chunk)
+    return Recipe(Llama(config, ModelOptions(**options)), optax.sgd(1.0), optax.constant_schedule(rate), chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 10_000])
@@ -139,7 +141,7 @@ def test_unrolled_step_equals_scanned_step():
 
 
 def test_state_is_born_sharded_and_stays_where_it_is():
-    recipe = Recipe(Llama(CONFIG), make_optimizer(OptimizerConfig(warmup_steps=0), 10), optax.constant_schedule(1.0), 64)
+    recipe = Recipe(Llama(CONFIG), make_optimizer(OptimizerConfig(warmup_steps=0)), optax.constant_schedule(1.0), 64)
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         state = sharded_init(recipe, mesh)(jax.random.key(0))
@@ -153,7 +155,7 @@ def test_state_is_born_sharded_and_stays_where_it_is():
         lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim) or pytest.fail(str(x.sharding)), state, shapes
     )
     wq = state.params["layers"]["attention"]["wq"]
-    moment = state.optimizer[1][0].mu["layers"]["attention"]["wq"]
+    moment = state.optimizer[1].mu["layers"]["attention"]["wq"]
     for array in (wq, moment):
         assert array.addressable_shards[0].data.size == array.size // 4  # fsdp x tensor; copied over data
 
@@ -192,7 +194,7 @@ def test_schedule_at_its_corners():
 def test_adamw_equals_its_formula_with_decay_on_matrices_only():
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.0, clip_norm=1e9, weight_decay=0.5)
     params, batch = random_parameters(CONFIG), random_batch()
-    recipe = Recipe(Llama(CONFIG), make_optimizer(config, 10), learning_rate_schedule(config, 10), 64)
+    recipe = Recipe(Llama(CONFIG), make_optimizer(config), learning_rate_schedule(config, 10), 64)
     gradient = jax.grad(plain_loss)(params, batch)
     state = TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params))
     state, metrics = jax.jit(functools.partial(train_step, recipe))(state, micro_batches(batch, 1))
@@ -218,7 +220,7 @@ def test_clipping_scales_the_gradient_down_to_the_norm():
     assert length > 0.6
 
     def update(config, gradient):
-        optimizer = make_optimizer(config, 10)
+        optimizer = make_optimizer(config)
         return optimizer.update(gradient, optimizer.init(params), params)[0]
 
     by_hand = update(dataclasses.replace(config, clip_norm=1e9), jax.tree.map(lambda g: g * 0.5 / length, gradient))

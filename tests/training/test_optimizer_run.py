@@ -1,0 +1,54 @@
+"""Whole runs with another optimizer: what is told, what may change at a resume and what may not."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import pytest
+from test_loop import Recorder, changed
+from tiny_runs import read_state, state_bytes, tiny_config, write_corpus
+
+from llama_jax.errors import InputError
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.training import setup
+from llama_jax.training.loop import Run
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+
+
+@pytest.fixture
+def config(tmp_path):
+    corpus = write_corpus(tmp_path / "text")
+    return changed(
+        tiny_config(tmp_path / "run", corpus), run={"steps": STEPS, "eval_every": 0, "checkpoint_every": 2},
+        optimizer={"name": "muon", "schedule": "wsd", "decay_fraction": 0.5, "warmup_steps": 1, "schedule_steps": STEPS,
+                   "moments_dtype": "bfloat16", "z_loss": 1e-3},
+    )  # fmt: skip
+
+
+def test_a_run_with_muon_tells_the_z_loss_and_goes_on_bit_for_bit(config, tmp_path):
+    Run(config, Recorder()).train()
+    lines = [json.loads(line) for line in pathlib.Path(config.run.dir, "metrics.jsonl").read_text().splitlines()]
+    numbers = [line for line in lines if "train/loss" in line]
+    rates = [1e-2, 1e-2, 1e-3 + 9e-3 * (1 - 0.5**0.5), 1e-3]  # the peak, then two updates of decay
+    assert [line["train/learning_rate"] for line in numbers] == pytest.approx(rates, rel=1e-5)
+    assert all(0 < line["train/z_loss"] < 0.1 for line in numbers)  # 1e-3 times the square of about log 320, or less
+
+    stopped = changed(config, run={"dir": str(tmp_path / "stopped")})
+    Run(stopped, Recorder()).train(lambda step: step == 2)
+    with pytest.raises(InputError) as caught:
+        Run(changed(stopped, optimizer={"name": "lion"}), Recorder())
+    assert "holds a run with optimizer.name 'muon', 'lion' was asked for" in str(caught.value)
+    with pytest.raises(InputError, match=r"optimizer\.moments_dtype 'bfloat16', 'float32' was asked for"):
+        Run(changed(stopped, optimizer={"moments_dtype": "float32"}), Recorder())
+    Run(stopped, Recorder()).train()
+    assert state_bytes(read_state(stopped, STEPS)) == state_bytes(read_state(config, STEPS))
+    # What does not change the state may change.
+    longer = changed(stopped, run={"steps": STEPS + 1}, optimizer={"learning_rate": 1e-3, "schedule": "constant"})
+    assert Run(longer, Recorder()).train().step == STEPS + 1
