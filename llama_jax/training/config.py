@@ -6,6 +6,7 @@ The sections are frozen dataclasses; what a YAML file calls `optimizer.learning_
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,7 @@ from llama_jax.accounting import LAYER_MATRICES, parameter_shapes
 from llama_jax.config import LlamaConfig
 from llama_jax.data.steps import Steps
 from llama_jax.errors import InputError
+from llama_jax.training.distributed_config import DistributedConfig
 
 # Inclusive ranges, by section and key. Upper ends of counts are far above any use and keep typing errors out of loops.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -90,6 +92,8 @@ class RunConfig:
       eval_every: steps between two evaluations on held-out text; 0 for none.
       checkpoint_every: steps between two checkpoints; the last step always has one.
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
+      max_time: wall time of this program, start-up included, as HH:MM:SS or in seconds: the run is saved and ended after the
+        step in which it is over; null for no limit.
       trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each an extra to install.
 
     Raises:
@@ -105,13 +109,31 @@ class RunConfig:
     eval_every: int = 100
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    max_time: str | int | None = None
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fields("run", self)
         _require(isinstance(self.trackers, tuple), "run.trackers", self.trackers, "a list such as [tensorboard]")
+        max_seconds(self)
         named = self.init is None or (isinstance(self.init, str) and self.init != "")
         _require(named, "run.init", self.init, "a path or null")
+
+
+def max_seconds(run: RunConfig) -> float:
+    """`run.max_time` in seconds; infinite where there is none.
+
+    Raises:
+      InputError: for what is no time.
+    """
+    if run.max_time is None:
+        return math.inf
+    text = str(run.max_time)
+    found = re.fullmatch(r"(?:(\d{1,4}):([0-5]\d):([0-5]\d))|(\d{1,8})", text)
+    hours, minutes, seconds, alone = found.groups() if found else (None, None, None, None)
+    time = int(alone) if alone else int(hours or 0) * 3600 + int(minutes or 0) * 60 + int(seconds or 0)
+    _require(time > 0 and not isinstance(run.max_time, bool), "run.max_time", run.max_time, "HH:MM:SS, seconds or null")
+    return time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +369,7 @@ class TrainConfig:
       mesh: how devices share the work.
       adapter: low-rank adapters instead of whole training.
       preference: pairs of answers instead of the next token.
+      distributed: the processes, one a host.
 
     Raises:
       InputError: naming the key, where two sections contradict each other.
@@ -360,6 +383,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     adapter: AdapterConfig = AdapterConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     def __post_init__(self) -> None:
         context, vocabulary = self.model.context_length, self.model.vocab_size

@@ -118,16 +118,16 @@ class MetricsFile:
     """An append-only file of metrics; training never fails for its sake.
 
     Args:
-      path: the file, such as `metrics.jsonl`.
+      path: the file, such as `metrics.jsonl`; `None` to write nothing.
       resume_step: lines of later steps, left by an interrupted run, are dropped, so that no step appears twice; 0 for a
         new run drops all.
       warn: takes one line of text, once, when the file cannot be written.
     """
 
-    def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: Path | None, resume_step: int, warn: Callable[[str], None]) -> None:
         def drop_later() -> None:
             """Leaves out the lines of steps that are done again."""
-            if path.exists():
+            if path is not None and path.exists():
                 _rewrite(path, [entry for entry in _entries(path) if entry["step"] <= resume_step])
 
         self._file = LineFile(path, "metrics", warn, drop_later)
