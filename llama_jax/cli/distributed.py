@@ -58,11 +58,13 @@ def find_group(config: DistributedConfig, environment: Mapping[str, str]) -> Gro
     wanted = config.mode == "on" or any(value is not None for value in found)
     if not wanted and (processes or 1) == 1:
         return None
-    for key, value in (("coordinator", coordinator), ("processes", processes), ("process", process)):
-        if value is None:
-            raise InputError(f"distributed.{key}: none given, and the environment does not tell; give coordinator, processes and "
-                             "process, or distributed.mode off")  # fmt: skip
-    assert coordinator is not None and processes is not None and process is not None
+    if coordinator is None or processes is None or process is None:
+        missing = next(key for key, value in zip(("coordinator", "processes", "process"), (coordinator, processes, process))
+                       if value is None)  # fmt: skip
+        raise InputError(
+            f"distributed.{missing}: none given, and the environment does not tell; give coordinator, processes and process, "
+            "or distributed.mode off"
+        )
     if not 0 <= process < processes:
         raise InputError(f"distributed.process: {process} given, a number from 0 to {processes - 1} expected")
     given = found[0] is not None

@@ -1,6 +1,7 @@
 """When a training is to end before its last step: signals, a time limit, a file; on one host or on several."""
 
 import contextlib
+import math
 import os
 import pathlib
 import signal
@@ -24,7 +25,7 @@ class StopRequest:
     """
 
     def __init__(
-        self, run: pathlib.Path, deadline: float = float("inf"), reached: Callable[[int], bool] | None = None, looks: bool = True
+        self, run: pathlib.Path, deadline: float = math.inf, reached: Callable[[int], bool] | None = None, looks: bool = True
     ) -> None:
         """Takes over the signals.
 

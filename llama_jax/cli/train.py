@@ -29,9 +29,7 @@ def quiet_libraries() -> None:
 
 def write_config(config: TrainConfig, path: pathlib.Path) -> None:
     """Writes the resolved config, from which the run can be gone on with: without the wish to start anew, on any processes."""
-    lasting = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, overwrite=False), distributed=DistributedConfig()
-    )
+    lasting = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False), distributed=DistributedConfig())
     with atomic_write(path) as file:
         file.write(to_yaml(lasting).encode())
 

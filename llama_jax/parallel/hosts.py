@@ -4,6 +4,7 @@ They speak through the key-value store of JAX's coordination service. Unlike a c
 longer than it is told, and knows by name who has not come. `Hosts()` is a run of one process: nothing waits there.
 """
 
+import collections
 import json
 import time
 from collections.abc import Callable
@@ -51,12 +52,13 @@ class Hosts:
         """
         self.process, self.count, self.first = process, count, process == 0
         self._store, self._seconds = store, seconds
+        self._met: collections.Counter[str] = collections.Counter()  # meetings by name: all hold them in the same order
 
     def gather(self, name: str, value: str) -> list[str]:
         """What every process says, by its number; all get the same.
 
         Args:
-          name: of this meeting, each used once in a program.
+          name: of this meeting, the same for all.
           value: what this process says.
 
         Raises:
@@ -64,6 +66,7 @@ class Hosts:
         """
         if self.count == 1:
             return [value]
+        name = self._meeting(name)
         self._set(f"{name}/{self.process}", value)
         if self.first:  # asks everyone, and tells everyone: n + n requests instead of n * n
             end = time.monotonic() + self._seconds
@@ -78,6 +81,7 @@ class Hosts:
         """What process 0 says; arguments and errors as for `gather`."""
         if self.count == 1:
             return value
+        name = self._meeting(name)
         if self.first:
             self._set(f"{name}/0", value)
         return self._hear(f"{name}/0")
@@ -114,6 +118,10 @@ class Hosts:
         """Lets the others stop with a line, where they wait for each other."""
         if self.count > 1:
             self._set(_FAILED, line)
+
+    def _meeting(self, name: str) -> str:
+        self._met[name] += 1
+        return name if self._met[name] == 1 else f"{name} {self._met[name]}"
 
     def _set(self, key: str, value: str) -> None:
         assert self._store is not None

@@ -383,7 +383,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     adapter: AdapterConfig = AdapterConfig()
     preference: PreferenceConfig = PreferenceConfig()
-    distributed: DistributedConfig = DistributedConfig()
+    distributed: DistributedConfig = DistributedConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         context, vocabulary = self.model.context_length, self.model.vocab_size

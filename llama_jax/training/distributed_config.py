@@ -44,4 +44,6 @@ class DistributedConfig:
         if self.coordinator is not None and not isinstance(self.coordinator, str):
             raise InputError(f"distributed.coordinator: {self.coordinator!r} given, HOST:PORT or null expected")
         if self.process is not None and self.processes is not None and self.process >= self.processes:
-            raise InputError(f"distributed.process: {self.process} given, below distributed.processes ({self.processes}) expected")
+            raise InputError(
+                f"distributed.process: {self.process} given, below distributed.processes ({self.processes}) expected"
+            )

@@ -108,9 +108,7 @@ class GoodputLog:
       now: seconds since 1970.
     """
 
-    def __init__(
-        self, path: Path | None, step: int, warn: Callable[[str], None], now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, path: Path | None, step: int, warn: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
         self._ledger = Ledger()
         for entry in () if path is None else read_lines(path):
             self._ledger.add(entry)

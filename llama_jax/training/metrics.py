@@ -65,13 +65,15 @@ class LineFile:
     """A file that lines are appended to, at worst torn at its end; a failing disk is told of once and never raises.
 
     Args:
-      path: the file; made with its directory.
+      path: the file; made with its directory; `None` to write nothing.
       kind: what its lines are, for the warning.
       warn: takes one line of text.
       prepare: done before the file is opened; its failure counts as one of the file.
     """
 
-    def __init__(self, path: Path, kind: str, warn: Callable[[str], None], prepare: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, path: Path | None, kind: str, warn: Callable[[str], None], prepare: Callable[[], None] = lambda: None
+    ) -> None:
         self._path, self._kind = path, kind
         self._warn = warn
         self._warned = False
@@ -89,6 +91,8 @@ class LineFile:
             self._guard(self._file.close)
 
     def _open(self, prepare: Callable[[], None]) -> None:
+        if self._path is None:
+            return
         prepare()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a crash leaves at most one torn line, and a full disk is noticed at the line that did not fit.

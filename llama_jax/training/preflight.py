@@ -88,14 +88,15 @@ def require_shared(hosts: Hosts, directory: Path, said: Mapping[str, str]) -> No
     Raises:
       AgreedStop: on all of them, naming a process that does not see what process 0 writes.
     """
-    content = json.dumps({"time": time.time(), "processes": [json.loads(one) for one in hosts.gather("hosts", json.dumps(said))]})
-    content = hosts.agree("hosts file", content)
+    processes = [json.loads(one) for one in hosts.gather("hosts", json.dumps(said))]
+    content = hosts.agree("hosts file", json.dumps({"time": time.time(), "processes": processes}))
     if hosts.first:
         with atomic_write(directory / RUN_HOSTS) as file:
             file.write(content.encode())
     hosts.wait("hosts file written")
     if not hosts.first and not _appears(directory / RUN_HOSTS, content.encode()):
-        hosts.fail(f"run.dir: process {hosts.process} does not see what process 0 writes in {directory}; name a shared directory")
+        who = f"run.dir: process {hosts.process}"
+        hosts.fail(f"{who} does not see what process 0 writes in {directory}; name a directory that all share")
     hosts.wait("hosts file seen")
 
 
