@@ -15,8 +15,9 @@ from llama_jax.cli.stopping import StopRequest
 from llama_jax.config import LlamaConfig
 from llama_jax.data.atomic import atomic_write
 from llama_jax.parallel.hosts import Hosts
-from llama_jax.training.config import TrainConfig, max_seconds
+from llama_jax.training.config import TrainConfig
 from llama_jax.training.distributed_config import DistributedConfig
+from llama_jax.training.wall_time import wall_seconds
 
 _DEFAULT = pathlib.Path("configs/debug.yaml")
 
@@ -76,7 +77,9 @@ def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
             print(finished_line(config, step))
         return 0
     keep_compiled_programs()
-    stop = StopRequest(directory, started + max_seconds(config.run), preempted if hosts.count > 1 else None, hosts.first)
+    stop = StopRequest(
+        directory, started + wall_seconds(config.run.max_time), preempted if hosts.count > 1 else None, hosts.first
+    )
     interactive = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     aside = Aside(sys.stderr, f"process {hosts.process}: ")
     display: Display = open_display(sys.stdout, interactive) if hosts.first else aside

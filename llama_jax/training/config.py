@@ -6,7 +6,6 @@ The sections are frozen dataclasses; what a YAML file calls `optimizer.learning_
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -15,6 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.data.steps import Steps
 from llama_jax.errors import InputError
 from llama_jax.training.distributed_config import DistributedConfig
+from llama_jax.training.wall_time import wall_seconds
 
 # Inclusive ranges, by section and key. Upper ends of counts are far above any use and keep typing errors out of loops.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -115,25 +115,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_fields("run", self)
         _require(isinstance(self.trackers, tuple), "run.trackers", self.trackers, "a list such as [tensorboard]")
-        max_seconds(self)
+        _require(wall_seconds(self.max_time) > 0, "run.max_time", self.max_time, "HH:MM:SS, seconds or null")
         named = self.init is None or (isinstance(self.init, str) and self.init != "")
         _require(named, "run.init", self.init, "a path or null")
-
-
-def max_seconds(run: RunConfig) -> float:
-    """`run.max_time` in seconds; infinite where there is none.
-
-    Raises:
-      InputError: for what is no time.
-    """
-    if run.max_time is None:
-        return math.inf
-    text = str(run.max_time)
-    found = re.fullmatch(r"(?:(\d{1,4}):([0-5]\d):([0-5]\d))|(\d{1,8})", text)
-    hours, minutes, seconds, alone = found.groups() if found else (None, None, None, None)
-    time = int(alone) if alone else int(hours or 0) * 3600 + int(minutes or 0) * 60 + int(seconds or 0)
-    _require(time > 0 and not isinstance(run.max_time, bool), "run.max_time", run.max_time, "HH:MM:SS, seconds or null")
-    return time
 
 
 @dataclasses.dataclass(frozen=True)

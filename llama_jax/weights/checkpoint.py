@@ -93,19 +93,18 @@ class Checkpoints:
         if self._hosts.first and step <= newest:
             raise InputError(f"checkpoint step {step} given, one above {newest} expected, the newest in {self._directory}")
         meta = ocp.args.JsonSave(seal(describe(step, state, metadata)))
-        try:
-            started = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta))
-        except Exception as error:
-            raise self._failed(step, error) from error
-        if not started:
-            raise self._failed(step, RuntimeError("refused by Orbax"))
-        self._pending = step
+        refused = self._told(self._start(step, ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)))
+        if refused:
+            raise refused
         if failure:
             raise failure
 
     def poll(self) -> None:
-        """Raises `SaveError` once a save in the background is known to have failed; never waits."""
-        if not self._manager.is_saving_in_progress():
+        """Raises `SaveError` once a save in the background is known to have failed; never waits.
+
+        With several processes it is known at the next save: they could not agree without waiting for each other.
+        """
+        if self._hosts.count == 1 and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -214,8 +213,27 @@ class Checkpoints:
         for step in steps:
             set_aside(self._directory / str(step))
 
+    def _start(self, step: int, arguments: ocp.args.Composite) -> SaveError | None:
+        """Begins a save; gives its failure in this process."""
+        try:
+            started = self._manager.save(step, args=arguments)
+        except Exception as error:
+            return self._failed(step, error)
+        self._pending = step if started else None
+        return None if started else self._failed(step, RuntimeError("refused by Orbax"))
+
     def _finish(self) -> SaveError | None:
-        """Waits for the pending save; gives its failure."""
+        """Waits for the pending save; gives its failure, in whatever process. All come here together."""
+        return self._told(self._ended())
+
+    def _told(self, failure: SaveError | None) -> SaveError | None:
+        """The failure of any process, so that all do the same about it."""
+        if self._hosts.count == 1:
+            return failure
+        found = [words for words in self._hosts.gather("saved", str(failure or "")) if words]
+        return SaveError(found[0]) if found else None
+
+    def _ended(self) -> SaveError | None:
         if self._pending is None:
             return None
         try:
