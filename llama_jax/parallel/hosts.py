@@ -8,7 +8,7 @@ import collections
 import json
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from llama_jax.errors import InputError
 
@@ -18,6 +18,7 @@ _FAILED = "failed"
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Store(Protocol):
     """What is asked of the coordination service."""
 
