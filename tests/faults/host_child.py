@@ -26,7 +26,7 @@ def record_rows(path: pathlib.Path) -> None:
         per_micro = batch.tokens.shape[1]
         with path.open("a") as file:
             for parts in zip(*[field.addressable_shards for field in batch]):
-                micro, rows = (range(*part.indices(size)) for part, size in zip(parts[0].index, batch.tokens.shape))
+                micro, rows = (range(*part.indices(size)) for part, size in zip(parts[0].index[:2], batch.tokens.shape[:2]))
                 for i, m in enumerate(micro):
                     for j, row in enumerate(rows):
                         content = b"".join(np.asarray(part.data)[i, j].tobytes() for part in parts)
