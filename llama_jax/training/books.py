@@ -24,7 +24,7 @@ class Books:
 
     def __init__(
         self, config: TrainConfig, tokens_before: Callable[[int], int], device_kinds: Sequence[str], step: int,
-        warn: Callable[[str], None],
+        warn: Callable[[str], None], writing: bool = True,
     ) -> None:  # fmt: skip
         """Opens them.
 
@@ -34,12 +34,14 @@ class Books:
           device_kinds: `device_kind` of each device that trains.
           step: updates that the state to go on with has.
           warn: takes one line of text where something cannot be written.
+          writing: false in the processes of a run that leave the writing to the first.
         """
         directory = Path(config.run.dir)
+        trackers = config.run.trackers if writing else ()
         self.clock = Clock()
-        self._metrics = MetricsFile(directory / RUN_METRICS, step, warn)
-        self._goodput = GoodputLog(directory / RUN_GOODPUT, step, warn)
-        self._trackers = open_trackers(config.run.trackers, directory, dataclasses.asdict(config), step, warn)
+        self._metrics = MetricsFile(directory / RUN_METRICS if writing else None, step, warn)
+        self._goodput = GoodputLog(directory / RUN_GOODPUT if writing else None, step, warn)
+        self._trackers = open_trackers(trackers, directory, dataclasses.asdict(config), step, warn)
         self.trace = Trace(config.run.profile, directory / RUN_PROFILE, warn)
         self.log = StepLog(config, tokens_before, device_kinds, self.clock, self._goodput)
 

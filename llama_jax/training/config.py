@@ -14,6 +14,8 @@ from llama_jax.accounting import LAYER_MATRICES, parameter_shapes
 from llama_jax.config import LlamaConfig
 from llama_jax.data.steps import Steps
 from llama_jax.errors import InputError
+from llama_jax.training.distributed_config import DistributedConfig
+from llama_jax.training.wall_time import wall_seconds
 
 # Inclusive ranges, by section and key. Upper ends of counts are far above any use and keep typing errors out of loops.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -97,6 +99,8 @@ class RunConfig:
       eval_every: steps between two evaluations on held-out text; 0 for none.
       checkpoint_every: steps between two checkpoints; the last step always has one.
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
+      max_time: wall time of this program, start-up included, as HH:MM:SS or in seconds: the run is saved and ended after the
+        step in which it is over; null for no limit.
       trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each an extra to install.
       profile: `FIRST:LAST`, steps to trace (they take longer) into `dir/profile`, as in 10:15; also `--profile`.
       sample_prompts: texts that the model continues at each evaluation, as in `["def ", "The "]`; also kept in `samples.jsonl`.
@@ -115,6 +119,7 @@ class RunConfig:
     eval_every: int = 100
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    max_time: str | int | None = None
     trackers: tuple[str, ...] = ()
     profile: str | None = None
     sample_prompts: tuple[str, ...] = ()
@@ -123,6 +128,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_fields("run", self)
         _require(isinstance(self.trackers, tuple), "run.trackers", self.trackers, "a list such as [tensorboard]")
+        _require(wall_seconds(self.max_time) > 0, "run.max_time", self.max_time, "HH:MM:SS, seconds or null")
         named = self.init is None or (isinstance(self.init, str) and self.init != "")
         _require(named, "run.init", self.init, "a path or null")
         traced = profiled_steps(self.profile)
@@ -393,6 +399,7 @@ class TrainConfig:
       mesh: how devices share the work.
       adapter: low-rank adapters instead of whole training.
       preference: pairs of answers instead of the next token.
+      distributed: the processes, one a host.
 
     Raises:
       InputError: naming the key, where two sections contradict each other.
@@ -406,6 +413,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     adapter: AdapterConfig = AdapterConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    distributed: DistributedConfig = DistributedConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         context, vocabulary = self.model.context_length, self.model.vocab_size

@@ -18,6 +18,7 @@ from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, model_for
 from llama_jax.parallel.sharding import batch_spec
 from llama_jax.text.tokenizer import encode_prompt
+from llama_jax.training.hosts import place
 from llama_jax.training.loss import batch_loss
 from llama_jax.weights.load import Pretrained
 
@@ -68,7 +69,7 @@ def evaluate(
     )
     for batch in batches:
         jax.block_until_ready(parts[-2:-1])  # the host must not run ahead and fill the device with batches
-        parts.append(run(params, jax.device_put(batch, rows)))
+        parts.append(run(params, place(batch, rows)))
     nats, targets = (math.fsum(column) for column in zip(*jax.device_get(parts)))
     return make_evaluation(nats, int(targets), tokens.bytes_of_text)
 

@@ -102,15 +102,15 @@ class GoodputLog:
     """The goodput file of a run, open for this program.
 
     Args:
-      path: the file, `RUN/goodput.jsonl`.
+      path: the file, `RUN/goodput.jsonl`; `None` to write nothing.
       step: updates that the state to go on with has; 0 at the start of a run.
       warn: takes one line of text, once, when the file cannot be written.
       now: seconds since 1970.
     """
 
-    def __init__(self, path: Path, step: int, warn: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path | None, step: int, warn: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
         self._ledger = Ledger()
-        for entry in read_lines(path):
+        for entry in () if path is None else read_lines(path):
             self._ledger.add(entry)
         self._now = now
         self._file = LineFile(path, "goodput", warn)

@@ -1,9 +1,10 @@
-"""The batch of a step on all devices of all hosts, each host reading the rows of its own devices only."""
+"""The batch of a step on all devices of all hosts, each host reading the rows of its own devices only; the step to end at."""
 
 import functools
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from llama_jax.data.batch import Batch
@@ -46,3 +47,16 @@ def global_batch(batches: Batches, step: int, micro_rows: int, sharding: NamedSh
 
     fields = range(len(Batch._fields))
     return Batch(*[jax.make_array_from_callback(shape, sharding, functools.partial(part, field)) for field in fields])
+
+
+def place(batch: Batch, sharding: NamedSharding) -> Batch:
+    """A batch that every process has whole, sharded over the devices of all of them."""
+    return Batch(*[jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch])
+
+
+def preempted(step: int) -> bool:
+    """Whether the processes of a run are to end after this step, as JAX's preemption service has found them to agree.
+
+    To be asked by all after every step. It looks at the process alone, until one of them has been given SIGTERM.
+    """
+    return multihost_utils.reached_preemption_sync_point(step)

@@ -16,6 +16,7 @@ from llama_jax.axes import Parameters
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.errors import InputError
+from llama_jax.parallel.hosts import Hosts
 from llama_jax.training.books import Books
 from llama_jax.training.config import TrainConfig, micro_rows
 from llama_jax.training.corpora import make_batches, open_data, split_corpus
@@ -25,6 +26,7 @@ from llama_jax.training.goodput import RUN_GOODPUT, Goodput
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
 from llama_jax.training.metrics import RUN_METRICS, StepRecord
+from llama_jax.training.preflight import require_same, require_same_data
 from llama_jax.training.profile import RUN_PROFILE
 from llama_jax.training.samples import RUN_SAMPLES, Samples
 from llama_jax.training.setup import (
@@ -71,29 +73,39 @@ class Summary(NamedTuple):
 class Run:
     """The parts of one run, built once: data, mesh, programs, checkpoints. Use as `Run(config, display).train()`."""
 
-    def __init__(self, config: TrainConfig, display: Display) -> None:
+    def __init__(self, config: TrainConfig, display: Display, hosts: Hosts | None = None) -> None:
         """Checks the config, the cheapest checks first, and prepares the data; compiles nothing yet.
 
         Until `train` is called, a run that the directory holds is not touched.
 
+        Args:
+          config: of the run.
+          display: where it is shown.
+          hosts: the processes that train together; this one alone by default. What is to be prepared is prepared by the
+            first of them.
+
         Raises:
-          InputError: naming what in the config does not fit the devices, the tokenizer, the text, or the run to go on with.
+          InputError: naming what in the config does not fit the devices, the tokenizer, the text, or the run to go on with;
+            or the process that differs from the others.
         """
         self.display = display
+        self.hosts = hosts = hosts or Hosts()
         self.directory = Path(config.run.dir)
         self.mesh = run_mesh(config)
         self.recipe = make_recipe(config)
         require_vocabulary(config)
         require_trackers(config.run.trackers)
-        make_directory(self.directory)
-        self.config, made_from = adopt(config)
+        hosts.first_does("directory", lambda: make_directory(self.directory))
+        self.config, made_from = hosts.in_turn("adopt", lambda: adopt(config, hosts.first))
         config = self.config
         saved = None if config.run.overwrite else read_metadata(self.directory / RUN_CHECKPOINTS)
         split = split_corpus(config)
         self.metadata = describe_run(config, split)
         require_same_run(saved, self.metadata, self.directory)  # before the text is encoded, which may take long
-        self.data = open_data(config, split, display.event)
+        require_same_data(hosts, self.metadata, self.directory)
+        self.data = hosts.in_turn("data", lambda: open_data(config, split, display.event))
         self.metadata[TOKENIZER] = self.data.tokenizer_sha256[:16]
+        require_same(hosts, "tokenizer", {TOKENIZER: self.metadata[TOKENIZER]})
         require_same_run(saved, self.metadata, self.directory)
         self.metadata |= {} if made_from is None else {MADE_FROM: made_from}
         self.batches = make_batches(self.data, config.data)
@@ -111,29 +123,38 @@ class Run:
         Raises:
           InputError: if another process trains in the directory.
         """
-        with only_run(self.directory):
+        with contextlib.ExitStack() as held:
+            self.hosts.first_does("lock", lambda: held.enter_context(only_run(self.directory)))
             return self._train(should_stop)
 
     def _train(self, should_stop: Stop) -> Summary:
         config, mesh = self.config, self.mesh
-        if config.run.overwrite:
-            clear_run(self.directory)
-        copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
+        self.hosts.first_does("files", self._write_files)
         unigram = unigram_cross_entropy(self.data.train, list(self.data.held_out.values()))
-        with jax.set_mesh(mesh), Checkpoints.open(self.directory / RUN_CHECKPOINTS, config.run.keep_checkpoints) as checkpoints:
+        with jax.set_mesh(mesh), self._open_checkpoints() as checkpoints:
             frozen = frozen_base(config, self.recipe, mesh)
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             self.display.start(self._heading(first, unigram), config.run.steps)
             self._samples.begin(first)
             kinds = [device.device_kind for device in mesh.devices.flat]
-            books = Books(config, self.batches.tokens_before, kinds, first, self.display.event)
+            books = Books(config, self.batches.tokens_before, kinds, first, self.display.event, self.hosts.first)
             state, evaluation = self._steps(state, frozen, checkpoints, books, should_stop)
             with books.clock("save"):
                 self._attempt(checkpoints.wait)
             step = int(state.step)
             goodput = books.close(step)
-            return Summary(step, config.run.steps, evaluation, unigram, step in checkpoints.steps(), goodput)
+            saved = self.hosts.agree("saved", "yes" if step in checkpoints.steps() else "") != ""
+            return Summary(step, config.run.steps, evaluation, unigram, saved, goodput)
+
+    def _open_checkpoints(self) -> Checkpoints:
+        return Checkpoints.open(self.directory / RUN_CHECKPOINTS, self.config.run.keep_checkpoints, self.hosts)
+
+    def _write_files(self) -> None:
+        """Clears what is to be done anew; the tokenizer is part of the run."""
+        if self.config.run.overwrite:
+            clear_run(self.directory)
+        copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
         """The newest good state, or a fresh one."""

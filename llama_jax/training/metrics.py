@@ -69,13 +69,15 @@ class LineFile:
     """A file that lines are appended to, at worst torn at its end; a failing disk is told of once and never raises.
 
     Args:
-      path: the file; made with its directory.
+      path: the file; made with its directory; `None` to write nothing.
       kind: what its lines are, for the warning.
       warn: takes one line of text.
       prepare: done before the file is opened; its failure counts as one of the file.
     """
 
-    def __init__(self, path: Path, kind: str, warn: Callable[[str], None], prepare: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, path: Path | None, kind: str, warn: Callable[[str], None], prepare: Callable[[], None] = lambda: None
+    ) -> None:
         self._path, self._kind = path, kind
         self._warn = warn
         self._warned = False
@@ -93,6 +95,8 @@ class LineFile:
             self._guard(self._file.close)
 
     def _open(self, prepare: Callable[[], None]) -> None:
+        if self._path is None:
+            return
         prepare()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: a crash leaves at most one torn line, and a full disk is noticed at the line that did not fit.
@@ -122,14 +126,14 @@ class MetricsFile:
     """An append-only file of metrics; training never fails for its sake.
 
     Args:
-      path: the file, such as `metrics.jsonl`.
+      path: the file, such as `metrics.jsonl`; `None` to write nothing.
       resume_step: lines of later steps, left by an interrupted run, are dropped, so that no step appears twice; 0 for a
         new run drops all.
       warn: takes one line of text, once, when the file cannot be written.
     """
 
-    def __init__(self, path: Path, resume_step: int, warn: Callable[[str], None]) -> None:
-        self._file = LineFile(path, "metrics", warn, functools.partial(drop_later, path, resume_step))
+    def __init__(self, path: Path | None, resume_step: int, warn: Callable[[str], None]) -> None:
+        self._file = LineFile(path, "metrics", warn, lambda: None if path is None else drop_later(path, resume_step))
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Appends one line at once; names are flat, such as `train/loss`, and a number that is not finite becomes null."""

@@ -108,11 +108,15 @@ def frozen_base(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Parame
     return (frozen_parameters(base.params, config.adapter, recipe.model, mesh),)
 
 
-def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
+def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict | None]:
     """The config of a run that begins with a model on disk, completed by what that model brings.
 
     Its tokenizer and chat template are copied into the run's directory, unless the config names another tokenizer or the
     data are prepared: then the chat template is theirs.
+
+    Args:
+      config: of the run.
+      writing: false where another process copies the files.
 
     Returns:
       The config with `data.tokenizer` set, and the report on the model; or as it is and `None` without `run.init`.
@@ -122,7 +126,7 @@ def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
         with another tokenizer than that of prepared data.
     """
     prepared = TokenSet.open(Path(config.data.sources[0].path)) if config.data.sources else None
-    if prepared is not None:
+    if prepared is not None and writing:
         _copy_template(prepared.tokenizer_path, Path(config.run.dir))
     if config.run.init is None:
         return config, None
@@ -138,9 +142,10 @@ def adopt(config: TrainConfig) -> tuple[TrainConfig, dict | None]:
         raise InputError(f"data.tokenizer: none given and none beside the weights of {config.run.init}; name one")
     directory = Path(config.run.dir)
     folder = directory / RUN_TEXT
-    folder.mkdir(exist_ok=True)
     template = None if opened.template is None else opened.template.source
-    for name, content in hugging_face_files(opened.tokenizer, template).items():
+    files = hugging_face_files(opened.tokenizer, template) if writing else {}
+    for name, content in files.items():
+        folder.mkdir(exist_ok=True)
         with atomic_write((directory if name == "chat_template.jinja" else folder) / name) as file:
             file.write(content)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder))), facts

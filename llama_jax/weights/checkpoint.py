@@ -10,22 +10,29 @@ checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but wha
 This is the only module that imports Orbax.
 """
 
+import contextlib
+import json
 import os
 import re
 import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from llama_jax.axes import PyTree
 from llama_jax.errors import CorruptError, InputError
+from llama_jax.parallel.hosts import Hosts
 from llama_jax.weights.checkpoint_files import Restored, has_files, list_steps, newest_whole, numbered, set_aside, step_manifest
 from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, seal
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+
+T = TypeVar("T")
 
 
 class SaveError(RuntimeError):
@@ -36,34 +43,33 @@ class Checkpoints:
     """The checkpoints of one run, written in the background; a context manager.
 
     A save that fails raises `SaveError` from the first of `poll`, `save`, `wait` and `close` that comes after it.
+
+    With several processes all make the same calls. The first of them names, renames and decides; arrays are read and written
+    by all.
     """
 
-    def __init__(self, directory: Path, manager: ocp.CheckpointManager) -> None:
+    def __init__(self, directory: Path, manager: ocp.CheckpointManager, hosts: Hosts) -> None:
         self._directory = directory
         self._manager = manager
+        self._hosts = hosts
         self._pending: int | None = None
 
     @classmethod
-    def open(cls, directory: Path, keep: int) -> "Checkpoints":
+    def open(cls, directory: Path, keep: int, hosts: Hosts | None = None) -> "Checkpoints":
         """Opens a directory for one writer, making it if need be; left-overs of interrupted saves are removed.
 
         Args:
           directory: holds the checkpoints of one run and nothing else.
           keep: newest checkpoints that survive; older ones are deleted once a newer one is committed.
+          hosts: the processes of the run; this one alone by default.
 
         Raises:
           InputError: if the directory cannot be made.
         """
-        directory = directory.absolute()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{directory}: cannot be made ({error.strerror}); a writable directory expected") from None
-        for entry in numbered(directory):
-            if not has_files(entry):
-                set_aside(entry)
+        directory, hosts = directory.absolute(), hosts or Hosts()
+        hosts.first_does("checkpoints", lambda: _tidy(directory))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        return cls(directory, ocp.CheckpointManager(directory, options=options))
+        return cls(directory, ocp.CheckpointManager(directory, options=options), hosts)
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first; one that is still being written is not among them."""
@@ -84,22 +90,21 @@ class Checkpoints:
         """
         failure = self._finish()
         newest = max(self.steps(), default=-1)
-        if step <= newest:
+        if self._hosts.first and step <= newest:
             raise InputError(f"checkpoint step {step} given, one above {newest} expected, the newest in {self._directory}")
         meta = ocp.args.JsonSave(seal(describe(step, state, metadata)))
-        try:
-            started = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta))
-        except Exception as error:
-            raise self._failed(step, error) from error
-        if not started:
-            raise self._failed(step, RuntimeError("refused by Orbax"))
-        self._pending = step
+        refused = self._told(self._start(step, ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)))
+        if refused:
+            raise refused
         if failure:
             raise failure
 
     def poll(self) -> None:
-        """Raises `SaveError` once a save in the background is known to have failed; never waits."""
-        if not self._manager.is_saving_in_progress():
+        """Raises `SaveError` once a save in the background is known to have failed; never waits.
+
+        With several processes it is known at the next save: they could not agree without waiting for each other.
+        """
+        if self._hosts.count == 1 and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -132,9 +137,17 @@ class Checkpoints:
           InputError: if there is no such step, or naming the path, if the trees, a shape or a dtype differ.
           CorruptError: if the content is not what was saved.
         """
-        manifest = self._manifest(step)
-        check_like(manifest, like, self._directory / str(step))
-        return read_arrays(self._directory, manifest, like)
+        where = self._directory / str(step)
+
+        def read() -> tuple[Manifest, PyTree]:
+            """The part of this process."""
+            manifest = self._manifest(step)
+            check_like(manifest, like, where)
+            return manifest, _read(where, like)
+
+        manifest, state = self._all(read)
+        check_content(manifest, state, where)
+        return state
 
     def restore_newest(self, like: PyTree) -> Restored | None:
         """The newest checkpoint that is whole, or `None` where there is none at all.
@@ -146,11 +159,10 @@ class Checkpoints:
           InputError: naming the path, if a checkpoint is whole but not of this run: nothing is passed over then.
           CorruptError: if there are checkpoints and all are damaged.
         """
-        newest = newest_whole(self._directory, lambda step: self.restore(step, like))
+        steps = json.loads(self._hosts.agree("steps", json.dumps(self.steps())))
+        newest = newest_whole(self._directory, lambda step: self.restore(step, like), steps)
         if newest is not None:
-            for step in self.steps():
-                if step > newest.step:
-                    set_aside(self._directory / str(step))
+            self._hosts.first_does("set aside", lambda: self._set_aside([step for step in steps if step > newest.step]))
             self._manager.reload()
         return newest
 
@@ -169,6 +181,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._hosts.count > 1 and isinstance(error, jax.errors.JaxRuntimeError | KeyboardInterrupt):
+            return  # another process is gone, or is going to be left: no save ends any more
         try:
             self.close()
         except SaveError:
@@ -180,8 +194,46 @@ class Checkpoints:
             raise InputError(f"checkpoint step {step} given, one of {self.steps()} expected, those in {self._directory}")
         return step_manifest(self._directory, step)
 
+    def _all(self, action: Callable[[], T]) -> T:
+        """Does something in every process; damage that one of them finds is damage for all."""
+        if self._hosts.count == 1:
+            return action()
+        done: list[T] = []
+        damage = ""
+        try:
+            done.append(action())
+        except CorruptError as error:
+            damage = str(error)
+        found = [words for words in self._hosts.gather("read", damage) if words]
+        if found:
+            raise CorruptError(found[0])
+        return done[0]
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            set_aside(self._directory / str(step))
+
+    def _start(self, step: int, arguments: ocp.args.Composite) -> SaveError | None:
+        """Begins a save; gives its failure in this process."""
+        try:
+            started = self._manager.save(step, args=arguments)
+        except Exception as error:
+            return self._failed(step, error)
+        self._pending = step if started else None
+        return None if started else self._failed(step, RuntimeError("refused by Orbax"))
+
     def _finish(self) -> SaveError | None:
-        """Waits for the pending save; gives its failure."""
+        """Waits for the pending save; gives its failure, in whatever process. All come here together."""
+        return self._told(self._ended())
+
+    def _told(self, failure: SaveError | None) -> SaveError | None:
+        """The failure of any process, so that all do the same about it."""
+        if self._hosts.count == 1:
+            return failure
+        found = [words for words in self._hosts.gather("saved", str(failure or "")) if words]
+        return SaveError(found[0]) if found else None
+
+    def _ended(self) -> SaveError | None:
         if self._pending is None:
             return None
         try:
@@ -189,7 +241,8 @@ class Checkpoints:
         except Exception as error:
             return self._failed(self._pending, error)
         step, self._pending = self._pending, None
-        return None if step in self.steps() else self._failed(step, RuntimeError("not on disk after the save"))
+        there = step in self.steps() or not self._hosts.first  # what the others see of a shared directory may be late
+        return None if there else self._failed(step, RuntimeError("not on disk after the save"))
 
     def _failed(self, step: int, error: Exception) -> SaveError:
         """Describes a failed save, and makes the manager forget it, which it would go on listing."""
@@ -210,19 +263,35 @@ def read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
       CorruptError: if the content is not what was saved.
     """
     where = directory / str(manifest.step)
+    state = _read(where, like)
+    check_content(manifest, state, where)
+    return state
+
+
+def _tidy(directory: Path) -> None:
+    """Makes the directory, or sets aside what no save leaves behind."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be made ({error.strerror}); a writable directory expected") from None
+    for entry in numbered(directory):
+        if not has_files(entry):
+            set_aside(entry)
+
+
+def _read(where: Path, like: PyTree) -> PyTree:
+    """The arrays in a checkpoint, whatever their content; this process waits for no other."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     arguments = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = reader.restore(where / "state", args=arguments)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(where / "state", args=arguments)
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
         if any(word in str(error) for word in _NOT_DAMAGE):
             raise
         raise CorruptError(f"checkpoint {where} is damaged: {_reason(error)}") from error
-    check_content(manifest, state, where)
-    return state
 
 
 def _reason(error: Exception) -> str:

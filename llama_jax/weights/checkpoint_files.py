@@ -4,7 +4,7 @@ Nothing here needs Orbax, which takes seconds to import.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,18 +78,19 @@ def read_metadata(directory: Path) -> dict | None:
     return None if manifest is None else manifest.metadata
 
 
-def newest_whole(directory: Path, read: Callable[[int], PyTree]) -> Restored | None:
+def newest_whole(directory: Path, read: Callable[[int], PyTree], steps: Sequence[int] | None = None) -> Restored | None:
     """The newest checkpoint that reads without damage, `None` where there is none at all.
 
     Args:
       directory: as for `Checkpoints.open`.
       read: the arrays of a step.
+      steps: which to try, oldest first; those that are there by default.
 
     Raises:
       CorruptError: if there are checkpoints and all are damaged.
     """
     damage: list[str] = []
-    for step in reversed(list_steps(directory)):
+    for step in reversed(list_steps(directory) if steps is None else steps):
         try:
             return Restored(step, read(step), step_manifest(directory, step).metadata, damage)
         except CorruptError as error:

@@ -159,7 +159,7 @@ def test_sigterm_saves_and_the_same_command_ends_the_run(run, undisturbed):
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert errors == "SIGTERM: saving after this step; once more to end at once\n"
+    assert errors == "SIGTERM: saving after this step; Ctrl-C within 5 s ends at once\n"
     reached = read_lines(pathlib.Path(run.run.dir))[-1]["step"]
     assert 7 <= reached < STEPS
     assert f"{reached} of {STEPS}" in output
