@@ -5,7 +5,7 @@ restored as a wrong weight, and a wrong dtype is cast, without a word. So each c
 compared before a restore and recomputed after it.
 
 On disk, `DIRECTORY/STEP/state` holds the arrays and `DIRECTORY/STEP/meta` the manifest with the caller's metadata. A
-checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but what `keep` says.
+checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but what `keep` and `discard` say.
 
 This is the only module that imports Orbax.
 """
@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llama_jax.axes import Array, PyTree
@@ -40,6 +42,8 @@ Place = Callable[[str, Array], Mapping[str, PyTree]]
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+
+_DISCARDED = ".discarded"  # at the end of a name: about to be deleted
 
 _TOGETHER = 16 << 20  # bytes of small arrays that are read at a time
 
@@ -94,6 +98,8 @@ class Checkpoints:
         for entry in _numbered(directory):
             if not _has_files(entry):
                 _set_aside(entry)
+        for entry in directory.glob(f"*{_DISCARDED}"):
+            shutil.rmtree(entry)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         return cls(directory, ocp.CheckpointManager(directory, options=options))
 
@@ -185,6 +191,20 @@ class Checkpoints:
                     _set_aside(self._directory / str(step))
             self._manager.reload()
         return newest
+
+    def discard(self, steps: Sequence[int]) -> None:
+        """Removes checkpoints for good; each is gone at once, whatever interrupts the rest. Waits for a save under way.
+
+        Raises:
+          SaveError: if that save failed; nothing is removed then.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            for step in steps:
+                entry = self._directory / str(step)
+                shutil.rmtree(entry.rename(entry.with_name(f"{step}{_DISCARDED}")))
+        multihost_utils.sync_global_devices("llama_jax: checkpoints are discarded")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for the last save and releases the directory.

@@ -10,6 +10,7 @@ from llama_jax.errors import InputError
 from llama_jax.training.config import (
     ComputeConfig,
     DataConfig,
+    GuardConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
@@ -18,7 +19,8 @@ from llama_jax.training.config import (
 
 MODEL = LlamaConfig(vocab_size=4096, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=128, norm_eps=1e-5,
                     rope_theta=1e4, rope_scaling=None, context_length=256, tied_head=True)  # fmt: skip
-SECTIONS = {"run": RunConfig, "compute": ComputeConfig, "data": DataConfig, "optimizer": OptimizerConfig, "mesh": MeshConfig}
+SECTIONS = {"run": RunConfig, "compute": ComputeConfig, "data": DataConfig, "optimizer": OptimizerConfig, "mesh": MeshConfig,
+            "guard": GuardConfig}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,8 @@ def _without_type_checks(monkeypatch):
     ("optimizer.learning_rate", None), ("optimizer.beta1", 1.0), ("optimizer.beta2", 1), ("optimizer.final_fraction", 1.1),
     ("optimizer.eps", float("inf")), ("optimizer.weight_decay", -0.1), ("optimizer.clip_norm", 0),
     ("optimizer.warmup_steps", -1),
+    ("guard.spike_skip", 1), ("guard.spike_sigma", 0), ("guard.patience", 0), ("guard.patience", 201), ("guard.rewinds", -1),
+    ("guard.check_replicas", 0.5),
     ("mesh.data", 0), ("mesh.fsdp", -2), ("mesh.tensor", 1.0), ("mesh.tensor", -1), ("mesh.data", True),
 ])  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(key, value):
@@ -69,4 +73,4 @@ def test_is_frozen_and_small():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.run.steps = 3
     values = dataclasses.asdict(config)
-    assert sum(len(section) for section in values.values()) < 60
+    assert sum(len(section) for section in values.values()) < 100
