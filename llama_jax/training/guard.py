@@ -19,9 +19,9 @@ class Guard(NamedTuple):
     """What is remembered of the updates so far.
 
     Attributes:
-      losses: of the last `RING` good updates; the next one's place is `count % RING`.
+      losses: of the last `RING` good updates; the next one's place is `good % RING`.
       norms: of their gradients.
-      count: good updates.
+      good: updates that were made.
       skipped: updates that were skipped.
       streak: of these, the latest in a row; 0 after a good update.
       recent: whether each of the last `WINDOW` updates was skipped; that of step `k` is at `k % WINDOW`.
@@ -29,7 +29,7 @@ class Guard(NamedTuple):
 
     losses: Float[Array, " ring"]
     norms: Float[Array, " ring"]
-    count: Int[Array, ""]
+    good: Int[Array, ""]
     skipped: Int[Array, ""]
     streak: Int[Array, ""]
     recent: Bool[Array, " window"]
@@ -38,8 +38,8 @@ class Guard(NamedTuple):
 def fresh_guard() -> Guard:
     """That of a run without updates."""
     losses, norms = (jnp.zeros(RING, jnp.float32) for _ in range(2))
-    count, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return Guard(losses, norms, count, skipped, streak, jnp.zeros(WINDOW, jnp.bool_))
+    good, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return Guard(losses, norms, good, skipped, streak, jnp.zeros(WINDOW, jnp.bool_))
 
 
 def acceptable(guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""], sigma: float | None) -> Bool[Array, ""]:
@@ -54,8 +54,8 @@ def acceptable(guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""], sig
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     if sigma is None:
         return finite
-    spike = _above(guard.losses, guard.count, loss, sigma) | _above(guard.norms, guard.count, norm, sigma)
-    return finite & ~(spike & (guard.count >= ENOUGH))
+    spike = _above(guard.losses, guard.good, loss, sigma) | _above(guard.norms, guard.good, norm, sigma)
+    return finite & ~(spike & (guard.good >= ENOUGH))
 
 
 def _above(ring: Float[Array, " ring"], count: Int[Array, ""], value: Float[Array, ""], sigma: float) -> Bool[Array, ""]:
@@ -74,7 +74,7 @@ def kept_unless(ok: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 def noted(guard: Guard, step: Int[Array, ""], ok: Bool[Array, ""], loss: Float[Array, ""], norm: Float[Array, ""]) -> Guard:
     """The guard after an update; one that was skipped leaves no trace in what is usual."""
-    place = guard.count % RING
+    place = guard.good % RING
 
     def put(ring: Float[Array, " ring"], value: Float[Array, ""]) -> Float[Array, " ring"]:
         """A ring with the value of a good update."""
@@ -83,7 +83,7 @@ def noted(guard: Guard, step: Int[Array, ""], ok: Bool[Array, ""], loss: Float[A
     return Guard(
         losses=put(guard.losses, loss),
         norms=put(guard.norms, norm),
-        count=guard.count + ok,
+        good=guard.good + ok,
         skipped=guard.skipped + ~ok,
         streak=jnp.where(ok, 0, guard.streak + 1),
         recent=guard.recent.at[step % WINDOW].set(~ok),

@@ -80,7 +80,7 @@ def _measure(path: str, leaf: Array) -> Float[Array, "layers 2"]:
 
 def usual(guard: Guard) -> dict[str, dict[str, float | int]]:
     """Mean and standard deviation of the latest good losses and gradient norms; the guard is on the host."""
-    filled = min(int(guard.count), RING)
+    filled = min(int(guard.good), RING)
     rings = {"loss": guard.losses[:filled], "gradient_norm": guard.norms[:filled]} if filled else {}
     return {name: {"mean": float(np.mean(ring)), "deviation": float(np.std(ring)), "steps": filled}
             for name, ring in rings.items()}  # fmt: skip

@@ -15,12 +15,12 @@ from llama_jax.model.quantize import parameter_bytes
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import step as step_module
 from llama_jax.training.adapters import adapter_recipe, frozen_parameters
-from llama_jax.training.config import AdapterConfig, OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.training.config import AdapterConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from llama_jax.training.guard import ENOUGH, RING, WINDOW, Guard, acceptable, all_finite, fresh_guard, noted
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import Recipe, batch_sharding, micro_batches, sharded_init, sharded_step, state_shapes
 
-CONFIG = dataclasses.replace(TINY, vocab_size=96)
+CONFIG = dataclasses.replace(TINY, vocab_size=96, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8)
 CONSTANT = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.0)
 
 
@@ -43,49 +43,56 @@ def leaves(*trees) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(jax.device_get(trees))]
 
 
-def train(recipe: Recipe, batches: list[Batch], sizes=(1, 1, 1), accumulation=1, frozen=None):
-    """The states after each update, on the host, and the metrics."""
+def train(recipe: Recipe, *runs: list[Batch], sizes=(1, 1, 1), accumulation=1, frozen=None):
+    """For each list of batches, by one program: the states before and after each update, on the host, and the metrics."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    found = []
     with jax.set_mesh(mesh):
-        state, states, figures = sharded_init(recipe, mesh)(jax.random.key(0)), [], []
         fixed = () if frozen is None else (frozen_parameters(frozen, AdapterConfig(rank=4), recipe.model, mesh),)
-        step = sharded_step(recipe, mesh, *fixed)
-        states.append(jax.device_get(state))
-        for batch in batches:
-            placed = jax.device_put(micro_batches(batch, accumulation), batch_sharding(recipe, mesh))
-            state, metrics = step(state, placed, *fixed)
+        init, step = sharded_init(recipe, mesh), sharded_step(recipe, mesh, *fixed)
+        for batches in runs:
+            state, states, figures = init(jax.random.key(0)), [], []
             states.append(jax.tree.map(np.copy, jax.device_get(state)))
-            figures.append(jax.device_get(metrics))
-    return states, figures
+            for batch in batches:
+                placed = jax.device_put(micro_batches(batch, accumulation), batch_sharding(recipe, mesh))
+                state, metrics = step(state, placed, *fixed)
+                states.append(jax.tree.map(np.copy, jax.device_get(state)))
+                figures.append(jax.device_get(metrics))
+            found.append((states, figures))
+    return found
 
 
-def adapters():
-    config = TrainConfig(run=RunConfig(init="base"), model=CONFIG, optimizer=CONSTANT, adapter=AdapterConfig(rank=4))
-    return adapter_recipe(make_recipe(), config), random_parameters(CONFIG)
+def adapter_case():
+    data = DataConfig(length=16, tokenizer="base")
+    config = TrainConfig(run=RunConfig(init="base"), model=CONFIG, data=data, adapter=AdapterConfig(rank=4))
+    return {"recipe": adapter_recipe(make_recipe(), config), "frozen": random_parameters(CONFIG), "sizes": (1, 2, 2)}
 
 
-@pytest.mark.parametrize("how", ["one device", "mesh", "accumulation", "adapters"])
-def test_an_update_that_is_not_finite_changes_nothing_but_the_step(how):
-    recipe, frozen = adapters() if how == "adapters" else (make_recipe(), None)
-    sizes, accumulation = (2, 2, 2) if how != "one device" else (1, 1, 1), 4 if how == "accumulation" else 1
-    if how == "accumulation":
-        sizes = (2, 1, 1)
+CASES = {
+    "one device, in micro-batches": lambda: {"recipe": make_recipe(), "accumulation": 4},
+    "mesh": lambda: {"recipe": make_recipe(), "sizes": (2, 2, 2)},
+    "adapters on a mesh": adapter_case,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_that_is_not_finite_changes_nothing_but_the_step(case):
     good, bad, next_one = random_batch(0), spoilt(random_batch(1)), random_batch(2)
-    states, figures = train(recipe, [good, bad, bad, next_one], sizes, accumulation, frozen)
+    arguments = CASES[case]()
+    recipe = arguments.pop("recipe")
+    (states, figures), (without, _) = train(recipe, [good, bad, bad, next_one], [good, next_one], **arguments)
     assert [bool(f.skipped) for f in figures] == [False, True, True, False]
     assert [int(state.step) for state in states] == [0, 1, 2, 3, 4]
     for state in states[2:4]:
         assert leaves(state.params, state.optimizer) == leaves(states[1].params, states[1].optimizer)
     assert leaves(states[1].params) != leaves(states[0].params) != leaves(states[4].params)
     guard = states[4].guard
-    assert (int(guard.count), int(guard.skipped), int(guard.streak)) == (2, 2, 0)
+    assert (int(guard.good), int(guard.skipped), int(guard.streak)) == (2, 2, 0)
     assert int(states[3].guard.streak) == 2
     assert np.flatnonzero(guard.recent).tolist() == [1, 2]
     np.testing.assert_array_equal(guard.losses[:3], [figures[0].loss, figures[3].loss, 0])
     np.testing.assert_array_equal(guard.norms[:3], [figures[0].grad_norm, figures[3].grad_norm, 0])
-
     # As if the bad batches had never come: the rate is constant here, and nothing else knows of them.
-    without, _ = train(recipe, [good, next_one], sizes, accumulation, frozen)
     assert leaves(states[4].params, states[4].optimizer) == leaves(without[2].params, without[2].optimizer)
 
 
@@ -96,7 +103,7 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite():
         loss, more = objective.loss(model, params, batch, chunk)
         return loss + (params["embedding"][0, 0] - jax.lax.stop_gradient(params["embedding"][0, 0])) * 3e38 * 10, more
 
-    states, (figures,) = train(make_recipe(objective=objective._replace(loss=steep)), [random_batch(0)])
+    ((states, (figures,)),) = train(make_recipe(objective=objective._replace(loss=steep)), [random_batch(0)])
     assert np.isfinite(figures.loss)
     assert bool(figures.skipped)
     assert leaves(states[1].params) == leaves(states[0].params)
@@ -132,7 +139,7 @@ def test_a_spike_is_what_stands_out_of_the_last_good_ones(count):
 def test_what_was_skipped_leaves_no_trace_in_what_is_usual():
     guard = guard_of(np.full(RING + 3, 2.0), np.ones(RING + 3))
     after = noted(guard, jnp.int32(RING + 3), jnp.bool_(False), jnp.float32(np.nan), jnp.float32(1e9))
-    assert leaves(after.losses, after.norms, after.count) == leaves(guard.losses, guard.norms, guard.count)
+    assert leaves(after.losses, after.norms, after.good) == leaves(guard.losses, guard.norms, guard.good)
     assert (int(after.skipped), int(after.streak)) == (1, 1)
     again = after
     for step in range(RING + 4, RING + 4 + WINDOW):  # it is forgotten after so many steps
@@ -188,7 +195,7 @@ def test_the_watch_of_spikes_is_off_by_default(monkeypatch):
     skipped = {}
     for sigma in (None, 6.0):
         recipe = make_recipe(objective=objective._replace(loss=scaled), spike_sigma=sigma)
-        states, figures = train(recipe, batches)
+        ((states, figures),) = train(recipe, batches)
         skipped[sigma] = [number for number, figure in enumerate(figures) if figure.skipped]
         same = leaves(states[-2].params) == leaves(states[-3].params)
         assert same == (sigma is not None)
