@@ -12,6 +12,10 @@ class CorruptError(InputError):
     """A file of ours (checkpoint, token file) whose content contradicts its own header."""
 
 
+class DivergedError(RuntimeError):
+    """A training that cannot go on by itself: too many bad steps, or devices that disagree. Programs exit with status 4."""
+
+
 def imported(package: str, extra: str) -> ModuleType:
     """A package that is not installed with us but by one of our extras, imported at its first use.
 

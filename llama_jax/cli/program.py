@@ -4,9 +4,10 @@ import errno
 import sys
 from collections.abc import Callable
 
-from llama_jax.errors import CorruptError, InputError
+from llama_jax.errors import CorruptError, DivergedError, InputError
 
 WRONG_INPUT = 2
+DIVERGED = 4
 DAMAGED = 5
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -19,9 +20,9 @@ def run_program(main: Callable[[], int]) -> int:
     """Runs a program and gives its exit status.
 
     Returns:
-      What `main` returns; after `error: LINE` on stderr, 2 for wrong input or a disk that is full or read-only, and 5 for
-      a damaged file of ours; 130 when interrupted; 141 when the reader of our output has gone (as in `... | head -1`),
-      without a word.
+      What `main` returns; after `error: LINE` on stderr, 2 for wrong input or a disk that is full or read-only, 4 for
+      a training that cannot go on and 5 for a damaged file of ours; 130 when interrupted; 141 when the reader of our output
+      has gone (as in `... | head -1`), without a word.
     """
     try:
         status = main()
@@ -29,6 +30,9 @@ def run_program(main: Callable[[], int]) -> int:
     except InputError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return DAMAGED if isinstance(error, CorruptError) else WRONG_INPUT
+    except DivergedError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return DIVERGED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -9,6 +9,17 @@ from llama_jax.errors import InputError
 Pairs = tuple[tuple[int, int], ...]
 
 
+def joined(*parts: Pairs) -> Pairs:
+    """Ranges `(first, last)`, in any order and overlapping, as those that `Steps` takes; what touches becomes one."""
+    ranges: list[tuple[int, int]] = []
+    for first, last in sorted(pair for part in parts for pair in part):
+        if ranges and first <= ranges[-1][1] + 1:
+            start, end = ranges.pop()
+            first, last = start, max(last, end)
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The places of steps in the order of the data.

@@ -9,8 +9,10 @@ from llama_jax.training.config import TrainConfig
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput, GoodputLog
 from llama_jax.training.metrics import RUN_METRICS, Metric, MetricsFile
 from llama_jax.training.profile import RUN_PROFILE, Trace
+from llama_jax.training.rewind import Rewind
 from llama_jax.training.step_log import StepLog
 from llama_jax.training.trackers import open_trackers
+from llama_jax.training.watch import in_words
 
 
 class Books:
@@ -38,8 +40,9 @@ class Books:
         """
         directory = Path(config.run.dir)
         trackers = config.run.trackers if writing else ()
+        self._path, self._warn = directory / RUN_METRICS if writing else None, warn
         self.clock = Clock()
-        self._metrics = MetricsFile(directory / RUN_METRICS if writing else None, step, warn)
+        self._metrics = MetricsFile(self._path, step, warn)
         self._goodput = GoodputLog(directory / RUN_GOODPUT if writing else None, step, warn)
         self._trackers = open_trackers(trackers, directory, dataclasses.asdict(config), step, warn)
         self.trace = Trace(config.run.profile, directory / RUN_PROFILE, warn)
@@ -49,6 +52,14 @@ class Books:
         """Keeps the figures of a step."""
         self._metrics.write(step, metrics)
         self._trackers.log(step, metrics)
+
+    def go_back(self, step: int, rewind: Rewind) -> None:
+        """Forgets updates that the run, at `step`, has gone back from; the metrics of these are dropped, as at a restart."""
+        self.log.go_back(step, rewind.to)
+        self._metrics.close()
+        self._metrics = MetricsFile(self._path, rewind.to, self._warn)
+        left_out = {"steps": in_words(rewind.steps, 1), "data_steps": in_words(rewind.data)}
+        self._metrics.event(rewind.to, "rewound", reason=rewind.reason, at=step, **left_out)
 
     def close(self, step: int) -> Goodput:
         """Closes them; where the wall time of the run went."""

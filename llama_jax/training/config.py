@@ -49,6 +49,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "adapter.alpha": (1e-6, 1e6),
     "adapter.dropout": (0, 0.99),
     "preference.beta": (0, 100),
+    "guard.spike_sigma": (1, 1000),
+    "guard.patience": (1, 200),
+    "guard.rewinds": (0, 1000),
+    "guard.check_replicas": (0, 10**9),
 }
 _DTYPES = ("auto", "float32", "bfloat16")
 _BASES = (*_DTYPES, "int8", "int4")
@@ -386,6 +390,32 @@ class PreferenceConfig:
         _check_fields("preference", self)
 
 
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What is done about steps that go wrong; one whose loss or gradient is not finite is always skipped.
+
+    Attributes:
+      spike_skip: skip steps whose loss or gradient norm stands out above those of the last 128 good ones, too.
+      spike_sigma: by how many standard deviations it has to stand out.
+      patience: so many skipped steps in a row, or as many as that and at least 10 of the last 200, send the run back to the
+        newest checkpoint before them, to go on without the data they had read.
+      rewinds: times that a run may go back to the same checkpoint; then it stops with a report.
+      check_replicas: steps between two comparisons of the copies of parameters on different devices; 0 for none.
+
+    Raises:
+      InputError: naming the key, for a value of the wrong kind or out of range.
+    """
+
+    spike_skip: bool = False
+    spike_sigma: float = 6.0
+    patience: int = 10
+    rewinds: int = 3
+    check_replicas: int = 0
+
+    def __post_init__(self) -> None:
+        _check_fields("guard", self)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run, resolved: what `config.yaml` in the directory of a run holds.
@@ -400,6 +430,7 @@ class TrainConfig:
       adapter: low-rank adapters instead of whole training.
       preference: pairs of answers instead of the next token.
       distributed: the processes, one a host.
+      guard: what is done about steps that go wrong.
 
     Raises:
       InputError: naming the key, where two sections contradict each other.
@@ -414,6 +445,7 @@ class TrainConfig:
     adapter: AdapterConfig = AdapterConfig()
     preference: PreferenceConfig = PreferenceConfig()
     distributed: DistributedConfig = DistributedConfig()  # noqa: RUF009 (frozen)
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
         context, vocabulary = self.model.context_length, self.model.vocab_size

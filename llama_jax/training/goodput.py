@@ -1,7 +1,8 @@
 """Goodput: the share of a run's wall time, restarts included, that went into updates that the run kept.
 
 Beside the metrics lies an append-only file, one JSON object a line: `start` when a program begins or goes on with the run,
-and the seconds by part at every record. Nothing in it is ever dropped, so that lost work stays visible.
+`rewind` when the run goes back, and the seconds by part at every record. Nothing in it is ever dropped, so
+that lost work stays visible.
 """
 
 import json
@@ -69,8 +70,8 @@ class Ledger:
             return
         self._first = moment if self._first is None else min(self._first, moment)
         self._last = max(self._last, moment)
-        if entry.get("event") == "start":
-            self._starts += 1
+        if entry.get("event") in ("start", "rewind"):
+            self._starts += entry["event"] == "start"
             self._drop(step)
         elif isinstance(entry.get("seconds"), Mapping):
             self._book(step, {str(k): float(v) for k, v in entry["seconds"].items() if isinstance(v, (int, float))})
@@ -120,6 +121,10 @@ class GoodputLog:
         """Books the seconds by part since the last call, see `Clock.take`; the run's goodput so far."""
         self._add({"step": step, "seconds": {part: round(spent, 6) for part, spent in seconds.items()}})
         return self.goodput.share
+
+    def go_back(self, step: int) -> None:
+        """Updates after a step are lost: the run goes on from there."""
+        self._add({"event": "rewind", "step": step})
 
     @property
     def goodput(self) -> Goodput:

@@ -23,11 +23,16 @@ from llama_jax.training.corpora import make_batches, open_data, split_corpus
 from llama_jax.training.display import Display, duration, si
 from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate, together
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput
+from llama_jax.training.guard import all_finite
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
 from llama_jax.training.metrics import RUN_METRICS, StepRecord
+from llama_jax.training.postmortem import RUN_POSTMORTEM, array_figures
 from llama_jax.training.preflight import require_same, require_same_data
 from llama_jax.training.profile import RUN_PROFILE
+from llama_jax.training.recovery import Recovery
+from llama_jax.training.replicas import require_equal_replicas
+from llama_jax.training.rewind import RUN_REWINDS, let_go
 from llama_jax.training.samples import RUN_SAMPLES, Samples
 from llama_jax.training.setup import (
     adopt,
@@ -41,6 +46,7 @@ from llama_jax.training.setup import (
 from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
+from llama_jax.training.watch import Trouble
 from llama_jax.weights.checkpoint import Checkpoints, SaveError
 from llama_jax.weights.checkpoint_files import list_steps, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
@@ -60,6 +66,8 @@ class Summary(NamedTuple):
       unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline.
       saved: whether the last state is on disk.
       goodput: where the wall time of the run went, restarts included.
+      skipped: updates that the guard has skipped.
+      rewinds: times that the run has gone back.
     """
 
     step: int
@@ -68,6 +76,8 @@ class Summary(NamedTuple):
     unigram: float
     saved: bool
     goodput: Goodput = Goodput()
+    skipped: int = 0
+    rewinds: int = 0
 
 
 class Run:
@@ -132,20 +142,24 @@ class Run:
         self.hosts.first_does("files", self._write_files)
         unigram = unigram_cross_entropy(self.data.train, list(self.data.held_out.values()))
         with jax.set_mesh(mesh), self._open_checkpoints() as checkpoints:
+            skip, say = config.data.skip_steps, self.display.event
+            self._recovery = Recovery(config.guard, skip, self.directory, checkpoints, say)
+            self.batches = self._recovery.without_bad_data(self.batches)
             frozen = frozen_base(config, self.recipe, mesh)
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             self.display.start(self._heading(first, unigram), config.run.steps)
             self._samples.begin(first)
             kinds = [device.device_kind for device in mesh.devices.flat]
-            books = Books(config, self.batches.tokens_before, kinds, first, self.display.event, self.hosts.first)
+            books = Books(config, lambda step: self.batches.tokens_before(step), kinds, first, say, self.hosts.first)
             state, evaluation = self._steps(state, frozen, checkpoints, books, should_stop)
             with books.clock("save"):
                 self._attempt(checkpoints.wait)
             step = int(state.step)
             goodput = books.close(step)
             saved = self.hosts.agree("saved", "yes" if step in checkpoints.steps() else "") != ""
-            return Summary(step, config.run.steps, evaluation, unigram, saved, goodput)
+            skipped, rewinds = self._recovery.skipped, self._recovery.count
+            return Summary(step, config.run.steps, evaluation, unigram, saved, goodput, skipped, rewinds)
 
     def _open_checkpoints(self) -> Checkpoints:
         return Checkpoints.open(self.directory / RUN_CHECKPOINTS, self.config.run.keep_checkpoints, self.hosts)
@@ -157,13 +171,13 @@ class Run:
         copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
-        """The newest good state, or a fresh one."""
+        """The newest good state, or a fresh one, watched from there on."""
         restored = checkpoints.restore_newest(state_shapes(self.recipe, self.mesh))
-        if restored is None:
-            return self._init()
-        for warning in restored.warnings:
+        for warning in restored.warnings if restored else ():
             self.display.event(f"warning: {warning}")
-        return restored.state
+        state = restored.state if restored else self._init()
+        self._recovery.begin(state)
+        return state
 
     def _init(self) -> TrainState:
         """A fresh state: random parameters, or those of the model that the run begins with."""
@@ -198,33 +212,74 @@ class Run:
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
         run, rows = self.config.run, micro_rows(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
-        for step in range(int(state.step), run.steps):
+        step = int(state.step)
+        while step < run.steps:
             with books.clock("data"):
                 batch = global_batch(self.batches, step, rows, sharding)
             state, figures = books.trace.run(step + 1, step_program, state, batch, *frozen)
             books.log.add(figures)
-            done = step + 1
-            last = done == run.steps
-            ending = last or should_stop(done)
-            evaluating = last or (not ending and is_due(done, run.eval_every))
+            step += 1
+            last = step == run.steps
+            ending = last or should_stop(step)
+            saving = ending or is_due(step, run.checkpoint_every)
+            evaluating = last or (not ending and is_due(step, run.eval_every))
+            recording = ending or evaluating or is_due(step, run.log_every)
+            trouble = self._recovery.look(step, books.log.fetch()) if recording or saving else None
+            if trouble is not None:
+                state = self._go_back(trouble, state, frozen, checkpoints, books)
+                step = int(state.step)
+                continue
+            if is_due(step, self.config.guard.check_replicas):
+                require_equal_replicas(state.params, self.mesh, step)
             evaluation = None
-            if ending or evaluating or is_due(done, run.log_every):
-                record = books.log.record(done)
+            if recording:
+                record = books.log.record(step)
                 with books.clock("eval"):
                     evaluation = self._evaluate(state, frozen) if evaluating else None
                 self._report(record, evaluation, books)
                 self._attempt(checkpoints.poll)
                 books.log.start_clock()
-            # After the metrics, so that what a checkpoint holds is never missing there.
-            if ending or is_due(done, run.checkpoint_every):
+            # After the metrics, so that what a checkpoint holds is never missing there. Not after a skipped step: nothing has
+            # changed, and a newer checkpoint may push out an older one that the run is to go back to.
+            if ending or (saving and not self._recovery.streak):
                 with books.clock("save"):
-                    self._attempt(functools.partial(checkpoints.save, done, state, self.metadata))
+                    self._save(step, state, checkpoints)
             if ending:
                 return state, evaluation
         return state, None
 
+    def _go_back(
+        self, trouble: Trouble, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, books: Books
+    ) -> TrainState:
+        """The state to go on with after a trouble.
+
+        Raises:
+          DivergedError: if the run has gone back there often enough.
+        """
+        self._attempt(checkpoints.wait)
+        rewind = self._recovery.plan(trouble, self.batches.steps)
+        if rewind is None:
+            rows, sharding = micro_rows(self.config.data), batch_sharding(self.recipe, self.mesh)
+            batch = global_batch(self.batches, trouble.steps[-1].step, rows, sharding)
+            arrays = array_figures(self.recipe, state, batch, frozen)
+            raise self._recovery.give_up(trouble, self.batches.steps, state, arrays)
+        self._recovery.go_back(rewind)
+        books.go_back(int(state.step), rewind)
+        let_go(state)
+        self.batches = self._recovery.without_bad_data(self.batches)
+        return self._restore_or_init(checkpoints)
+
+    def _save(self, step: int, state: TrainState, checkpoints: Checkpoints) -> None:
+        """Saves a state, if its parameters are finite."""
+        if not all_finite(state.params):
+            self.display.event(f"warning: checkpoint {step} was not written: its parameters are not finite")
+            return
+        metadata = self.metadata | self._recovery.metadata()
+        self._attempt(functools.partial(checkpoints.save, step, state, metadata))
+
     def _report(self, record: StepRecord, evaluation: Evaluation | None, books: Books) -> None:
         """Shows and keeps the figures of a step."""
+        record = record._replace(skipped=self._recovery.skipped, rewinds=self._recovery.count)
         more = _flat(evaluation) | self._corpus_losses if evaluation else {}
         books.write(record.step, record.flat() | more)
         self.display.step(record._replace(held_out_loss=evaluation.nats_per_token if evaluation else None))
@@ -287,6 +342,8 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
         loss, bits = summary.evaluation.nats_per_token, summary.evaluation.bits_per_byte
         rows["held-out"] = f"{loss:.4f} nats a token, {bits:.4f} bits a byte ({summary.evaluation.tokens} tokens)"
         rows["unigram"] = f"{summary.unigram:.4f} nats a token (the entropy to beat)"
+    if summary.skipped or summary.rewinds:
+        rows["skipped"] = f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
     return rows | summary.goodput.lines()
 
 
@@ -298,8 +355,8 @@ def newest_step(directory: Path) -> int:
 
 def clear_run(directory: Path) -> None:
     """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
-    for name in (RUN_CHECKPOINTS, RUN_PROFILE):
+    for name in (RUN_CHECKPOINTS, RUN_PROFILE, RUN_POSTMORTEM):
         if (directory / name).exists():
             shutil.rmtree(directory / name)
-    for name in (RUN_METRICS, RUN_GOODPUT, RUN_SAMPLES):
+    for name in (RUN_METRICS, RUN_GOODPUT, RUN_SAMPLES, RUN_REWINDS):
         (directory / name).unlink(missing_ok=True)

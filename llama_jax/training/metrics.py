@@ -31,6 +31,8 @@ class StepRecord(NamedTuple):
       held_out_loss: nats per token on held-out text, where this step was evaluated.
       time: seconds of wall time since the record before by part (`data`, `step`, `save`, `eval`, `compile`), see `Clock`.
       goodput: share of the wall time since the start of the run, restarts included, in updates that were kept.
+      skipped: updates since the start of the run that the guard has skipped.
+      rewinds: times that the run has gone back.
       more: further means of the objective on the training batch, by name, such as `z_loss`.
     """
 
@@ -45,10 +47,12 @@ class StepRecord(NamedTuple):
     held_out_loss: float | None = None
     time: Mapping[str, float] = {}
     goodput: float | None = None
+    skipped: int = 0
+    rewinds: int = 0
     more: Mapping[str, float] = {}
 
     def flat(self) -> dict[str, Metric]:
-        """The record under the names of the metrics file; what is `None` is left out."""
+        """The record under the names of the metrics file; what is `None` is left out, and what has never gone wrong."""
         names = {
             "train/loss": self.loss,
             "train/learning_rate": self.learning_rate,
@@ -59,6 +63,8 @@ class StepRecord(NamedTuple):
             "speed/mfu": self.mfu,
             "speed/goodput": self.goodput,
             "held_out/loss": self.held_out_loss,
+            "train/skipped": self.skipped or None,
+            "train/rewinds": self.rewinds or None,
         }
         names |= {f"train/{name}": value for name, value in self.more.items()}
         names |= {f"speed/time_{part}": seconds for part, seconds in self.time.items()}

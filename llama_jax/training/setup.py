@@ -79,7 +79,8 @@ def make_recipe(config: TrainConfig) -> Recipe:
     options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention)
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
     optimizer, objective = make_optimizer(config.optimizer), next_token(config.optimizer.z_loss)
-    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk, objective)
+    sigma = config.guard.spike_sigma if config.guard.spike_skip else None
+    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk, objective, spike_sigma=sigma)
     return adapter_recipe(recipe, config) if config.adapter.rank else recipe
 
 

@@ -9,10 +9,11 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.axes import Array, Float, Int, Key, Parameters, PyTree
+from llama_jax.axes import Array, Bool, Float, Int, Key, Parameters, PyTree
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
 from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings
+from llama_jax.training.guard import Guard, acceptable, fresh_guard, kept_unless, noted
 from llama_jax.training.loss import NEXT_TOKEN, Objective
 
 
@@ -20,14 +21,16 @@ class TrainState(NamedTuple):
     """All that a run needs to go on: the data position is the step.
 
     Attributes:
-      step: updates done.
+      step: updates done, skipped ones included.
       params: what is trained, float32: the master parameters, stacked form, or a tree of adapters.
       optimizer: state of the optax optimizer.
+      guard: which updates were skipped, and what is usual.
     """
 
     step: Int[Array, ""]
     params: Parameters
     optimizer: PyTree
+    guard: Guard
 
 
 class StepMetrics(NamedTuple):
@@ -38,6 +41,7 @@ class StepMetrics(NamedTuple):
       grad_norm: global norm of the gradient before clipping.
       learning_rate: of this update.
       targets: tokens that counted in the loss; whatever else an objective counts.
+      skipped: whether the guard has kept it from changing anything.
       more: further means of the objective, by name.
     """
 
@@ -45,6 +49,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     targets: Float[Array, ""]
+    skipped: Bool[Array, ""]
     more: dict[str, Array]
 
 
@@ -73,6 +78,7 @@ class Recipe(NamedTuple):
       objective: what is made small.
       init: draws what is trained.
       parameters: from what is trained, what is frozen and the draw (`None` outside of training) to what the model runs.
+      spike_sigma: an update so many standard deviations above the usual is skipped; none for its height if `None`.
     """
 
     model: Llama
@@ -82,6 +88,7 @@ class Recipe(NamedTuple):
     objective: Objective = NEXT_TOKEN
     init: Callable[[Llama, Key[Array, ""]], Parameters] = fresh_parameters
     parameters: Callable[[Parameters, PyTree, Draw | None], Parameters] = all_trained
+    spike_sigma: float | None = None
 
 
 Sums = tuple[tuple[Float[Array, ""], dict[str, Array]], Parameters]  # (loss, more), gradient
@@ -115,7 +122,10 @@ def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: Py
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, StepMetrics]:
-    """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has no part in it."""
+    """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has no part in it.
+
+    An update that the guard does not accept leaves parameters and optimizer as they were; the step counts all the same.
+    """
     (loss, more), gradient = summed_gradients(recipe, state, batch, frozen)
     targets = recipe.objective.targets(batch)
     gradient = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradient)
@@ -123,14 +133,17 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree =
     rate = recipe.schedule(state.step)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
     loss, more = jax.tree.map(lambda total: total / jnp.maximum(targets, 1), (loss, more))
-    metrics = StepMetrics(loss, optax.tree.norm(gradient), rate, targets, more)
-    return TrainState(state.step + 1, params, optimizer), metrics
+    norm = optax.tree.norm(gradient)
+    ok = acceptable(state.guard, loss, norm, recipe.spike_sigma)
+    params, optimizer = kept_unless(ok, (params, optimizer), (state.params, state.optimizer))
+    metrics = StepMetrics(loss, norm, rate, targets, ~ok, more)
+    return TrainState(state.step + 1, params, optimizer, noted(state.guard, state.step, ok, loss, norm)), metrics
 
 
 def init_state(recipe: Recipe, key: Array) -> TrainState:
     """A fresh state at step 0."""
     params = recipe.init(recipe.model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), fresh_guard())
 
 
 def state_shapes(recipe: Recipe, mesh: Mesh) -> PyTree:

@@ -41,6 +41,7 @@ class StepLog:
         self._flops_per_token = training_flops_per_token(config.model, config.data.length)
         self._peak = total_peak(device_kinds)
         self._pending: list[StepMetrics] = []
+        self._fetched: list[StepMetrics] = []
         self._timed = 0  # updates since the clock was started
         self._first_seconds: float | None = None
         self._since = time.perf_counter()
@@ -62,23 +63,40 @@ class StepLog:
         self._first_seconds = time.perf_counter() - self._since
         self.start_clock()
 
+    def fetch(self) -> list[StepMetrics]:
+        """The figures of the updates since the last call, on the host; waits for them."""
+        figures = jax.device_get(self._pending)
+        self._fetched += figures
+        self._pending = []
+        return figures
+
+    def go_back(self, step: int, to: int) -> None:
+        """Forgets the updates since the last record, `step` in all, and books their time as lost: `to` are kept."""
+        if self._goodput is not None:
+            self._goodput.add(step, self._clock.take())
+            self._goodput.go_back(to)
+        self._pending, self._fetched, self._timed = [], [], 0
+        self.start_clock()
+
     def record(self, step: int) -> StepRecord:
-        """The mean loss since the last record, the latest of everything else, and the speed.
+        """The mean loss of the good updates since the last record, the latest of everything else, and the speed.
 
         A record of the first update alone has no better time to show than one with the compilation in it.
         """
-        figures = jax.device_get(self._pending)
+        self.fetch()
+        figures = self._fetched
         elapsed = time.perf_counter() - self._since
         timed = max(1, self._timed)
         seconds = elapsed / timed if self._timed else self._first_seconds or elapsed
         tokens = self._tokens_before(step)
         tokens_per_step = (tokens - self._tokens_before(step - timed)) / timed
-        self._pending, self._timed = [], 0
+        self._fetched, self._timed = [], 0
         last = figures[-1]
+        losses = [f.loss for f in figures if not f.skipped] or [last.loss]
         parts = self._clock.take()
         return StepRecord(
             step=step,
-            loss=float(np.mean([f.loss for f in figures])),
+            loss=float(np.mean(losses)),
             learning_rate=float(last.learning_rate),
             gradient_norm=float(last.grad_norm),
             tokens=tokens,

@@ -5,7 +5,7 @@ restored as a wrong weight, and a wrong dtype is cast, without a word. So each c
 compared before a restore and recomputed after it.
 
 On disk, `DIRECTORY/STEP/state` holds the arrays and `DIRECTORY/STEP/meta` the manifest with the caller's metadata. A
-checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but what `keep` says.
+checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but what `keep` and `discard` say.
 
 This is the only module that imports Orbax.
 """
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from llama_jax.weights.manifest import Manifest, check_content, check_like, desc
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+
+_DISCARDED = ".discarded"  # at the end of a name: about to be deleted
 
 T = TypeVar("T")
 
@@ -74,6 +77,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps on disk, oldest first; one that is still being written is not among them."""
         return list_steps(self._directory)
+
+    def agreed_steps(self) -> list[int]:
+        """`steps()` as the first process sees them, the same for all; all come here together."""
+        return json.loads(self._hosts.agree("steps", json.dumps(self.steps())))
 
     def save(self, step: int, state: PyTree, metadata: dict) -> None:
         """Starts to write a checkpoint; the arrays may be donated as soon as this returns.
@@ -159,12 +166,22 @@ class Checkpoints:
           InputError: naming the path, if a checkpoint is whole but not of this run: nothing is passed over then.
           CorruptError: if there are checkpoints and all are damaged.
         """
-        steps = json.loads(self._hosts.agree("steps", json.dumps(self.steps())))
+        steps = self.agreed_steps()
         newest = newest_whole(self._directory, lambda step: self.restore(step, like), steps)
         if newest is not None:
             self._hosts.first_does("set aside", lambda: self._set_aside([step for step in steps if step > newest.step]))
             self._manager.reload()
         return newest
+
+    def discard(self, steps: Sequence[int]) -> None:
+        """Removes checkpoints for good; each is gone at once, whatever interrupts the rest. Waits for a save under way.
+
+        Raises:
+          SaveError: if that save failed; nothing is removed then.
+        """
+        self.wait()
+        self._hosts.first_does("discarded", lambda: _remove([self._directory / str(step) for step in steps]))
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for the last save and releases the directory.
@@ -277,6 +294,13 @@ def _tidy(directory: Path) -> None:
     for entry in numbered(directory):
         if not has_files(entry):
             set_aside(entry)
+    for entry in directory.glob(f"*{_DISCARDED}"):
+        shutil.rmtree(entry)
+
+
+def _remove(entries: Sequence[Path]) -> None:
+    for entry in entries:
+        shutil.rmtree(entry.rename(entry.with_name(f"{entry.name}{_DISCARDED}")))
 
 
 def _read(where: Path, like: PyTree) -> PyTree:

@@ -164,7 +164,7 @@ def test_evaluation_and_compilation_are_no_part_of_the_step_time(config, monkeyp
     now = [100.0]
     monkeypatch.setattr(step_log.time, "perf_counter", lambda: now[0])
     log = step_log.StepLog(config, lambda step: step * config.data.batch_rows * config.data.length)
-    figures = StepMetrics(*map(np.float32, (2, 1, 1e-3, 128)), {})
+    figures = StepMetrics(*map(np.float32, (2, 1, 1e-3, 128)), np.bool_(False), {})
 
     def update(seconds):
         now[0] += seconds

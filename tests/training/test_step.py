@@ -18,6 +18,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import PARAMETER_AXES, TRAINING, parameter_spec
 from llama_jax.training.config import OptimizerConfig
 from llama_jax.training.cross_entropy import cross_entropy
+from llama_jax.training.guard import fresh_guard
 from llama_jax.training.loss import batch_loss, mean_loss
 from llama_jax.training.optimizer import decayed, make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
@@ -100,7 +101,7 @@ def run_step(mesh_sizes, recipe, params, batch, accumulation=1):
     mesh = make_mesh(*mesh_sizes, devices=jax.devices()[:count])
     with jax.set_mesh(mesh):
         shapes = state_shapes(recipe, mesh)
-        state = TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params))
+        state = TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), fresh_guard())
         state = jax.tree.map(lambda x, like: jax.device_put(np.array(x), like.sharding), state, shapes)
         placed = jax.device_put(micro_batches(batch, accumulation), batch_sharding(recipe, mesh))
         state, metrics = sharded_step(recipe, mesh)(state, placed)
@@ -196,7 +197,7 @@ def test_adamw_equals_its_formula_with_decay_on_matrices_only():
     params, batch = random_parameters(CONFIG), random_batch()
     recipe = Recipe(Llama(CONFIG), make_optimizer(config), learning_rate_schedule(config, 10), 64)
     gradient = jax.grad(plain_loss)(params, batch)
-    state = TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), fresh_guard())
     state, metrics = jax.jit(functools.partial(train_step, recipe))(state, micro_batches(batch, 1))
     np.testing.assert_allclose(metrics.learning_rate, 1e-2, rtol=1e-6)
     # After one step the corrected moments are g and g^2.

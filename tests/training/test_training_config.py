@@ -10,6 +10,7 @@ from llama_jax.errors import InputError
 from llama_jax.training.config import (
     ComputeConfig,
     DataConfig,
+    GuardConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
@@ -18,7 +19,8 @@ from llama_jax.training.config import (
 
 MODEL = LlamaConfig(vocab_size=4096, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=128, norm_eps=1e-5,
                     rope_theta=1e4, rope_scaling=None, context_length=256, tied_head=True)  # fmt: skip
-SECTIONS = {"run": RunConfig, "compute": ComputeConfig, "data": DataConfig, "optimizer": OptimizerConfig, "mesh": MeshConfig}
+SECTIONS = {"run": RunConfig, "compute": ComputeConfig, "data": DataConfig, "optimizer": OptimizerConfig, "mesh": MeshConfig,
+            "guard": GuardConfig}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,8 @@ def _without_type_checks(monkeypatch):
     ("run.profile", "15:10"), ("run.profile", "0:3"), ("run.profile", "10"), ("run.profile", 615), ("run.profile", ""),
     ("run.profile", "1:2:3"), ("run.profile", "5:1001"), ("run.profile", "-5:3"), ("run.profile", True),
     ("run.sample_prompts", "def "), ("run.sample_prompts", ("",)), ("run.sample_prompts", (3,)), ("run.sample_tokens", 0),
+    ("guard.spike_skip", 1), ("guard.spike_sigma", 0), ("guard.patience", 0), ("guard.patience", 201), ("guard.rewinds", -1),
+    ("guard.check_replicas", 0.5),
     ("mesh.data", 0), ("mesh.fsdp", -2), ("mesh.tensor", 1.0), ("mesh.tensor", -1), ("mesh.data", True),
 ])  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(key, value):
