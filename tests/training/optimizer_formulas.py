@@ -140,7 +140,7 @@ def given_recipe(config: OptimizerConfig, steps: int, params, gradients) -> Reci
 
     def loss(model, trained, batch, chunk):
         """Linear in what is trained."""
-        slope = jax.tree.map(lambda g: g[batch.tokens[0, 0]], gradients)
+        slope = jax.tree.map(lambda g: jnp.asarray(g)[batch.tokens[0, 0]], gradients)
         products = jax.tree.map(lambda p, g: jnp.sum(p * g), trained, slope)
         return sum(jax.tree.leaves(products)), {}
 
