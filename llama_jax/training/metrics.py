@@ -1,7 +1,6 @@
 """The numbers of a run: one record a step, and an append-only file of them, one JSON object a line."""
 
 import errno
-import functools
 import io
 import json
 import math
