@@ -1,6 +1,7 @@
 """`eval --data`: the held-out part of prepared data, document by document in float64; what does not fit is refused."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -49,7 +50,7 @@ def documents(directory):
     for file in TokenSet.open(directory).held_out.files:
         piece = file.read(0, file.size)
         borders = [*np.flatnonzero(piece.begins).tolist(), file.size]
-        yield from ((piece.ids[a:b], piece.learned[a:b]) for a, b in zip(borders, borders[1:]))
+        yield from ((piece.ids[a:b], piece.learned[a:b]) for a, b in itertools.pairwise(borders))
 
 
 def summed(model, ids, learned, length: int) -> tuple[float, int]:

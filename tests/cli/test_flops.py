@@ -55,7 +55,7 @@ def test_utilisation_of_the_405b_run(capsys, tflops, share):
 def test_chinchilla_says_twenty_tokens_a_parameter(capsys):
     """arXiv:2203.15556: 70B parameters on 1.4T tokens."""
     assert figures(capsys, "--parameters", "70B", "--tokens", "1.4T")["tokens_per_parameter"] == pytest.approx(20)
-    assert run_program(lambda: main("--model llama3-8b --tokens 15T".split())) == 0
+    assert run_program(lambda: main(["--model", "llama3-8b", "--tokens", "15T"])) == 0
     assert "Chinchilla: about 20, here 1.61e+11 tokens" in capsys.readouterr().out  # 20 * 8.03e9
 
 

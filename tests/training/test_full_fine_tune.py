@@ -93,7 +93,7 @@ def test_twenty_steps_have_the_losses_of_pytorch(smollm2_model, smollm2_torch, b
     wanted, norms = torch_curve(copy.deepcopy(smollm2_torch), batches, rates)
     losses, our_norms = our_curve(smollm2_model, batches)
     apart = np.abs(np.subtract(losses, wanted))
-    print(f"losses {wanted[0]:.4f} ... {wanted[-1]:.4f}, at most {apart.max():.1e} apart; norms {min(norms):.2f} to {max(norms):.2f}")
+    print(f"losses {wanted[0]:.4f} to {wanted[-1]:.4f}, {apart.max():.1e} apart; norms {min(norms):.2f} to {max(norms):.2f}")
     assert apart.max() < 1e-3
     np.testing.assert_allclose(our_norms[0], norms[0], rtol=1e-4)
     assert np.mean(wanted[-5:]) < np.mean(wanted[:5]) - 0.3

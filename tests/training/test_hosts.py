@@ -1,5 +1,6 @@
 """Hosts: what the devices of each one read is together the batch of the step, whatever their number; after a resume too."""
 
+import collections
 import dataclasses
 import re
 
@@ -44,11 +45,11 @@ def read_by_hosts(
     host has the devices of its number, one after another.
     """
     mesh = make_mesh(*sizes)
-    whole, have, owner = {}, {}, {}
+    whole, have, asked = {}, {}, collections.Counter()
 
     def of_host(host, shape, sharding, callback):
-        field = len(owner.setdefault(host, []))
-        owner[host].append(field)
+        field = asked[host]
+        asked[host] += 1
         values = whole.setdefault(field, np.full(shape, -7, np.float64))
         mine = mesh.devices.flat[host * DEVICES // count : (host + 1) * DEVICES // count]
         for device, index in sharding.devices_indices_map(shape).items():
@@ -56,21 +57,24 @@ def read_by_hosts(
                 values[index] = callback(index)
                 have.setdefault(field, np.zeros(shape, bool))[index] = True
 
-    read = []
+    read: list[set[int]] = []
     chosen = Batches.chosen_rows
-    for host in range(count):
-        rows = set()
-        monkeypatch.setattr(Batches, "chosen_rows", lambda self, step, numbers: rows.update(numbers.tolist())
-                            or chosen(self, step, numbers))  # fmt: skip
-        monkeypatch.setattr(jax, "make_array_from_callback", lambda *given, host=host: of_host(host, *given))
-        hosts.global_batch(batches, step, micro, NamedSharding(mesh, batch_spec(TRAINING, leading=1)))
-        read.append(len(rows))
-        monkeypatch.undo()
+
+    def noted(self, step, numbers):
+        read[-1].update(numbers.tolist())
+        return chosen(self, step, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "chosen_rows", noted)
+        for host in range(count):
+            read.append(set())
+            patch.setattr(jax, "make_array_from_callback", lambda *given, host=host: of_host(host, *given))
+            hosts.global_batch(batches, step, micro, NamedSharding(mesh, batch_spec(TRAINING, leading=1)))
     assert all(places.all() for places in have.values())
     kinds = (np.int32, np.int32, np.float32, np.int32)
     # Micro-batch `a` holds every row `i` with `i % A == a`.
     fields = [whole[field].swapaxes(0, 1).reshape(-1, batches.length).astype(kind) for field, kind in enumerate(kinds)]
-    return Batch(*fields), read
+    return Batch(*fields), [len(rows) for rows in read]
 
 
 def verified(capsys, config_file, step: int) -> str:
