@@ -8,7 +8,6 @@ speed is that of all new tokens after the first: the time of a whole generation 
 
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import pathlib
 import sys
@@ -21,6 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import peers
 from report import heading
+from sides import start
 
 PROMPT_TOKENS = 16
 
@@ -32,34 +32,18 @@ def smollm2() -> pathlib.Path:
     return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
 
 
-def serve(make, path, dtype, link) -> None:
-    """A side in a process of its own: takes (rows, length, new tokens), answers with seconds."""
+def timed(make, path, dtype):
+    """From (rows, length, new tokens) to the seconds that a side takes."""
     run = make(path, dtype)
     rng = np.random.default_rng(0)
-    for rows, length, new in iter(link.recv, None):
+
+    def seconds(rows: int, length: int, new: int) -> float:
         prompts = rng.integers(3, 49000, (rows, length))
         started = time.perf_counter()
         run(prompts, new)
-        link.send(time.perf_counter() - started)
+        return time.perf_counter() - started
 
-
-def start(make, path, dtype):
-    """A function (rows, length, new tokens) -> seconds, measured in a process that runs only while it is asked."""
-    context = multiprocessing.get_context("spawn")
-    link, other = context.Pipe()
-    process = context.Process(target=serve, args=(make, path, dtype, other), daemon=True)
-    process.start()
-    other.close()  # a side that dies ends the benchmark
-
-    def ask(*case: int) -> float:
-        link.send(case)
-        return link.recv()
-
-    def stop() -> None:
-        link.send(None)
-        process.join()
-
-    return ask, stop
+    return seconds
 
 
 def shortest(sides: dict, cases: list[tuple[int, int, int]], rounds: int) -> dict[str, list[float]]:
@@ -97,11 +81,14 @@ def table(sides: dict, options: argparse.Namespace) -> None:
 
 def sides_of(dtype: str, directory: pathlib.Path) -> dict:
     """Each side started: this library, transformers, and llama.cpp on files of the same weights."""
-    sides = {"llama_jax": start(peers.llama_jax, smollm2(), dtype), "transformers": start(peers.transformers, smollm2(), dtype)}
+    sides = {
+        "llama_jax": start(timed, peers.llama_jax, smollm2(), dtype),
+        "transformers": start(timed, peers.transformers, smollm2(), dtype),
+    }
     if importlib.util.find_spec("llama_cpp") is not None:
         for stored in (dtype,) if dtype == "float32" else (dtype, "float16"):
             file = peers.write_gguf(smollm2(), directory / f"{stored}.gguf", stored)
-            sides[f"llama.cpp {stored}"] = start(peers.llama_cpp, file, stored)
+            sides[f"llama.cpp {stored}"] = start(timed, peers.llama_cpp, file, stored)
     return sides
 
 

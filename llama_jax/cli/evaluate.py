@@ -1,4 +1,4 @@
-"""`eval`: how well a model predicts text files, and answers multiple-choice questions."""
+"""`eval`: how well a model predicts text files and held-out data, and answers multiple-choice questions."""
 
 import json
 import pathlib
@@ -14,14 +14,16 @@ Figures = Mapping[str, float]  # by name; one result
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `eval`."""
-    parser = OptionParser(prog, "Loss of a LLaMA on text files, in nats a token and bits a byte; accuracy on questions.")
+    parser = OptionParser(prog, "Loss of a LLaMA on text, in nats a token and bits a byte; accuracy on questions.")
     add_model_options(parser)
     parser.add_argument("--text", action="append", default=[], metavar="FILE", help="UTF-8 text; may be given several times")
+    parser.add_argument("--data", action="append", default=[], metavar="DIR",
+                        help="folder that prepare wrote: its held-out part; may be given several times")  # fmt: skip
     parser.add_argument(
         "--choices", action="append", default=[], metavar="FILE",
         help='JSON lines {"prompt": TEXT, "choices": [TEXT, ...], "answer": index or text}; may be given several times',
     )  # fmt: skip
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window of text; the model's context by default")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window or row; the model's context by default")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
@@ -62,14 +64,16 @@ def _shown(value: float) -> str:
 def main(arguments: list[str], prog: str = "eval") -> int:
     """Runs `eval` and returns its exit status."""
     options = make_parser(prog).parse(arguments)
-    if not options.text and not options.choices:
-        raise InputError("nothing to evaluate on: a text file (--text FILE) or questions (--choices FILE) expected")
+    if not options.text and not options.data and not options.choices:
+        raise InputError("nothing to evaluate on: --text FILE, --data DIR (prepared) or --choices FILE (questions) expected")
     texts = {name: read_text(pathlib.Path(name)) for name in options.text}
+    from llama_jax.data.token_set import TokenSet
     from llama_jax.generation.generate import Generator
     from llama_jax.training.choices import evaluate_choices, read_questions
-    from llama_jax.training.evaluate import evaluate_text, together
+    from llama_jax.training.evaluate import evaluate_prepared, evaluate_text, together
     from llama_jax.weights.load import load
 
+    prepared = {name: TokenSet.open(pathlib.Path(name)) for name in options.data}
     questions = {name: read_questions(pathlib.Path(name)) for name in options.choices}
     keep_compiled_programs()
     dtype = resolve_dtype(options.dtype)
@@ -79,6 +83,7 @@ def main(arguments: list[str], prog: str = "eval") -> int:
     losses = {name: evaluate_text(model, text, options.length, dtype=dtype) for name, text in texts.items()}
     if len(losses) > 1:
         losses["total"] = together([(result, len(texts[name].encode())) for name, result in losses.items()])
+    losses |= {name: evaluate_prepared(model, data, options.length, dtype=dtype) for name, data in prepared.items()}
     generator = Generator(model.params, model.config, dtype=dtype) if questions else None
     accuracies = {name: evaluate_choices(model, asked, generator) for name, asked in questions.items()}
     kinds = [{name: result._asdict() for name, result in kind.items()} for kind in (losses, accuracies)]

@@ -14,6 +14,7 @@ from llama_jax.data.steps import Steps
 from llama_jax.data.token_set import TokenSet
 from llama_jax.data.tokens import Tokens, largest_token
 from llama_jax.errors import InputError
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.training.config import DataConfig, TrainConfig
 
 Say = Callable[[str], None]
@@ -95,6 +96,28 @@ def make_batches(opened: RunData, data: DataConfig) -> Batches:
     """
     sources = tuple(Source(pack(corpus.train, data.length, data.packing), corpus.weight) for corpus in opened.corpora)
     return Batches(sources, Steps(data.batch_rows, data.batch_ramp, data.skip_steps), data.seed)
+
+
+def require_same_tokenizer(prepared: TokenSet, tokenizer: Tokenizer | None, model: str) -> None:
+    """Refuses data made with tokens that mean something else to a model.
+
+    Args:
+      prepared: the data.
+      tokenizer: of the model; without one there is nothing to compare.
+      model: the same in words, and where it is.
+
+    Raises:
+      InputError: naming the first token that differs.
+    """
+    if tokenizer is None:
+        return
+    theirs, ours = load_tokenizer(prepared.tokenizer_path).surface.pieces, tokenizer.surface.pieces
+    differing = next((token for token, (a, b) in enumerate(zip(theirs, ours)) if a != b), None)
+    if differing is not None:
+        raise InputError(
+            f"in {prepared.directory} token {differing} is {theirs[differing]!r:.40}, in {model} it is "
+            f"{ours[differing]!r:.40}; prepare the data with the tokenizer of this model"
+        )
 
 
 def sources_identity(data: DataConfig) -> list[str]:

@@ -13,12 +13,17 @@ from llama_jax.axes import Array, Parameters
 from llama_jax.data.batch import Batch
 from llama_jax.data.batches import sequential_rows, sequential_windows
 from llama_jax.data.packing import Name, pack
-from llama_jax.data.tokens import Tokens
+from llama_jax.data.token_set import TokenSet
+from llama_jax.data.tokens import Tokens, largest_token
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, model_for
 from llama_jax.parallel.sharding import batch_spec
 from llama_jax.text.tokenizer import encode_prompt
+<<<<<<< HEAD
 from llama_jax.training.hosts import place
+=======
+from llama_jax.training.corpora import require_same_tokenizer
+>>>>>>> shows
 from llama_jax.training.loss import batch_loss
 from llama_jax.weights.load import Pretrained
 
@@ -63,14 +68,46 @@ def evaluate(
     """Loss over all tokens, in rows of `length`, `batch_rows` at a time; `fit` parts no document that fits into a row."""
     rows = NamedSharding(mesh, batch_spec(model.options.rules))
     parts: list[tuple[Array, Array]] = []
-    whole = packing == "fit" or tokens.kind == "pairs"
-    batches = (
-        sequential_rows(pack(tokens, length, packing), batch_rows) if whole else sequential_windows(tokens, length, batch_rows)
-    )
-    for batch in batches:
+    for batch in _in_order(tokens, length, batch_rows, packing):
         jax.block_until_ready(parts[-2:-1])  # the host must not run ahead and fill the device with batches
         parts.append(run(params, place(batch, rows)))
     nats, targets = (math.fsum(column) for column in zip(*jax.device_get(parts)))
+    return make_evaluation(nats, int(targets), tokens.bytes_of_text)
+
+
+def _in_order(tokens: Tokens, length: int, batch_rows: int, packing: Name) -> Iterator[Batch]:
+    """All tokens once, in batches of rows of `length`."""
+    if packing == "fit" or tokens.kind == "pairs":
+        return sequential_rows(pack(tokens, length, packing), batch_rows)
+    return sequential_windows(tokens, length, batch_rows)
+
+
+def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = None, **options: Any) -> Evaluation:
+    """Loss of a model on the held-out part of prepared data: text in windows, conversations whole.
+
+    Args:
+      model: from `llama_jax.load`.
+      data: prepared with the tokenizer of this model.
+      length: tokens of a row; the model's context by default. What is longer is cut.
+      **options: `dtype`, `attention`, `rules` of `ModelOptions`.
+
+    Raises:
+      InputError: if nothing was held out; for a length out of range, and tokens of another tokenizer.
+    """
+    tokens, context = data.held_out, model.config.context_length
+    if tokens is None:
+        raise InputError(f"{data.directory}: nothing was held out; prepare it with --held-out 0.01")
+    require_same_tokenizer(data, model.tokenizer, "the model")
+    if tokens.vocab_size > model.config.vocab_size and (largest := largest_token(tokens)) >= model.config.vocab_size:
+        raise InputError(f"{tokens.name}: token {largest}; the vocabulary of the model goes to {model.config.vocab_size - 1}")
+    length = min(context, max(1, tokens.size - 1)) if length is None else length
+    if not 1 <= length <= context:
+        raise InputError(f"rows of {length} tokens asked for; 1 to {context}, the model's context, expected")
+    run = batch_evaluator(model_for(model.params, model.config, **options), _TEXT_CHUNK)
+    nats, targets = 0.0, 0.0
+    for row in _in_order(tokens, length, 1, "cut" if tokens.kind == "text" else "fit"):
+        loss, count = run(model.params, row)
+        nats, targets = nats + float(loss), targets + float(count)
     return make_evaluation(nats, int(targets), tokens.bytes_of_text)
 
 

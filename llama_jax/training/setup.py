@@ -20,12 +20,17 @@ from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
 from llama_jax.training.config import TrainConfig, micro_rows
+<<<<<<< HEAD
 from llama_jax.training.loss import next_token
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
+=======
+from llama_jax.training.corpora import require_same_tokenizer
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+>>>>>>> shows
 from llama_jax.training.step import Recipe
 from llama_jax.weights.load import Form, load
-from llama_jax.weights.open import Opened, open_model
+from llama_jax.weights.open import open_model
 from llama_jax.weights.report import report
 
 RUN_TEXT = "tokenizer"  # in a run's directory: the tokenizer files of the model that the run began with
@@ -136,7 +141,7 @@ def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict 
         raise InputError(f"model: another architecture than that of run.init ({config.run.init}) given; leave out its numbers")
     facts = report(opened).to_dict() | {"path": config.run.init}  # as it was named: a name on the Hub stays one
     if prepared is not None:
-        _require_same_tokenizer(prepared, opened)
+        require_same_tokenizer(prepared, opened.tokenizer, f"run.init ({config.run.init})")
     if config.data.tokenizer is not None or prepared is not None:
         return config, facts
     if opened.tokenizer is None:
@@ -158,16 +163,3 @@ def _copy_template(tokenizer: Path, directory: Path) -> None:
     if source.is_file():
         with atomic_write(directory / source.name) as file:
             file.write(source.read_bytes())
-
-
-def _require_same_tokenizer(prepared: TokenSet, opened: Opened) -> None:
-    """Refuses data made with tokens that mean something else to the model that a run begins with."""
-    if opened.tokenizer is None:
-        return
-    theirs, ours = load_tokenizer(prepared.tokenizer_path).surface.pieces, opened.tokenizer.surface.pieces
-    differing = next((token for token, (a, b) in enumerate(zip(theirs, ours)) if a != b), None)
-    if differing is not None:
-        raise InputError(
-            f"data.sources: in {prepared.directory} token {differing} is {theirs[differing]!r:.40}, in run.init it is "
-            f"{ours[differing]!r:.40}; prepare the data with --tokenizer {opened.path}"
-        )

@@ -130,7 +130,7 @@ def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
     (["--text", __file__, "--length", "-3"], "windows of -3"),
     (["--text", __file__, "--length", "ten"], "argument --length: invalid int value: 'ten'"),
     (["--txt", __file__], "argument '--txt' is unknown; the nearest is --text"),
-    ([], "nothing to evaluate on: a text file (--text FILE) or questions (--choices FILE) expected"),
+    ([], "nothing to evaluate on: --text FILE, --data DIR (prepared) or --choices FILE (questions) expected"),
 ])  # fmt: skip
 def test_wrong_use_is_one_line(tiny_directory, capsys, arguments, words):
     assert run("--model", tiny_directory, *arguments) == 2

@@ -45,6 +45,20 @@ def test_the_405b_run_of_the_paper(capsys):
     assert 60 < got["days"] < 80
 
 
+@pytest.mark.parametrize(("tflops", "share"), [(430, 43), (400, 41), (380, 38)])
+def test_utilisation_of_the_405b_run(capsys, tflops, share):
+    """The paper's table 4: TFLOP/s a GPU of 16,000 and fewer H100s, and the per cent of the dense peak that they are."""
+    got = figures(capsys, "--model", "llama3.1-405b", "--tokens", "15.6T", "--tflops", str(tflops), "--peak", "989")
+    assert 100 * got["peak_share"] == pytest.approx(share, abs=0.6)
+
+
+def test_chinchilla_says_twenty_tokens_a_parameter(capsys):
+    """arXiv:2203.15556: 70B parameters on 1.4T tokens."""
+    assert figures(capsys, "--parameters", "70B", "--tokens", "1.4T")["tokens_per_parameter"] == pytest.approx(20)
+    assert run_program(lambda: main(["--model", "llama3-8b", "--tokens", "15T"])) == 0
+    assert "Chinchilla: about 20, here 1.61e+11 tokens" in capsys.readouterr().out  # 20 * 8.03e9
+
+
 def test_attention_is_counted_as_causal(capsys):
     """Llama 3 8B written out: 4 * 4096 * 4096 wide, 8 of 32 heads for keys, 3 * 4096 * 14336, the head; half of all pairs."""
     matmul = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
