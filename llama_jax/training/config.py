@@ -22,6 +22,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "run.eval_every": (0, 10**9),
     "run.checkpoint_every": (1, 10**9),
     "run.keep_checkpoints": (1, 10**6),
+    "run.hang_seconds": (0, 10**6),
     "compute.loss_chunk": (1, 10**9),
     "data.vocab_size": (1, 1 << 22),
     "data.held_out_fraction": (0, 0.5),
@@ -90,6 +91,8 @@ class RunConfig:
       eval_every: steps between two evaluations on held-out text; 0 for none.
       checkpoint_every: steps between two checkpoints; the last step always has one.
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
+      hang_seconds: a run without an update for so long, or for ten times as long as an update takes, whichever is longer, is
+        taken to hang: it writes down all stacks and exits with status 3; 0 never.
       trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each an extra to install.
 
     Raises:
@@ -105,6 +108,7 @@ class RunConfig:
     eval_every: int = 100
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
+    hang_seconds: float = 300
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from llama_jax.training.goodput import RUN_GOODPUT, Goodput
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
 from llama_jax.training.metrics import RUN_METRICS, StepRecord
+from llama_jax.training.saving import Saver
 from llama_jax.training.setup import (
     adopt,
     frozen_base,
@@ -37,7 +37,7 @@ from llama_jax.training.setup import (
 from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
-from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps, read_metadata
+from llama_jax.weights.checkpoint import Checkpoints, list_steps, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
 RUN_CONFIG = "config.yaml"
@@ -55,6 +55,7 @@ class Summary(NamedTuple):
       unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline.
       saved: whether the last state is on disk.
       goodput: where the wall time of the run went, restarts included.
+      failed_saves: checkpoints that could not be written.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Summary(NamedTuple):
     unigram: float
     saved: bool
     goodput: Goodput = Goodput()
+    failed_saves: int = 0
 
 
 class Run:
@@ -123,12 +125,15 @@ class Run:
             self.display.start(self._heading(first, unigram), config.run.steps)
             kinds = [device.device_kind for device in mesh.devices.flat]
             books = Books(config, self.batches.tokens_before, kinds, first, self.display.event)
-            state, evaluation = self._steps(state, frozen, checkpoints, books, should_stop)
-            with books.clock("save"):
-                self._attempt(checkpoints.wait)
-            step = int(state.step)
+            saver = Saver(checkpoints, self.directory, config.run.checkpoint_every, self.metadata, self.display.event)
+            with books.watchdog:
+                state, evaluation = self._steps(state, frozen, saver, books, should_stop)
+                step = int(state.step)
+                with books.clock("save"):
+                    saver.finish(step, state)
             goodput = books.close(step)
-            return Summary(step, config.run.steps, evaluation, unigram, step in checkpoints.steps(), goodput)
+            saved = step in checkpoints.steps()
+            return Summary(step, config.run.steps, evaluation, unigram, saved, goodput, saver.failures)
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
         """The newest good state, or a fresh one."""
@@ -167,7 +172,7 @@ class Run:
         ]
 
     def _steps(
-        self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, books: Books, should_stop: Stop
+        self, state: TrainState, frozen: tuple[Parameters, ...], saver: Saver, books: Books, should_stop: Stop
     ) -> tuple[TrainState, Evaluation | None]:
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
         run, rows = self.config.run, micro_rows(self.config.data)
@@ -176,8 +181,8 @@ class Run:
             with books.clock("data"):
                 batch = global_batch(self.batches, step, rows, sharding)
             state, figures = step_program(state, batch, *frozen)
-            books.log.add(figures)
             done = step + 1
+            books.add(done, figures)
             last = done == run.steps
             ending = last or should_stop(done)
             evaluating = last or (not ending and is_due(done, run.eval_every))
@@ -187,12 +192,11 @@ class Run:
                 with books.clock("eval"):
                     evaluation = self._evaluate(state, frozen) if evaluating else None
                 self._report(record, evaluation, books)
-                self._attempt(checkpoints.poll)
                 books.log.start_clock()
             # After the metrics, so that what a checkpoint holds is never missing there.
-            if ending or is_due(done, run.checkpoint_every):
+            if saver.due(done) or ending:
                 with books.clock("save"):
-                    self._attempt(functools.partial(checkpoints.save, done, state, self.metadata))
+                    saver.save(done, state)
             if ending:
                 return state, evaluation
         return state, None
@@ -202,13 +206,6 @@ class Run:
         more = _flat(evaluation) | self._corpus_losses if evaluation else {}
         books.write(record.step, record.flat() | more)
         self.display.step(record._replace(held_out_loss=evaluation.nats_per_token if evaluation else None))
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Does something with checkpoints; a failing disk is reported and training goes on."""
-        try:
-            action()
-        except SaveError as error:
-            self.display.event(f"warning: {error}")
 
     def _evaluate(self, state: TrainState, frozen: tuple[Parameters, ...]) -> Evaluation:
         data, model = self.config.data, self.recipe.model
@@ -260,6 +257,10 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
         loss, bits = summary.evaluation.nats_per_token, summary.evaluation.bits_per_byte
         rows["held-out"] = f"{loss:.4f} nats a token, {bits:.4f} bits a byte ({summary.evaluation.tokens} tokens)"
         rows["unigram"] = f"{summary.unigram:.4f} nats a token (the entropy to beat)"
+    if summary.failed_saves:
+        rows["checkpoints"] = f"{summary.failed_saves} could not be written" + (
+            "" if summary.saved else ", the last among them"
+        )
     return rows | summary.goodput.lines()
 
 
