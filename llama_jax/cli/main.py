@@ -18,7 +18,7 @@ _VERBS = {
     "data": ("llama_jax.cli.data", "data verify: check token files, hash the batch of a step"),
     "checkpoint": (
         "llama_jax.cli.checkpoint",
-        "checkpoint list, checkpoint verify: those of a run, and whether they are whole",
+        "those of a run: checkpoint list; checkpoint verify reads all of them",
     ),
     "convert": ("llama_jax.cli.convert", "write a model in another format"),
     "flops": ("llama_jax.cli.flops", "the compute of a training, as papers count it"),

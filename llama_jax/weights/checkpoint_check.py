@@ -1,5 +1,6 @@
 """What lies in the directory of a run's checkpoints, whole or not, and whether it is what was saved; nothing is changed."""
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -66,11 +67,13 @@ def verify_checkpoints(directory: Path, step: int | None = None) -> Iterator[Che
     if step is not None and step not in steps:
         raise InputError(f"--step: {step} given, one of {steps} expected, those in {directory}")
     for number in steps if step is None else [step]:
-        found = _describe(directory / str(number), True)
-        if found.condition == "committed":
-            reason = _damage(directory, number)
-            found = found._replace(condition="damaged" if reason else "ok", reason=reason)
-        yield found
+        with contextlib.suppress(FileNotFoundError):
+            found = _describe(directory / str(number), True)
+            if found.condition == "committed":
+                reason = _damage(directory, number)
+                (directory / str(number)).stat()  # one that a run has deleted in the meantime is not damaged
+                found = found._replace(condition="damaged" if reason else "ok", reason=reason)
+            yield found
 
 
 def _entries(directory: Path) -> Iterator[Path]:
