@@ -5,6 +5,7 @@ completed; the loop only tells it of each update that it has begun.
 """
 
 import collections
+import contextlib
 import faulthandler
 import os
 import statistics
@@ -158,7 +159,7 @@ def end_process(path: Path, line: str) -> None:
 
 
 def _write_stacks(path: Path, line: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), path.open("w", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {line}\n\n")
         file.flush()
         faulthandler.dump_traceback(file)
