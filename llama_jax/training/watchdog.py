@@ -108,7 +108,8 @@ class Watchdog:
     def _limit(self, part: str | None) -> float:
         """Seconds that the part under way may go on without a sign of life."""
         limit = max(self._seconds, _TYPICAL * statistics.median(self._spent) if self._spent else 0.0)
-        if part not in _ALLOWANCE and _compiles(sys._current_frames().get(self._watched)):
+        first = part is None and self._step is None  # which is traced, compiled and waited for
+        if part not in _ALLOWANCE and (first or _compiles(sys._current_frames().get(self._watched))):
             part = "compile"
         if part not in _ALLOWANCE:
             return limit

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from faults.child import flip_bit
-from faults.harness import assert_bitwise, checkpoint_steps, copy_run, leaf_hashes, make_run
+from faults.harness import assert_bitwise, checkpoint_steps, copy_run, make_run
 
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
@@ -40,8 +40,7 @@ def test_a_disk_that_is_full_for_a_while(spawn, tmp_path, corpus, reference):
     fault = "before_update:*:slow=0.3,in_data:8:full=20000,in_data:10:space"
     child = spawn.train(run, fault=fault).expect(0)
     assert warnings(child.output) == [(8, "File too large")]
-    told = child.output.index("8 was not written")
-    assert told < child.output.index("\n10/12 " if "\n10/12 " in child.output else "10/12")
+    assert child.output.index("/8 was not written") < child.output.index(" 10/12 ")
     assert checkpoint_steps(run) == [4, 10, 12]
     assert re.search(r"checkpoints +1 could not be written$", child.output, re.MULTILINE)
     assert_bitwise(run, reference)
@@ -52,9 +51,7 @@ def test_a_disk_that_stays_full(spawn, tmp_path, corpus, reference):
     run = make_run(tmp_path / "run", corpus, reference, run={"keep_checkpoints": 1})
     child = spawn.train(run, fault="before_update:*:slow=0.2,in_data:6:full=20000").expect(5)
     steps = [step for step, _ in warnings(child.output)]
-    assert steps[:2] == [8, 9]  # and then after 2, 4, ... steps, and at the end
-    assert steps[-2:] == [12, 12]
-    assert len(steps) <= 6
+    assert steps == [8, 10, 12, 12]  # known at 9, tried at 10, known at 11, tried at the end and once more
     assert "the last among them" in child.output
     assert checkpoint_steps(run) == [4]
     spawn.train(run).expect(0).wait_for("going on from step 4$")
@@ -77,11 +74,9 @@ def test_a_bit_flipped_while_nobody_looked(spawn, tmp_path, reference):
     """13: damage is told, the checkpoint set aside, and the steps are done again, to the same bits."""
     run = copy_run(reference, tmp_path / "run")
     damaged = pathlib.Path(run.run.dir) / RUN_CHECKPOINTS / "12"
-    before = leaf_hashes(run, 12)
     flip_bit(damaged)
     child = spawn.train(run, more=["--run.steps", "13"])
     child.expect(0).wait_for(r"^warning: checkpoint .*/12.* is damaged: .*; passed over for an older checkpoint$")
     child.wait_for("going on from step 8$")
     assert "12.corrupt" in entries(run)
     assert checkpoint_steps(run)[-2:] == [12, 13]
-    assert leaf_hashes(run, 12) != before  # 13 steps have another learning rate than 12

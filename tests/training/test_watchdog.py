@@ -71,6 +71,13 @@ def test_no_update_for_the_limit(watched):
     ]
 
 
+def test_the_first_update_has_time_to_be_compiled(watched):
+    watched.pass_by(1200)
+    assert watched.lines == []
+    watched.pass_by(1)
+    assert "(no step was completed; at most 1200 s" in watched.lines[0]
+
+
 def test_slow_updates_are_waited_for_ten_times_as_long(watched):
     for step in range(1, 8):
         watched.update(step, 30 if step % 2 else 50)
@@ -116,6 +123,7 @@ def test_compiling_has_an_allowance(watched, tmp_path):
     code = compile("def compile_long(wait): wait()", str(module), "exec")
     names = {}
     eval(code, names)
+    watched.update(1, 1)
     names["compile_long"](lambda: watched.pass_by(1200))
     assert watched.lines == []
     watched.pass_by(1)
@@ -142,7 +150,8 @@ _HANGING = """
 import pathlib, sys, time
 from llama_jax.training.clock import Clock
 from llama_jax.training.watchdog import Watchdog
-with Watchdog(pathlib.Path(sys.argv[1]), float(sys.argv[2]), Clock()):
+clock = Clock()
+with Watchdog(pathlib.Path(sys.argv[1]), float(sys.argv[2]), clock), clock("data"):
     time.sleep(float(sys.argv[3]))
 """
 
@@ -156,12 +165,12 @@ def test_the_process_ends_with_all_stacks(tmp_path, file, seconds, sleep, status
     assert done.returncode == status
     if status:
         assert "has stood still" in done.stderr
-        assert 'File "<string>", line 6' in done.stderr
+        assert 'File "<string>", line 7' in done.stderr
         assert "in _watch" in done.stderr
     written = status and "/" not in file
     assert [path.name for path in tmp_path.iterdir()] == (["hang.txt"] if written else [])
     if written:
-        assert 'File "<string>", line 6' in (tmp_path / "hang.txt").read_text()
+        assert 'File "<string>", line 7' in (tmp_path / "hang.txt").read_text()
 
 
 def test_outside_of_its_block_nothing_is_watched(tmp_path):
