@@ -20,9 +20,9 @@ from llama_jax.weights.checkpoint_check import verify_checkpoints
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
 FAULTS = int(os.environ.get("LLAMA_JAX_CHAOS", "8"))
-SEED = int(os.environ.get("LLAMA_JAX_CHAOS_SEED", "1"))
+SEED = int(os.environ.get("LLAMA_JAX_CHAOS_SEED", "40"))
 EVERY = 3  # steps between two checkpoints
-STEPS = EVERY * (FAULTS + 1)
+STEPS = 6 * FAULTS
 PACE = "before_update:*:slow=0.04"  # so that there is something to hit
 
 # What happens to a program, and the exit status that it is to have then.

@@ -1,6 +1,5 @@
 """What a run is surrounded by: no network, strange terminals, text that ends."""
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -10,7 +9,7 @@ import sys
 
 import jax
 import pytest
-from faults.harness import CHILD, ROOT, assert_bitwise, config_file
+from faults.harness import CHILD, ROOT, assert_bitwise, checkpoint_steps, config_file, make_run
 from tiny_runs import child_environment, read_lines, read_state, state_bytes
 
 from llama_jax.parallel.mesh import make_mesh
@@ -27,8 +26,6 @@ def test_without_a_network(spawn, run, reference):
     infer = spawn(words, LLAMA_JAX_NO_NETWORK="1").expect(0)
     for one in (child, infer):
         assert "no network" in one.errors
-        if os.geteuid() == 0:
-            assert "no network at all" in one.errors
         assert "was asked for" not in one.errors
 
 
@@ -66,22 +63,18 @@ def in_process(config, stop_at: int = 0) -> None:
 
 
 @pytest.mark.usefixtures("one_device")
-def test_ends_that_fall_together(run, tmp_path):
+def test_ends_that_fall_together(run, tmp_path, corpus, reference):
     """27: stopped at the end of an epoch, ended at a step that no interval has: each state is saved once, no row is lost."""
     rows, batch = Run(run, PlainDisplay(sys.stdout)).batches.sources[0].packing.count, run.data.batch_rows
     epoch = rows // batch
     steps = epoch + 3
-    runs = []
-    for name in ("straight", "stopped"):
-        changed = dataclasses.replace(
-            run.run, dir=str(tmp_path / name), steps=steps, checkpoint_every=epoch, keep_checkpoints=9
-        )
-        runs.append(dataclasses.replace(run, run=changed))
+    changes = {"steps": steps, "checkpoint_every": epoch, "keep_checkpoints": 9}
+    runs = [make_run(tmp_path / name, corpus, reference, run=changes) for name in ("straight", "stopped")]
     in_process(runs[0])
     in_process(runs[1], stop_at=epoch)
     in_process(runs[1])
     for config in runs:
-        assert [int(path.name) for path in sorted(pathlib.Path(config.run.dir, "checkpoints").iterdir())] == [epoch, steps]
+        assert checkpoint_steps(config) == [epoch, steps]
         lines = read_lines(pathlib.Path(config.run.dir))
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         assert lines[-1]["train/tokens"] == steps * batch * run.data.length
