@@ -33,6 +33,8 @@ class Saver:
         self._tell = tell
         self._looked = False  # at the room on the disk
         self._running = False  # whether a save has begun of which no failure is known
+        # Other hosts may not know of a failure, and a save is made by all or by none: they wait for the next that is due.
+        self._alone = jax.process_count() == 1
         self._in_a_row = 0  # failures since the last save that went well
         self._again: int | None = None  # the step after which a save that failed is tried again
         self.failures = 0
@@ -54,7 +56,7 @@ class Saver:
     def finish(self, step: int, state: PyTree) -> None:
         """Waits for the last save, and tries it once more should it have failed."""
         self._attempt(step, self._checkpoints.wait)
-        if step not in self._checkpoints.steps():
+        if self._alone and step not in self._checkpoints.steps():
             self.save(step, state)
             self._attempt(step, self._checkpoints.wait)
 
@@ -66,12 +68,10 @@ class Saver:
             self._running = False
             self.failures += 1
             self._in_a_row += 1
-            # Other hosts may not know of the failure, and a save is made by all or by none.
-            alone = jax.process_count() == 1
             # After 1, 2, 4, ... steps: what is full stays full for a while, and a save that fails costs time too.
-            self._again = step + 2 ** min(self._in_a_row - 1, 20) if alone else None
+            self._again = step + 2 ** min(self._in_a_row - 1, 20) if self._alone else None
             times = f" ({self._in_a_row} in a row)" if self._in_a_row > 1 else ""
-            self._tell(f"warning: {error}{times}; training goes on")
+            self._tell(f"warning: {error}{times}")
             return False
         return True
 

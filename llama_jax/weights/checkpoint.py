@@ -331,12 +331,17 @@ def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
              for path, record in arrays.items() if path.startswith(prefix)}  # fmt: skip
     if not sizes:
         raise InputError(f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a training expected")
+    return _groups(sizes, _TOGETHER)
+
+
+def _groups(sizes: Mapping[str, int], together: int) -> list[list[str]]:
+    """Neighbours of bounded size together; what is larger is alone."""
     groups: list[list[str]] = []
     room = 0
     for path, size in sizes.items():
-        if size > room:
+        if size > room or not groups:
             groups.append([])
-            room = _TOGETHER
+            room = together
         groups[-1].append(path)
         room -= size
     return groups
@@ -364,17 +369,52 @@ def _read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
     where = directory / str(manifest.step)
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     arguments = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
+    with _blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        state = reader.restore(where / "state", args=arguments)
+    check_content(manifest, state, where)
+    return state
+
+
+def check_arrays(directory: Path, step: int, together: int) -> None:
+    """Reads all arrays of a checkpoint, some at a time, and compares them with what was saved.
+
+    Args:
+      directory: as for `Checkpoints.open`.
+      step: of the checkpoint.
+      together: bytes of arrays that are read at a time; a larger one is read alone.
+
+    Raises:
+      CorruptError: if an array, or the manifest, is not what was saved.
+    """
+    manifest, where = _manifest(directory, step), directory.absolute() / str(step)
+    with _blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(where / "state").item_metadata.tree
+    known = by_path(tree)
+    for path in manifest.arrays:
+        if path not in known:
+            raise CorruptError(f"checkpoint {where}: {path} is damaged: not found in the files")
+    paths, device = list(known), jnp.zeros(()).sharding
+    shapes = {path: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=device) for path, r in manifest.arrays.items()}
+    for group in _groups({path: math.prod(shape.shape) * shape.dtype.itemsize for path, shape in shapes.items()}, together):
+        leaves = [shapes[path] if path in group else ocp.PLACEHOLDER for path in paths]
+        like = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        arguments = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        with _blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = by_path(reader.restore(where / "state", args=arguments))
+        check_content(manifest, {path: state[path] for path in group}, where)
+
+
+@contextlib.contextmanager
+def _blamed_on_files(where: Path) -> Iterator[None]:
+    """Turns whatever a damaged file makes Orbax and TensorStore raise into `CorruptError`."""
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = reader.restore(where / "state", args=arguments)
+        yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
+    except Exception as error:
         if any(word in str(error) for word in _NOT_DAMAGE):
             raise
         raise CorruptError(f"checkpoint {where} is damaged: {_reason(error)}") from error
-    check_content(manifest, state, where)
-    return state
 
 
 def list_steps(directory: Path) -> list[int]:

@@ -1,22 +1,16 @@
 """What lies in the directory of a run's checkpoints, whole or not, and whether it is what was saved; nothing is changed."""
 
 import contextlib
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.checkpoint import _manifest as step_manifest
-from llama_jax.weights.checkpoint import _read_arrays as read_arrays
-from llama_jax.weights.checkpoint import list_steps
-from llama_jax.weights.manifest import Manifest, nest
+from llama_jax.weights.checkpoint import check_arrays, list_steps
 
-_TOGETHER = 64 << 20  # bytes of arrays that are read at a time
+_TOGETHER = 64 << 20  # bytes of arrays that are read at a time: a state need not fit into memory to be verified
 
 Condition = Literal["committed", "ok", "damaged", "set aside", "not committed"]
 
@@ -101,27 +95,8 @@ def _describe(entry: Path, committed: bool) -> CheckpointState:
 
 def _damage(directory: Path, step: int) -> str:
     """What is wrong with the arrays of a checkpoint; empty if nothing is."""
-    manifest = step_manifest(directory, step)
-    where = jnp.zeros(()).sharding
     try:
-        for paths in _groups(manifest):
-            records = {path: manifest.arrays[path] for path in paths}
-            shapes = {p: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=where) for p, r in records.items()}
-            read_arrays(directory.absolute(), manifest, nest(shapes))
+        check_arrays(directory, step, _TOGETHER)
     except CorruptError as error:
         return str(error)
     return ""
-
-
-def _groups(manifest: Manifest) -> Iterator[Sequence[str]]:
-    """The paths of a checkpoint in parts of bounded size: a state need not fit into memory to be verified."""
-    group: list[str] = []
-    size = 0
-    for path, record in manifest.arrays.items():
-        group.append(path)
-        size += jnp.dtype(record.dtype).itemsize * math.prod(record.shape)
-        if size >= _TOGETHER:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
