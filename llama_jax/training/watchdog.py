@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -28,6 +29,14 @@ _TYPICAL = 10  # times the median time of an update that are never a hang
 _WINDOW = 64  # updates that the median is taken over
 _LOOKS = 5  # between two looks that lie apart more usual intervals than this, the process itself was stopped
 _WRITING = 10  # seconds for the file of stacks, on a disk that may be what hangs
+
+
+@runtime_checkable
+class Figure(Protocol):
+    """Something that a device computes, as a `jax.Array` is."""
+
+    def is_ready(self) -> bool:
+        """Whether it is computed; does not wait."""
 
 
 class Watchdog:
@@ -50,7 +59,7 @@ class Watchdog:
     ) -> None:  # fmt: skip
         self._path, self._seconds, self._clock, self._now = path, seconds, clock, now
         self._expire = end_process if expire is None else expire
-        self._begun: collections.deque[tuple[int, jax.Array]] = collections.deque()
+        self._begun: collections.deque[tuple[int, Figure]] = collections.deque()
         self._spent: collections.deque[float] = collections.deque(maxlen=_WINDOW)  # seconds of updates
         self._longest: dict[str, float] = {}  # seconds by part
         self._step: int | None = None  # the last update that was completed
@@ -62,7 +71,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._watched = threading.get_ident()
 
-    def begun(self, step: int, figure: jax.Array) -> None:
+    def begun(self, step: int, figure: Figure) -> None:
         """An update is on its way to the device.
 
         Args:

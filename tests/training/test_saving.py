@@ -8,12 +8,12 @@ import pytest
 
 from llama_jax.training import saving
 from llama_jax.training.saving import Saver
-from llama_jax.weights.checkpoint import SaveError
+from llama_jax.weights.checkpoint import Checkpoints, SaveError
 
 STATE = {"w": jnp.zeros((10, 10))}  # 400 bytes
 
 
-class Disk:
+class Disk(Checkpoints):
     """Checkpoints on a disk that takes none while it is full; a failure shows at the start or at the next look."""
 
     def __init__(self, full: range, late: bool) -> None:
