@@ -126,6 +126,7 @@ def flip_bit(step_directory: pathlib.Path, place: float = 0.5) -> pathlib.Path:
 def install(faults: Sequence[Fault]) -> None:
     """Wraps the functions that the faults stand at."""
     from orbax.checkpoint import CheckpointManager
+    from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
     from llama_jax.training import loop
     from llama_jax.weights.checkpoint import Checkpoints
@@ -140,7 +141,8 @@ def install(faults: Sequence[Fault]) -> None:
         return value
 
     global_batch, sharded_step, evaluate = loop.global_batch, loop.sharded_step, loop.evaluate
-    opened, save, finalize = Checkpoints.open, Checkpoints.save, CheckpointManager._finalize_checkpoint
+    opened, save = Checkpoints.open, Checkpoints.save
+    commit, finalize = AtomicRenameTemporaryPath.finalize, CheckpointManager._finalize_checkpoint
 
     def faulty_batch(batches: Any, step: int, *more: Any) -> Any:
         now["step"] = step + 1
@@ -162,13 +164,18 @@ def install(faults: Sequence[Fault]) -> None:
         at("before_save", step)
         return save(self, step, *more, **named)
 
+    async def faulty_commit(self: Any) -> None:
+        if self._final_path.name.isdecimal():  # not that of an item within the step
+            at("in_async_commit", int(self._final_path.name))
+        await commit(self)
+
     def faulty_finalize(self: Any, step: int) -> None:
-        at("in_async_commit", step)
         finalize(self, step)
         at("after_commit_before_gc", step)
 
     loop.global_batch, loop.sharded_step, loop.evaluate = faulty_batch, faulty_program, faulty_evaluate
     Checkpoints.open, Checkpoints.save = faulty_open, faulty_save  # type: ignore[method-assign]
+    AtomicRenameTemporaryPath.finalize = faulty_commit
     CheckpointManager._finalize_checkpoint = faulty_finalize
 
 
