@@ -107,6 +107,6 @@ QUICK_COMPILATION := --xla_backend_optimization_level=0 --xla_llvm_disable_expen
 define run_suite
 only=""; $(1)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || { only="and not parity"; \
 echo "NOT RUN in $(1): the parity tests, which need PyTorch (installed for Python 3.11; 'make test' runs them there)"; }; \
-XLA_FLAGS="$(QUICK_COMPILATION)" $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not smollm2 and not faults $$only" && \
-$(1)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "smollm2 and not faults $$only"
+XLA_FLAGS="$(QUICK_COMPILATION)" $(1)/bin/python -m pytest --ignore tests/faults -n $(JOBS) --dist loadfile -m "not smollm2 $$only" && \
+$(1)/bin/python -m pytest --ignore tests/faults -n $(JOBS) --dist loadfile -m "smollm2 $$only"
 endef

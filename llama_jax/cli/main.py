@@ -16,6 +16,10 @@ _VERBS = {
     "adapters": ("llama_jax.cli.adapters", "adapters of a run: written apart, or merged into their model"),
     "prepare": ("llama_jax.cli.prepare", "turn text and conversations into token files"),
     "data": ("llama_jax.cli.data", "data verify: check token files, hash the batch of a step"),
+    "checkpoint": (
+        "llama_jax.cli.checkpoint",
+        "those of a run: checkpoint list; checkpoint verify reads all of them",
+    ),
     "convert": ("llama_jax.cli.convert", "write a model in another format"),
     "flops": ("llama_jax.cli.flops", "the compute of a training, as papers count it"),
     "report": ("llama_jax.cli.report", "draw the curves of runs, as a picture or in the terminal"),
@@ -26,7 +30,7 @@ _VERBS = {
 
 def usage() -> str:
     """The list of verbs."""
-    verbs = "\n".join(f"  {verb:8} {meaning}" for verb, (_, meaning) in _VERBS.items())
+    verbs = "\n".join(f"  {verb:10} {meaning}" for verb, (_, meaning) in _VERBS.items())
     head, foot = "usage: llama-jax VERB [options]", "llama-jax VERB --help lists the options of a verb."
     return f"llama_jax {__version__}\n{head}\n\n{verbs}\n\n{foot}"
 

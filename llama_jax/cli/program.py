@@ -1,6 +1,7 @@
 """How a program ends: one line and a status in place of a traceback."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ def run_program(main: Callable[[], int]) -> int:
       a training that cannot go on and 5 for a damaged file of ours; 130 when interrupted; 141 when the reader of our output
       has gone (as in `... | head -1`), without a word.
     """
+    open_closed_streams()
     try:
         status = main()
         sys.stdout.flush()
@@ -43,3 +45,13 @@ def run_program(main: Callable[[], int]) -> int:
         print(f"error: {error.filename or 'writing'}: {error.strerror}; make room or name another directory", file=sys.stderr)
         return WRONG_INPUT
     return status
+
+
+def open_closed_streams() -> None:
+    """Gives a program that was started with its output closed (`>&-`) one that leads nowhere.
+
+    Otherwise the first file that is opened would take the place of standard output, and what is printed would go there.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the program runs)

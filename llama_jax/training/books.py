@@ -1,4 +1,4 @@
-"""Everything that a run writes down about itself while it trains: metrics, the time split, goodput."""
+"""Everything that a run writes down about itself while it trains: metrics, the time split, goodput, signs of life."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,12 +7,15 @@ from pathlib import Path
 from llama_jax.training.clock import Clock
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput, GoodputLog
+from llama_jax.training.heartbeat import RUN_HEARTBEAT, Heartbeat
 from llama_jax.training.metrics import RUN_METRICS, Metric, MetricsFile
 from llama_jax.training.profile import RUN_PROFILE, Trace
 from llama_jax.training.rewind import Rewind
+from llama_jax.training.step import StepMetrics
 from llama_jax.training.step_log import StepLog
 from llama_jax.training.trackers import open_trackers
 from llama_jax.training.watch import in_words
+from llama_jax.training.watchdog import Watchdog, hang_file
 
 
 class Books:
@@ -22,6 +25,7 @@ class Books:
       clock: the ledger of the wall time: `with books.clock("data"):`.
       log: figures of updates, made into records.
       trace: of the steps of `run.profile`.
+      watchdog: ends the program when the run stands still: `with books.watchdog:`.
     """
 
     def __init__(
@@ -46,12 +50,22 @@ class Books:
         self._goodput = GoodputLog(directory / RUN_GOODPUT if writing else None, step, warn)
         self._trackers = open_trackers(trackers, directory, dataclasses.asdict(config), step, warn)
         self.trace = Trace(config.run.profile, directory / RUN_PROFILE, warn)
+        self._heartbeat = Heartbeat(directory / RUN_HEARTBEAT if writing else None)
+        self._loss: Metric = None
+        self.watchdog = Watchdog(hang_file(directory), config.run.hang_seconds, self.clock)
         self.log = StepLog(config, tokens_before, device_kinds, self.clock, self._goodput)
+
+    def add(self, step: int, figures: StepMetrics) -> None:
+        """Takes the figures of an update that is on its way."""
+        self.watchdog.begun(step, figures.loss)
+        self.log.add(figures)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Keeps the figures of a step."""
         self._metrics.write(step, metrics)
         self._trackers.log(step, metrics)
+        self._loss = metrics.get("train/loss")
+        self._heartbeat.beat(step, self._loss)
 
     def go_back(self, step: int, rewind: Rewind) -> None:
         """Forgets updates that the run, at `step`, has gone back from; the metrics of these are dropped, as at a restart."""
@@ -65,6 +79,7 @@ class Books:
         """Closes them; where the wall time of the run went."""
         self.trace.close()
         self.log.close(step)
+        self._heartbeat.beat(step, self._loss, always=True)
         self._metrics.close()
         self._goodput.close()
         self._trackers.close()

@@ -16,9 +16,15 @@ class Clock:
 
     Args:
       now: gives seconds that never run backwards.
+
+    Attributes:
+      part: the one under way, `None` for none.
+      turns: times that a part has begun or ended: what does not grow stands still.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.part: str | None = None
+        self.turns = 0
         self._now = now
         self._since = now()
         self._seconds: dict[str, float] = {}
@@ -27,11 +33,15 @@ class Clock:
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Counts the time inside a `with` to a part; a part within another is not counted twice."""
-        begin = self._now()
+        begin, outer = self._now(), self.part
         self._open.append(0.0)
+        self.part = part
+        self.turns += 1
         try:
             yield
         finally:
+            self.part = outer
+            self.turns += 1
             spent = self._now() - begin
             inner = self._open.pop()
             self._seconds[part] = self._seconds.get(part, 0.0) + spent - inner

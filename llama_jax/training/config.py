@@ -26,6 +26,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "run.checkpoint_every": (1, 10**9),
     "run.keep_checkpoints": (1, 10**6),
     "run.sample_tokens": (1, 10**6),
+    "run.hang_seconds": (0, 10**6),
     "compute.loss_chunk": (1, 10**9),
     "data.vocab_size": (1, 1 << 22),
     "data.held_out_fraction": (0, 0.5),
@@ -105,6 +106,8 @@ class RunConfig:
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
       max_time: wall time of this program, start-up included, as HH:MM:SS or in seconds: the run is saved and ended after the
         step in which it is over; null for no limit.
+      hang_seconds: a run without an update for so long, or for ten times as long as an update takes, whichever is longer, is
+        taken to hang: it writes down all stacks and exits with status 3; 0 never.
       trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each an extra to install.
       profile: `FIRST:LAST`, steps to trace (they take longer) into `dir/profile`, as in 10:15; also `--profile`.
       sample_prompts: texts that the model continues at each evaluation, as in `["def ", "The "]`; also kept in `samples.jsonl`.
@@ -124,6 +127,7 @@ class RunConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     max_time: str | int | None = None
+    hang_seconds: float = 300
     trackers: tuple[str, ...] = ()
     profile: str | None = None
     sample_prompts: tuple[str, ...] = ()

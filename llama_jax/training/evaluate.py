@@ -19,11 +19,8 @@ from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, model_for
 from llama_jax.parallel.sharding import batch_spec
 from llama_jax.text.tokenizer import encode_prompt
-<<<<<<< HEAD
-from llama_jax.training.hosts import place
-=======
 from llama_jax.training.corpora import require_same_tokenizer
->>>>>>> shows
+from llama_jax.training.hosts import place
 from llama_jax.training.loss import batch_loss
 from llama_jax.weights.load import Pretrained
 

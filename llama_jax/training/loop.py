@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from llama_jax.training.corpora import make_batches, open_data, split_corpus
 from llama_jax.training.display import Display, duration, si
 from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate, together
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput
-from llama_jax.training.guard import all_finite
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
 from llama_jax.training.metrics import RUN_METRICS, StepRecord
@@ -34,6 +32,7 @@ from llama_jax.training.recovery import Recovery
 from llama_jax.training.replicas import require_equal_replicas
 from llama_jax.training.rewind import RUN_REWINDS, let_go
 from llama_jax.training.samples import RUN_SAMPLES, Samples
+from llama_jax.training.saving import Saver
 from llama_jax.training.setup import (
     adopt,
     frozen_base,
@@ -47,7 +46,7 @@ from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sh
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
 from llama_jax.training.watch import Trouble
-from llama_jax.weights.checkpoint import Checkpoints, SaveError
+from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.checkpoint_files import list_steps, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
@@ -68,6 +67,7 @@ class Summary(NamedTuple):
       goodput: where the wall time of the run went, restarts included.
       skipped: updates that the guard has skipped.
       rewinds: times that the run has gone back.
+      failed_saves: checkpoints that could not be written.
     """
 
     step: int
@@ -78,6 +78,7 @@ class Summary(NamedTuple):
     goodput: Goodput = Goodput()
     skipped: int = 0
     rewinds: int = 0
+    failed_saves: int = 0
 
 
 class Run:
@@ -152,14 +153,20 @@ class Run:
             self._samples.begin(first)
             kinds = [device.device_kind for device in mesh.devices.flat]
             books = Books(config, lambda step: self.batches.tokens_before(step), kinds, first, say, self.hosts.first)
-            state, evaluation = self._steps(state, frozen, checkpoints, books, should_stop)
-            with books.clock("save"):
-                self._attempt(checkpoints.wait)
-            step = int(state.step)
+            saver = Saver(checkpoints, self.directory, config.run.checkpoint_every, self._saved_metadata, say)
+            with books.watchdog:
+                state, evaluation = self._steps(state, frozen, checkpoints, saver, books, should_stop)
+                step = int(state.step)
+                with books.clock("save"):
+                    saver.finish(step, state)
             goodput = books.close(step)
             saved = self.hosts.agree("saved", "yes" if step in checkpoints.steps() else "") != ""
             skipped, rewinds = self._recovery.skipped, self._recovery.count
-            return Summary(step, config.run.steps, evaluation, unigram, saved, goodput, skipped, rewinds)
+            return Summary(step, config.run.steps, evaluation, unigram, saved, goodput, skipped, rewinds, saver.failures)
+
+    def _saved_metadata(self) -> dict:
+        """What a checkpoint says of the run now."""
+        return self.metadata | self._recovery.metadata()
 
     def _open_checkpoints(self) -> Checkpoints:
         return Checkpoints.open(self.directory / RUN_CHECKPOINTS, self.config.run.keep_checkpoints, self.hosts)
@@ -207,8 +214,9 @@ class Run:
         ]
 
     def _steps(
-        self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, books: Books, should_stop: Stop
-    ) -> tuple[TrainState, Evaluation | None]:
+        self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, saver: Saver, books: Books,
+        should_stop: Stop,
+    ) -> tuple[TrainState, Evaluation | None]:  # fmt: skip
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
         run, rows = self.config.run, micro_rows(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
@@ -217,16 +225,16 @@ class Run:
             with books.clock("data"):
                 batch = global_batch(self.batches, step, rows, sharding)
             state, figures = books.trace.run(step + 1, step_program, state, batch, *frozen)
-            books.log.add(figures)
             step += 1
+            books.add(step, figures)
             last = step == run.steps
             ending = last or should_stop(step)
-            saving = ending or is_due(step, run.checkpoint_every)
+            saving = saver.due(step) or ending
             evaluating = last or (not ending and is_due(step, run.eval_every))
             recording = ending or evaluating or is_due(step, run.log_every)
             trouble = self._recovery.look(step, books.log.fetch()) if recording or saving else None
             if trouble is not None:
-                state = self._go_back(trouble, state, frozen, checkpoints, books)
+                state = self._go_back(trouble, state, frozen, checkpoints, saver, books)
                 step = int(state.step)
                 continue
             if is_due(step, self.config.guard.check_replicas):
@@ -237,26 +245,26 @@ class Run:
                 with books.clock("eval"):
                     evaluation = self._evaluate(state, frozen) if evaluating else None
                 self._report(record, evaluation, books)
-                self._attempt(checkpoints.poll)
                 books.log.start_clock()
             # After the metrics, so that what a checkpoint holds is never missing there. Not after a skipped step: nothing has
             # changed, and a newer checkpoint may push out an older one that the run is to go back to.
             if ending or (saving and not self._recovery.streak):
                 with books.clock("save"):
-                    self._save(step, state, checkpoints)
+                    saver.save(step, state)
             if ending:
                 return state, evaluation
         return state, None
 
     def _go_back(
-        self, trouble: Trouble, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, books: Books
-    ) -> TrainState:
+        self, trouble: Trouble, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, saver: Saver,
+        books: Books,
+    ) -> TrainState:  # fmt: skip
         """The state to go on with after a trouble.
 
         Raises:
           DivergedError: if the run has gone back there often enough.
         """
-        self._attempt(checkpoints.wait)
+        saver.wait(int(state.step))
         rewind = self._recovery.plan(trouble, self.batches.steps)
         if rewind is None:
             rows, sharding = micro_rows(self.config.data), batch_sharding(self.recipe, self.mesh)
@@ -269,27 +277,12 @@ class Run:
         self.batches = self._recovery.without_bad_data(self.batches)
         return self._restore_or_init(checkpoints)
 
-    def _save(self, step: int, state: TrainState, checkpoints: Checkpoints) -> None:
-        """Saves a state, if its parameters are finite."""
-        if not all_finite(state.params):
-            self.display.event(f"warning: checkpoint {step} was not written: its parameters are not finite")
-            return
-        metadata = self.metadata | self._recovery.metadata()
-        self._attempt(functools.partial(checkpoints.save, step, state, metadata))
-
     def _report(self, record: StepRecord, evaluation: Evaluation | None, books: Books) -> None:
         """Shows and keeps the figures of a step."""
         record = record._replace(skipped=self._recovery.skipped, rewinds=self._recovery.count)
         more = _flat(evaluation) | self._corpus_losses if evaluation else {}
         books.write(record.step, record.flat() | more)
         self.display.step(record._replace(held_out_loss=evaluation.nats_per_token if evaluation else None))
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Does something with checkpoints; a failing disk is reported and training goes on."""
-        try:
-            action()
-        except SaveError as error:
-            self.display.event(f"warning: {error}")
 
     def _evaluate(self, state: TrainState, frozen: tuple[Parameters, ...]) -> Evaluation:
         data, model = self.config.data, self.recipe.model
@@ -344,6 +337,10 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
         rows["unigram"] = f"{summary.unigram:.4f} nats a token (the entropy to beat)"
     if summary.skipped or summary.rewinds:
         rows["skipped"] = f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
+    if summary.failed_saves:
+        rows["checkpoints"] = f"{summary.failed_saves} could not be written" + (
+            "" if summary.saved else ", the last among them"
+        )
     return rows | summary.goodput.lines()
 
 

@@ -20,14 +20,10 @@ from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
 from llama_jax.training.config import TrainConfig, micro_rows
-<<<<<<< HEAD
+from llama_jax.training.corpora import require_same_tokenizer
 from llama_jax.training.loss import next_token
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
-=======
-from llama_jax.training.corpora import require_same_tokenizer
-from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
->>>>>>> shows
 from llama_jax.training.step import Recipe
 from llama_jax.weights.load import Form, load
 from llama_jax.weights.open import open_model

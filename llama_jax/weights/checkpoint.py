@@ -12,23 +12,26 @@ This is the only module that imports Orbax.
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llama_jax.axes import PyTree
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.weights.checkpoint_files import Restored, has_files, list_steps, newest_whole, numbered, set_aside, step_manifest
-from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, seal
+from llama_jax.weights.checksum import by_path
+from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, groups, seal
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
@@ -307,12 +310,47 @@ def _read(where: Path, like: PyTree) -> PyTree:
     """The arrays in a checkpoint, whatever their content; this process waits for no other."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     arguments = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
+    with _blamed_on_files(where), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(where / "state", args=arguments)
+
+
+def check_arrays(directory: Path, step: int, together: int) -> None:
+    """Reads all arrays of a checkpoint, some at a time, and compares them with what was saved.
+
+    Args:
+      directory: as for `Checkpoints.open`.
+      step: of the checkpoint.
+      together: bytes of arrays that are read at a time; a larger one is read alone.
+
+    Raises:
+      CorruptError: if an array, or the manifest, is not what was saved.
+    """
+    manifest, where = step_manifest(directory, step), directory.absolute() / str(step)
+    with _blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(where / "state").item_metadata.tree
+    known = by_path(tree)
+    for path in manifest.arrays:
+        if path not in known:
+            raise CorruptError(f"checkpoint {where}: {path} is damaged: not found in the files")
+    paths, device = list(known), jnp.zeros(()).sharding
+    shapes = {path: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=device) for path, r in manifest.arrays.items()}
+    for group in groups({path: math.prod(shape.shape) * shape.dtype.itemsize for path, shape in shapes.items()}, together):
+        leaves = [shapes[path] if path in group else ocp.PLACEHOLDER for path in paths]
+        like = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        arguments = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        with _blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = by_path(reader.restore(where / "state", args=arguments))
+        check_content(manifest, {path: state[path] for path in group}, where)
+
+
+@contextlib.contextmanager
+def _blamed_on_files(where: Path) -> Iterator[None]:
+    """Turns whatever a damaged file makes Orbax and TensorStore raise into `CorruptError`."""
     try:
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(where / "state", args=arguments)
+        yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:  # whatever a damaged file makes Orbax and TensorStore raise
+    except Exception as error:
         if any(word in str(error) for word in _NOT_DAMAGE):
             raise
         raise CorruptError(f"checkpoint {where} is damaged: {_reason(error)}") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,3 +132,21 @@ def _read_json(path: Path) -> dict:
 
 def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def groups(sizes: Mapping[str, int], together: int) -> list[list[str]]:
+    """Neighbours of bounded size together, what is larger alone: opening a checkpoint takes longer than reading a small array.
+
+    Args:
+      sizes: bytes by path.
+      together: bytes of a group.
+    """
+    found: list[list[str]] = []
+    room = 0
+    for path, size in sizes.items():
+        if size > room or not found:
+            found.append([])
+            room = together
+        found[-1].append(path)
+        room -= size
+    return found

@@ -16,7 +16,7 @@ from llama_jax.weights.assemble import parameter_sharding
 from llama_jax.weights.checkpoint import read_arrays
 from llama_jax.weights.checkpoint_files import Restored, newest_whole, step_manifest
 from llama_jax.weights.checksum import by_path
-from llama_jax.weights.manifest import nest
+from llama_jax.weights.manifest import groups, nest
 
 _PARAMETERS = "params"  # the subtree of a state that inference needs
 
@@ -96,21 +96,10 @@ def _restore(
 
 
 def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
-    """The parameters in a checkpoint, by their paths below `params`; small ones are read together, a large one alone.
-
-    Opening a checkpoint takes longer than reading a small array.
-    """
+    """The parameters in a checkpoint, by their paths below `params`; small ones are read together, a large one alone."""
     prefix, arrays = f"{_PARAMETERS}/", step_manifest(directory, step).arrays
     sizes = {path.removeprefix(prefix): math.prod(record.shape) * jnp.dtype(record.dtype).itemsize
              for path, record in arrays.items() if path.startswith(prefix)}  # fmt: skip
     if not sizes:
         raise InputError(f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a training expected")
-    groups: list[list[str]] = []
-    room = 0
-    for path, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = _TOGETHER
-        groups[-1].append(path)
-        room -= size
-    return groups
+    return groups(sizes, _TOGETHER)

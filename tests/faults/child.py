@@ -8,8 +8,10 @@ older checkpoints are still there) or `in_eval`. A step counts updates: `in_data
 time that it comes; `3-5` is each of them every time, `*` every step. An action may have a number: `slow=0.5`.
 """
 
+import ctypes
 import errno
 import faulthandler
+import hashlib
 import os
 import pathlib
 import re
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 POINTS = ("in_data", "before_update", "before_save", "in_async_commit", "after_commit_before_gc", "in_eval")
+_CLONE_NEWNET = 0x40000000  # of Linux's sched.h
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
@@ -86,6 +89,15 @@ def _nan(number: float, value: Any) -> Any:
     return value._replace(weights=value.weights * float("nan"))
 
 
+def _hash(number: float, value: Any) -> Any:
+    """Tells which batch this is."""
+    import numpy as np
+
+    content = b"".join(np.asarray(part).tobytes() for part in value)
+    print(f"hash {hashlib.sha256(content).hexdigest()[:16]}", file=sys.stderr, flush=True)
+    return value
+
+
 def _bit_flip(number: float, value: Any) -> Any:
     """Flips a bit in the middle of the largest file of the newest committed checkpoint."""
     directory = pathlib.Path(CHECKPOINTS[0])
@@ -96,7 +108,7 @@ def _bit_flip(number: float, value: Any) -> Any:
 ACTIONS: dict[str, Callable[[float, Any], Any]] = {
     "kill9": _signal(signal.SIGKILL), "term": _signal(signal.SIGTERM), "int": _signal(signal.SIGINT),
     "usr1": _signal(signal.SIGUSR1), "stop": _signal(signal.SIGSTOP), "raise": _raise, "enospc": _no_space, "hang": _hang,
-    "slow": _slow, "full": _full, "space": _space, "nan": _nan, "bitflip": _bit_flip,
+    "slow": _slow, "full": _full, "space": _space, "nan": _nan, "hash": _hash, "bitflip": _bit_flip,
 }  # fmt: skip
 CHECKPOINTS: list[str] = []  # the directory of the run's checkpoints, once it is known
 
@@ -114,6 +126,7 @@ def flip_bit(step_directory: pathlib.Path, place: float = 0.5) -> pathlib.Path:
 def install(faults: Sequence[Fault]) -> None:
     """Wraps the functions that the faults stand at."""
     from orbax.checkpoint import CheckpointManager
+    from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
     from llama_jax.training import loop
     from llama_jax.weights.checkpoint import Checkpoints
@@ -128,7 +141,8 @@ def install(faults: Sequence[Fault]) -> None:
         return value
 
     global_batch, sharded_step, evaluate = loop.global_batch, loop.sharded_step, loop.evaluate
-    opened, save, finalize = Checkpoints.open, Checkpoints.save, CheckpointManager._finalize_checkpoint
+    opened, save = Checkpoints.open, Checkpoints.save
+    commit, finalize = AtomicRenameTemporaryPath.finalize, CheckpointManager._finalize_checkpoint
 
     def faulty_batch(batches: Any, step: int, *more: Any) -> Any:
         now["step"] = step + 1
@@ -150,14 +164,31 @@ def install(faults: Sequence[Fault]) -> None:
         at("before_save", step)
         return save(self, step, *more, **named)
 
+    async def faulty_commit(self: Any) -> None:
+        if self._final_path.name.isdecimal():  # not that of an item within the step
+            at("in_async_commit", int(self._final_path.name))
+        await commit(self)
+
     def faulty_finalize(self: Any, step: int) -> None:
-        at("in_async_commit", step)
         finalize(self, step)
         at("after_commit_before_gc", step)
 
     loop.global_batch, loop.sharded_step, loop.evaluate = faulty_batch, faulty_program, faulty_evaluate
     Checkpoints.open, Checkpoints.save = faulty_open, faulty_save  # type: ignore[method-assign]
+    AtomicRenameTemporaryPath.finalize = faulty_commit
     CheckpointManager._finalize_checkpoint = faulty_finalize
+
+
+def forbid_network() -> None:
+    """Takes the network away: from the process where that is allowed (root on Linux), and from Python anyway."""
+    isolated = ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0
+
+    def refuse(event: str, given: tuple) -> None:
+        if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+            raise RuntimeError(f"the network was asked for: {event} {given[1:]}")
+
+    sys.addaudithook(refuse)
+    print("no network", "at all" if isolated else "from Python", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -166,6 +197,8 @@ def main() -> int:
 
     # Should a test wait for ever, it is seen where.
     faulthandler.dump_traceback_later(float(os.environ.get("LLAMA_JAX_CHILD_SECONDS", "100")), exit=True)
+    if os.environ.get("LLAMA_JAX_NO_NETWORK"):
+        forbid_network()
     faults = [Fault(text) for text in re.split(r"[,\s]+", os.environ.get("LLAMA_JAX_FAULT", "")) if text]
     if faults:
         install(faults)

@@ -4,13 +4,15 @@ import pathlib
 
 import pytest
 from faults.harness import make_run, spawner
+from faults.rows import ROWS
 from tiny_runs import write_corpus
 
 
 def pytest_collection_modifyitems(items):
-    """Everything in this folder is marked `faults`."""
+    """Marks what is in this folder, and what the catalogue names elsewhere."""
+    named = {test for tests in ROWS.values() for test in tests}
     for item in items:
-        if pathlib.Path(__file__).parent in item.path.parents:
+        if item.nodeid.split("[")[0] in named or item.path.is_relative_to(pathlib.Path(__file__).parent):
             item.add_marker(pytest.mark.faults)
 
 

@@ -187,12 +187,16 @@ def test_a_flipped_bit_is_never_restored(run):
     assert set(detected) & set(data_files(run / "20"))
 
 
-@pytest.mark.parametrize("harm", ["truncated", "deleted"])
+@pytest.mark.parametrize("harm", ["truncated", "deleted", "zeroed"])
 def test_a_file_cut_or_gone(run, harm):
     with Checkpoints.open(run, keep=3) as checkpoints:
         for path in data_files(run / "20"):
             clean = path.read_bytes()
-            path.write_bytes(clean[: len(clean) // 2]) if harm == "truncated" else path.unlink()
+            harms = {
+                "truncated": clean[: len(clean) // 2],
+                "zeroed": bytes(4096) + clean[4096:],
+            }
+            path.write_bytes(harms[harm]) if harm in harms else path.unlink()
             restored = checkpoints.restore_newest(LIKE)
             assert equal(restored.state, make_state(restored.step))
             if restored.step == 10:

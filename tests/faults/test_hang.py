@@ -1,0 +1,37 @@
+"""A run that stands still."""
+
+import json
+import pathlib
+import time
+
+from faults.harness import assert_bitwise, checkpoint_steps, make_run
+
+
+def test_data_that_never_comes(spawn, tmp_path, corpus, reference):
+    """10: all stacks on standard error and in a file, exit 3 within the limit, and the run can be gone on with."""
+    run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 3.0})
+    child = spawn.train(run, fault="in_data:6:hang")
+    child.wait_for("fault: in_data 6 hang")
+    began = time.monotonic()
+    child.expect(3)
+    assert 2.5 < time.monotonic() - began < 8
+    line = "error: the run has stood still for 3 s in data (step 5 was the last; at most 3 s, run.hang_seconds 3)"
+    stacks = pathlib.Path(run.run.dir, "hang.txt").read_text()
+    for text in (child.errors, stacks):
+        assert line in text
+        assert "in _hang" in text  # where the loop stands
+        assert "in look" in text  # and who looked: all threads
+    heartbeat = json.loads(pathlib.Path(run.run.dir, "heartbeat.json").read_text())
+    assert heartbeat["step"] >= 1
+    assert heartbeat["loss"] > 1
+    assert abs(heartbeat["time"] - time.time()) < 100
+    assert checkpoint_steps(run) == [4]
+    spawn.train(run).expect(0).wait_for("going on from step 4$")
+    assert_bitwise(run, reference)
+    assert json.loads(pathlib.Path(run.run.dir, "heartbeat.json").read_text())["step"] == 12
+
+
+def test_what_takes_long_is_no_hang(spawn, tmp_path, corpus, reference):
+    """10: the other way round: an evaluation longer than the limit, which has an allowance of its own."""
+    run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 3.0, "steps": 2, "eval_every": 1})
+    spawn.train(run, fault="in_eval:1:slow=5").expect(0)
