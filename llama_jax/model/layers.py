@@ -133,6 +133,8 @@ class Attention(nn.Module):
         def heads(w: Matrix, axis: str) -> Array:
             """Projects the stream to heads `[B, T, n, H]`."""
             flat = constrain(product(x, w), ("batch", "length", axis), rules)
+            # XLA for TPU would split the weight instead of one token's few channels: a second copy of it, laid out by heads.
+            flat = jax.lax.optimization_barrier(flat) if x.shape[1] == 1 else flat
             return flat.reshape(*x.shape[:2], -1, config.head_dim)
 
         q = checkpoint_name(rotate(heads(wq, "heads"), turn), "q").swapaxes(1, 2)
