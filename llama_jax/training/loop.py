@@ -34,7 +34,7 @@ from llama_jax.training.setup import (
     require_vocabulary,
     run_mesh,
 )
-from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
+from llama_jax.training.step import StepMetrics, TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
 from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps, read_metadata
@@ -172,11 +172,14 @@ class Run:
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
         run, rows = self.config.run, micro_rows(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
+        before: StepMetrics | None = None
         for step in range(int(state.step), run.steps):
             with books.clock("data"):
                 batch = global_batch(self.batches, step, rows, sharding)
             state, figures = step_program(state, batch, *frozen)
             books.log.add(figures)
+            jax.block_until_ready(before)  # the host is one step ahead, not ten: a wish to stop is heard within a step
+            before = figures
             done = step + 1
             last = done == run.steps
             ending = last or should_stop(done)
