@@ -55,18 +55,24 @@ def llama_jax(path: pathlib.Path | None):
     from llama_jax.parallel.mesh import make_mesh
     from llama_jax.training.config import OptimizerConfig
     from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
-    from llama_jax.training.step import Recipe, TrainState, sharded_step
+    from llama_jax.training.step import Recipe, TrainState, sharded_step, state_shapes
 
     config, params = start_weights(path)
     settings = OptimizerConfig(learning_rate=RATE, warmup_steps=0, final_fraction=1.0, beta1=BETAS[0], beta2=BETAS[1],
                                eps=EPS, weight_decay=DECAY, clip_norm=CLIP)  # fmt: skip
     optimizer, schedule = make_optimizer(settings, 1), learning_rate_schedule(settings, 1)
-    state, draw, mesh = TrainState(jnp.int32(0), params, optimizer.init(params)), batches(config.vocab_size), make_mesh()
+    draw, mesh = batches(config.vocab_size), make_mesh(devices=jax.devices()[:1])
+
+    def recipe(length: int) -> Recipe:
+        options = ModelOptions(scan=False, attention=choose_backend("auto", length, length))
+        return Recipe(Llama(config, options), optimizer, schedule, CHUNK)
+
+    places = jax.tree.map(lambda x: x.sharding, state_shapes(recipe(1), mesh))  # else the second update compiles again
+    state = jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), places)
 
     @functools.cache
     def program(length: int):
-        options = ModelOptions(scan=False, attention=choose_backend("auto", length, length))
-        return sharded_step(Recipe(Llama(config, options), optimizer, schedule, CHUNK), mesh)
+        return sharded_step(recipe(length), mesh)
 
     def update(rows: int, length: int) -> tuple[float, float]:
         nonlocal state

@@ -42,7 +42,7 @@ from llama_jax.training.setup import (
     require_vocabulary,
     run_mesh,
 )
-from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
+from llama_jax.training.step import StepMetrics, TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
 from llama_jax.training.watch import Trouble
@@ -221,12 +221,15 @@ class Run:
         run, rows = self.config.run, micro_rows(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
         step = int(state.step)
+        before: StepMetrics | None = None
         while step < run.steps:
             with books.clock("data"):
                 batch = global_batch(self.batches, step, rows, sharding)
             state, figures = books.trace.run(step + 1, step_program, state, batch, *frozen)
             step += 1
             books.add(step, figures)
+            jax.block_until_ready(before)  # the host is one step ahead, not ten: a wish to stop is heard within a step
+            before = figures
             last = step == run.steps
             ending = last or should_stop(step)
             saving = saver.due(step) or ending

@@ -20,7 +20,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.config import OptimizerConfig
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from llama_jax.training.step import Recipe, TrainState, batch_sharding, sharded_step
+from llama_jax.training.step import Recipe, TrainState, batch_sharding, sharded_step, state_shapes
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.parity]
 
@@ -76,7 +76,8 @@ def our_curve(model, batches: Batches) -> tuple[list[float], list[float]]:
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     recipe = Recipe(Llama(model.config, ModelOptions(scan=False)), optimizer, schedule, ROWS * LENGTH)
     params = jax.tree.map(jnp.array, model.params)  # the step consumes what it is given
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    places = jax.tree.map(lambda x: x.sharding, state_shapes(recipe, mesh))  # else the second step compiles again
+    state = jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), places)
     figures = []
     with jax.set_mesh(mesh):
         program, sharding = sharded_step(recipe, mesh), batch_sharding(recipe, mesh)
