@@ -43,12 +43,14 @@ def main(arguments: list[str], prog: str = "checkpoint") -> int:
     if action not in _ACTIONS:
         raise InputError(f"checkpoint {action!r} given; list or verify expected: {_USAGE}")
     options = make_parser(prog, action).parse(rest)
+    from llama_jax.cli.train import quiet_libraries
     from llama_jax.weights.checkpoint_check import list_checkpoints, verify_checkpoints
     from llama_jax.weights.run import RUN_CHECKPOINTS
 
     directory = pathlib.Path(options.run) / RUN_CHECKPOINTS
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; a run with checkpoints expected")
+    quiet_libraries()
     found = list_checkpoints(directory) if action == "list" else verify_checkpoints(directory, options.step)
     return _show(found, options.json)
 

@@ -57,7 +57,7 @@ class Books:
 
     def add(self, step: int, figures: StepMetrics) -> None:
         """Takes the figures of an update that is on its way."""
-        self.watchdog.begun(step, figures.loss)
+        self.watchdog.begun(step, figures.loss)  # type: ignore[arg-type]  # the stubs of JAX leave `is_ready` out
         self.log.add(figures)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:

@@ -120,7 +120,7 @@ class Watchdog:
         first = part is None and self._step is None  # which is traced, compiled and waited for
         if part not in _ALLOWANCE and (first or _compiles(sys._current_frames().get(self._watched))):
             part = "compile"
-        if part not in _ALLOWANCE:
+        if part is None or part not in _ALLOWANCE:
             return limit
         return max(_ALLOWANCE[part] * limit, _TYPICAL * self._longest.get(part, 0.0))
 

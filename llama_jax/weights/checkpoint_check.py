@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,7 +60,11 @@ def verify_checkpoints(directory: Path, step: int | None = None) -> Iterator[Che
         raise InputError(f"{directory}: no checkpoint there, the checkpoints of a run expected")
     if step is not None and step not in steps:
         raise InputError(f"--step: {step} given, one of {steps} expected, those in {directory}")
-    for number in steps if step is None else [step]:
+    return _verified(directory, steps if step is None else [step])
+
+
+def _verified(directory: Path, steps: Iterable[int]) -> Iterator[CheckpointState]:
+    for number in steps:
         with contextlib.suppress(FileNotFoundError):
             found = _describe(directory / str(number), True)
             if found.condition == "committed":

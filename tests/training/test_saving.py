@@ -96,7 +96,7 @@ def test_several_hosts_save_in_step(monkeypatch):
     assert disk.tried == [10, 20, 30]
 
 
-@pytest.mark.parametrize(("free", "warned"), [(880, False), (879, True)])
+@pytest.mark.parametrize(("free", "warned"), [(881, False), (879, True)])
 def test_too_little_room_is_told_before_the_first_save(tmp_path, monkeypatch, free, warned):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage(10**9, 0, free))
