@@ -81,8 +81,8 @@ def test_factored_moments_are_split_as_the_dimension_that_is_left():
 
 
 @pytest.mark.parametrize(("name", "tree", "dtype"), [
-    ("lion", "whole", "float32"), ("adafactor", "whole", "float32"), ("adamw", "whole", "bfloat16"), ("muon", "whole", "bfloat16"),
-    ("muon", "adapters", "float32"),
+    ("lion", "whole", "float32"), ("adafactor", "whole", "float32"), ("adamw", "whole", "bfloat16"),
+    ("muon", "whole", "bfloat16"), ("muon", "adapters", "float32"),
 ])  # fmt: skip
 def test_what_a_checkpoint_brings_back_goes_on_bit_for_bit(name, tree, dtype, tmp_path):
     recipe = recipe_of(name, tree, dtype)
