@@ -36,7 +36,8 @@ def _without_type_checks(monkeypatch):
     ("data.vocab_size", 0), ("data.seed", 2**32), ("optimizer.learning_rate", -1e-4), ("optimizer.learning_rate", float("nan")),
     ("optimizer.learning_rate", None), ("optimizer.beta1", 1.0), ("optimizer.beta2", 1), ("optimizer.final_fraction", 1.1),
     ("optimizer.eps", float("inf")), ("optimizer.weight_decay", -0.1), ("optimizer.clip_norm", 0),
-    ("optimizer.warmup_steps", -1),
+    ("optimizer.warmup_steps", -1), ("optimizer.name", "adam"), ("optimizer.schedule", "cos"), ("optimizer.z_loss", -1.0),
+    ("optimizer.moments_dtype", "float16"), ("optimizer.decay_fraction", 1.5), ("optimizer.schedule_steps", -1),
     ("mesh.data", 0), ("mesh.fsdp", -2), ("mesh.tensor", 1.0), ("mesh.tensor", -1), ("mesh.data", True),
 ])  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(key, value):
