@@ -69,20 +69,29 @@ def test_off_is_the_cross_entropy():
     assert work(lambda *given: cross_entropy_and_z(*given, 64, Z)[0])[0] > off[0]  # so the comparison sees it
 
 
-@pytest.mark.parametrize(("mesh", "accumulation"), [((1, 1, 1), 1), ((1, 1, 1), 4), ((2, 2, 2), 1)], ids=str)
-def test_an_update_follows_both_and_reports_each(mesh, accumulation):
+@pytest.fixture(scope="module")
+def on_whole_logits():
+    """Parameters, their batch, and loss, z-loss and gradient of the sum of both, from whole logits."""
     params, batch = random_parameters(CONFIG), random_batch()
 
-    def z_loss(params):
-        """On whole logits."""
+    def both(params):
+        """The sum of the two, and each of them."""
         scores = logits(params, batch.tokens, CONFIG, batch.documents)
-        return Z * jnp.sum(batch.weights * jax.nn.logsumexp(scores, axis=-1) ** 2) / jnp.sum(batch.weights)
+        z = Z * jnp.sum(batch.weights * jax.nn.logsumexp(scores, axis=-1) ** 2) / jnp.sum(batch.weights)
+        loss = plain_loss(params, batch)
+        return loss + z, (loss, z)
 
+    (_, (loss, z)), gradient = jax.jit(jax.value_and_grad(both, has_aux=True))(params)
+    return params, batch, loss, z, gradient
+
+
+@pytest.mark.parametrize(("mesh", "accumulation"), [((1, 1, 1), 4), ((2, 2, 2), 1)], ids=str)
+def test_an_update_follows_both_and_reports_each(mesh, accumulation, on_whole_logits):
+    params, batch, loss, z, gradient = on_whole_logits
     recipe = sgd_recipe(rate=1.0)._replace(objective=next_token(Z))
     after, metrics = run_step(mesh, recipe, params, batch, accumulation)
-    np.testing.assert_allclose(metrics.loss, plain_loss(params, batch), rtol=1e-6)
-    np.testing.assert_allclose(metrics.more["z_loss"], z_loss(params), rtol=1e-5)
-    gradient = jax.grad(lambda p: plain_loss(p, batch) + z_loss(p))(params)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics.more["z_loss"], z, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(gradient), rtol=1e-5)
     moved = jax.tree.map(lambda before, g: before - g, params, gradient)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), after, moved)
