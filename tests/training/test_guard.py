@@ -101,7 +101,7 @@ def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite():
 
     def steep(model, params, batch, chunk):
         loss, more = objective.loss(model, params, batch, chunk)
-        return loss + (params["embedding"][0, 0] - jax.lax.stop_gradient(params["embedding"][0, 0])) * 3e38 * 10, more
+        return loss + (params["embedding"][0, 0] - jax.lax.stop_gradient(params["embedding"][0, 0])) * 3e38, more
 
     ((states, (figures,)),) = train(make_recipe(objective=objective._replace(loss=steep)), [random_batch(0)])
     assert np.isfinite(figures.loss)
@@ -179,7 +179,9 @@ def test_it_costs_hardly_any_memory_and_the_state_stays_where_it_is(sizes, monke
     print(f"state {held / 2**20:.2f} MiB a device; temporaries {guarded.temp_size_in_bytes / 2**20:.2f} MiB with the guard, "
           f"{plain.temp_size_in_bytes / 2**20:.2f} without; in place {guarded.alias_size_in_bytes / 2**20:.2f}")  # fmt: skip
     assert guarded.alias_size_in_bytes >= held
-    assert guarded.temp_size_in_bytes <= plain.temp_size_in_bytes + 0.01 * parameter_bytes(state.params)
+    assert guarded.temp_size_in_bytes <= plain.temp_size_in_bytes + 0.05 * parameter_bytes(
+        state.params
+    )  # a copy would be a quarter or all
 
 
 def test_the_watch_of_spikes_is_off_by_default(monkeypatch):

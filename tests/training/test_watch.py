@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data.steps import Steps, joined
@@ -71,7 +71,8 @@ def test_trouble_is_found_at_the_same_step_however_the_figures_come_and_the_run_
     cuts = data.draw(st.lists(st.integers(0, 420), max_size=6))
     # A state is never saved after a trouble that was not seen.
     seen = len(flags) if expected is None else expected[-1]
-    start = data.draw(st.integers(0, seen))
+    assume(since <= seen)  # what the run was sent back to is where it goes on from
+    start = data.draw(st.integers(since, seen))
     assert watched(flags, patience, cuts, start, since)[0] == expected
 
 
@@ -103,7 +104,8 @@ def trouble_at(*steps: int) -> Trouble:
     ([7, 8, 9], [4, 6], 6, ((7, 9),)),
     ([7, 8, 9], [4, 7], 7, ((7, 9),)),  # a state with 7 updates is from before step 7, which counts from 0
     ([7, 8, 9], [4, 8], 4, ((7, 9),)),  # the newer one was made after a bad step
-    ([3, 30, 31, 60], [20, 40], 20, ((30, 31), (60, 60))),  # what is older than all checkpoints stays as it is
+    ([3, 30, 31, 60], [20, 25], 25, ((30, 31), (60, 60))),  # what is older than all checkpoints stays as it is
+    ([3, 30, 31, 60], [20, 40], 40, ((60, 60),)),
     ([3, 30, 60], [61], None, None),
 ])  # fmt: skip
 def test_where_to_go_back_to(steps, saved, to, wrong):
