@@ -1,7 +1,7 @@
 """The roll call before JAX's own start: process 0 listens where its coordinator is going to, the others give their numbers.
 
 JAX waits for all processes in silence, and ends the program when one has not come. Here the one that waits can say who is
-missing, and a number that is given twice is refused. A line of text each way, at most 100 bytes, is all that is spoken.
+missing, and a number that is given twice is refused. A line of text each way, at most 200 bytes, is all that is spoken.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import numbers
 
-_LONGEST = 100  # bytes of a line
+_LONGEST = 200  # bytes of a line
 _GO, _NO = "go", "no "
 _RETRY = 0.2  # seconds between two attempts to reach process 0
 
@@ -115,7 +115,10 @@ def _listen(bind: str, count: int, seconds: float, say: Say, patience: float) ->
                     _serve(key.fileobj, server, selector, roll)  # type: ignore[arg-type]
                 waited = time.monotonic() - started
                 if roll.missing and waited > seconds:
-                    raise InputError(f"{numbers(roll.missing, count)} did not come within {seconds:g} s; start all of them")
+                    line = f"{numbers(roll.missing, count)} did not come within {seconds:g} s; start all of them"
+                    for connection in roll.present.values():
+                        tell(connection, _NO + line)
+                    raise InputError(line)
                 if roll.missing and waited > patience * (reported + 1):
                     reported += 1
                     say(f"waited {waited:.0f} s for {numbers(roll.missing, count)}; going on for {seconds - waited:.0f} s")

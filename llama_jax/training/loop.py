@@ -113,7 +113,8 @@ class Run:
         split = split_corpus(config)
         self.metadata = describe_run(config, split)
         require_same_run(saved, self.metadata, self.directory)  # before the text is encoded, which may take long
-        require_same_data(hosts, self.metadata, self.directory)
+        held_out = {} if split is None else {"held-out text (hash)": split.held_out.sha256[:16]}
+        require_same_data(hosts, self.metadata | held_out, self.directory)
         self.data = hosts.in_turn("data", lambda: open_data(config, split, display.event))
         self.metadata[TOKENIZER] = self.data.tokenizer_sha256[:16]
         require_same(hosts, "tokenizer", {TOKENIZER: self.metadata[TOKENIZER]})

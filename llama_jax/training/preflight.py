@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 
-import llama_jax
 from llama_jax.data.atomic import atomic_write
 from llama_jax.parallel.hosts import Hosts, numbers
 from llama_jax.training.config import TrainConfig
@@ -27,8 +26,10 @@ _VISIBLE_SECONDS = 30  # a shared file system may show a new file late
 
 def describe_program(config: TrainConfig) -> dict[str, str]:
     """What a process is, but for its data: versions, the revision of the sources where git knows it, every config value."""
+    from llama_jax import __version__
+
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    own = {"python": platform.python_version(), "llama_jax": llama_jax.__version__, **_revision()}
+    own = {"python": platform.python_version(), "llama_jax": __version__, **_revision()}
     return own | versions | {f"config {key}": value for key, value in _flat(_shared(config)).items()}
 
 
@@ -122,7 +123,7 @@ def _flat(values: Mapping, prefix: str = "") -> dict[str, str]:
 
 def _revision() -> dict[str, str]:
     """The commit of our own sources and whether they were changed since, where they lie in a git repository."""
-    root = Path(llama_jax.__file__).parent
+    root = Path(__file__).parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
