@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from report import heading
 
-from llama_jax.training.loss import cross_entropy
+from llama_jax.training.cross_entropy import cross_entropy
 
 
 def usual(features, head, targets, weights):

@@ -46,7 +46,6 @@ def batches(vocabulary: int):
 def llama_jax(path: pathlib.Path | None):
     """The product's own step, compiled for one device, layers unrolled."""
     import jax
-    import jax.numpy as jnp
 
     from llama_jax.data.batch import Batch
     from llama_jax.model.attention import choose_backend
@@ -54,13 +53,14 @@ def llama_jax(path: pathlib.Path | None):
     from llama_jax.model.options import ModelOptions
     from llama_jax.parallel.mesh import make_mesh
     from llama_jax.training.config import OptimizerConfig
-    from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
-    from llama_jax.training.step import Recipe, TrainState, sharded_step, state_shapes
+    from llama_jax.training.optimizer import make_optimizer
+    from llama_jax.training.schedule import learning_rate_schedule
+    from llama_jax.training.step import Recipe, fresh_state, sharded_step, state_shapes
 
     config, params = start_weights(path)
     settings = OptimizerConfig(learning_rate=RATE, warmup_steps=0, final_fraction=1.0, beta1=BETAS[0], beta2=BETAS[1],
                                eps=EPS, weight_decay=DECAY, clip_norm=CLIP)  # fmt: skip
-    optimizer, schedule = make_optimizer(settings, 1), learning_rate_schedule(settings, 1)
+    optimizer, schedule = make_optimizer(settings), learning_rate_schedule(settings, 1)
     draw, mesh = batches(config.vocab_size), make_mesh(devices=jax.devices()[:1])
 
     def recipe(length: int) -> Recipe:
@@ -68,7 +68,7 @@ def llama_jax(path: pathlib.Path | None):
         return Recipe(Llama(config, options), optimizer, schedule, CHUNK)
 
     places = jax.tree.map(lambda x: x.sharding, state_shapes(recipe(1), mesh))  # else the second update compiles again
-    state = jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), places)
+    state = jax.device_put(fresh_state(recipe(1), params), places)
 
     @functools.cache
     def program(length: int):

@@ -90,7 +90,13 @@ def _detect(
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"distributed: the environment cannot be made sense of ({error}); give coordinator, processes and "
                          "process, or distributed.mode off") from None  # fmt: skip
-    return found[0], found[1], found[2], None if local is None else tuple(local)
+    address, count, number = found
+    return (
+        None if address is None else str(address),
+        None if count is None else int(count),
+        None if number is None else int(number),
+        None if local is None else tuple(local),
+    )
 
 
 @contextlib.contextmanager

@@ -276,6 +276,7 @@ class Run:
             arrays = array_figures(self.recipe, state, batch, frozen)
             raise self._recovery.give_up(trouble, self.batches.steps, state, arrays)
         self._recovery.go_back(rewind)
+        saver.go_back()
         books.go_back(int(state.step), rewind)
         let_go(state)
         self.batches = self._recovery.without_bad_data(self.batches)

@@ -87,7 +87,7 @@ def usual(guard: Guard) -> dict[str, dict[str, float | int]]:
 
 
 def write_postmortem(directory: Path, report: Mapping[str, object], arrays: Sequence[ArrayFigures] = ()) -> Path:
-    """Writes `report.json` and `arrays.tsv`.
+    """Writes `report.json` and `arrays.tsv`; of several processes the first does.
 
     Args:
       directory: of the run.
@@ -98,6 +98,8 @@ def write_postmortem(directory: Path, report: Mapping[str, object], arrays: Sequ
       The directory of the two.
     """
     folder = directory / RUN_POSTMORTEM
+    if jax.process_index():
+        return folder
     folder.mkdir(exist_ok=True)
     broken = next((row.path for row in arrays if row.not_finite or row.gradient_not_finite), None)
     with atomic_write(folder / "report.json") as file:

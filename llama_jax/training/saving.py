@@ -57,6 +57,10 @@ class Saver:
         if self._attempt(step, lambda: self._checkpoints.save(step, state, self._metadata())):
             self._running, self._again = True, None
 
+    def go_back(self) -> None:
+        """Forgets what was to be tried again: the run has gone back to a checkpoint."""
+        self._again = None
+
     def wait(self, step: int) -> None:
         """Waits for a save that is under way."""
         self._attempt(step, self._checkpoints.wait)

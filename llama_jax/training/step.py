@@ -142,7 +142,11 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree =
 
 def init_state(recipe: Recipe, key: Array) -> TrainState:
     """A fresh state at step 0."""
-    params = recipe.init(recipe.model, key)
+    return fresh_state(recipe, recipe.init(recipe.model, key))
+
+
+def fresh_state(recipe: Recipe, params: Parameters) -> TrainState:
+    """The state at step 0 of parameters that are given."""
     return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), fresh_guard())
 
 

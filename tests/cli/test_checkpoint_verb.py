@@ -14,6 +14,7 @@ import pytest
 
 from llama_jax.cli.checkpoint import main
 from llama_jax.cli.program import run_program
+from llama_jax.training.guard import fresh_guard
 from llama_jax.training.step import TrainState
 from llama_jax.weights.checkpoint import Checkpoints
 
@@ -27,7 +28,7 @@ def saved(tmp_path_factory) -> pathlib.Path:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(params)
     with Checkpoints.open(directory / "checkpoints", keep=9) as checkpoints:
         for step in (10, 20, 30):
-            state = TrainState(jnp.int32(step), params, optimizer)
+            state = TrainState(jnp.int32(step), params, optimizer, fresh_guard())
             checkpoints.save(step, state, {})
             checkpoints.wait()
     return directory

@@ -8,6 +8,8 @@ CHECKPOINT = "tests/weights/test_checkpoint.py::"
 LOOP = "tests/training/test_loop.py::"
 TOKENS = "tests/data/test_token_file.py::"
 TRAIN = "tests/cli/test_train.py::"
+GUARD = "tests/faults/test_guard_faults.py::"
+HOSTS = "tests/faults/test_hosts_faults.py::"
 
 ROWS: dict[str, tuple[str, ...]] = {
     "1 stopped and gone on with": ("tests/faults/test_resume.py::test_sigterm_and_the_same_command_again",),
@@ -17,7 +19,14 @@ ROWS: dict[str, tuple[str, ...]] = {
     "3 kill -9 at random moments": ("tests/faults/test_resume.py::test_kill_9_at_random_moments",),
     "4 kill -9 in the middle of a save": ("tests/faults/test_disk.py::test_killed_in_the_middle_of_a_save",),
     "5 SIGTERM": ("tests/faults/test_resume.py::test_sigterm_and_the_same_command_again",),
-    "7 Ctrl-C, once and twice": ("tests/faults/test_resume.py::test_ctrl_c_once_and_twice",),
+    "6 SIGTERM to one of two processes": (HOSTS + "test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on",),
+    "7 Ctrl-C, once and twice; SIGUSR1": (
+        "tests/faults/test_resume.py::test_ctrl_c_once_and_twice",
+        HOSTS + "test_a_signal_to_a_single_process_saves_and_two_go_on",
+        HOSTS + "test_a_second_ctrl_c_ends_at_once",
+    ),
+    "8 kill -9 of one of two processes": (HOSTS + "test_the_other_one_ends_when_one_is_killed_and_both_go_on",),
+    "9 a process that is frozen": (HOSTS + "test_the_other_one_ends_when_one_is_frozen",),
     "10 a hang": (
         "tests/faults/test_hang.py::test_data_that_never_comes",
         "tests/faults/test_hang.py::test_what_takes_long_is_no_hang",
@@ -51,14 +60,25 @@ ROWS: dict[str, tuple[str, ...]] = {
         TRAIN + "test_overwrite_starts_anew_on_the_prepared_data",
     ),
     "18 another shape or dtype, an array too many or too few": (CHECKPOINT + "test_a_state_that_does_not_fit_names_the_path",),
-    "19 another number of devices, another mesh": (
+    "19 another number of devices, another mesh, another number of processes": (
         "tests/faults/test_resume.py::test_going_on_with_another_mesh",
+        HOSTS + "test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on",
         CHECKPOINT + "test_restores_under_any_sharding_with_the_same_checksums",
     ),
     "20 two runs in a directory": (
         "tests/faults/test_resume.py::test_two_runs_in_a_directory",
         LOOP + "test_one_run_a_directory",
     ),
+    "21 steps that are not finite": (
+        GUARD + "test_a_step_that_is_not_finite_leaves_the_weights_as_they_are",
+        GUARD + "test_bad_data_is_left_out_after_going_back",
+        GUARD + "test_scattered_bad_data_is_left_out_too",
+        GUARD + "test_what_does_not_end_ends_the_run_with_a_report",
+        GUARD + "test_no_checkpoint_has_weights_that_are_not_finite",
+    ),
+    "22 a spike": (GUARD + "test_a_spike_is_skipped_once_and_what_is_usual_stays_so",),
+    "23 killed while it goes back": (GUARD + "test_killed_while_it_goes_back_past_a_saved_bad_step",),
+    "24 devices that disagree": (GUARD + "test_a_copy_that_differs_in_one_bit_is_named_with_its_device",),
     "25 damaged token files": (
         TOKENS + "test_id_outside_the_vocabulary_is_named_with_its_document",
         TOKENS + "test_no_documents_is_an_error",

@@ -21,7 +21,7 @@ from llama_jax.training import guard, loop, setup
 from llama_jax.training.loop import Run
 from llama_jax.training.replicas import differing_replicas
 from llama_jax.training.step import state_shapes
-from llama_jax.weights.checkpoint import list_steps
+from llama_jax.weights.checkpoint_files import list_steps
 
 pytestmark = pytest.mark.faults
 POISON = pathlib.Path(__file__).with_name("poison.py")
@@ -124,7 +124,7 @@ def assert_same_weights(config, reference):
 
 
 def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(make, monkeypatch):
-    """Row 21, one step; and a run that is interrupted before, in and after it ends in the same bits."""
+    """21: one step; and a run that is interrupted before, in and after it ends in the same bits."""
     spoil(monkeypatch.setattr, among("nan", "nan:3"))
     whole, parts = make("whole"), make("parts", run={"checkpoint_every": 1, "keep_checkpoints": 99})
     display, summary = train(whole)
@@ -145,7 +145,7 @@ def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(make, monkeypa
 
 
 def test_bad_data_is_left_out_after_going_back(make, reference, monkeypatch):
-    """Row 21, three steps in a row: as if the config had left their data out from the beginning."""
+    """21: three steps in a row: as if the config had left their data out from the beginning."""
     asked = spoil(monkeypatch.setattr, among("nan", "nan:5-7"))
     config = make("run")
     display, summary = train(config)
@@ -164,7 +164,7 @@ def test_bad_data_is_left_out_after_going_back(make, reference, monkeypatch):
 
 
 def test_scattered_bad_data_is_left_out_too(make, monkeypatch):
-    """Ten of the last two hundred, never two in a row; a batch that grows and a list in the config stay what they are."""
+    """21: ten of the last two hundred, never two in a row; a batch that grows and a list in the config stay what they are."""
     bad = tuple((step, step) for step in range(2, 24, 2) if step != 8)
     run, data = {"steps": 26, "checkpoint_every": 2}, {"batch_ramp": ((12, 8),), "skip_steps": ((8, 8), (25, 26))}
     wrong = {first for first, _ in bad}
@@ -180,7 +180,7 @@ def test_scattered_bad_data_is_left_out_too(make, monkeypatch):
 
 
 def test_what_does_not_end_ends_the_run_with_a_report(make, monkeypatch):
-    """Row 21, for ever: three times back, then a report; every checkpoint is from before, its weights finite and the same."""
+    """21: for ever: three times back, then a report; every checkpoint is from before, its weights finite and the same."""
     spoil(monkeypatch.setattr, among("nan", "nan-at:6-99"))
     config = make("run")
     display = Recorder()
@@ -227,7 +227,7 @@ def test_from_the_first_step_on_there_is_nothing_to_go_back_to_but_the_start(mak
 
 
 def test_no_checkpoint_has_weights_that_are_not_finite(make, monkeypatch):
-    """Weights that an optimizer has made infinite out of a finite gradient: told, and not saved."""
+    """21: weights that an optimizer has made infinite out of a finite gradient: told, and not saved."""
     real = loop.sharded_step
 
     def broken(*given):
@@ -253,7 +253,7 @@ def test_no_checkpoint_has_weights_that_are_not_finite(make, monkeypatch):
 
 
 def test_a_spike_is_skipped_once_and_what_is_usual_stays_so(make, monkeypatch):
-    """Row 22; a run that is interrupted just after the spike keeps all that it remembers, bit by bit."""
+    """22: a run that is interrupted just after the spike keeps all that it remembers, bit by bit."""
     spoil(monkeypatch.setattr, among("loud", "loud:12"))
     monkeypatch.setattr(guard, "ENOUGH", 8)  # in place of 64 steps
     whole, parts = (make(name, guard={"spike_skip": True}, run={"log_every": 8}) for name in ("whole", "parts"))
@@ -286,7 +286,7 @@ def start(config, what: str, where: str, status: int) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("where", ["before-discard", "after-discard"])
 def test_killed_while_it_goes_back_past_a_saved_bad_step(make, reference, monkeypatch, where):
-    """Row 23: a bad step was saved; the run goes back past it and is killed; the next goes on on the good branch."""
+    """23: a bad step was saved; the run goes back past it and is killed; the next goes on on the good branch."""
     config = make("run")
     spoil(monkeypatch.setattr, among("nan", "nan:5-7"))
     train(config, 7)  # in the middle of the bad steps
@@ -338,7 +338,7 @@ def test_equal_replicas_are_equal(state):
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_copy_that_differs_in_one_bit_is_named_with_its_device(state, number):
-    """Row 24: of four copies the odd one; of two both, as nobody can say which is wrong."""
+    """24: of four copies the odd one; of two both, as nobody can say which is wrong."""
     params, mesh = state[0].params, state[1]
     device = mesh.devices.flat[number]
     bent = {**params, "final_norm": {"scale": perturbed(params["final_norm"]["scale"], device)}}

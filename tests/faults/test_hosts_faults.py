@@ -136,6 +136,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes(run, alone, spawn)
 
 @pytest.mark.parametrize(("which", "fault"), [(0, "term"), (1, "term"), (1, "usr1")])
 def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(run, alone, spawn, which, fault):
+    """6, 19: one step is saved on both; one process or two go on with the same batches."""
     faults = ["", ""]
     faults[which] = f"in_data:6:{fault}"
     began = time.monotonic()
@@ -156,6 +157,7 @@ def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(run, alo
 
 @pytest.mark.parametrize("fault", ["usr1", "int"])
 def test_a_signal_to_a_single_process_saves_and_two_go_on(run, alone, spawn, fault):
+    """7, 19: SIGUSR1 and Ctrl-C are wishes to stop; two processes go on."""
     child = spawn.train(run, f"in_data:5:{fault}", HOST_ROWS=f"{run.run.dir}.rows.0").expect(0)
     assert re.search(r"^SIG(USR1|INT): saving after this step; Ctrl-C within 5 s ends at once$", child.errors, re.MULTILINE)
     assert checkpoint_steps(run) == [4, 5]
@@ -168,6 +170,7 @@ def test_a_signal_to_a_single_process_saves_and_two_go_on(run, alone, spawn, fau
 
 
 def test_a_second_ctrl_c_ends_at_once(run, spawn):
+    """7: the second Ctrl-C."""
     child = spawn.train(run, "in_data:5:int,before_save:5:int")
     child.expect(130)
     assert "Traceback" not in child.errors
@@ -193,6 +196,7 @@ def test_a_stop_file_and_a_time_limit_end_a_run(run, alone, spawn):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_other_one_ends_when_one_is_killed_and_both_go_on(run, alone, spawn, killed):
+    """8: the worker or the coordinator is killed."""
     faults = ["", ""]
     faults[killed] = "in_data:6:kill9"
     children = start(spawn, run, faults)
@@ -214,6 +218,7 @@ def test_the_other_one_ends_when_one_is_killed_and_both_go_on(run, alone, spawn,
 
 
 def test_the_other_one_ends_when_one_is_frozen(run, spawn):
+    """9: a process that is stopped."""
     children = start(spawn, run, ["", "in_data:6:stop"])
     children[1].wait_for("^fault: in_data 6 stop")
     began = time.monotonic()

@@ -19,8 +19,9 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.config import OptimizerConfig
 from llama_jax.training.hosts import global_batch
-from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from llama_jax.training.step import Recipe, TrainState, batch_sharding, sharded_step, state_shapes
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.step import Recipe, batch_sharding, fresh_state, sharded_step, state_shapes
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.parity]
 
@@ -73,11 +74,10 @@ def torch_curve(model, batches: Batches, rates: list[float]) -> tuple[list[float
 def our_curve(model, batches: Batches) -> tuple[list[float], list[float]]:
     """The same by the step of the product."""
     mesh, schedule = make_mesh(devices=jax.devices()[:1]), learning_rate_schedule(OPTIMIZER, STEPS)
-    optimizer = make_optimizer(OPTIMIZER, STEPS)
-    recipe = Recipe(Llama(model.config, ModelOptions(scan=False)), optimizer, schedule, ROWS * LENGTH)
+    recipe = Recipe(Llama(model.config, ModelOptions(scan=False)), make_optimizer(OPTIMIZER), schedule, ROWS * LENGTH)
     params = jax.tree.map(jnp.array, model.params)  # the step consumes what it is given
     places = jax.tree.map(lambda x: x.sharding, state_shapes(recipe, mesh))  # else the second step compiles again
-    state = jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), places)
+    state = jax.device_put(fresh_state(recipe, params), places)
     figures = []
     with jax.set_mesh(mesh):
         program, sharding = sharded_step(recipe, mesh), batch_sharding(recipe, mesh)

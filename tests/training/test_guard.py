@@ -36,7 +36,7 @@ def spoilt(batch: Batch) -> Batch:
 
 
 def make_recipe(**more) -> Recipe:
-    return Recipe(Llama(CONFIG), make_optimizer(CONSTANT, 10), optax.constant_schedule(1e-2), 64, **more)
+    return Recipe(Llama(CONFIG), make_optimizer(CONSTANT), optax.constant_schedule(1e-2), 64, **more)
 
 
 def leaves(*trees) -> list[bytes]:
