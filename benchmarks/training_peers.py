@@ -52,7 +52,7 @@ def llama_jax(path: pathlib.Path | None):
     from llama_jax.model.llama import Llama
     from llama_jax.model.options import ModelOptions
     from llama_jax.parallel.mesh import make_mesh
-    from llama_jax.training.config import OptimizerConfig
+    from llama_jax.training.config_method import OptimizerConfig
     from llama_jax.training.optimizer import make_optimizer
     from llama_jax.training.schedule import learning_rate_schedule
     from llama_jax.training.step import Recipe, fresh_state, sharded_step, state_shapes

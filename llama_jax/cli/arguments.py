@@ -21,7 +21,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.presets import preset
-from llama_jax.training.config import SourceConfig, TrainConfig
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.config_data import SourceConfig
 
 Pair = tuple[str, object]  # a dotted key and its value; the value {} opens a section
 

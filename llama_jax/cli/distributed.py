@@ -12,7 +12,7 @@ from llama_jax.cli.program import run_program
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import AgreedStop, Hosts
 from llama_jax.parallel.roll_call import call_roll, split_address
-from llama_jax.training.distributed_config import DistributedConfig
+from llama_jax.training.config_distributed import DistributedConfig
 
 LOST = 1  # exit status of a process that another one has left alone
 

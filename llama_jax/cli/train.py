@@ -16,7 +16,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.data.atomic import atomic_write
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.distributed_config import DistributedConfig
+from llama_jax.training.config_distributed import DistributedConfig
 from llama_jax.training.wall_time import wall_seconds
 
 _DEFAULT = pathlib.Path("configs/debug.yaml")

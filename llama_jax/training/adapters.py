@@ -8,7 +8,8 @@ from llama_jax.model.adapters import Dropout, combine, init_adapters
 from llama_jax.model.llama import Llama
 from llama_jax.model.quantize import quantize
 from llama_jax.parallel.sharding import tree_shardings
-from llama_jax.training.config import AdapterConfig, TrainConfig
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.config_method import AdapterConfig
 from llama_jax.training.loss import NEXT_TOKEN_FROZEN_HEAD
 from llama_jax.training.preference import preference_objective
 from llama_jax.training.step import Draw, Recipe

@@ -15,7 +15,8 @@ from llama_jax.data.token_set import TokenSet
 from llama_jax.data.tokens import Tokens, largest_token
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.training.config import DataConfig, TrainConfig
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.config_data import DataConfig
 
 Say = Callable[[str], None]
 

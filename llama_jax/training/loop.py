@@ -17,7 +17,8 @@ from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.training.books import Books
-from llama_jax.training.config import TrainConfig, micro_rows
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import make_batches, open_data, split_corpus
 from llama_jax.training.display import Display, duration, si
 from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate, together

@@ -12,7 +12,7 @@ import optax
 
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.axes import Parameters, PyTree
-from llama_jax.training.config import OptimizerConfig
+from llama_jax.training.config_method import OptimizerConfig
 
 # Muon's momentum, by its author; the root mean square of its updates, chosen in arXiv:2502.16982 to be like AdamW's, so that
 # one learning rate and one weight decay serve the matrices of the layers and what AdamW does to the rest.

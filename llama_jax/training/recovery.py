@@ -10,7 +10,7 @@ import jax
 from llama_jax.data.batches import Batches
 from llama_jax.data.steps import Pairs, Steps, joined
 from llama_jax.errors import CorruptError, DivergedError
-from llama_jax.training.config import GuardConfig
+from llama_jax.training.config_method import GuardConfig
 from llama_jax.training.postmortem import ArrayFigures, usual, write_postmortem
 from llama_jax.training.rewind import MADE_AFTER, Rewind, Rewinds, plan_rewind
 from llama_jax.training.step import StepMetrics, TrainState

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.axes import Array, Float
-from llama_jax.training.config import OptimizerConfig
+from llama_jax.training.config_method import OptimizerConfig
 
 # How much of the way from the last learning rate up to the peak is left after a share of the decay, from 0 to 1.
 _SHAPES: Mapping[str, Callable[[Float[Array, "..."]], Float[Array, "..."]]] = {

@@ -20,7 +20,9 @@ from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
 from llama_jax.model.attention import BACKENDS
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.training.config import ComputeConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.training.config import ComputeConfig, RunConfig, TrainConfig
+from llama_jax.training.config_data import DataConfig
+from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.setup import make_recipe
 from llama_jax.training.step import (
     StepMetrics,

@@ -19,7 +19,8 @@ from llama_jax.parallel.sharding import TRAINING, check_divisible
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
-from llama_jax.training.config import TrainConfig, micro_rows
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import require_same_tokenizer
 from llama_jax.training.loss import next_token
 from llama_jax.training.optimizer import make_optimizer

@@ -8,7 +8,9 @@ import yaml
 from llama_jax.cli.arguments import parse_train
 from llama_jax.data.steps import Steps
 from llama_jax.presets import preset
-from llama_jax.training.config import DataConfig, OptimizerConfig, TrainConfig
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.config_data import DataConfig
+from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.schedule import learning_rate_schedule
 
 RECIPES = pathlib.Path(__file__).parent.parent.parent / "configs" / "recipes"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.data.batches import Batch
-from llama_jax.training.config import OptimizerConfig
+from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.loss import Objective
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule

@@ -20,7 +20,9 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.quantize import parameter_bytes, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.adapters import adapter_recipe, dropout_at, frozen_parameters
-from llama_jax.training.config import AdapterConfig, DataConfig, OptimizerConfig, PreferenceConfig, RunConfig, TrainConfig
+from llama_jax.training.config import RunConfig, TrainConfig
+from llama_jax.training.config_data import DataConfig
+from llama_jax.training.config_method import AdapterConfig, OptimizerConfig, PreferenceConfig
 from llama_jax.training.loss import batch_loss
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule

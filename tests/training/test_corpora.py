@@ -22,7 +22,7 @@ from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import template_from_directory
 from llama_jax.training import setup
-from llama_jax.training.config import DataConfig, SourceConfig
+from llama_jax.training.config_data import DataConfig, SourceConfig
 from llama_jax.training.corpora import make_batches, open_data
 from llama_jax.training.evaluate import Evaluation, together
 from llama_jax.training.hosts import global_batch, row_numbers

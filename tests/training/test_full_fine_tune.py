@@ -17,7 +17,7 @@ from llama_jax.data.token_file import write_tokens
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.training.config import OptimizerConfig
+from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule

@@ -15,7 +15,9 @@ from llama_jax.model.quantize import parameter_bytes
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import step as step_module
 from llama_jax.training.adapters import adapter_recipe, frozen_parameters
-from llama_jax.training.config import AdapterConfig, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from llama_jax.training.config import RunConfig, TrainConfig
+from llama_jax.training.config_data import DataConfig
+from llama_jax.training.config_method import AdapterConfig, OptimizerConfig
 from llama_jax.training.guard import ENOUGH, RING, WINDOW, Guard, acceptable, all_finite, fresh_guard, noted
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import Recipe, batch_sharding, micro_batches, sharded_init, sharded_step, state_shapes

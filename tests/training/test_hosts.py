@@ -16,7 +16,8 @@ from llama_jax.data.batches import Batches
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, batch_spec
 from llama_jax.training import hosts
-from llama_jax.training.config import TrainConfig, micro_rows
+from llama_jax.training.config import TrainConfig
+from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import make_batches, open_data
 
 DEVICES, STEPS, STOPPED = 8, 7, 3

@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import tiny_config, write_corpus
 
 from llama_jax.errors import InputError
-from llama_jax.training.config import AdapterConfig, PreferenceConfig
+from llama_jax.training.config_method import AdapterConfig, PreferenceConfig
 from llama_jax.training.corpora import split_corpus
 from llama_jax.training.identity import describe_run, require_same_run
 

@@ -12,7 +12,7 @@ from optimizer_formulas import batch_number, given_recipe, matrices, names_of, t
 
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.errors import InputError
-from llama_jax.training.config import OptimizerConfig
+from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.optimizer import decayed, make_optimizer
 from llama_jax.training.step import init_state, train_step
 from llama_jax.weights.forms import stack, unstack

@@ -17,7 +17,7 @@ from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import AgreedStop, Hosts, numbers
 from llama_jax.parallel.roll_call import call_roll, split_address
 from llama_jax.training.config import RunConfig
-from llama_jax.training.distributed_config import DistributedConfig
+from llama_jax.training.config_distributed import DistributedConfig
 from llama_jax.training.preflight import describe_program, differences, require_same
 from llama_jax.training.wall_time import wall_seconds
 

@@ -16,7 +16,7 @@ from llama_jax.model.llama import Llama, logits
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import PARAMETER_AXES, TRAINING, parameter_spec
-from llama_jax.training.config import OptimizerConfig
+from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.cross_entropy import cross_entropy
 from llama_jax.training.guard import fresh_guard
 from llama_jax.training.loss import batch_loss, mean_loss
