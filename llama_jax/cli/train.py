@@ -65,8 +65,10 @@ def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
     from llama_jax.training.display import Display, open_display
     from llama_jax.training.hosts import preempted
     from llama_jax.training.identity import require_same_model
-    from llama_jax.training.loop import RUN_CONFIG, Run, newest_step, summary_lines
+    from llama_jax.training.loop import Run
     from llama_jax.training.preflight import describe_program, require_same
+    from llama_jax.training.run_directory import RUN_CONFIG, newest_step
+    from llama_jax.training.summary import summary_lines
 
     directory = pathlib.Path(config.run.dir)
     require_same(hosts, "program", describe_program(config) if hosts.count > 1 else {})

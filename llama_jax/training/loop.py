@@ -1,12 +1,8 @@
 """A run from its first step to its last: text to batches, batches to updates, updates to checkpoints."""
 
 import contextlib
-import fcntl
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
@@ -14,25 +10,23 @@ from llama_jax.accounting import parameter_count
 from llama_jax.axes import Parameters
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.unigram import unigram_cross_entropy
-from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.training.books import Books
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import make_batches, open_data, split_corpus
-from llama_jax.training.display import Display, duration, si
+from llama_jax.training.display import Display, si
 from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate, together
-from llama_jax.training.goodput import RUN_GOODPUT, Goodput
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
-from llama_jax.training.metrics import RUN_METRICS, StepRecord
-from llama_jax.training.postmortem import RUN_POSTMORTEM, array_figures
+from llama_jax.training.metrics import StepRecord
+from llama_jax.training.postmortem import array_figures
 from llama_jax.training.preflight import require_same, require_same_data
-from llama_jax.training.profile import RUN_PROFILE
 from llama_jax.training.recovery import Recovery
 from llama_jax.training.replicas import require_equal_replicas
-from llama_jax.training.rewind import RUN_REWINDS, let_go
-from llama_jax.training.samples import RUN_SAMPLES, Samples
+from llama_jax.training.rewind import let_go
+from llama_jax.training.run_directory import clear_run, only_run
+from llama_jax.training.samples import Samples
 from llama_jax.training.saving import Saver
 from llama_jax.training.setup import (
     adopt,
@@ -45,41 +39,14 @@ from llama_jax.training.setup import (
 )
 from llama_jax.training.step import StepMetrics, TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
+from llama_jax.training.summary import Summary
 from llama_jax.training.trackers import require_trackers
 from llama_jax.training.watch import Trouble
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.checkpoint_files import list_steps, read_metadata
+from llama_jax.weights.checkpoint_files import read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
-RUN_CONFIG = "config.yaml"
-
 Stop = Callable[[int], bool]  # asked after every step whether to save and end there
-
-
-class Summary(NamedTuple):
-    """How a run stands when the program ends.
-
-    Attributes:
-      step: updates done.
-      steps: updates wanted.
-      evaluation: on the held-out text with the final parameters; `None` where this call did not come to the end.
-      unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline.
-      saved: whether the last state is on disk.
-      goodput: where the wall time of the run went, restarts included.
-      skipped: updates that the guard has skipped.
-      rewinds: times that the run has gone back.
-      failed_saves: checkpoints that could not be written.
-    """
-
-    step: int
-    steps: int
-    evaluation: Evaluation | None
-    unigram: float
-    saved: bool
-    goodput: Goodput = Goodput()
-    skipped: int = 0
-    rewinds: int = 0
-    failed_saves: int = 0
 
 
 class Run:
@@ -303,24 +270,6 @@ class Run:
         return together([(part, self.data.held_out[name].bytes_of_text) for name, part in found.items()])
 
 
-@contextlib.contextmanager
-def only_run(directory: Path) -> Iterator[None]:
-    """Holds a run's directory against a second run; the hold ends with the process, however that ends.
-
-    Raises:
-      InputError: if another process trains there.
-    """
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"run.dir: another process trains in {directory}; wait for it, or name another") from None
-        yield
-    finally:
-        os.close(handle)
-
-
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one; 0 is never."""
     return every > 0 and step % every == 0
@@ -332,34 +281,3 @@ def _flat(evaluation: Evaluation) -> dict[str, float | int | None]:
         "held_out/bits_per_byte": evaluation.bits_per_byte,
         "held_out/tokens": evaluation.tokens,
     }
-
-
-def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
-    """A summary as the rows of the display's last table."""
-    rows = {"steps": f"{summary.step} of {summary.steps}", "time": duration(seconds)}
-    if summary.evaluation:
-        loss, bits = summary.evaluation.nats_per_token, summary.evaluation.bits_per_byte
-        rows["held-out"] = f"{loss:.4f} nats a token, {bits:.4f} bits a byte ({summary.evaluation.tokens} tokens)"
-        rows["unigram"] = f"{summary.unigram:.4f} nats a token (the entropy to beat)"
-    if summary.skipped or summary.rewinds:
-        rows["skipped"] = f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
-    if summary.failed_saves:
-        rows["checkpoints"] = f"{summary.failed_saves} could not be written" + (
-            "" if summary.saved else ", the last among them"
-        )
-    return rows | summary.goodput.lines()
-
-
-def newest_step(directory: Path) -> int:
-    """The step of the newest checkpoint in a run's directory, 0 if there is none."""
-    checkpoints = directory / RUN_CHECKPOINTS
-    return max(list_steps(checkpoints), default=0)
-
-
-def clear_run(directory: Path) -> None:
-    """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
-    for name in (RUN_CHECKPOINTS, RUN_PROFILE, RUN_POSTMORTEM):
-        if (directory / name).exists():
-            shutil.rmtree(directory / name)
-    for name in (RUN_METRICS, RUN_GOODPUT, RUN_SAMPLES, RUN_REWINDS):
-        (directory / name).unlink(missing_ok=True)

@@ -26,7 +26,8 @@ from llama_jax.training import loop, setup, step, step_log
 from llama_jax.training.evaluate import batch_evaluator, evaluate
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import fingerprint
-from llama_jax.training.loop import Run, only_run
+from llama_jax.training.loop import Run
+from llama_jax.training.run_directory import only_run
 from llama_jax.training.step import StepMetrics
 from llama_jax.weights.checkpoint import SaveError
 
