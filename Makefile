@@ -25,13 +25,15 @@ demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources
 	@$(BIN)/python infer.py --model $(RUN) --prompt "def " --max-new-tokens 120 --temperature 0.5 --seed 2
 
 test: lint ## lint, types and the whole suite; JOBS processes (2)
-	@$(call run_suite,$(VENV))
+	@$(call run_suite,$(VENV),)
 
 test-faults: $(VENV)/installed-test ## training under faults: killed, signalled, on full disks, with damaged files; JOBS processes
 	@XLA_FLAGS="$(QUICK_COMPILATION)" $(BIN)/python -m pytest -n $(JOBS) -m faults
 
-test-312: $(VENV312)/installed-test ## the suite on Python 3.12 and its newer JAX, in an environment of its own
-	@$(call run_suite,$(VENV312))
+# What does not import JAX is the same there.
+test-312: $(VENV312)/installed-test ## all that uses JAX, on Python 3.12 and its newer JAX, in an environment of its own
+	@echo "NOT RUN in $(VENV312): tests/text and tests/data, whose subjects do not import JAX ('make test' runs them)"
+	@$(call run_suite,$(VENV312),--ignore tests/text --ignore tests/data)
 
 test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding; Python 3.12, no TPU needed
 	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu
@@ -107,6 +109,6 @@ QUICK_COMPILATION := --xla_backend_optimization_level=0 --xla_llvm_disable_expen
 define run_suite
 only=""; $(1)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || { only="and not parity"; \
 echo "NOT RUN in $(1): the parity tests, which need PyTorch (installed for Python 3.11; 'make test' runs them there)"; }; \
-XLA_FLAGS="$(QUICK_COMPILATION)" $(1)/bin/python -m pytest --ignore tests/faults -n $(JOBS) --dist loadfile -m "not smollm2 $$only" && \
-$(1)/bin/python -m pytest --ignore tests/faults -n $(JOBS) --dist loadfile -m "smollm2 $$only"
+XLA_FLAGS="$(QUICK_COMPILATION)" $(1)/bin/python -m pytest --ignore tests/faults $(2) -n $(JOBS) --dist loadfile -m "not smollm2 $$only" && \
+$(1)/bin/python -m pytest --ignore tests/faults $(2) -n $(JOBS) --dist loadfile -m "smollm2 $$only"
 endef
