@@ -1,5 +1,6 @@
 """What kind of model lies at a path, and its parts ready to be read: only headers and small files are looked at."""
 
+import os
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -8,7 +9,7 @@ from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, template_from_directory, template_from_gguf
 from llama_jax.text.formats import format_for
 from llama_jax.text.gguf import tokenizer_from_gguf
-from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
+from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids, turn_ends
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Format = Literal["run", "hugging_face", "meta", "gguf"]
 
+_MADE_FROM = "made_from"  # in the metadata of a run: the report on the model that it began with
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What lies beside the weights of a directory of Hugging Face's.
 _BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -119,9 +121,9 @@ def _found(path: pathlib.Path) -> str:
 def _open_gguf(path: pathlib.Path) -> Opened:
     source = GgufSource.open(path)
     metadata = source.file.metadata
-    tokenizer = tokenizer_from_gguf(metadata)
-    stops = stop_ids(tokenizer, declared_stop_ids_from_gguf(metadata))
-    return Opened(source, tokenizer, template_from_gguf(metadata), stops, "gguf", path, f"GGUF {path.absolute().name}")
+    tokenizer, template = tokenizer_from_gguf(metadata), template_from_gguf(metadata)
+    stops = _stops(tokenizer, template, declared_stop_ids_from_gguf(metadata))
+    return Opened(source, tokenizer, template, stops, "gguf", path, f"GGUF {path.absolute().name}")
 
 
 def _open_hugging_face(path: pathlib.Path) -> Opened:
@@ -130,11 +132,16 @@ def _open_hugging_face(path: pathlib.Path) -> Opened:
         for name in _BESIDE:
             inside(path, name)
     tokenizer = load_tokenizer(path) if any((path / name).is_file() for name in _TOKENIZER_FILES) else None
-    declared = declared_stop_ids(path)
-    stops = stop_ids(tokenizer, declared) if tokenizer else tuple(sorted(set(declared)))
-    return Opened(
-        source, tokenizer, template_from_directory(path), stops, "hugging_face", path, f"Hugging Face {path.absolute().name}"
-    )
+    declared, template = declared_stop_ids(path), template_from_directory(path)
+    stops = _stops(tokenizer, template, declared) if tokenizer else tuple(sorted(set(declared)))
+    return Opened(source, tokenizer, template, stops, "hugging_face", path, f"Hugging Face {path.absolute().name}")
+
+
+def _stops(tokenizer: Tokenizer, template: ChatTemplate | None, declared: tuple[int, ...]) -> tuple[int, ...]:
+    """The stops that are declared or known, and of tokens that only the template makes special the one that ends turns."""
+    promoted = {tokenizer.special_tokens[token] for token in getattr(tokenizer, "promoted", ())}
+    ends = turn_ends(tokenizer, template) if promoted else ()
+    return stop_ids(tokenizer, [*declared, *promoted.intersection(ends)])
 
 
 def merged(base: Opened, adapters: "Adapters", path: pathlib.Path) -> Opened:
@@ -147,7 +154,7 @@ def _open_adapted(path: pathlib.Path) -> Opened:
     with blamed_on(path):
         named = json_object(inside(path, ADAPTERS_CONFIG)).get("base_model_name_or_path")
         places = [pathlib.Path(named), path / named] if isinstance(named, str) and named else []
-        base = next((place for place in places if place.exists()), None)
+        base = next((place for place in places if os.path.exists(place)), None)  # also where no path is so long
         if base is None or (base / ADAPTERS_CONFIG).is_file():
             raise InputError(
                 f"{ADAPTERS_CONFIG} names the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST"
@@ -172,5 +179,20 @@ def _open_meta(path: pathlib.Path) -> Opened:
 def _open_run(path: pathlib.Path) -> Opened:
     source = RunSource.open(path)
     tokenizer = load_tokenizer(path)  # with a template beside it, if the run was one of conversations
+    template = template_from_directory(path)
     origin = f"run {path.absolute().name} at step {source.manifest.step}"
-    return Opened(source, tokenizer, template_from_directory(path), stop_ids(tokenizer), "run", path, origin)
+    stops = _stops(tokenizer, template, _inherited_stops(source, tokenizer))
+    return Opened(source, tokenizer, template, stops, "run", path, origin)
+
+
+def _inherited_stops(source: RunSource, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The stops of the model that a run began with, as far as they are the same tokens here."""
+    made_from = source.manifest.metadata.get(_MADE_FROM)
+    stops = made_from.get("stops") if isinstance(made_from, dict) else None
+    if not isinstance(stops, dict):
+        return ()
+    texts = dict(enumerate(tokenizer.surface.pieces)) | {
+        token: text.encode() for text, token in tokenizer.special_tokens.items()
+    }
+    same = (token for token, text in texts.items() if stops.get(str(token)) == text.decode(errors="replace"))
+    return tuple(same)

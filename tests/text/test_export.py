@@ -331,7 +331,7 @@ def test_user_defined_pieces_become_added_tokens(texts: list[str]):
     for text in plain(texts, tokenizer):
         assert library.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), text
     assert library.encode("a<sep>b", add_special_tokens=False).ids.count(number) == 1
-    tokenizer = trained_model(user_defined_symbols=["a b"])
+    tokenizer = trained_model(user_defined_symbols=["a\u2581b"])
     with pytest.raises(InputError, match="is user-defined and has a space"):
         hugging_face_files(tokenizer)
 

@@ -136,6 +136,9 @@ BROKEN = {
     "dora": ({"use_dora": True}, "'use_dora' is True"), "pissa": ({"init_lora_weights": "pissa"}, "changes the base"),
     "pattern": ({"rank_pattern": {"q_proj": 8}}, "'rank_pattern'"), "unknown": ({"new_trick": 3}, "'new_trick' is 3"),
     "rank": ({"r": 8}, "misshapen"), "no rank": ({"r": None}, "r is missing"), "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
+    "not a number": ({"lora_alpha": float("nan")}, "lora_alpha is nan; a finite number"),
+    "no end": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+    "beyond float32": ({"lora_alpha": 1e300}, "lora_alpha is 1e"),
     "saved": ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
 }  # fmt: skip
 
@@ -178,6 +181,10 @@ def test_a_base_that_is_not_here_is_named(tmp_path):
     save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0, "meta-llama/Llama-3.2-1B"), tmp_path / "out")
     with pytest.raises(InputError, match=r"names the model 'meta-llama/Llama-3.2-1B', not here; name it: adapters merge"):
         load(tmp_path / "out")
+    rewrite(tmp_path / "out", base_model_name_or_path="x" * 100_000)
+    with pytest.raises(InputError, match="not here") as error:
+        load(tmp_path / "out")
+    assert len(str(error.value)) < 500
     rewrite(tmp_path / "out", base_model_name_or_path=str(tmp_path / "out"))
     with pytest.raises(InputError, match="not here"):
         load(tmp_path / "out")
