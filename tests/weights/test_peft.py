@@ -1,8 +1,12 @@
 """Adapters in PEFT's files: against transformers with the same factors, and PEFT itself where it is installed."""
 
+import collections
 import dataclasses
 import json
+import re
+import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -188,3 +192,45 @@ def test_a_base_that_is_not_here_is_named(tmp_path):
     rewrite(tmp_path / "out", base_model_name_or_path=str(tmp_path / "out"))
     with pytest.raises(InputError, match="not here"):
         load(tmp_path / "out")
+
+
+ABSURD = ["-1", "0", "1e400", "1" * 400, "null", "true", '""', "[]", "{}", "[" * 900 + "]" * 900, "NaN", '"../../x"', '"LORA"']
+
+
+def mutated(data, random):
+    """Bytes flipped, cut short, or one value of the JSON told otherwise."""
+    way, at = random.integers(4), int(random.integers(min(len(data), 1500)))
+    if way == 0:
+        return data[:at]
+    if way == 1:
+        return data[:at] + bytes([random.integers(256)]) + data[at + 1 :]
+    if way == 2:
+        return data[:at] + int(random.choice([0, 2**31, 2**40, 2**63])).to_bytes(8, "little") + data[at + 8 :]
+    values = [match.span(1) for match in re.finditer(rb'(?<=[:\[,])\s*(\d[\d.e+-]*|"[^"]*"|true|false|null)', data[:9000])]
+    start, end = values[random.integers(len(values))]
+    return data[:start] + ABSURD[random.integers(len(ABSURD))].encode() + data[end:]
+
+
+def outcome_of(directory):
+    """Read, or refused in one line; what is read has finite numbers to be scaled by."""
+    try:
+        assert np.isfinite(read_adapters(directory, TINY).scale)
+    except InputError as error:
+        return "refused" if len(str(error)) < 2000 and "\n" not in str(error) else "refused at length"
+    return "read"
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_mutated_adapters_are_read_or_refused(name, tmp_path):
+    save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "out")
+    random, data = np.random.default_rng(5), (tmp_path / "out" / name).read_bytes()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    outcomes = collections.Counter()
+    for _ in range(1000):
+        (tmp_path / "out" / name).unlink()  # the old one may still be mapped: it must not shrink
+        (tmp_path / "out" / name).write_bytes(mutated(data, random))
+        outcomes[outcome_of(tmp_path / "out")] += 1
+    assert outcomes.keys() == {"read", "refused"}
+    assert min(outcomes.values()) > 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    assert time.process_time() - started < 20
