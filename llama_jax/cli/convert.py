@@ -100,6 +100,7 @@ def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
     """Writes a file; returns its bytes."""
     from llama_jax.accounting import parameter_count
     from llama_jax.text.export import gguf_metadata
+    from llama_jax.text.stops import gguf_stops
     from llama_jax.weights.fresh_directory import require_room
     from llama_jax.weights.gguf_export import write_gguf
     from llama_jax.weights.hugging_face_export import main_dtype
@@ -116,10 +117,14 @@ def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
     if opened.tokenizer is None:
         raise InputError(f"{opened.path} has no tokenizer; put its tokenizer.json or tokenizer.model there: GGUF needs it")
     template = opened.template.source if opened.template else None
+    stops = gguf_stops(opened.tokenizer, opened.stop_ids)
+    if stops.lost:
+        note(f"stop ids {', '.join(map(str, stops.lost))} do not fit into GGUF, which has places for three; give them at use")
     with Progress(opened) as progress:
         source = WatchedSource(opened.source, progress.advance)
         name = opened.path.absolute().name.removesuffix(".gguf")
-        write_gguf(source, target, dtype, gguf_metadata(opened.tokenizer), template, name, report(verified(opened)).made_from())
+        metadata = gguf_metadata(opened.tokenizer) | stops.metadata
+        write_gguf(source, target, dtype, metadata, template, name, report(verified(opened)).made_from())
     return target.stat().st_size
 
 

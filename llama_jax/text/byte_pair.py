@@ -15,6 +15,7 @@ from llama_jax.errors import InputError
 from llama_jax.text.files import read_json, special_token
 from llama_jax.text.surface import Surface, require_characters
 from llama_jax.text.tokenizer_json import read_tokenizer_json
+from llama_jax.text.turns import template_text, turn_tokens
 
 _SPACE = "\u2581"
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -84,6 +85,7 @@ class BytePairTokenizer:
       begin_id: id of the token that begins a text, or `None`.
       end_id: id of the token that ends a text, or `None`.
       adds_begin: whether a plain prompt begins with `begin_id`.
+      promoted: special tokens that their file calls ordinary, see `llama_jax.text.turns`.
 
     Raises:
       InputError: for a model that is not byte-pair, or spelled in an unknown way.
@@ -93,6 +95,7 @@ class BytePairTokenizer:
     begin_id: int | None
     end_id: int | None
     adds_begin: bool
+    promoted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokenizer.model, models.BPE):
@@ -162,6 +165,9 @@ def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
       InputError: for a damaged file, and for declared tokens that the vocabulary does not hold.
     """
     tokenizer = read_tokenizer_json(path)
+    ordinary = (entry.content for entry in tokenizer.get_added_tokens_decoder().values() if not entry.special)
+    promoted = turn_tokens(ordinary, template_text(path.parent))
+    tokenizer = _with_special(tokenizer, promoted)
     first = next(iter(tokenizer.encode("", add_special_tokens=True).ids), None)
     if first is not None and tokenizer.id_to_token(first) is None:
         raise InputError(f"{path}: post_processor adds id {first}, which the vocabulary does not hold")
@@ -172,7 +178,18 @@ def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
         begin_id = first
     if adds_begin is None:
         adds_begin = first == begin_id
-    return BytePairTokenizer(tokenizer, begin_id, end_id, begin_id is not None and bool(adds_begin))
+    return BytePairTokenizer(tokenizer, begin_id, end_id, begin_id is not None and bool(adds_begin), promoted)
+
+
+def _with_special(tokenizer: tokenizers.Tokenizer, tokens: tuple[str, ...]) -> tokenizers.Tokenizer:
+    """The tokenizer with some of its added tokens made special."""
+    if not tokens:
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    for entry in state["added_tokens"]:
+        if entry["content"] in tokens:
+            entry.update(special=True, normalized=False)
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def _declared_id(path: pathlib.Path, tokenizer: tokenizers.Tokenizer, role: str) -> int | None:

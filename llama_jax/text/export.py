@@ -4,6 +4,7 @@ Sources: transformers 5 (`tokenizer_config.json`, `chat_template.jinja`), llama.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import pre_tokenizers
@@ -12,6 +13,8 @@ from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.llama3 import Llama3Tokenizer
 from llama_jax.text.merges import byte_pair_from_pieces, byte_pair_from_ranks, plain_model
+from llama_jax.text.model_proto import Piece
+from llama_jax.text.scores import falls_back_to_bytes, scored_pieces
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.splitting import SPLIT_RULES
 from llama_jax.text.tokenizer import Tokenizer
@@ -53,7 +56,10 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, object]:
       InputError: for a tokenizer that GGUF has no name for, such as another rule of splitting words.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        values = _piece_values(tokenizer)
+        model = plain_model(tokenizer)
+        values = _piece_values(model.pieces, model.space_prefix)
+    elif isinstance(tokenizer, BytePairTokenizer) and falls_back_to_bytes(tokenizer):
+        values = _piece_values(*scored_pieces(tokenizer))
     else:
         values = _byte_pair_values(_as_byte_pair(tokenizer))
     ids = {"bos_token_id": tokenizer.begin_id, "eos_token_id": tokenizer.end_id, "padding_token_id": _padding_id(tokenizer)}
@@ -105,18 +111,17 @@ def _begins_with(tokenizer: BytePairTokenizer, begin: int) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": names}
 
 
-def _piece_values(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+def _piece_values(pieces: Sequence[Piece], space_prefix: bool) -> dict[str, Any]:
     """Kind `llama`: pieces with scores."""
-    model = plain_model(tokenizer)
-    kinds = [piece.kind for piece in model.pieces]
+    kinds = [piece.kind for piece in pieces]
     return {
         "model": "llama",
         "pre": "default",
-        "tokens": [piece.text for piece in model.pieces],
-        "scores": [piece.score for piece in model.pieces],
+        "tokens": [piece.text for piece in pieces],
+        "scores": [piece.score for piece in pieces],
         "token_type": kinds,
         "unknown_token_id": kinds.index(_UNKNOWN),
-        "add_space_prefix": model.space_prefix,
+        "add_space_prefix": space_prefix,
     }
 
 

@@ -18,18 +18,21 @@ from llama_jax.text.sentence_piece import SentencePieceTokenizer, processor_from
 from llama_jax.text.splitting import SPLIT_RULES
 from llama_jax.text.surface import require_characters
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.turns import turn_tokens
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; the others are 1 normal, 5 unused, 6 byte
 
+_LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>")
 _LARGEST_SCORE = 1e30
 _LONGEST_TOKEN = 1024  # characters
 
 
 class _Vocabulary(NamedTuple):
-    """Tokens by id, with their types."""
+    """Tokens by id, with their types, and those that are control although the file calls them user-defined."""
 
     tokens: list[str]
     kinds: list[int]
+    promoted: tuple[str, ...]
 
     def of_kind(self, kind: int) -> list[str]:
         """The tokens of one type, in the order of their ids."""
@@ -53,7 +56,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
 
 def _byte_pair(metadata: Mapping[str, object]) -> BytePairTokenizer:
     """Kind `gpt2`: byte-level pairs, merged in the order of a list."""
-    name = _value(metadata, "pre", str)
+    name = _value(metadata, "pre", str, assumed_rule(metadata))
     if name not in SPLIT_RULES:
         raise InputError(f"tokenizer.ggml.pre: {name!r:.60} is unknown; known are {', '.join(SPLIT_RULES)}")
     rule, vocabulary = SPLIT_RULES[name], _vocabulary(metadata)
@@ -70,7 +73,17 @@ def _byte_pair(metadata: Mapping[str, object]) -> BytePairTokenizer:
     begin = _token_id(metadata, "bos_token_id", vocabulary, None)
     end = _token_id(metadata, "eos_token_id", vocabulary, None)
     adds_begin = _value(metadata, "add_bos_token", bool, rule.adds_begin)
-    return BytePairTokenizer(tokenizer, begin, end, adds_begin and begin is not None)
+    return BytePairTokenizer(tokenizer, begin, end, adds_begin and begin is not None, vocabulary.promoted)
+
+
+def assumed_rule(metadata: Mapping[str, object]) -> str:
+    """The splitting rule of a file of kind `gpt2` that names none, as files from before the spring of 2024 do.
+
+    Llama 3's where the tokens are Llama 3's; else llama.cpp's default, which it takes for all of them, with a warning.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    own = isinstance(tokens, list) and all(token in tokens for token in _LLAMA3_TOKENS)
+    return "llama-bpe" if own else "default"
 
 
 def _sentence_piece(metadata: Mapping[str, object]) -> SentencePieceTokenizer:
@@ -89,7 +102,8 @@ def _sentence_piece(metadata: Mapping[str, object]) -> SentencePieceTokenizer:
     begin = _token_id(metadata, "bos_token_id", vocabulary, 1)
     end = _token_id(metadata, "eos_token_id", vocabulary, 2)
     adds_begin = _value(metadata, "add_bos_token", bool, True)
-    return SentencePieceTokenizer(processor_from_bytes(model, "tokenizer.ggml.tokens"), begin, end, adds_begin)
+    processor = processor_from_bytes(model, "tokenizer.ggml.tokens")
+    return SentencePieceTokenizer(processor, begin, end, adds_begin, vocabulary.promoted)
 
 
 _READERS: dict[str, Callable[[Mapping[str, object]], Tokenizer]] = {"gpt2": _byte_pair, "llama": _sentence_piece}
@@ -110,7 +124,10 @@ def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     wrong = next((kind for kind in kinds if not 1 <= kind <= 6), None)
     if wrong is not None:
         raise InputError(f"tokenizer.ggml.token_type: type {wrong!r:.20} given, 1 to 6 expected")
-    return _Vocabulary(tokens, kinds)
+    ordinary = (token for token, kind in zip(tokens, kinds) if kind == _USER_DEFINED)
+    promoted = turn_tokens(ordinary, str(metadata.get("tokenizer.chat_template", "")))
+    own = set(promoted)
+    return _Vocabulary(tokens, [_CONTROL if token in own else kind for token, kind in zip(tokens, kinds)], promoted)
 
 
 def _value(metadata: Mapping[str, object], name: str, kind: type, default: Any = None) -> Any:

@@ -18,7 +18,7 @@ from llama_jax.text.model_proto import Model, Piece, read_model
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.splitting import SPLIT_RULES
 
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of pieces
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # types of pieces
 _SPACE = "\u2581"
 
 
@@ -43,9 +43,12 @@ def byte_pair_from_ranks(tokenizer: Llama3Tokenizer) -> BytePairTokenizer:
 def byte_pair_from_pieces(tokenizer: SentencePieceTokenizer) -> BytePairTokenizer:
     """A SentencePiece model as a tokenizer with a list of merges, in the manner of Llama 2's `tokenizer.json`.
 
+    Unused pieces keep their ids, and no text becomes one. User-defined pieces become added tokens, as transformers has
+    them: where a text is encoded with a space before it, so is then what stands behind such a piece.
+
     Raises:
       InputError: for what such a tokenizer cannot do alike: other models than byte pairs, tables of characters,
-        pieces that are user-defined or unused, and scores that leave the order of merges open.
+        user-defined pieces with spaces, unused ones that merge, and scores that leave the order of merges open.
     """
     model = plain_model(tokenizer)
     ranked = _mergeable(model)
@@ -61,6 +64,8 @@ def byte_pair_from_pieces(tokenizer: SentencePieceTokenizer) -> BytePairTokenize
     library.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     special = (piece.text for piece in model.pieces if piece.kind in (_UNKNOWN, _CONTROL))
     library.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    own = (piece.text for piece in model.pieces if piece.kind == _USER_DEFINED)
+    library.add_tokens([AddedToken(token, normalized=False) for token in own])
     return BytePairTokenizer(library, tokenizer.begin_id, tokenizer.end_id, tokenizer.adds_begin)
 
 
@@ -85,10 +90,8 @@ def _mergeable(model: Model) -> list[str]:
     Raises:
       InputError: for types of pieces, and scores, whose effect a list of merges cannot repeat.
     """
-    odd = next((piece for piece in model.pieces if piece.kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE)), None)
-    if odd is not None:
-        raise InputError(f"SentencePiece model: piece {odd.text!r:.60} is user-defined or unused, which tokenizer.json has not")
     normal = [piece for piece in model.pieces if piece.kind == _NORMAL]
+    _require_plain_others(model)
     ranked = sorted(normal, key=lambda piece: -piece.score)
     _require_order([piece for piece in ranked if len(piece.text) > 1])
     known = {piece.text for piece in normal}
@@ -96,6 +99,21 @@ def _mergeable(model: Model) -> list[str]:
     if stray is not None:
         raise InputError(f"SentencePiece model: piece {stray!r:.60} has characters that are no pieces of their own")
     return [piece.text for piece in ranked]
+
+
+def _require_plain_others(model: Model) -> None:
+    """Refuses user-defined pieces that spell a space otherwise than texts do, and unused ones in which parts merge."""
+    parts = {piece.text for piece in model.pieces if piece.kind in (_NORMAL, _UNUSED)}
+    for piece in model.pieces:
+        text, cuts = piece.text, range(1, len(piece.text))
+        if piece.kind == _USER_DEFINED and _SPACE in text:
+            raise InputError(
+                f"SentencePiece model: piece {text!r:.60} is user-defined and has a space; tokenizer.json cannot say so"
+            )
+        if piece.kind == _UNUSED and any(text[:cut] in parts and text[cut:] in parts for cut in cuts):
+            raise InputError(
+                f"SentencePiece model: piece {text!r:.60} is unused and yet merges on the way; tokenizer.json cannot say so"
+            )
 
 
 def _require_order(ranked: list[Piece]) -> None:

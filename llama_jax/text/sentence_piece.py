@@ -26,12 +26,14 @@ class SentencePieceTokenizer:
       begin_id: id of the token that begins a text (`<s>`), or `None`.
       end_id: id of the token that ends a text (`</s>`), or `None`.
       adds_begin: whether a plain prompt begins with `begin_id`.
+      promoted: control symbols that their file calls ordinary, see `llama_jax.text.turns`.
     """
 
     processor: SentencePieceProcessor
     begin_id: int | None
     end_id: int | None
     adds_begin: bool
+    promoted: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:

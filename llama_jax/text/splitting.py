@@ -77,6 +77,7 @@ class SplitRule(NamedTuple):
 
 SPLIT_RULES = {
     "llama-bpe": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
+    "llama-v3": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
     "llama3": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
     "smollm": SplitRule(_smollm_splitter, whole_words=False, adds_begin=False),
     "gpt-2": SplitRule(_gpt2_splitter, whole_words=False, adds_begin=False),

@@ -2,13 +2,16 @@
 
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from llama_jax.errors import InputError
+from llama_jax.text.chat import ChatTemplate, encode_dialogue
 from llama_jax.text.files import read_json
 from llama_jax.text.tokenizer import Tokenizer
 
 # Ends of a turn or a text in Llama 3, ChatML (SmolLM2) and GPT-2's kin; models do not always declare all they use.
 _END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
+_GGUF_HOMES = (("eot_token_id", "<|im_end|>"), ("eot_token_id", "<|eot_id|>"), ("eom_token_id", "<|eom_id|>"))
 _GGUF_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -29,6 +32,45 @@ def stop_ids(tokenizer: Tokenizer, declared: Iterable[int] = ()) -> tuple[int, .
     known = {tokenizer.special_tokens[token] for token in _END_TOKENS if token in tokenizer.special_tokens}
     end = set() if tokenizer.end_id is None else {tokenizer.end_id}
     return tuple(sorted(known | end | set(declared)))
+
+
+class GgufStops(NamedTuple):
+    """Stops in the words of GGUF.
+
+    Attributes:
+      metadata: the keys beside `eos_token_id`.
+      lost: ids that have no place there, and whose names readers do not know either.
+    """
+
+    metadata: dict[str, int]
+    lost: tuple[int, ...]
+
+
+def gguf_stops(tokenizer: Tokenizer, stops: Iterable[int]) -> GgufStops:
+    """The ids that end an answer as `eot_token_id` and `eom_token_id`, the places that llama.cpp has for two of them.
+
+    Args:
+      tokenizer: gives the end token, which has a place of its own, and the names of tokens.
+      stops: ids that end an answer.
+    """
+    names = {token: text for text, token in tokenizer.special_tokens.items() if text in _END_TOKENS}
+    more = [token for token in sorted(set(stops)) if token != tokenizer.end_id]
+    unnamed = [token for token in more if token not in names]
+    homes = {names[token]: token for token in more if token in names}
+    known = {key: homes[name] for key, name in _GGUF_HOMES if name in homes}
+    placed = known | dict(zip(("eot_token_id", "eom_token_id"), unnamed))  # a known name needs no place
+    return GgufStops({f"tokenizer.ggml.{key}": token for key, token in placed.items()}, tuple(unnamed[2:]))
+
+
+def turn_ends(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
+    """The special token with which a template ends the assistant's turn; nothing where there is none, or the template fails."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        said = encode_dialogue(template, tokenizer, messages) if template else None
+    except InputError:
+        return ()
+    own = [] if said is None else [token for token, inside in zip(said.token_ids, said.mask) if inside]
+    return tuple(token for token in own[-1:] if token in tokenizer.special_tokens.values())
 
 
 def declared_stop_ids(directory: pathlib.Path) -> tuple[int, ...]:

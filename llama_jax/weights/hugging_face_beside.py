@@ -14,7 +14,7 @@ from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hugging_face import inside
 from llama_jax.weights.hugging_face_describe import TokenIds
 from llama_jax.weights.open import Opened
-from llama_jax.weights.source import Source, blamed_on
+from llama_jax.weights.source import Source, blamed_on, shown
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -66,8 +66,12 @@ def files_of(
     """What is to lie beside the weights of a model in memory.
 
     Raises:
-      InputError: for a tokenizer that transformers could not read.
+      InputError: for a tokenizer that transformers could not read, and stops outside the vocabulary.
     """
+    size = tokenizer.vocab_size if tokenizer else config.vocab_size
+    wrong = next((token for token in stop_ids if not 0 <= token < size), None)
+    if wrong is not None:
+        raise InputError(f"stop_ids: {shown(wrong)} given, ids of the vocabulary, 0 to {size - 1}, expected")
     tokens = _token_ids(config, tokenizer, tuple(sorted(set(stop_ids))), {})
     return Beside(tokens, _written(tokenizer, template), {}, "parameters in memory", template is not None)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.presets import PRESETS
+from llama_jax.text.gguf import assumed_rule
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf
 from llama_jax.weights.contents import Contents
 from llama_jax.weights.files import json_object
@@ -26,7 +27,7 @@ def oddities(opened: Opened, held: Contents) -> list[str]:
       held: `contents` of its source.
     """
     config = opened.source.config
-    found = [*_of_tokenizer(opened), *_of_stops(opened), *_of_architecture(config)]
+    found = [*_of_tokenizer(opened), *_of_promoted(opened), *_of_rule(opened), *_of_stops(opened), *_of_architecture(config)]
     if held.copied_head:
         found.append("the head is tied to the embedding, and a copy of the embedding is stored as a head all the same")
     if isinstance(opened.source, HuggingFaceSource):
@@ -40,6 +41,18 @@ def _of_tokenizer(opened: Opened) -> Iterator[str]:
         yield "there is no tokenizer among the files"
     elif opened.tokenizer.vocab_size > size:
         yield f"the tokenizer has {opened.tokenizer.vocab_size} tokens, the model {size}: ids from {size} on are of no use"
+
+
+def _of_promoted(opened: Opened) -> Iterator[str]:
+    promoted = getattr(opened.tokenizer, "promoted", ())
+    if promoted:
+        yield f"{', '.join(map(shown, promoted[:6]))} structure conversations, yet the tokenizer's file calls them ordinary"
+
+
+def _of_rule(opened: Opened) -> Iterator[str]:
+    metadata = opened.source.file.metadata if isinstance(opened.source, GgufSource) else {}
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in metadata:
+        yield f"the file does not say how words are cut (tokenizer.ggml.pre); {assumed_rule(metadata)} is taken"
 
 
 def _of_stops(opened: Opened) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What kind of model lies at a path, and its parts ready to be read: only headers and small files are looked at."""
 
+import os
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -9,7 +10,7 @@ from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, template_from_directory, template_from_gguf
 from llama_jax.text.formats import format_for
 from llama_jax.text.gguf import tokenizer_from_gguf
-from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
+from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids, turn_ends
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Format = Literal["run", "hugging_face", "meta", "gguf"]
 
+_MADE_FROM = "made_from"  # in the metadata of a run: the report on the model that it began with
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What lies beside the weights of a directory of Hugging Face's.
 _BESIDE = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -120,9 +122,9 @@ def _found(path: pathlib.Path) -> str:
 def _open_gguf(path: pathlib.Path) -> Opened:
     source = GgufSource.open(path)
     metadata = source.file.metadata
-    tokenizer = tokenizer_from_gguf(metadata)
-    stops = stop_ids(tokenizer, declared_stop_ids_from_gguf(metadata))
-    return Opened(source, tokenizer, template_from_gguf(metadata), stops, "gguf", path, f"GGUF {path.absolute().name}")
+    tokenizer, template = tokenizer_from_gguf(metadata), template_from_gguf(metadata)
+    stops = _stops(tokenizer, template, declared_stop_ids_from_gguf(metadata))
+    return Opened(source, tokenizer, template, stops, "gguf", path, f"GGUF {path.absolute().name}")
 
 
 def _open_hugging_face(path: pathlib.Path) -> Opened:
@@ -131,11 +133,16 @@ def _open_hugging_face(path: pathlib.Path) -> Opened:
         for name in _BESIDE:
             inside(path, name)
     tokenizer = load_tokenizer(path) if any((path / name).is_file() for name in _TOKENIZER_FILES) else None
-    declared = declared_stop_ids(path)
-    stops = stop_ids(tokenizer, declared) if tokenizer else tuple(sorted(set(declared)))
-    return Opened(
-        source, tokenizer, template_from_directory(path), stops, "hugging_face", path, f"Hugging Face {path.absolute().name}"
-    )
+    declared, template = declared_stop_ids(path), template_from_directory(path)
+    stops = _stops(tokenizer, template, declared) if tokenizer else tuple(sorted(set(declared)))
+    return Opened(source, tokenizer, template, stops, "hugging_face", path, f"Hugging Face {path.absolute().name}")
+
+
+def _stops(tokenizer: Tokenizer, template: ChatTemplate | None, declared: tuple[int, ...]) -> tuple[int, ...]:
+    """The stops that are declared or known, and of tokens that only the template makes special the one that ends turns."""
+    promoted = {tokenizer.special_tokens[token] for token in getattr(tokenizer, "promoted", ())}
+    ends = turn_ends(tokenizer, template) if promoted else ()
+    return stop_ids(tokenizer, [*declared, *promoted.intersection(ends)])
 
 
 def merged(base: Opened, adapters: "Adapters", path: pathlib.Path) -> Opened:
@@ -180,8 +187,10 @@ def _open_run(path: pathlib.Path) -> Opened:
         return _open_adapter_run(path, run_config(path, manifest))
     source = RunSource.open(path)
     tokenizer = load_tokenizer(path)  # with a template beside it, if the run was one of conversations
+    template = template_from_directory(path)
     origin = f"run {path.absolute().name} at step {source.manifest.step}"
-    return Opened(source, tokenizer, template_from_directory(path), stop_ids(tokenizer), "run", path, origin)
+    stops = _stops(tokenizer, template, _inherited_stops(source, tokenizer))
+    return Opened(source, tokenizer, template, stops, "run", path, origin)
 
 
 def _open_adapter_run(path: pathlib.Path, config: LlamaConfig) -> Opened:
@@ -196,8 +205,21 @@ def _open_adapter_run(path: pathlib.Path, config: LlamaConfig) -> Opened:
     base = open_model(place)
     if base.source.config != config:
         raise InputError(f"{path}: adapters of another model than {place} is now; name theirs: adapters merge MODEL {path} DST")
-    tokenizer = load_tokenizer(path)
+    tokenizer, template = load_tokenizer(path), template_from_directory(path)
     return merged(base, adapters, path)._replace(
-        tokenizer=tokenizer, template=template_from_directory(path), stop_ids=stop_ids(tokenizer),
+        tokenizer=tokenizer, template=template, stop_ids=_stops(tokenizer, template, base.stop_ids),
         origin=f"{base.origin} with adapters of {origin_of(path, restored)}",
     )  # fmt: skip
+
+
+def _inherited_stops(source: RunSource, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The stops of the model that a run began with, as far as they are the same tokens here."""
+    made_from = source.manifest.metadata.get(_MADE_FROM)
+    stops = made_from.get("stops") if isinstance(made_from, dict) else None
+    if not isinstance(stops, dict):
+        return ()
+    texts = dict(enumerate(tokenizer.surface.pieces)) | {
+        token: text.encode() for text, token in tokenizer.special_tokens.items()
+    }
+    same = (token for token, text in texts.items() if stops.get(str(token)) == text.decode(errors="replace"))
+    return tuple(same)

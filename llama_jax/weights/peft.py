@@ -132,6 +132,8 @@ def read_adapters(directory: str | os.PathLike[str], config: LlamaConfig) -> Ada
         if rank < 1 or not shapes:
             raise InputError(f"rank {rank} and {len(shapes)} tensors; one or more of both expected")
         scale = real(values, "lora_alpha") / (rank**0.5 if flag(values, "use_rslora", False) else rank)
+        if not abs(scale) <= np.finfo(np.float32).max:  # nor is it for what is no number
+            raise InputError(f"lora_alpha is {shown(values['lora_alpha'])}; a finite number expected")
         base = values.get("base_model_name_or_path")
     return Adapters(_tree(config, tensors), scale, base if isinstance(base, str) and base else None)
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import pydoc_data.topics
 import re
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from llama_jax.model.llama import logits
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.load import load
+from llama_jax.weights.open import open_model
 
 PROSE = pydoc_data.topics.topics["for"]
 CONFIG = dataclasses.replace(TINY, layers=2, vocab_size=400)
@@ -124,6 +126,14 @@ def test_to_gguf(origin, tiny_directory, run, tmp_path, capsys):
     require_same_model(out, source)
     assert convert(out, tmp_path / "back", "--format", "hugging_face") == 0
     require_same_model(tmp_path / "back", source)
+
+
+def test_declared_stops_go_to_gguf(tiny_directory, tmp_path, capsys):
+    source = shutil.copytree(tiny_directory, tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2, 70, 71, 72]}))
+    assert convert(source, tmp_path / "out.gguf", "--format", "gguf") == 0
+    assert "stop ids 72 do not fit into GGUF" in capsys.readouterr().err
+    assert open_model(tmp_path / "out.gguf").stop_ids == (0, 2, 70, 71)
 
 
 def test_gguf_in_the_dtype_asked_for(tiny_directory, tmp_path):

@@ -61,6 +61,63 @@ def without_begin(sentence_piece_path: pathlib.Path) -> SentencePieceTokenizer:
 KINDS = ["sentence_piece", "without_begin", "byte_pair", "smollm2", "tokenizer_json", "llama3"]
 
 
+@pytest.mark.parametrize("name", ["sentence_piece", "without_begin"])
+def test_tokenizer_json_of_llama2s_kind_goes_to_gguf(
+    name: str, texts: list[str], tmp_path: pathlib.Path, request: pytest.FixtureRequest
+):
+    """By way of `tokenizer.json` alone, scores and all, against the library on the original model."""
+    original = request.getfixturevalue(name)
+    (tmp_path / "tokenizer.json").write_bytes(write(tmp_path, original).joinpath("tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.model").unlink()
+    read = load_tokenizer(tmp_path)
+    assert isinstance(read, BytePairTokenizer)
+    metadata = gguf_metadata(read)
+    same_ids(tokenizer_from_gguf(metadata), original, texts)
+    library, ids = original.processor, list(range(original.vocab_size))
+    assert metadata["tokenizer.ggml.tokens"] == library.id_to_piece(ids)
+    assert metadata["tokenizer.ggml.scores"] == [library.get_score(number) for number in ids]
+    assert metadata == gguf_metadata(original)
+    again = load_tokenizer(write(tmp_path, tokenizer_from_gguf(metadata)))
+    for text in texts:
+        assert again.encode(text) == library.encode(text)
+
+
+def test_scores_follow_the_merges_of_a_tokenizer_trained_as_one(texts: list[str]):
+    """The list names one pair for each piece, and not every pair of pieces that make one up."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False, max_token_length=8)
+    library.train_from_iterator(PROSE.splitlines(), trainer)
+    state = json.loads(library.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    tokenizer = BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), 1, 2, True)
+    scored = sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer_from_gguf(gguf_metadata(tokenizer)).processor.serialized_model_proto()
+    )
+    assert len(state["model"]["merges"]) > 200
+    for text in texts:
+        assert scored.encode(text) == tokenizer.tokenizer.encode(text, add_special_tokens=False).ids, text
+    state["model"]["merges"].pop(len(state["model"]["merges"]) // 2)
+    with pytest.raises(InputError, match="do not merge; scores, which GGUF has here, cannot say so"):
+        gguf_metadata(BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), 1, 2, True))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [("model", {"ignore_merges": True}, "whole words first"), ("model", {"unk_token": None}, "without <unk>"),
+     ("pre_tokenizer", {"type": "Digits", "individual_digits": True}, "byte fallback after .*Digits")],
+)  # fmt: skip
+def test_byte_fallback_that_scores_cannot_repeat_is_refused(part, changes, message, sentence_piece: SentencePieceTokenizer):
+    state = json.loads(hugging_face_files(sentence_piece)["tokenizer.json"])
+    state[part] = (state[part] or {}) | changes
+    with pytest.raises(InputError, match=message):
+        gguf_metadata(BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), 1, 2, True))
+
+
 @pytest.fixture(params=KINDS, scope="module")
 def kind(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
@@ -264,11 +321,32 @@ def test_models_unlike_llamas_are_refused(options: dict[str, object], message: s
         gguf_metadata(tokenizer)
 
 
-def test_user_defined_pieces_go_to_gguf_alone(texts: list[str]):
+def test_user_defined_pieces_become_added_tokens(texts: list[str]):
     tokenizer = trained_model(user_defined_symbols=["<sep>"])
     same_ids(tokenizer_from_gguf(gguf_metadata(tokenizer)), tokenizer, [*texts, "a<sep>b", "<sep> "])
-    with pytest.raises(InputError, match="piece '<sep>' is user-defined or unused"):
+    written = json.loads(hugging_face_files(tokenizer)["tokenizer.json"])
+    number = tokenizer.processor.piece_to_id("<sep>")
+    assert [(t["content"], t["special"]) for t in written["added_tokens"] if t["id"] == number] == [("<sep>", False)]
+    library = tokenizers.Tokenizer.from_str(json.dumps(written))
+    for text in plain(texts, tokenizer):
+        assert library.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), text
+    assert library.encode("a<sep>b", add_special_tokens=False).ids.count(number) == 1
+    tokenizer = trained_model(user_defined_symbols=["a\u2581b"])
+    with pytest.raises(InputError, match="is user-defined and has a space"):
         hugging_face_files(tokenizer)
+
+
+def test_padded_vocabularies_come_back_out_of_gguf(
+    sentence_piece: SentencePieceTokenizer, texts: list[str], tmp_path: pathlib.Path
+):
+    """As `write_gguf` fills up a vocabulary that is smaller than the model's."""
+    metadata, size = gguf_metadata(sentence_piece), sentence_piece.vocab_size
+    filler = {"tokens": [f"[PAD{size}]", f"[PAD{size + 1}]"], "token_type": [5, 5], "scores": [-10000.0] * 2}
+    padded = metadata | {f"tokenizer.ggml.{k}": metadata[f"tokenizer.ggml.{k}"] + more for k, more in filler.items()}
+    theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, tokenizer_from_gguf(padded)))
+    assert len(theirs) == size + 2
+    for text in [*plain(texts, sentence_piece), f"[PAD{size}]"]:
+        assert theirs.encode(text, add_special_tokens=False) == sentence_piece.encode(text)
 
 
 def test_an_open_order_of_merges_is_refused(sentence_piece: SentencePieceTokenizer):

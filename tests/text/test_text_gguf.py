@@ -13,6 +13,7 @@ from trained import byte_level
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
+from llama_jax.text.export import gguf_metadata
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt
@@ -174,7 +175,7 @@ def test_sentence_piece_in_gguf_without_the_first_space(sentence_piece_path: pat
         ({"model": "bert"}, "tokenizer.ggml.model: 'bert' given, gpt2 or llama expected"),
         ({"model": None}, "tokenizer.ggml.model: None given"),
         ({"pre": "qwen2"}, "tokenizer.ggml.pre: 'qwen2' is unknown; known are llama-bpe"),
-        ({"pre": None}, "tokenizer.ggml.pre: None given, a str expected"),
+        ({"pre": 3}, "tokenizer.ggml.pre: 3 given, a str expected"),
         ({"tokens": None}, "tokenizer.ggml.tokens: None given, a list expected"),
         ({"tokens": [1] * 8}, "tokenizer.ggml.tokens: a list of str expected"),
         ({"tokens": ["a", "a", *"cdefgh"]}, "tokenizer.ggml.tokens: 'a' stands there 2 times"),
@@ -208,3 +209,16 @@ def test_byte_level_vocabulary_reads_the_same_from_gguf(texts: list[str]):
     for text in texts:
         if not any(special in text for special in tokenizer.special_tokens):
             assert tokenizer.encode(text) == original.encode(text).ids
+
+
+@pytest.mark.parametrize("tokens", [["<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"], ["<|endoftext|>"]])
+def test_files_that_do_not_say_how_words_are_cut(tokens: list[str], texts: list[str]):
+    """Llama 3's rule for Llama 3's tokens, also by the name of `llama-v3`; else the default of llama.cpp."""
+    library = byte_level()
+    library.add_special_tokens(tokens)
+    metadata = gguf_metadata(BytePairTokenizer(library, None, 2, adds_begin=False))
+    rule, other = ("llama-v3", "default") if len(tokens) == 3 else ("default", "llama-bpe")
+    assumed = tokenizer_from_gguf(with_values(metadata, pre=None))
+    named, different = (tokenizer_from_gguf(with_values(metadata, pre=name)) for name in (rule, other))
+    assert [assumed.encode(text) for text in texts] == [named.encode(text) for text in texts]
+    assert [assumed.encode(text) for text in texts] != [different.encode(text) for text in texts]

@@ -179,3 +179,10 @@ def test_parameters_that_are_no_floats(tmp_path):
     params["embedding"] = params["embedding"].astype(jnp.int8)
     with pytest.raises(InputError, match=r"tensor model\.embed_tokens\.weight is int8; one of .* expected"):
         save_hugging_face(params, TINY, tmp_path / "out")
+
+
+def test_stops_outside_the_vocabulary(tmp_path):
+    for stop in (10**9, -1, TINY.vocab_size):
+        with pytest.raises(InputError, match=rf"stop_ids: {stop} given, ids of the vocabulary, 0 to {TINY.vocab_size - 1}"):
+            save_hugging_face(random_parameters(TINY), TINY, tmp_path / "out", stop_ids=(0, stop))
+    assert list(tmp_path.iterdir()) == []

@@ -66,6 +66,25 @@ def test_a_run_as_a_source(run):
         np.testing.assert_array_equal(source.read("layers/attention/wk", layer), expected["layers"]["attention"]["wk"][layer])
 
 
+def test_a_run_keeps_the_stops_of_its_model(tmp_path, tiny_directory):
+    """Those that mean the same tokens to it; what is no report is passed over."""
+    text = open_model(tiny_directory).tokenizer.decode([70])
+    for number, (stops, expected) in enumerate(
+        [
+            ({"0": "<|endoftext|>", "70": text}, (0, 2, 70)),
+            ({"70": text + "x", "1" * 99: "y", "z": None}, (0, 2)),
+            ([70], (0, 2)),
+        ]
+    ):
+        run = tmp_path / str(number)
+        with Checkpoints.open(run / "checkpoints", keep=1) as checkpoints:
+            state = {"params": random_parameters(TINY), "step": jnp.int32(1)}
+            checkpoints.save(1, state, {"model": dataclasses.asdict(TINY), "made_from": {"stops": stops}})
+        shutil.copy(tiny_directory / "tokenizer.json", run)
+        shutil.copy(tiny_directory / "tokenizer_config.json", run)
+        assert open_model(run).stop_ids == expected
+
+
 def test_runs_without_a_whole_checkpoint(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     for step in (5, 9):

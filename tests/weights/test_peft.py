@@ -1,8 +1,12 @@
 """Adapters in PEFT's files: against transformers with the same factors, and PEFT itself where it is installed."""
 
+import collections
 import dataclasses
 import json
+import re
+import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +136,9 @@ BROKEN = {
     "dora": ({"use_dora": True}, "'use_dora' is True"), "pissa": ({"init_lora_weights": "pissa"}, "changes the base"),
     "pattern": ({"rank_pattern": {"q_proj": 8}}, "'rank_pattern'"), "unknown": ({"new_trick": 3}, "'new_trick' is 3"),
     "rank": ({"r": 8}, "misshapen"), "no rank": ({"r": None}, "r is missing"), "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
+    "not a number": ({"lora_alpha": float("nan")}, "lora_alpha is nan; a finite number"),
+    "no end": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+    "beyond float32": ({"lora_alpha": 1e300}, "lora_alpha is 1e"),
     "saved": ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
 }  # fmt: skip
 
@@ -174,6 +181,52 @@ def test_a_base_that_is_not_here_is_named(tmp_path):
     save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0, "meta-llama/Llama-3.2-1B"), tmp_path / "out")
     with pytest.raises(InputError, match=r"names the model 'meta-llama/Llama-3.2-1B', not here; name it: adapters merge"):
         load(tmp_path / "out")
+    rewrite(tmp_path / "out", base_model_name_or_path="x" * 100_000)
+    with pytest.raises(InputError, match="not here") as error:
+        load(tmp_path / "out")
+    assert len(str(error.value)) < 500
     rewrite(tmp_path / "out", base_model_name_or_path=str(tmp_path / "out"))
     with pytest.raises(InputError, match="not here"):
         load(tmp_path / "out")
+
+
+ABSURD = ["-1", "0", "1e400", "1" * 400, "null", "true", '""', "[]", "{}", "[" * 900 + "]" * 900, "NaN", '"../../x"', '"LORA"']
+
+
+def mutated(data, random):
+    """Bytes flipped, cut short, or one value of the JSON told otherwise."""
+    way, at = random.integers(4), int(random.integers(min(len(data), 1500)))
+    if way == 0:
+        return data[:at]
+    if way == 1:
+        return data[:at] + bytes([random.integers(256)]) + data[at + 1 :]
+    if way == 2:
+        return data[:at] + int(random.choice([0, 2**31, 2**40, 2**63])).to_bytes(8, "little") + data[at + 8 :]
+    values = [match.span(1) for match in re.finditer(rb'(?<=[:\[,])\s*(\d[\d.e+-]*|"[^"]*"|true|false|null)', data[:9000])]
+    start, end = values[random.integers(len(values))]
+    return data[:start] + ABSURD[random.integers(len(ABSURD))].encode() + data[end:]
+
+
+def outcome_of(directory):
+    """Read, or refused in one line; what is read has finite numbers to be scaled by."""
+    try:
+        assert np.isfinite(read_adapters(directory, TINY).scale)
+    except InputError as error:
+        return "refused" if len(str(error)) < 2000 and "\n" not in str(error) else "refused at length"
+    return "read"
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_mutated_adapters_are_read_or_refused(name, tmp_path):
+    save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "out")
+    random, data = np.random.default_rng(5), (tmp_path / "out" / name).read_bytes()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    outcomes = collections.Counter()
+    for _ in range(1000):
+        (tmp_path / "out" / name).unlink()  # the old one may still be mapped: it must not shrink
+        (tmp_path / "out" / name).write_bytes(mutated(data, random))
+        outcomes[outcome_of(tmp_path / "out")] += 1
+    assert outcomes.keys() == {"read", "refused"}
+    assert min(outcomes.values()) > 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    assert time.process_time() - started < 20

@@ -189,6 +189,18 @@ def test_nothing_that_ends_a_text(directory):
     assert "and 1 more" in found.brief()[1]
 
 
+def test_turn_tokens_that_are_not_special(directory):
+    """They are control all the same, and it is said."""
+    state = json.loads((directory / "tokenizer.json").read_text())
+    for entry in state["added_tokens"]:
+        entry["special"] = entry["content"] != "<|im_end|>"
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    describe(directory, eos_token_id=0)
+    opened = open_model(directory)
+    assert opened.stop_ids == (0, 2)
+    assert any(sentence.startswith("'<|im_end|>' structure conversations, yet") for sentence in report(opened).odd)
+
+
 def test_a_foreign_template(directory):
     (directory / "chat_template.jinja").write_text("{{ messages[0].content | upper }}")
     assert report(open_model(directory)).chat_template == "foreign"
