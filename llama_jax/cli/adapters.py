@@ -85,8 +85,8 @@ def _of_run(directory: pathlib.Path) -> "Adapters":
       InputError: for a run that trained no adapters, and one without checkpoints.
     """
     from llama_jax.cli.arguments import parse_train
-    from llama_jax.weights.checkpoint import restore_parameters
     from llama_jax.weights.peft import Adapters
+    from llama_jax.weights.restore import restore_parameters
     from llama_jax.weights.run import RUN_CHECKPOINTS
 
     path = directory / "config.yaml"

@@ -13,7 +13,7 @@ from llama_jax.errors import InputError
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.corpora import sources_identity
 from llama_jax.training.step import TrainState
-from llama_jax.weights.checkpoint import read_metadata
+from llama_jax.weights.checkpoint_files import read_metadata
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
 # Keys in the metadata of checkpoints that stand for what a config only names the place of.

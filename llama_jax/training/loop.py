@@ -37,7 +37,8 @@ from llama_jax.training.setup import (
 from llama_jax.training.step import TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
 from llama_jax.training.step_log import mfu_line
 from llama_jax.training.trackers import require_trackers
-from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps, read_metadata
+from llama_jax.weights.checkpoint import Checkpoints, SaveError
+from llama_jax.weights.checkpoint_files import list_steps, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
 RUN_CONFIG = "config.yaml"

@@ -10,58 +10,26 @@ checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but wha
 This is the only module that imports Orbax.
 """
 
-import contextlib
-import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
 
-from llama_jax.axes import Array, PyTree
+from llama_jax.axes import PyTree
 from llama_jax.errors import CorruptError, InputError
-from llama_jax.parallel.sharding import TRAINING, Rules
-from llama_jax.weights.assemble import parameter_sharding
-from llama_jax.weights.checksum import by_path
-from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, nest, read_manifest, seal
-
-_PARAMETERS = "params"  # the subtree of a state that inference needs
-
-# What becomes of a parameter that has been read: from its path and the array to what takes its place in the tree, by path.
-Place = Callable[[str, Array], Mapping[str, PyTree]]
+from llama_jax.weights.checkpoint_files import Restored, has_files, list_steps, newest_whole, numbered, set_aside, step_manifest
+from llama_jax.weights.manifest import Manifest, check_content, check_like, describe, seal
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
 
-_TOGETHER = 16 << 20  # bytes of small arrays that are read at a time
-
 
 class SaveError(RuntimeError):
     """A checkpoint that could not be written (a full disk, for one); the earlier ones are untouched."""
-
-
-class Restored(NamedTuple):
-    """A verified checkpoint.
-
-    Attributes:
-      step: optimizer updates it holds.
-      state: the arrays.
-      metadata: what `Checkpoints.save` was given.
-      warnings: one line for every newer checkpoint that was damaged and passed over.
-    """
-
-    step: int
-    state: PyTree
-    metadata: dict
-    warnings: list[str]
 
 
 class Checkpoints:
@@ -91,9 +59,9 @@ class Checkpoints:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{directory}: cannot be made ({error.strerror}); a writable directory expected") from None
-        for entry in _numbered(directory):
-            if not _has_files(entry):
-                _set_aside(entry)
+        for entry in numbered(directory):
+            if not has_files(entry):
+                set_aside(entry)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         return cls(directory, ocp.CheckpointManager(directory, options=options))
 
@@ -166,7 +134,7 @@ class Checkpoints:
         """
         manifest = self._manifest(step)
         check_like(manifest, like, self._directory / str(step))
-        return _read_arrays(self._directory, manifest, like)
+        return read_arrays(self._directory, manifest, like)
 
     def restore_newest(self, like: PyTree) -> Restored | None:
         """The newest checkpoint that is whole, or `None` where there is none at all.
@@ -178,11 +146,11 @@ class Checkpoints:
           InputError: naming the path, if a checkpoint is whole but not of this run: nothing is passed over then.
           CorruptError: if there are checkpoints and all are damaged.
         """
-        newest = _newest(self._directory, lambda step: self.restore(step, like))
+        newest = newest_whole(self._directory, lambda step: self.restore(step, like))
         if newest is not None:
             for step in self.steps():
                 if step > newest.step:
-                    _set_aside(self._directory / str(step))
+                    set_aside(self._directory / str(step))
             self._manager.reload()
         return newest
 
@@ -210,7 +178,7 @@ class Checkpoints:
     def _manifest(self, step: int) -> Manifest:
         if step not in self.steps():
             raise InputError(f"checkpoint step {step} given, one of {self.steps()} expected, those in {self._directory}")
-        return _manifest(self._directory, step)
+        return step_manifest(self._directory, step)
 
     def _finish(self) -> SaveError | None:
         """Waits for the pending save; gives its failure."""
@@ -230,137 +198,17 @@ class Checkpoints:
         return SaveError(f"checkpoint {self._directory / str(step)} was not written: {_reason(error)}")
 
 
-def _as_it_is(path: str, leaf: Array) -> dict[str, Array]:
-    return {path: leaf}
-
-
-def restore_parameters(
-    directory: Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None, rules: Rules = TRAINING,
-    place: Place = _as_it_is,
-) -> Restored:  # fmt: skip
-    """The verified parameters of the newest whole checkpoint; the optimizer's state is not read.
-
-    Nothing in the directory is changed, so a run may be writing to it. One array after the other, or several small ones, are
-    read, verified, cast and placed: beside the result, no more than the largest of them is in memory. Damage that shows late
-    begins anew with an older one.
+def read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
+    """The arrays of one checkpoint with the content that was saved.
 
     Args:
       directory: as for `Checkpoints.open`.
-      dtype: to cast the parameters to; as they were saved when `None`.
-      mesh: the devices to lay them out over, each shard read where it lives; the default device when `None`.
-      rules: axis name -> mesh axes, for `mesh`.
-      place: called with the path (such as `layers/attention/wq`) and the array of each; by default it takes its place as it is.
+      manifest: of the checkpoint.
+      like: which arrays, all or a part, as `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
-      InputError: if there is no checkpoint, or none of a state with `params`.
-      CorruptError: if all are damaged.
+      CorruptError: if the content is not what was saved.
     """
-    directory = directory.absolute()
-
-    def read(step: int) -> PyTree:
-        """All parameters of one checkpoint."""
-        flat: dict[str, PyTree] = {}
-        for paths in _parameter_groups(directory, step):
-            leaves = _restore(directory, step, paths, dtype, mesh, rules)
-            while leaves:  # what has its place is let go before the next is read
-                flat |= jax.block_until_ready(place(*leaves.popitem()))
-        return unflatten_dict(flat, sep="/")
-
-    newest = _newest(directory, read)
-    if newest is None:
-        raise InputError(f"{directory}: no checkpoint there, the checkpoints of a run expected")
-    return newest
-
-
-def restore_parameter(
-    directory: Path, step: int, path: str, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None,
-    rules: Rules = TRAINING,
-) -> Array:  # fmt: skip
-    """One verified parameter of one checkpoint; arguments as for `restore_parameters`.
-
-    Raises:
-      CorruptError: if its content is not what was saved.
-    """
-    return _restore(directory.absolute(), step, [path], dtype, mesh, rules)[path]
-
-
-def _restore(
-    directory: Path, step: int, paths: Sequence[str], dtype: jax.typing.DTypeLike | None, mesh: Mesh | None, rules: Rules
-) -> dict[str, Array]:
-    """Verified parameters of one checkpoint by their paths."""
-    manifest = _manifest(directory, step)
-    like = {}
-    for name in (f"{_PARAMETERS}/{path}" for path in paths):
-        record = manifest.arrays[name]
-        where = parameter_sharding(name, len(record.shape), mesh, rules) if mesh else jnp.zeros(()).sharding
-        like[name] = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=where)
-    leaves = by_path(_read_arrays(directory, manifest, nest(like)))
-    cast = {name: leaf if dtype is None else leaf.astype(dtype) for name, leaf in leaves.items()}
-    return {path: cast[f"{_PARAMETERS}/{path}"] for path in paths}
-
-
-def newest_manifest(directory: Path) -> Manifest | None:
-    """The manifest of the newest checkpoint that has a whole one, `None` if there is none; no array is read, nothing changed.
-
-    Args:
-      directory: as for `Checkpoints.open`.
-    """
-    for step in reversed(list_steps(directory)):
-        with contextlib.suppress(CorruptError):
-            return _manifest(directory, step)
-    return None
-
-
-def read_metadata(directory: Path) -> dict | None:
-    """The metadata of the newest checkpoint whose manifest is whole, `None` if there is none; nothing is changed.
-
-    Args:
-      directory: as for `Checkpoints.open`.
-    """
-    manifest = newest_manifest(directory)
-    return None if manifest is None else manifest.metadata
-
-
-def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
-    """The parameters in a checkpoint, by their paths below `params`; small ones are read together, a large one alone.
-
-    Opening a checkpoint takes longer than reading a small array.
-    """
-    prefix, arrays = f"{_PARAMETERS}/", _manifest(directory, step).arrays
-    sizes = {path.removeprefix(prefix): math.prod(record.shape) * jnp.dtype(record.dtype).itemsize
-             for path, record in arrays.items() if path.startswith(prefix)}  # fmt: skip
-    if not sizes:
-        raise InputError(f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a training expected")
-    groups: list[list[str]] = []
-    room = 0
-    for path, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = _TOGETHER
-        groups[-1].append(path)
-        room -= size
-    return groups
-
-
-def _newest(directory: Path, read: Callable[[int], PyTree]) -> Restored | None:
-    """The newest checkpoint that reads without damage."""
-    damage: list[str] = []
-    for step in reversed(list_steps(directory)):
-        try:
-            return Restored(step, read(step), _manifest(directory, step).metadata, damage)
-        except CorruptError as error:
-            damage.append(f"{error}; passed over for an older checkpoint")
-    if damage:
-        raise CorruptError(f"{directory}: all checkpoints are damaged ({damage[0]}); bring back a copy or start another run")
-    return None
-
-
-def _manifest(directory: Path, step: int) -> Manifest:
-    return read_manifest(directory / str(step) / "meta" / "metadata", step)
-
-
-def _read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
-    """The arrays of `like`, which may be a part of the checkpoint, with the content that was saved."""
     where = directory / str(manifest.step)
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     arguments = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
@@ -375,27 +223,6 @@ def _read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
         raise CorruptError(f"checkpoint {where} is damaged: {_reason(error)}") from error
     check_content(manifest, state, where)
     return state
-
-
-def list_steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in a directory, oldest first; nothing is opened."""
-    return sorted(int(entry.name) for entry in _numbered(directory) if _has_files(entry))
-
-
-def _numbered(directory: Path) -> Iterator[Path]:
-    """Directories named like a step, whole or not."""
-    entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    return (entry for entry in entries if entry.is_dir() and entry.name.isdecimal() and str(int(entry.name)) == entry.name)
-
-
-def _has_files(directory: Path) -> bool:
-    return any(path.is_file() for path in directory.rglob("*"))
-
-
-def _set_aside(entry: Path) -> None:
-    """Renames `STEP` to `STEP.corrupt`, or `STEP.corrupt2` and so on where that exists."""
-    names = (f"{entry.name}.corrupt{suffix}" for suffix in ["", *range(2, 1000)])
-    entry.rename(next(entry.with_name(name) for name in names if not entry.with_name(name).exists()))
 
 
 def _reason(error: Exception) -> str:

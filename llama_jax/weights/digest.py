@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from llama_jax.errors import InputError
-from llama_jax.weights.checkpoint import list_steps
+from llama_jax.weights.checkpoint_files import list_steps
 from llama_jax.weights.gguf_split import part_paths
 from llama_jax.weights.hub import fetch, names_model
 from llama_jax.weights.run import RUN_CHECKPOINTS

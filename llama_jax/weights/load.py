@@ -13,10 +13,10 @@ from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.assemble import Finish, Form, as_it_is, assemble
-from llama_jax.weights.checkpoint import restore_parameters
 from llama_jax.weights.forms import unrolled
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import Report, report
+from llama_jax.weights.restore import restore_parameters
 from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSource, origin_of
 
 __all__ = ["RUN_CHECKPOINTS", "RUN_TOKENIZER", "Form", "Pretrained", "load"]

@@ -13,7 +13,7 @@ from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.source import blamed_on
 
 if TYPE_CHECKING:
-    from llama_jax.weights.checkpoint import Restored
+    from llama_jax.weights.checkpoint_files import Restored
     from llama_jax.weights.manifest import Manifest
 
 # A run directory as `train.py` lays it out.
@@ -50,7 +50,7 @@ class RunSource:
           InputError: if there is no checkpoint, or none of a model.
           CorruptError: if the manifests of all checkpoints are damaged.
         """
-        from llama_jax.weights.checkpoint import list_steps, newest_manifest  # Orbax takes seconds to import
+        from llama_jax.weights.checkpoint_files import list_steps, newest_manifest  # which import JAX
 
         checkpoints = pathlib.Path(directory) / RUN_CHECKPOINTS
         manifest = newest_manifest(checkpoints)
@@ -80,7 +80,7 @@ class RunSource:
         Raises:
           CorruptError: if all checkpoints are damaged.
         """
-        from llama_jax.weights.checkpoint import restore_parameters
+        from llama_jax.weights.restore import restore_parameters  # Orbax takes seconds to import
 
         return restore_parameters(self.directory / RUN_CHECKPOINTS, place=lambda path, leaf: {})
 
@@ -92,7 +92,7 @@ class RunSource:
         """
         path = self._path(name, layer)
         if path not in self._held:
-            from llama_jax.weights.checkpoint import restore_parameter
+            from llama_jax.weights.restore import restore_parameter
 
             self._held.clear()
             self._held[path] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, path))

@@ -10,7 +10,7 @@ from tiny_runs import read_lines, tiny_config, train, write_corpus, write_yaml
 import llama_jax
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.loop import RUN_CHECKPOINTS
-from llama_jax.weights.checkpoint import read_metadata
+from llama_jax.weights.checkpoint_files import read_metadata
 
 
 @pytest.fixture(scope="module")

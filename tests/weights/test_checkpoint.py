@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llama_jax.errors import CorruptError, InputError
-from llama_jax.weights.checkpoint import Checkpoints, SaveError, restore_parameters
+from llama_jax.weights.checkpoint import Checkpoints, SaveError
+from llama_jax.weights.restore import restore_parameters
 
 
 class State(NamedTuple):

@@ -20,7 +20,7 @@ from llama_jax.model.llama import logits
 from llama_jax.model.quantize import leaf_quantizer, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
-from llama_jax.weights import checkpoint
+from llama_jax.weights import restore
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.checksum import by_path
 from llama_jax.weights.forms import unstack
@@ -157,7 +157,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run):
 
 def test_damage_that_shows_late_begins_anew(run, monkeypatch):
     """The last array of the newest checkpoint is another: nothing of that step is in the result."""
-    read, steps = checkpoint._read_arrays, []
+    read, steps = restore.read_arrays, []
 
     def damaged(directory, manifest, like):
         steps.append(manifest.step)
@@ -166,8 +166,8 @@ def test_damage_that_shows_late_begins_anew(run, monkeypatch):
             raise CorruptError("damaged at last")
         return state
 
-    monkeypatch.setattr(checkpoint, "_read_arrays", damaged)
-    monkeypatch.setattr(checkpoint, "_TOGETHER", 0)  # each array is read alone
+    monkeypatch.setattr(restore, "read_arrays", damaged)
+    monkeypatch.setattr(restore, "_TOGETHER", 0)  # each array is read alone
     expected = jax.tree.leaves(random_parameters(CONFIG, seed=5))
     restored = jax.tree.leaves(load(run, form="stacked").params)
     half = len(steps) // 2
@@ -178,8 +178,8 @@ def test_damage_that_shows_late_begins_anew(run, monkeypatch):
 
 def test_of_a_run_one_array_is_held_and_read_once(run, tmp_path, monkeypatch):
     """An export verifies all arrays first, since half of it cannot be taken back, and then reads each once."""
-    read, paths = checkpoint._read_arrays, collections.Counter()
-    monkeypatch.setattr(checkpoint, "_read_arrays", lambda d, m, like: paths.update(by_path(like).keys()) or read(d, m, like))
+    read, paths = restore.read_arrays, collections.Counter()
+    monkeypatch.setattr(restore, "read_arrays", lambda d, m, like: paths.update(by_path(like).keys()) or read(d, m, like))
     opened = open_model(run)._replace(tokenizer=None)  # transformers could not read this one
     export_hugging_face(opened, tmp_path / "out", max_shard_size="100KB")
     assert len(paths) == len(jax.tree.leaves(random_parameters(CONFIG)))
