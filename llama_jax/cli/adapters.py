@@ -6,7 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 from llama_jax.cli.options import OptionParser
+from llama_jax.config import LlamaConfig, config_from_dict
 from llama_jax.errors import InputError
+from llama_jax.weights.source import blamed_on
 
 if TYPE_CHECKING:
     from llama_jax.weights.peft import Adapters
@@ -65,7 +67,7 @@ def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
 
     opened = open_model(base)
     directory = pathlib.Path(adapters)
-    found = _of_run(directory) if (directory / RUN_CHECKPOINTS).is_dir() else read_adapters(directory, opened.source.config)
+    found = _of_run(directory, opened.source.config) if (directory / RUN_CHECKPOINTS).is_dir() else read_adapters(directory, opened.source.config)
     return export_hugging_face(merged(opened, found, directory), target, dtype).nbytes  # type: ignore[arg-type]
 
 
@@ -73,19 +75,23 @@ def _export(run: str, target: str, dtype: str) -> int:
     """Writes the adapters of a run; returns their bytes."""
     from llama_jax.weights.peft import save_adapters
 
-    adapters = _of_run(pathlib.Path(run))
+    adapters = _of_run(pathlib.Path(run), None)
     save_adapters(adapters, target, dtype)
     return sum(path.stat().st_size for path in pathlib.Path(target).iterdir())
 
 
-def _of_run(directory: pathlib.Path) -> "Adapters":
+def _of_run(directory: pathlib.Path, model: LlamaConfig | None) -> "Adapters":
     """The adapters of a run's newest whole checkpoint.
 
+    Args:
+      directory: of the run.
+      model: the architecture that they are for; `None` for the one that they were trained on.
+
     Raises:
-      InputError: for a run that trained no adapters, and one without checkpoints.
+      InputError: for a run that trained no adapters, and one without checkpoints; for adapters that do not fit the model.
     """
     from llama_jax.cli.arguments import parse_train
-    from llama_jax.weights.peft import Adapters
+    from llama_jax.weights.peft import Adapters, require_fit
     from llama_jax.weights.restore import restore_parameters
     from llama_jax.weights.run import RUN_CHECKPOINTS
 
@@ -93,5 +99,7 @@ def _of_run(directory: pathlib.Path) -> "Adapters":
     config = parse_train(["--config", str(path)], path)
     if config.adapter.rank == 0:
         raise InputError(f"{directory}: a run without adapters (adapter.rank is 0) given; convert writes its model")
-    tree = restore_parameters(directory / RUN_CHECKPOINTS).state
-    return Adapters(tree, config.adapter.alpha / config.adapter.rank, config.run.init)
+    restored = restore_parameters(directory / RUN_CHECKPOINTS)
+    with blamed_on(f"{directory / RUN_CHECKPOINTS}: step {restored.step}"):
+        require_fit(restored.state, model or config_from_dict(restored.metadata["model"]))
+    return Adapters(restored.state, config.adapter.alpha / config.adapter.rank, config.run.init)

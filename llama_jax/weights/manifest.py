@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from llama_jax.axes import PyTree
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.checksum import by_path, checksums
+from llama_jax.weights.source import shown
 
+_LONGEST = 1 << 48  # of an axis
 _SCHEMA = 1  # raised when an older reader could not understand what is written
 
 
@@ -71,10 +73,28 @@ def read_manifest(path: Path, step: int) -> Manifest:
         content = sealed["content"]
         if sealed["sha256"] != _digest(content) or content["step"] != step:
             raise CorruptError(f"{path}: the content does not match its seal")
-        arrays = {name: ArrayRecord(tuple(r["shape"]), r["dtype"], r["checksum"]) for name, r in content["arrays"].items()}
+        arrays = {name: _record(values) for name, values in content["arrays"].items()}
+        if not isinstance(content["metadata"], dict):
+            raise TypeError("metadata")
         return Manifest(step, arrays, content["metadata"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path}: not a manifest of a checkpoint ({error!r})") from None
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{path}: not a manifest of a checkpoint ({shown(repr(error))})") from None
+
+
+def _record(values: Any) -> ArrayRecord:
+    """A record as it was sealed.
+
+    Raises:
+      KeyError, TypeError: for anything else.
+    """
+    shape, dtype, checksum = values["shape"], values["dtype"], values["checksum"]
+    whole = isinstance(shape, list) and all(type(length) is int and 0 <= length < _LONGEST for length in shape)
+    if not (whole and isinstance(dtype, str) and isinstance(checksum, str)):
+        raise TypeError(f"record {values}")
+    known = jnp.dtype(dtype)  # raises a TypeError for a name that there is not
+    if known.name != dtype or known.hasobject or known.itemsize == 0:
+        raise TypeError(f"dtype {dtype}")
+    return ArrayRecord(tuple(shape), dtype, checksum)
 
 
 def check_like(manifest: Manifest, like: PyTree, where: Path) -> None:

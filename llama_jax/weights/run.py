@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama_jax.config import LlamaConfig, config_from_dict
 from llama_jax.errors import CorruptError, InputError
-from llama_jax.weights.source import blamed_on
+from llama_jax.weights.source import Shape, blamed_on, of_layer, require_tensors, shown, tree_shapes
 
 if TYPE_CHECKING:
     from llama_jax.weights.checkpoint_files import Restored
@@ -20,11 +21,31 @@ if TYPE_CHECKING:
 RUN_CHECKPOINTS = "checkpoints"
 RUN_TOKENIZER = "tokenizer.model"
 
+_PREFIX = "params/"  # of the paths of parameters in a checkpoint
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 def origin_of(directory: pathlib.Path, restored: "Restored") -> str:
     """One line that says which checkpoint of a run it is, with the damaged ones that were passed over for it."""
     warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
     return f"run {directory.absolute().name} at step {restored.step}{warnings}"
+
+
+def check_parameters(manifest: "Manifest", expected: Mapping[str, Shape]) -> None:
+    """Refuses a checkpoint whose parameters are not those of its architecture.
+
+    Args:
+      manifest: of the checkpoint.
+      expected: shapes by path, such as `layers/attention/wq`.
+
+    Raises:
+      InputError: counting and naming what is missing, too much, misshapen, or of no floating type.
+    """
+    found = {path.removeprefix(_PREFIX): record for path, record in manifest.arrays.items() if path.startswith(_PREFIX)}
+    require_tensors(expected, {path: record.shape for path, record in found.items()})
+    strange = [path for path, record in found.items() if record.dtype not in _DTYPES]
+    if strange:
+        raise InputError(f"{shown(strange[0])} has type {found[strange[0]].dtype}; supported are {', '.join(_DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,8 +86,10 @@ class RunSource:
         if not any(path.startswith("params/embedding") for path in manifest.arrays):
             raise InputError(f"{checkpoints}: a run of adapters, without their model; merge them first: python -m llama_jax "
                              f"adapters merge MODEL {directory} DST")  # fmt: skip
-        with blamed_on(checkpoints):
-            return cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
+        with blamed_on(f"{checkpoints}: step {manifest.step}"):
+            source = cls(pathlib.Path(directory), config_from_dict(manifest.metadata["model"]), manifest)
+            check_parameters(manifest, tree_shapes(source.config, source.stacked))
+        return source
 
     @property
     def stacked(self) -> bool:
@@ -105,4 +128,4 @@ class RunSource:
 
     def _path(self, name: str, layer: int | None) -> str:
         """Where a checkpoint has a parameter: with those of all layers, or in a run with unrolled layers, in its own."""
-        return name if layer is None or self.stacked else name.replace("layers/", f"layers_{layer}/", 1)
+        return name if layer is None or self.stacked else of_layer(name, layer)
