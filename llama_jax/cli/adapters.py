@@ -67,7 +67,8 @@ def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
 
     opened = open_model(base)
     directory = pathlib.Path(adapters)
-    found = _of_run(directory, opened.source.config) if (directory / RUN_CHECKPOINTS).is_dir() else read_adapters(directory, opened.source.config)
+    read = _of_run if (directory / RUN_CHECKPOINTS).is_dir() else read_adapters
+    found = read(directory, opened.source.config)
     return export_hugging_face(merged(opened, found, directory), target, dtype).nbytes  # type: ignore[arg-type]
 
 

