@@ -1,6 +1,7 @@
 """How a program ends: one line and a status in place of a traceback."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ def run_program(main: Callable[[], int]) -> int:
       a damaged file of ours; 130 when interrupted; 141 when the reader of our output has gone (as in `... | head -1`),
       without a word.
     """
+    open_missing_streams()
     try:
         status = main()
         sys.stdout.flush()
@@ -39,3 +41,18 @@ def run_program(main: Callable[[], int]) -> int:
         print(f"error: {error.filename or 'writing'}: {error.strerror}; make room or name another directory", file=sys.stderr)
         return WRONG_INPUT
     return status
+
+
+def open_missing_streams() -> None:
+    """Puts the null device where standard input, output or error is closed (as by `>&-`).
+
+    Otherwise the next file opened takes the place, and Python has no stream there: reading fails, and notes meant for
+    standard error go to standard output.
+    """
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (for the life of the program)
