@@ -8,26 +8,24 @@ import pytest
 
 from llama_jax.cli import infer, models
 from llama_jax.cli.program import run_program
-from llama_jax.generation import beginning
+from llama_jax.generation import beginning, session
 from llama_jax.generation.beginning import common_beginning, saved
-from llama_jax.generation.programs import Programs
 
 SYSTEM = "You are the keeper of a lighthouse, and answer briefly and truly."
 WORDS = ["The cat", "你好 🎉", "a", "dog " * 5, "The cat sat"]
 
 
 @pytest.fixture
-def prefilled(monkeypatch) -> list[int]:
-    """The sizes, rows times width, of what is prefilled from here on."""
-    sizes: list[int] = []
-    for name in ("prefill", "prefill_more"):
-        run = getattr(Programs, name)
+def prefilled(monkeypatch) -> list[tuple[int, int]]:
+    """Rows and widths of what is prefilled from here on."""
+    sizes: list[tuple[int, int]] = []
+    run = session.padded_prompts
 
-        def counted(self, params, tokens, *rest, run=run):
-            sizes.append(tokens.size)
-            return run(self, params, tokens, *rest)
+    def counted(prompts, rows, width):
+        sizes.append((rows, width))
+        return run(prompts, rows, width)
 
-        monkeypatch.setattr(Programs, name, counted)
+    monkeypatch.setattr(session, "padded_prompts", counted)
     return sizes
 
 
@@ -63,32 +61,28 @@ def test_a_shared_system_message_is_run_once(tiny_directory, tmp_path, capsys, m
     common = ["--model", tiny_directory, "--chat", "--system", SYSTEM, "--max-new-tokens", 6, "--batch-size", 2]
     arguments = [*common, *flags, *asked]
     rows, told = answers(capsys, *arguments)
-    with_prefix, _ = sum(prefilled), prefilled.clear()
+    with_prefix = sum(rows * width for rows, width in prefilled)
+    prefilled.clear()
     monkeypatch.setattr(beginning, "_WORTH_IT", 1 << 30)
     plain, plainly = answers(capsys, *arguments)
     assert without_measures(rows) == without_measures(plain)
-    assert with_prefix < sum(prefilled) / 2
+    assert with_prefix < sum(rows * width for rows, width in prefilled) / 2
     assert " from the cache)" in told
     assert " from the cache)" not in plainly
 
 
-def test_lines_are_decoded_in_batches(tiny_directory, capsys, monkeypatch):
+def test_lines_are_decoded_in_batches(tiny_directory, capsys, monkeypatch, prefilled):
     """No more than --batch-size at a time; texts and seeds are those of one batch."""
-    sizes = []
-    run = Programs.prefill
-    monkeypatch.setattr(
-        Programs, "prefill", lambda self, params, tokens, *rest: sizes.append(len(tokens)) or run(self, params, tokens, *rest)
-    )
-    rows = []
+    found_by_size = []
     for size in (2, 8):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(WORDS).encode())))
         found, _ = answers(capsys, "--model", tiny_directory, "--json", "--max-new-tokens", 5, "--temperature", 1, "--seed", 7,
                            "--batch-size", size)  # fmt: skip
-        rows.append(found)
-        assert max(sizes) <= size
-        sizes.clear()
-    assert rows[0] == rows[1]
-    assert [row["prompt"] for row in rows[0]] == WORDS
+        found_by_size.append(found)
+        assert max(rows for rows, _ in prefilled) == size
+        prefilled.clear()
+    assert found_by_size[0] == found_by_size[1]
+    assert [row["prompt"] for row in found_by_size[0]] == WORDS
 
 
 def test_a_draft_of_another_vocabulary_is_refused_before_anything_is_written(tiny_directory, tmp_path, capsys, monkeypatch):

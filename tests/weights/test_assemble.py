@@ -237,14 +237,14 @@ def test_a_run_is_restored_one_array_at_a_time(tmp_path, tiny_directory):
 
 
 def write_shards(directory: pathlib.Path, values: dict, count: int) -> pathlib.Path:
-    """Meta's files of a model, cut as theirs are."""
+    """Meta's files of a model, cut as theirs are; the head is another than the embedding, whose copy would not be kept."""
     torch = pytest.importorskip("torch")
     config = dataclasses.replace(config_from_hugging_face(values), rope_theta=5e5)
     directory.mkdir()
     (directory / "params.json").write_text(json.dumps(declared(config, ffn_dim_multiplier=None)))
     tensors = {name: np.broadcast_to(np.float32(1), shape) for name, shape in file_shapes(config, META_NAMES).items()}
     for number in range(count):
-        shard = {name: torch.ones(part(name, tensor, number, count, config).shape, dtype=torch.bfloat16)
+        shard = {name: torch.full(part(name, tensor, number, count, config).shape, len(name), dtype=torch.bfloat16)
                  for name, tensor in tensors.items()}  # fmt: skip
         torch.save(shard, directory / f"consolidated.{number:02}.pth")
     return directory
