@@ -174,8 +174,8 @@ def test_a_second_interrupt_does_not_wait(monkeypatch):
 
 def test_every_line_of_a_program_has_an_answer(tiny_directory):
     """What the model cannot take and commands that there are not, as well."""
-    lines = ["/nope", "x" * 5000, "/max", "The cat"]
-    done = infer("--model", tiny_directory, "--chat", "--json", "--max-new-tokens", 3, stdin="\n".join(lines).encode())
+    lines = "\n".join(["/nope", "x" * 500, "/max", "The cat"]).encode()
+    done = infer("--model", tiny_directory, "--chat", "--json", "--max-new-tokens", 3, "--context", 64, stdin=lines)
     unknown, long, told, answer = map(json.loads, done.stdout.decode().splitlines())
     assert unknown == {"error": "command '/nope' is unknown; /help lists them"}
     assert "the model's context) expected" in long["error"]
