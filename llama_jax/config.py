@@ -19,7 +19,7 @@ _HUGE = 1e18  # above every real value; also refuses infinity, and compares with
 
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
-        raise InputError(f"{field}: {value!r} given, {expected} expected")
+        raise InputError(f"{field}: {value!r:.100} given, {expected} expected")
 
 
 def _require_count(field: str, value: object, largest: int) -> None:
@@ -133,11 +133,20 @@ def config_from_dict(values: Mapping) -> LlamaConfig:
     """The inverse of `dataclasses.asdict` for a `LlamaConfig`, for values that come from a file.
 
     Raises:
-      InputError: naming fields that are missing or unknown.
+      InputError: naming fields that are missing or unknown, and values that are out of range or of another kind.
     """
-    expected = {field.name for field in dataclasses.fields(LlamaConfig)}
+    _require_fields("model", LlamaConfig, values)
+    scaling = values["rope_scaling"]
+    if scaling is not None:
+        _require(isinstance(scaling, Mapping), "rope_scaling", scaling, "nothing or its fields")
+        _require_fields("rope_scaling", RopeScaling, scaling)
+        scaling = RopeScaling(**scaling)
+    return LlamaConfig(**{**values, "rope_scaling": scaling})
+
+
+def _require_fields(name: str, kind: type, values: Mapping) -> None:
+    """Refuses other fields than those of a class."""
+    expected = {field.name for field in dataclasses.fields(kind)}
     wrong = sorted(expected ^ set(values))
     if wrong:
-        raise InputError(f"model: {'field ' + wrong[0]} is {'missing' if wrong[0] in expected else 'unknown'}")
-    scaling = values["rope_scaling"]
-    return LlamaConfig(**{**values, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+        raise InputError(f"{name}: field {wrong[0]:.60} is {'missing' if wrong[0] in expected else 'unknown'}")

@@ -6,6 +6,7 @@ import time
 
 from llama_jax.cli.options import OptionParser
 from llama_jax.errors import InputError
+from llama_jax.weights.source import blamed_on
 
 _ACTIONS = ("merge", "export")
 _USAGE = "llama-jax adapters merge BASE ADAPTERS DST | llama-jax adapters export RUN DST"
@@ -56,7 +57,7 @@ def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
     """Writes the merged model; returns its bytes."""
     from llama_jax.weights.hugging_face_export import export_hugging_face
     from llama_jax.weights.open import merged, open_model
-    from llama_jax.weights.peft import read_adapters
+    from llama_jax.weights.peft import read_adapters, require_fit
     from llama_jax.weights.run import RUN_CHECKPOINTS
     from llama_jax.weights.run_adapters import restore_adapters
 
@@ -64,6 +65,9 @@ def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
     directory = pathlib.Path(adapters)
     is_run = (directory / RUN_CHECKPOINTS).is_dir()
     found = restore_adapters(directory)[0] if is_run else read_adapters(directory, opened.source.config)
+    if is_run:
+        with blamed_on(str(directory)):
+            require_fit(found.tree, opened.source.config)
     return export_hugging_face(merged(opened, found, directory), target, dtype).nbytes  # type: ignore[arg-type]
 
 

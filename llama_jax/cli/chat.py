@@ -2,7 +2,8 @@
 
 The model's words go to standard output, everything else to standard error. (Where both are the terminal, readline draws
 the prompt there.) Ctrl-C stops an answer, what came of it is kept; Ctrl-D leaves. A program can hold a conversation too:
-a line in, an answer out, with `--json` as one JSON object.
+a line in, an answer out, with `--json` as one JSON object: `{"text": ...}`, or `{"error": ...}` for a message that is
+refused, or `{"command": ..., "note": ...}` for a command.
 """
 
 import argparse
@@ -99,7 +100,7 @@ class Terminal:
             except KeyboardInterrupt:
                 note(f"\n{_HINT}")
             except InputError as error:
-                note(f"error: {' '.join(str(error).split())}")
+                self._tell(f"error: {' '.join(str(error).split())}", {"error": " ".join(str(error).split())})
 
     def take(self, line: str) -> None:
         """Obeys a command, or answers a message.
@@ -108,9 +109,16 @@ class Terminal:
           InputError: for an unknown command, a value that it does not take, and what the model cannot answer.
         """
         if line.startswith("/") and not line.startswith("//"):
-            note(self._obey(line[1:]))
+            told = self._obey(line[1:])
+            self._tell(told, {"command": line[1:].split()[0], "note": told})
         elif line.strip():
             self._answer(line.removeprefix("/") if line.startswith("//") else line)
+
+    def _tell(self, words: str, answer: dict[str, str]) -> None:
+        """A note; with `--json` an object as well, so that every line of a program but an empty one has an answer."""
+        note(words)
+        if self._json:
+            print(as_json(answer), flush=True)
 
     def _obey(self, line: str) -> str:
         """The line that a command is answered with."""

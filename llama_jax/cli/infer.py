@@ -6,16 +6,16 @@ Three ways to ask: prompts of the command line or of standard input (`--prompt`)
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.options import OptionParser, add_model_options, add_run_options, add_sampling_options
-from llama_jax.cli.settings import check_bias, settings_of
+from llama_jax.cli.settings import SEEDS, check_bias, settings_of
 from llama_jax.cli.writing import Meter, in_order, note, prepare_output, write_json, write_text
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.generation.text import Prompt
+    from llama_jax.generation.text import Piece, Prompt
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _DESCRIPTION = """Generate text with a LLaMA. Prompts come from --prompt, from --input, or one a line from standard input;
@@ -32,13 +32,14 @@ def make_parser(prog: str) -> OptionParser:
     parser.add_argument("--chat", action="store_true",
                         help="prompts are user messages through the chat template; without any, a conversation")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system message of every conversation; with --chat or --input")
-    parser.add_argument("--json", action="store_true", help="one JSON object a text instead of text")
+    parser.add_argument("--json", action="store_true", help="""one JSON object a text instead of text; in a conversation also
+                        {"error": TEXT} for a message refused, {"command": NAME, "note": TEXT} for a command""")  # fmt: skip
     group = parser.add_argument_group("many prompts")
     group.add_argument("--input", metavar="FILE", help="""JSON lines {"prompt": TEXT} or {"messages": [...]}, each with an "id"
                        and settings of its own if it likes; - is standard input""")  # fmt: skip
     group.add_argument("--output", metavar="FILE", help="JSON lines in the order of --input; an interrupted one is continued; "
                        "- (where not given) is standard output")  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts of --input decoded together")
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together")
     add_sampling_options(parser)
     add_run_options(parser)
     return parser
@@ -99,26 +100,40 @@ def _read_standard_input() -> str:
 
 
 def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
-    """Texts for prompts, all decoded together."""
+    """Texts for prompts, `--batch-size` decoded together."""
     settings: dict[str, Any] = settings_of(options)
     # Only now: --help and wrong options need neither JAX nor seconds.
     from llama_jax.cli.models import load_model
-    from llama_jax.generation.text import stream
+    from llama_jax.generation.beginning import common_beginning, saved, shared_prefix
+    from llama_jax.generation.checks import check_prompts
+    from llama_jax.generation.text import encode_user, stream
 
     model, generator = load_model(options)
     check_bias(settings, model.config)
-    meter = Meter()
+    meter, reused = Meter(), 0
     asked = _with_system(prompts, options.system)
-    pieces = stream(model, asked, chat=options.chat, generator=generator, **settings)
+    encoded = check_prompts([encode_user(model, prompt, options.chat) for prompt in asked], model.config)
+    prefix = shared_prefix(generator, common_beginning(encoded), len(encoded))
+    seed = settings.pop("seed")
+    for start in range(0, len(asked), options.batch_size):
+        batch = slice(start, start + options.batch_size)
+        seeds = {"seed": (seed + start * options.samples) % SEEDS}  # row i draws with seed + i, whatever its batch
+        pieces = stream(model, asked[batch], chat=options.chat, generator=generator, prefix=prefix, **seeds, **settings)
+        _write(options, prompts[batch], meter.watch(pieces))
+        reused += options.samples * saved(prefix, map(len, encoded[batch]))
+    note(meter.report(generator.programs.compilations, reused))
+    return 0
+
+
+def _write(options: argparse.Namespace, prompts: list[str], pieces: "Iterator[Piece]") -> None:
+    """Writes the texts of one batch in their order."""
     rows = [prompt for prompt in prompts for _ in range(options.samples)]
-    ordered = in_order(meter.watch(pieces), len(rows))
+    ordered = in_order(pieces, len(rows))
     if options.json:
         write_json(ordered, options.samples)
     else:
         echo = sys.stdout.isatty() and not options.chat
         write_text(ordered, [f"{_DIM}{prompt}{_PLAIN}" if echo else "" for prompt in rows])
-    note(meter.report(generator.programs.compilations))
-    return 0
 
 
 def _with_system(prompts: list[str], system: str | None) -> "Sequence[Prompt]":

@@ -22,7 +22,7 @@ from llama_jax.errors import InputError
 from llama_jax.training.display import duration
 
 if TYPE_CHECKING:
-    from llama_jax.generation.generate import Generator
+    from llama_jax.generation.generate import Generator, Prefix
     from llama_jax.generation.text import Completion, Piece
     from llama_jax.weights.load import Pretrained
 
@@ -66,12 +66,14 @@ def answer_file(options: argparse.Namespace) -> int:
         note(f"{output}: all {len(requests)} requests are answered already")
         return 0
     from llama_jax.cli.models import load_model
+    from llama_jax.generation.beginning import shared_prefix
 
     model, generator = load_model(options)
-    lengths = prompt_lengths(model, requests, options.input)
+    lengths, beginning = measured(model, requests, options.input)
+    prefix = shared_prefix(generator, beginning, len(requests) - job.done // job.samples)
     if job.done:
         note(f"{output}: {job.done // job.samples} of {len(requests)} requests are answered already; going on")
-    _answer(model, generator, job, lengths, output, before)
+    _answer(model, generator, job, lengths, prefix, output, before)
     return 0
 
 
@@ -98,24 +100,32 @@ def require_no_penalties(requests: Sequence[Request], name: str) -> None:
                              "not yet kept; leave out one")  # fmt: skip
 
 
-def prompt_lengths(model: "Pretrained", requests: Sequence[Request], name: str) -> list[int]:
-    """Tokens of each request's prompt.
+def measured(model: "Pretrained", requests: Sequence[Request], name: str) -> tuple[list[int], list[int]]:
+    """Tokens of each request's prompt, counted, and those that all of them begin with; the rest is not kept.
 
     Raises:
       InputError: naming the line, for a request that the model cannot take.
     """
+    from llama_jax.generation.beginning import common_beginning
     from llama_jax.generation.text import encode_user
 
     lengths, context = [], model.config.context_length
-    for request in requests:
-        try:
-            lengths.append(len(encode_user(model, request.prompt, chat=False)))
-            check_bias(request.settings, model.config)
-            if not 1 <= lengths[-1] <= context:
-                raise InputError(f"the prompt has {lengths[-1]} tokens; 1 to {context} (the model's context) expected")
-        except InputError as error:
-            raise InputError(f"{name}, line {request.line}: {error}") from None
-    return lengths
+
+    def encoded() -> Iterator[list[int]]:
+        """The prompts, one after the other."""
+        for request in requests:
+            try:
+                ids = encode_user(model, request.prompt, chat=False)
+                check_bias(request.settings, model.config)
+                if not 1 <= len(ids) <= context:
+                    raise InputError(f"the prompt has {len(ids)} tokens; 1 to {context} (the model's context) expected")
+            except InputError as error:
+                raise InputError(f"{name}, line {request.line}: {error}") from None
+            lengths.append(len(ids))
+            yield ids
+
+    beginning = common_beginning(encoded())
+    return lengths, beginning
 
 
 def batches(job: Job, lengths: Sequence[int]) -> Iterator[list[Request]]:
@@ -143,22 +153,28 @@ def batch_settings(batch: Sequence[Request], samples: int) -> dict[str, Any]:
     return {**per_row, "seed": seeds, "max_new_tokens": batch[0].settings["max_new_tokens"], "samples": samples}
 
 
-def _answer(model: "Pretrained", generator: "Generator", job: Job, lengths: list[int], output: str, before: Answered) -> None:
+def _answer(
+    model: "Pretrained", generator: "Generator", job: Job, lengths: list[int], prefix: "Prefix | None", output: str,
+    before: Answered,
+) -> None:  # fmt: skip
     """Decodes batch after batch; writes every answer as soon as those before it are written."""
+    from llama_jax.generation.beginning import saved
     from llama_jax.generation.text import stream
 
-    meter = Meter()
+    meter, reused = Meter(), 0
     with continued(output, before) as file:
         writer = Writer(file, job, meter)
         for batch in batches(job, lengths):
             settings = batch_settings(batch, job.samples)
             prompts = [request.prompt for request in batch]
-            pieces = stream(model, prompts, chunk=16, generator=generator, logprobs=job.logprobs, **settings)
+            settings |= {"generator": generator, "prefix": prefix, "logprobs": job.logprobs}
+            pieces = stream(model, prompts, chunk=16, **settings)
             for piece in meter.watch(pieces):
                 writer.take(batch, piece)
             writer.sync()
+            reused += job.samples * saved(prefix, (lengths[request.number] for request in batch))
         writer.finish()
-    note(meter.report(generator.programs.compilations))
+    note(meter.report(generator.programs.compilations, reused))
 
 
 class Writer:

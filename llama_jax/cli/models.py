@@ -40,6 +40,7 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
     from llama_jax.model.quantize import parameter_bytes
     from llama_jax.weights.load import load
 
+    _check_draft(options)
     keep_compiled_programs()
     started = time.perf_counter()
     dtype = resolve_dtype(options.dtype)
@@ -57,6 +58,17 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
         raise InputError(f"{model.origin} has no chat template; name one with --chat-template, or ask without --chat")
     guessing = _speculation(options, dtype)
     return model, Generator(model.params, model.config, speculation=guessing, dtype=dtype, cache_dtype=options.cache_dtype)
+
+
+def _check_draft(options: argparse.Namespace) -> None:
+    """Refuses a draft model of another vocabulary; only headers are read."""
+    from llama_jax.weights.open import open_model
+
+    if options.draft is None:
+        return
+    own, other = (open_model(path).source.config.vocab_size for path in (options.model, options.draft))
+    if own != other:
+        raise InputError(f"--draft {options.draft} has {other} tokens and the model {own}; the same vocabulary expected")
 
 
 def _speculation(options: argparse.Namespace, dtype: str) -> "Speculation | None":

@@ -25,7 +25,7 @@ def run_program(main: Callable[[], int]) -> int:
       a training that cannot go on and 5 for a damaged file of ours; 130 when interrupted; 141 when the reader of our output
       has gone (as in `... | head -1`), without a word.
     """
-    open_closed_streams()
+    open_missing_streams()
     try:
         status = main()
         sys.stdout.flush()
@@ -47,11 +47,16 @@ def run_program(main: Callable[[], int]) -> int:
     return status
 
 
-def open_closed_streams() -> None:
-    """Gives a program that was started with its output closed (`>&-`) one that leads nowhere.
+def open_missing_streams() -> None:
+    """Puts the null device where standard input, output or error is closed (as by `>&-`).
 
-    Otherwise the first file that is opened would take the place of standard output, and what is printed would go there.
+    Otherwise the next file opened takes the place, and Python has no stream there: reading fails, and notes meant for
+    standard error go to standard output.
     """
-    for name in ("stdout", "stderr"):
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the program runs)
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (for the life of the program)

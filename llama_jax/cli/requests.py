@@ -87,6 +87,9 @@ class Reader(NamedTuple):
         """A prompt: text, or what a user says."""
         if not isinstance(value, str):
             raise InputError(f"prompt: {value!r:.60} given; text expected")
+        if not self.chat and self.system is not None:
+            raise InputError("a plain prompt given with --system; a system message belongs to a conversation: add --chat, or "
+                             "give messages")  # fmt: skip
         return self._led([{"role": "user", "content": value}]) if self.chat else value
 
     def _messages(self, value: object) -> Prompt:

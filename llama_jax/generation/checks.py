@@ -8,6 +8,8 @@ from typing import Any
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 
+_TOKENS = 1 << 31  # ids there are: those that int32 holds
+
 Unchecked = Any  # an argument of any type, which one of the functions below looks at first
 
 
@@ -22,7 +24,7 @@ def whole(name: str, value: Unchecked, least: int) -> int:
     Raises:
       InputError: naming the argument, for anything else.
     """
-    if not _is_whole(value):
+    if not is_whole(value):
         raise InputError(f"{name}: {_shown(value)} given; a whole number expected")
     if value < least:
         raise InputError(f"{name}: {value} given; {least} or more expected")
@@ -46,7 +48,7 @@ def _prompt(name: str, prompt: Unchecked, config: LlamaConfig) -> list[int]:
         raise InputError(f"{name} is {_shown(prompt)}; a list of token ids expected")
     if not 1 <= len(prompt) <= config.context_length:
         raise InputError(f"{name} has {len(prompt)} tokens; 1 to {config.context_length} (the model's context) expected")
-    strange = [token for token in prompt if not _is_whole(token)]
+    strange = [token for token in prompt if not is_whole(token)]
     if strange:
         raise InputError(f"{name} holds {_shown(strange[0])}; token ids, whole numbers, expected")
     outside = [token for token in prompt if not 0 <= token < config.vocab_size]
@@ -62,14 +64,22 @@ def stop_table(stop_ids: Unchecked, rows: int) -> list[list[int]]:
       InputError: for anything else.
     """
     given = plain(() if stop_ids is None else stop_ids)
-    given = [plain(item) for item in ([given] if _is_whole(given) else given)]
-    if all(map(_is_whole, given)):
-        return [sorted(set(map(operator.index, given)))] * rows
+    given = [plain(item) for item in ([given] if is_whole(given) else given)]
+    if all(map(is_whole, given)):
+        return [_ids(given)] * rows
     if len(given) != rows:
         raise InputError(f"stop_ids: {len(given)} lists given for {rows} rows; ids for all or one list a row expected")
-    if not all(isinstance(ids, list | tuple | set) and all(map(_is_whole, ids)) for ids in given):
+    if not all(isinstance(ids, list | tuple | set) and all(map(is_whole, ids)) for ids in given):
         raise InputError(f"stop_ids: {_shown(given)} given; token ids for all rows, or one list a row expected")
-    return [sorted(set(map(operator.index, ids))) for ids in given]
+    return [_ids(ids) for ids in given]
+
+
+def _ids(given: Iterable[Unchecked]) -> list[int]:
+    """Token ids in order, each once."""
+    ids = sorted(set(map(operator.index, given)))
+    if ids and not 0 <= ids[0] <= ids[-1] < _TOKENS:
+        raise InputError(f"stop_ids: {ids[0] if ids[0] < 0 else ids[-1]} given; token ids from 0 to {_TOKENS - 1} expected")
+    return ids
 
 
 def stop_strings(value: Unchecked, rows: int) -> list[list[str]]:
@@ -87,6 +97,16 @@ def stop_strings(value: Unchecked, rows: int) -> list[list[str]]:
     if not len(lists) == len(values) == rows:
         raise InputError(f"stop: {_shown(value)} given; a list for all of the {rows} rows, or one list a row expected")
     return [list(item) for item in lists]
+
+
+def check_plain_texts(name: str, texts: Unchecked) -> None:
+    """Refuses what is no list of texts.
+
+    Raises:
+      InputError: with what to give instead.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name}: {_shown(texts)} given; a list of texts expected, such as [text]")
 
 
 def check_texts(prompts: Unchecked) -> None:
@@ -117,7 +137,8 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
             raise InputError(f"setting {name!r} is unknown; the nearest is {near[0]}")
 
 
-def _is_whole(value: Unchecked) -> bool:
+def is_whole(value: Unchecked) -> bool:
+    """Whether it is a whole number, Python's or NumPy's; true and false are none."""
     if isinstance(value, bool):
         return False
     try:

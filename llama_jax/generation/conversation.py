@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import Unchecked, whole
 from llama_jax.generation.generate import Generator, Prefix, Session
 from llama_jax.generation.text import Messages, Piece, TextSession, encode_user
 from llama_jax.weights.load import Pretrained
@@ -59,7 +60,7 @@ class Conversation:
         self._require_closed()
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
-    def ask(self, text: str, *, chunk: int = 4, **settings: Any) -> Iterator[Piece]:
+    def ask(self, text: str, *, chunk: Unchecked = 4, **settings: Any) -> Iterator[Piece]:
         """The answer to what the user says next, as it comes.
 
         Question and answer join the messages when the answer has ended. An iterator that is closed before ends the answer:
@@ -76,8 +77,7 @@ class Conversation:
             answer in the model's context, and while another answer is being given. The messages stay as they were.
         """
         self._require_closed()
-        if chunk < 1:
-            raise InputError(f"chunk: {chunk} given; 1 or more expected")
+        chunk = whole("chunk", chunk, 1)
         if settings.get("samples", 1) != 1:
             raise InputError(f"samples: {settings['samples']} given; a conversation goes on from 1 answer")
         asked = [*self.messages, {"role": "user", "content": text}]

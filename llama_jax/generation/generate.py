@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.axes import Parameters
@@ -10,7 +11,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole
 from llama_jax.generation.programs import ROOM, programs_of
-from llama_jax.generation.sampling import Sampling, make_sampling
+from llama_jax.generation.sampling import NOWHERE, Sampling, make_sampling
 from llama_jax.generation.session import NewTokens, Prefix, Request, Runner, Session, Tokens, prefilled
 from llama_jax.model.llama import model_for
 
@@ -71,8 +72,8 @@ class Generator:
         *,
         samples: Unchecked = 1,
         logprobs: Unchecked = None,
-        prefix: Prefix | None = None,
-        speculation: Speculation | None = None,
+        prefix: Unchecked = None,
+        speculation: Unchecked = None,
     ) -> "Session":
         """Prefills prompts and draws their first tokens.
 
@@ -108,11 +109,10 @@ class Generator:
         return Session(self.runner, request)
 
     def stream(
-        self, prompts: Unchecked, max_new_tokens: Unchecked, *args: Any, chunk: int = 8, **settings: Any
+        self, prompts: Unchecked, max_new_tokens: Unchecked, *args: Any, chunk: Unchecked = 8, **settings: Any
     ) -> Iterator[list[NewTokens]]:
         """Yields the new tokens of every row as they come, up to `chunk` (at most 32) a row at a time; see `start`."""
-        if chunk < 1:
-            raise InputError(f"chunk: {chunk} given; 1 or more expected")
+        chunk = whole("chunk", chunk, 1)
         if len(prompts):
             yield from self.start(prompts, max_new_tokens, *args, **settings).stream(chunk)
 
@@ -125,8 +125,10 @@ class Generator:
             pass
         return [session.tokens(row) for row in range(session.rows)]
 
-    def _check_prefix(self, prefix: Prefix | None) -> None:
+    def _check_prefix(self, prefix: Unchecked) -> None:
         """Refuses keys and values of another model: nothing would go wrong but the text."""
+        if prefix is not None and not isinstance(prefix, Prefix):
+            raise InputError(f"prefix: a {type(prefix).__name__} given; one from this generator's prefix() expected")
         if prefix is not None and (prefix.runner.programs is not self.programs or prefix.runner.params is not self.params):
             raise InputError(
                 "prefix: one of another model, other parameters or other options given; "
@@ -144,8 +146,10 @@ class Generator:
         return Prefix(ids, cache, self.runner)
 
 
-def _check_speculation(speculation: Speculation, sampling: Sampling, config: LlamaConfig) -> None:
-    if not 1 <= speculation.tokens <= _MOST_GUESSES:
+def _check_speculation(speculation: Unchecked, sampling: Sampling, config: LlamaConfig) -> None:
+    if not isinstance(speculation, Speculation):
+        raise InputError(f"speculation: a {type(speculation).__name__} given; Speculation(tokens) expected")
+    if not 1 <= whole("speculation.tokens", speculation.tokens, 1) <= _MOST_GUESSES:
         raise InputError(f"speculation.tokens: {speculation.tokens} given; 1 to {_MOST_GUESSES} expected")
     if sampling.penalties is not None:
         raise InputError("penalties given together with speculation, which cannot look at tokens not yet kept; leave out one")
@@ -158,6 +162,10 @@ def _check_settings(rows: int, sampling: Sampling, logprobs: Unchecked, config: 
     most = min(_MOST_LOGPROBS, config.vocab_size)
     if logprobs is not None and whole("logprobs", logprobs, 0) > most:
         raise InputError(f"logprobs: {logprobs} given; 0 to {most} expected, or none")
+    tokens = np.asarray(() if sampling.bias is None else sampling.bias.tokens)
+    outside = tokens[(tokens >= config.vocab_size) & (tokens != NOWHERE)]
+    if outside.size:
+        raise InputError(f"logit_bias: token {outside[0]} given; the vocabulary goes from 0 to {config.vocab_size - 1}")
     settings = sampling.temperature.shape[0]
     if settings != rows:
         raise InputError(f"sampling for {settings} rows given with {rows} rows to draw; make_sampling({rows}, ...) expected")

@@ -3,6 +3,7 @@
 The steps, in the order of transformers' processors: logit bias, penalties, temperature, top-k, top-p, min-p, draw.
 """
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from numpy.typing import ArrayLike
 
 from llama_jax.axes import Array, Bool, Float, Int
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import is_whole
 
 _SEEDS = 1 << 31  # seeds there are: those that int32 holds
-_NOWHERE = 1 << 30  # a token id beyond every vocabulary: updates there are dropped
+NOWHERE = 1 << 30  # a token id beyond every vocabulary: updates there are dropped
 LogitBias = Mapping[Any, Any]  # token id -> number; checked by value, since it often comes from JSON
 
 
@@ -78,7 +80,7 @@ def _per_row(name: str, value: ArrayLike, rows: int, dtype: type, low: float, hi
         raise InputError(f"{name}: {values.size} values given for {rows} rows; one for all or one a row expected")
     whole = np.issubdtype(dtype, np.integer)
     kinds = int if whole else (int, float)
-    bad = [v for v in values.ravel().tolist() if not (isinstance(v, kinds) and low <= v <= high)]
+    bad = [v for v in values.ravel().tolist() if isinstance(v, bool) or not (isinstance(v, kinds) and low <= v <= high)]
     if bad:
         raise InputError(f"{name}: {bad[0]!r} given; a {'whole ' if whole else ''}number from {low:g} to {high:g} expected")
     return np.broadcast_to(values, (rows,)).astype(dtype)
@@ -94,7 +96,7 @@ def make_sampling(
     repetition_penalty: ArrayLike = 1.0,
     presence_penalty: ArrayLike = 0.0,
     frequency_penalty: ArrayLike = 0.0,
-    logit_bias: LogitBias | Sequence[LogitBias] = (),
+    logit_bias: LogitBias | Sequence[LogitBias] | None = (),
     seed: ArrayLike = 0,
 ) -> Sampling:
     """A `Sampling` for `rows` rows; every setting is one for all rows, or one a row.
@@ -128,18 +130,19 @@ def _penalties(rows: int, repetition: ArrayLike, presence: ArrayLike, frequency:
     return None if idle else Penalties(*map(jnp.asarray, values))
 
 
-def _bias(rows: int, given: LogitBias | Sequence[LogitBias]) -> Bias | None:
+def _bias(rows: int, given: LogitBias | Sequence[LogitBias] | None) -> Bias | None:
     """Tokens and values of each row, filled up to a power of two so that few programs serve all."""
-    tables = [given] * rows if isinstance(given, Mapping) else list(given) or [{}] * rows
+    tables = [given] * rows if isinstance(given, Mapping) else list(given or ()) or [{}] * rows
     if len(tables) != rows:
         raise InputError(f"logit_bias: {len(tables)} tables given for {rows} rows; one for all or one a row expected")
     for token, value in ((token, value) for table in tables for token, value in table.items()):
-        if not (isinstance(token, int) and 0 <= token < _NOWHERE and isinstance(value, (int, float)) and abs(value) <= 1e4):
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not (is_whole(token) and 0 <= token < NOWHERE and real and abs(value) <= 1e4):
             raise InputError(f"logit_bias: {token!r}: {value!r} given; a token id with a number from -10000 to 10000 expected")
     longest = max(map(len, tables), default=0)
     if longest == 0:
         return None
-    tokens = np.full((rows, 1 << (longest - 1).bit_length()), _NOWHERE, np.int32)
+    tokens = np.full((rows, 1 << (longest - 1).bit_length()), NOWHERE, np.int32)
     values = np.zeros(tokens.shape, np.float32)
     for row, table in enumerate(tables):
         tokens[row, : len(table)], values[row, : len(table)] = list(table.keys()), list(table.values())
@@ -150,7 +153,7 @@ def begin_history(tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab: i
     """The history of prompts, padded on the right with anything, before the first token is drawn."""
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     rows = jnp.arange(tokens.shape[0])[:, None]
-    seen = jnp.zeros((tokens.shape[0], vocab), bool).at[rows, jnp.where(real, tokens, _NOWHERE)].set(True, mode="drop")
+    seen = jnp.zeros((tokens.shape[0], vocab), bool).at[rows, jnp.where(real, tokens, NOWHERE)].set(True, mode="drop")
     return History(seen, jnp.zeros(seen.shape, jnp.int32))
 
 

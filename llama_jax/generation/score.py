@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import Unchecked, check_plain_texts
 from llama_jax.generation.generate import Generator, check_prompts
 from llama_jax.generation.programs import bucket_rows, bucket_size
 from llama_jax.generation.session import padded_prompts
-from llama_jax.generation.text import require_tokenizer
+from llama_jax.generation.text import require_generator_of, require_tokenizer
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt
 from llama_jax.weights.load import Pretrained
 
@@ -96,9 +97,7 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[l
     return [first], whole[1:] if whole[:1] == [first] else whole
 
 
-def score(
-    model: Pretrained, prompts: Sequence[str], continuations: Sequence[str], generator: Generator | None = None
-) -> list[Score]:
+def score(model: Pretrained, prompts: Unchecked, continuations: Unchecked, generator: Generator | None = None) -> list[Score]:
     """The score of each continuation after its prompt.
 
     Args:
@@ -111,8 +110,11 @@ def score(
       InputError: for texts that the model cannot take, and other numbers of prompts and continuations.
     """
     tokenizer = require_tokenizer(model)
+    check_plain_texts("prompts", prompts)
+    check_plain_texts("continuations", continuations)
     if len(prompts) != len(continuations):
         raise InputError(f"{len(prompts)} prompts and {len(continuations)} continuations given; one of each expected")
     pairs = [encode_pair(tokenizer, prompt, continuation) for prompt, continuation in zip(prompts, continuations)]
     generator = generator or Generator(model.params, model.config)
+    require_generator_of(model, generator)
     return score_tokens(generator, [pair[0] for pair in pairs], [pair[1] for pair in pairs])

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole
-from llama_jax.generation.generate import Generator, Speculation
+from llama_jax.generation.generate import Generator
 from llama_jax.generation.sampling import make_sampling
-from llama_jax.generation.session import NewTokens, Prefix, Session, joined, stop_reason
+from llama_jax.generation.session import NewTokens, Session, joined, stop_reason
 from llama_jax.model.options import ModelOptions
 from llama_jax.text.chat import encode_chat
 from llama_jax.text.stop_strings import StopStrings
@@ -80,6 +80,16 @@ def require_tokenizer(model: Pretrained) -> Tokenizer:
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
     return model.tokenizer
+
+
+def require_generator_of(model: Pretrained, generator: Generator) -> None:
+    """Refuses a generator of another architecture than the model's; its parameters may be others, narrower ones say.
+
+    Raises:
+      InputError: with what to give instead.
+    """
+    if generator.programs.model.config != model.config:
+        raise InputError("generator: one of another model given; Generator(model.params, model.config) expected")
 
 
 def encode_user(model: Pretrained, prompt: Prompt, chat: bool) -> list[int]:
@@ -164,8 +174,8 @@ class TextSession:
         stop_ids: Unchecked = (),
         samples: Unchecked = 1,
         logprobs: Unchecked = None,
-        prefix: Prefix | None = None,
-        speculation: Speculation | None = None,
+        prefix: Unchecked = None,
+        speculation: Unchecked = None,
         generator: Generator | None = None,
         **settings: Any,
     ) -> None:
@@ -179,6 +189,7 @@ class TextSession:
         stops = stop_strings(stop, rows)
         ends = [[*model.stop_ids, *own] for own in stop_table(stop_ids, rows)]
         generator = generator or Generator(model.params, model.config, **settings)
+        require_generator_of(model, generator)
         self._rows = [
             _Row(tokenizer, prompts[row // samples], encoded[row // samples], stops[row], ends[row]) for row in range(rows)
         ]
@@ -202,7 +213,7 @@ class TextSession:
                 return
 
 
-def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: int = 4, **settings: Any) -> Iterator[Piece]:
+def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4, **settings: Any) -> Iterator[Piece]:
     """Yields the text of all prompts, decoded together, as it comes.
 
     Every setting below that says "a row" may be one value for all rows, or a list of one a row.
@@ -232,8 +243,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: int = 4, **se
     Raises:
       InputError: for settings out of range and prompts that the model cannot take.
     """
-    if chunk < 1:
-        raise InputError(f"chunk: {chunk} given; 1 or more expected")
+    chunk = whole("chunk", chunk, 1)
     check_texts(prompts)
     if prompts:
         yield from TextSession(model, prompts, **settings).stream(chunk)

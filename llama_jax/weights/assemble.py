@@ -1,7 +1,7 @@
 """From a source of single tensors to the one parameter tree, stacked or unrolled, whole or in shards over a mesh."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,18 @@ from jax.tree_util import DictKey
 from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Parameters, PyTree
+from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible, parameter_spec
-from llama_jax.weights.source import Source, flat_shapes
+from llama_jax.weights.source import Source, flat_shapes, shown
 
 Form = Literal["stacked", "unrolled"]
 
 # What becomes of an array of the tree when it is there: from its path in the tree and the array to what takes its place.
 Finish = Callable[[str, jax.Array], PyTree]
 
+Unchecked = Any  # an argument of any type, which is looked at first
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _STRIP = 64  # columns copied at a time: a transposed copy in strips stays in the cache and is 3 to 7 times as fast
 _ALIGNMENT = 64  # bytes; what XLA's CPU client asks of an array that it is to use without a copy
 
@@ -27,6 +31,22 @@ _ALIGNMENT = 64  # bytes; what XLA's CPU client asks of an array that it is to u
 def as_it_is(path: str, array: jax.Array) -> jax.Array:
     """Leaves an array of the tree as it is."""
     return array
+
+
+def check_form(form: Unchecked, dtype: Unchecked) -> None:
+    """Refuses forms that there are not, and types that weights cannot have: whole numbers would be zeros.
+
+    Raises:
+      InputError: with what there is.
+    """
+    if form not in get_args(Form):
+        raise InputError(f"form: {shown(form)} given; {' or '.join(get_args(Form))} expected")
+    try:
+        known = dtype is not None and np.dtype(dtype).name in _DTYPES
+    except TypeError:
+        known = False
+    if not known:
+        raise InputError(f"dtype: {shown(dtype)} given; one of {', '.join(_DTYPES)} expected; fewer bits come of quantize")
 
 
 def assemble(
@@ -48,8 +68,9 @@ def assemble(
       The tree, nested dicts.
 
     Raises:
-      InputError: for a mesh whose axes do not divide the model.
+      InputError: for a mesh whose axes do not divide the model, and another form or dtype than there are.
     """
+    check_form(form, dtype)
     shardings = _shardings(source, mesh, rules)
     flat: dict[str, PyTree] = {}
     for path in flat_shapes(source.config):

@@ -22,6 +22,8 @@ from llama_jax.weights.source import blamed_on, shown
 
 # The largest vocabularies (256,000 tokens with merges) make headers of 15 MiB.
 _LARGEST_HEADER = 64 << 20
+_MOST_ITEMS = 1 << 22  # of all arrays together: as lists, they take many times the bytes of the file
+_MOST_ROWS = 1 << 16  # of a table; the largest model has 1,200 tensors
 _SMALLEST_ENTRY = 8 + 4 + 1  # an empty key, its type, one byte
 _SMALLEST_TENSOR = 8 + 4 + 8 + 4 + 8  # an empty name, a number of dimensions, one dimension, type, offset
 
@@ -115,6 +117,7 @@ class _Header:
     def __init__(self, data: memoryview) -> None:
         self.data = data
         self.position = 0
+        self.room = _MOST_ITEMS
 
     def refuse(self, what: str) -> NoReturn:
         """Raises an `InputError` that says where."""
@@ -169,6 +172,8 @@ class _Header:
     def table(self, count: int, smallest: int, item: Callable[[], Any]) -> dict[str, Any]:
         """`count` pairs of a name and an item of at least `smallest` bytes together."""
         self.require(count * smallest)
+        if count > _MOST_ROWS:
+            self.refuse(f"a table of {count} rows, more than the {_MOST_ROWS} of any model,")
         table: dict[str, Any] = {}
         for _ in range(count):
             name = self.string()
@@ -191,6 +196,10 @@ class _Header:
     def array(self) -> list:
         """An array of numbers or of texts."""
         kind, count = self.number(_UINT32), self.number(_UINT64)
+        self.require(count)
+        self.room -= count
+        if self.room < 0:
+            self.refuse(f"arrays of more than {_MOST_ITEMS} items together, more than any model has,")
         if kind == _STRING:
             return self.strings(count)
         if kind == _ARRAY:

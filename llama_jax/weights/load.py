@@ -12,7 +12,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights.assemble import Finish, Form, as_it_is, assemble
+from llama_jax.weights.assemble import Finish, Form, as_it_is, assemble, check_form
 from llama_jax.weights.forms import unrolled
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import Report, report
@@ -65,9 +65,11 @@ def load(
         its place. With `llama_jax.model.quantize.leaf_quantizer(8)` the wide model never is in memory.
 
     Raises:
-      InputError: for a path that holds no model, naming whatever is wrong inside, and for a mesh that does not divide it.
+      InputError: for a path that holds no model, naming whatever is wrong inside, for another form or dtype than there are, and
+        for a mesh that does not divide it.
       CorruptError: when every checkpoint of a run is damaged.
     """
+    check_form(form, dtype)
     opened = open_model(path)
     if isinstance(opened.source, RunSource) and (opened.source.stacked or form == "unrolled"):
         params, origin = _restored(opened.source, dtype, form, mesh, rules, finish)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from llama_jax.axes import PyTree
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.checksum import by_path, checksums
+from llama_jax.weights.source import shown
 
+_LONGEST = 1 << 48  # of an axis
 _SCHEMA = 1  # raised when an older reader could not understand what is written
 
 
@@ -72,10 +74,31 @@ def read_manifest(path: Path, step: int) -> Manifest:
         content = sealed["content"]
         if sealed["sha256"] != _digest(content) or content["step"] != step:
             raise CorruptError(f"{path}: the content does not match its seal")
-        arrays = {name: ArrayRecord(tuple(r["shape"]), r["dtype"], r["checksum"]) for name, r in content["arrays"].items()}
+        arrays = {name: _record(values) for name, values in content["arrays"].items()}
+        if not isinstance(content["metadata"], dict):
+            raise TypeError("metadata")
         return Manifest(step, arrays, content["metadata"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path}: not a manifest of a checkpoint ({error!r})") from None
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{path}: not a manifest of a checkpoint ({shown(repr(error))})") from None
+
+
+def _record(values: Any) -> ArrayRecord:
+    """A record as it was sealed.
+
+    Raises:
+      KeyError, TypeError: for anything else.
+    """
+    shape, dtype, checksum = values["shape"], values["dtype"], values["checksum"]
+    whole = isinstance(shape, list) and all(type(length) is int and 0 <= length < _LONGEST for length in shape)
+    if not (whole and isinstance(dtype, str) and isinstance(checksum, str)):
+        raise TypeError(f"record {values}")
+    try:
+        known = jnp.dtype(dtype)
+    except ValueError:  # a TypeError for most names that there are not
+        raise TypeError(f"dtype {shown(dtype)}") from None
+    if known.name != dtype or known.hasobject or known.itemsize == 0:
+        raise TypeError(f"dtype {dtype}")
+    return ArrayRecord(tuple(shape), dtype, checksum)
 
 
 def check_like(manifest: Manifest, like: PyTree, where: Path) -> None:
@@ -121,13 +144,16 @@ def nest(entries: dict[str, Any]) -> dict:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise CorruptError(f"{path}: missing") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CorruptError(f"{path}: not a manifest of a checkpoint ({shown(values)})")
+    return values
 
 
 def _digest(content: dict) -> str:

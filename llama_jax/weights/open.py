@@ -1,6 +1,5 @@
 """What kind of model lies at a path, and its parts ready to be read: only headers and small files are looked at."""
 
-import os
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -151,7 +150,16 @@ def merged(base: Opened, adapters: "Adapters", path: pathlib.Path) -> Opened:
     return base._replace(source=MergedSource(base.source, adapters), origin=origin)
 
 
-def _open_adapted(path: pathlib.Path) -> Opened:
+def base_of(path: pathlib.Path) -> pathlib.Path | None:
+    """Where the model is that a directory of adapters belongs to; `None` for every other kind of model.
+
+    Raises:
+      InputError: if it is not where the description says.
+    """
+    return _base_of(path) if (path / ADAPTERS_CONFIG).is_file() and _opener(path) is _open_adapted else None
+
+
+def _base_of(path: pathlib.Path) -> pathlib.Path:
     with blamed_on(path):
         named = json_object(inside(path, ADAPTERS_CONFIG)).get("base_model_name_or_path")
         base = _place_of(named, path) if isinstance(named, str) and named else None
@@ -159,7 +167,11 @@ def _open_adapted(path: pathlib.Path) -> Opened:
             raise InputError(
                 f"{ADAPTERS_CONFIG} names the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST"
             )
-    opened = open_model(base)
+    return base
+
+
+def _open_adapted(path: pathlib.Path) -> Opened:
+    opened = open_model(_base_of(path))
     from llama_jax.weights.peft import read_adapters  # it needs JAX, as opening a model otherwise does not
 
     return merged(opened, read_adapters(path, opened.source.config), path)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.weights.source import Shape, Source, blamed_on, flat_shapes, require_tensors
+from llama_jax.weights.source import Source, blamed_on, of_layer, require_tensors, tree_shapes
 
 
 class ParameterSource:
@@ -32,26 +32,13 @@ class ParameterSource:
             strange = [name for name, leaf in self._arrays.items() if not isinstance(leaf, jax.Array | np.ndarray)]
             if strange:
                 raise InputError(f"{strange[0]} is a {type(self._arrays[strange[0]]).__name__}; an array expected")
-            require_tensors(self._expected(), {name: leaf.shape for name, leaf in self._arrays.items()})
+            require_tensors(tree_shapes(config, self._stacked), {name: leaf.shape for name, leaf in self._arrays.items()})
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """One tensor on the host; see `Source.read`. Of a stacked tree, only that layer is copied from the device."""
         if layer is None:
             return np.asarray(self._arrays[name])
-        return np.asarray(self._arrays[name][layer] if self._stacked else self._arrays[_of_layer(name, layer)])
-
-    def _expected(self) -> dict[str, Shape]:
-        shapes = flat_shapes(self.config)
-        if self._stacked:
-            return shapes
-        layered = [name for name in shapes if name.startswith("layers/")]
-        unrolled = {_of_layer(name, i): shapes[name][1:] for i in range(self.config.layers) for name in layered}
-        return {name: shape for name, shape in shapes.items() if name not in layered} | unrolled
-
-
-def _of_layer(name: str, layer: int) -> str:
-    """The path of the stacked form in the unrolled one."""
-    return name.replace("layers", f"layers_{layer}", 1)
+        return np.asarray(self._arrays[name][layer] if self._stacked else self._arrays[of_layer(name, layer)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llama_jax.weights.hugging_face import NAMES, inside
 from llama_jax.weights.hugging_face_write import DTYPES, TensorSpec, write_safetensors
 from llama_jax.weights.merged import CONFIG
 from llama_jax.weights.safetensors_file import map_safetensors
-from llama_jax.weights.source import Shape, blamed_on, flat_shapes, require_tensors, shown
+from llama_jax.weights.source import Shape, blamed_on, flat_shapes, require_tensors, shown, tree_shapes
 from llama_jax.weights.values import flag, real, whole
 
 TENSORS = "adapter_model.safetensors"
@@ -61,6 +61,22 @@ class Adapters:
     def rank(self) -> int:
         """Columns of `a`."""
         return jax.tree.leaves(self.tree)[0].shape[-1]
+
+
+def require_fit(tree: Parameters, config: LlamaConfig) -> None:
+    """Refuses adapters, stacked or unrolled, that do not fit a model.
+
+    Raises:
+      InputError: for factors of no matrix of its layers, for one without the other, and for other shapes.
+    """
+    found = {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+    rank = min((shape[-1] for path, shape in found.items() if path.endswith("/a")), default=0)
+    shapes: dict[str, Shape] = {}
+    for path, shape in tree_shapes(config, stacked="layers" in tree).items():
+        if path.rsplit("/", 1)[-1] in _PATHS and {f"{path}/a", f"{path}/b"} & found.keys():
+            *above, inputs, outputs = shape
+            shapes |= {f"{path}/a": (*above, inputs, rank), f"{path}/b": (*above, rank, outputs)}
+    require_tensors(shapes, found)
 
 
 def _file_name(path: str, layer: int, factor: str) -> str:

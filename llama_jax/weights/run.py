@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama_jax.config import LlamaConfig, config_from_dict
 from llama_jax.errors import CorruptError, InputError
-from llama_jax.weights.source import blamed_on
+from llama_jax.weights.source import Shape, blamed_on, of_layer, require_tensors, shown, tree_shapes
 
 if TYPE_CHECKING:
     from llama_jax.weights.checkpoint_files import Restored
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 # A run directory as `train.py` lays it out.
 RUN_CHECKPOINTS = "checkpoints"
 RUN_TOKENIZER = "tokenizer.model"
+
+_PREFIX = "params/"  # of the paths of parameters in a checkpoint
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def origin_of(directory: pathlib.Path, restored: "Restored") -> str:
@@ -54,13 +58,30 @@ def run_config(directory: pathlib.Path, manifest: "Manifest") -> LlamaConfig:
     checkpoints = directory / RUN_CHECKPOINTS
     if not isinstance(manifest.metadata.get("model"), dict):
         raise InputError(f"{checkpoints}: step {manifest.step} does not say which model it is of; the run of train.py expected")
-    with blamed_on(checkpoints):
+    with blamed_on(f"{checkpoints}: step {manifest.step}"):
         return config_from_dict(manifest.metadata["model"])
 
 
 def has_adapters(manifest: "Manifest") -> bool:
     """Whether a run trained adapters alone: every whole model has an embedding."""
     return not any(path.startswith("params/embedding") for path in manifest.arrays)
+
+
+def check_parameters(manifest: "Manifest", expected: Mapping[str, Shape]) -> None:
+    """Refuses a checkpoint whose parameters are not those of its architecture.
+
+    Args:
+      manifest: of the checkpoint.
+      expected: shapes by path, such as `layers/attention/wq`.
+
+    Raises:
+      InputError: counting and naming what is missing, too much, misshapen, or of no floating type.
+    """
+    found = {path.removeprefix(_PREFIX): record for path, record in manifest.arrays.items() if path.startswith(_PREFIX)}
+    require_tensors(expected, {path: record.shape for path, record in found.items()})
+    strange = [path for path, record in found.items() if record.dtype not in _DTYPES]
+    if strange:
+        raise InputError(f"{shown(strange[0])} has type {found[strange[0]].dtype}; supported are {', '.join(_DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +111,10 @@ class RunSource:
         manifest = run_manifest(directory)
         if has_adapters(manifest):
             raise InputError(f"{directory}: a run of adapters given, of a whole model expected")
-        return cls(directory, run_config(directory, manifest), manifest)
+        source = cls(directory, run_config(directory, manifest), manifest)
+        with blamed_on(f"{directory / RUN_CHECKPOINTS}: step {manifest.step}"):
+            check_parameters(manifest, tree_shapes(source.config, source.stacked))
+        return source
 
     @property
     def stacked(self) -> bool:
@@ -129,4 +153,4 @@ class RunSource:
 
     def _path(self, name: str, layer: int | None) -> str:
         """Where a checkpoint has a parameter: with those of all layers, or in a run with unrolled layers, in its own."""
-        return name if layer is None or self.stacked else name.replace("layers/", f"layers_{layer}/", 1)
+        return name if layer is None or self.stacked else of_layer(name, layer)

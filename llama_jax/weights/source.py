@@ -62,6 +62,21 @@ def flat_shapes(config: LlamaConfig) -> dict[str, Shape]:
     return dict(_leaves(parameter_shapes(config), ""))
 
 
+def tree_shapes(config: LlamaConfig, stacked: bool) -> dict[str, Shape]:
+    """Shapes of a parameter tree by path: as `flat_shapes`, or unrolled, `{"layers_0/attention/wq": (D, N*H), ...}`."""
+    shapes = flat_shapes(config)
+    if stacked:
+        return shapes
+    layered = [path for path in shapes if path.startswith("layers/")]
+    unrolled = {of_layer(path, layer): shapes[path][1:] for layer in range(config.layers) for path in layered}
+    return {path: shape for path, shape in shapes.items() if path not in layered} | unrolled
+
+
+def of_layer(path: str, layer: int) -> str:
+    """A path of the stacked form in the unrolled one."""
+    return path.replace("layers", f"layers_{layer}", 1)
+
+
 def _leaves(tree: dict, prefix: str) -> Iterator[tuple[str, Shape]]:
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -57,3 +57,27 @@ def test_a_full_disk_is_one_line(capsys):
     assert capsys.readouterr().err == "error: runs/x/data: No space left on device; make room or name another directory\n"
     with pytest.raises(OSError, match="odd"):  # what is not known to be the machine's fault keeps its traceback
         run_program(lambda: (_ for _ in ()).throw(OSError(errno.EBADF, "odd")))
+
+
+CLOSED = """
+import sys
+from llama_jax.cli.program import run_program
+def main():
+    print("note", file=sys.stderr)
+    with open(sys.argv[1]) as file:
+        print(sys.stdin.read() + file.read())
+    return 0
+sys.exit(run_program(main))
+"""
+
+
+@pytest.mark.parametrize(("closing", "out", "err"), [
+    ("<&-", "content\n", "note\n"), (">&-", "", "note\n"), ("2>&-", "content\n", ""), ("<&- >&- 2>&-", "", ""),
+])  # fmt: skip
+def test_closed_streams_are_the_null_device(tmp_path, closing, out, err):
+    """A shell closes them with `>&-`: no traceback, and no note where the text belongs."""
+    (tmp_path / "file").write_text("content")
+    command = f'exec "$0" -c "$1" "$2" {closing}'
+    done = subprocess.run(["sh", "-c", command, sys.executable, CLOSED, tmp_path / "file"], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, err)

@@ -93,7 +93,8 @@ def test_a_program_holds_a_conversation(tiny, tiny_directory):
     """Lines in, objects out: a turn knows those before it, until /reset."""
     done = infer("--model", tiny_directory, "--chat", "--json", "--max-new-tokens", 6, stdin=b"The cat\nGo on\n/reset\nThe cat")
     assert done.returncode == 0, done.stderr
-    first, second, again = map(json.loads, done.stdout.decode().splitlines())
+    first, second, command, again = map(json.loads, done.stdout.decode().splitlines())
+    assert command == {"command": "reset", "note": "a new conversation"}
     answer = alone(tiny, [user("The cat")], max_new_tokens=6)
     turns = [user("The cat"), {"role": "assistant", "content": answer}, user("Go on")]
     assert first["text"] == again["text"] == answer
@@ -169,3 +170,14 @@ def test_a_second_interrupt_does_not_wait(monkeypatch):
             press(2, None)
     with pytest.raises(KeyboardInterrupt):
         press(2, None)
+
+
+def test_every_line_of_a_program_has_an_answer(tiny_directory):
+    """What the model cannot take and commands that there are not, as well."""
+    lines = "\n".join(["/nope", "x" * 500, "/max", "The cat"]).encode()
+    done = infer("--model", tiny_directory, "--chat", "--json", "--max-new-tokens", 3, "--context", 64, stdin=lines)
+    unknown, long, told, answer = map(json.loads, done.stdout.decode().splitlines())
+    assert unknown == {"error": "command '/nope' is unknown; /help lists them"}
+    assert "the model's context) expected" in long["error"]
+    assert told == {"command": "max", "note": "max_new_tokens 3"}
+    assert answer["new_tokens"] == 3

@@ -285,6 +285,11 @@ def test_what_a_model_cannot_take(generator, prompts, new, words):
     ([[1]], {"logprobs": 98}, "logprobs: 98 given; 0 to 97 expected, or none"),
     ([[1]], {"logprobs": True}, "logprobs: True given; a whole number expected"),
     ([[1]], {"stop_ids": ["a"]}, "stop_ids: .* given; token ids for all rows, or one list a row expected"),
+    ([[1]], {"stop_ids": [1 << 40]}, "stop_ids: 1099511627776 given; token ids from 0 to 2147483647 expected"),
+    ([[1]], {"stop_ids": [[-3]]}, "stop_ids: -3 given"),
+    ([[1]], {"speculation": 3}, r"speculation: a int given; Speculation\(tokens\) expected"),
+    ([[1]], {"prefix": [1, 2]}, r"prefix: a list given; one from this generator's prefix\(\) expected"),
+    ([[1]], {"sampling": make_sampling(1, logit_bias={10**6: 5})}, "logit_bias: token 1000000 given; .* from 0 to 96"),
     ([[1]], {"stop_ids": [[2.5]]}, "stop_ids: .* given; token ids for all rows, or one list a row expected"),
 ])  # fmt: skip
 def test_what_is_of_another_kind(generator, prompts, settings, words):
@@ -356,3 +361,8 @@ def test_the_context_ends_the_text():
 def test_stop_reason():
     assert stop_reason([4, 2], (2, 3)) == "stop"
     assert stop_reason([2, 4], (2, 3)) == stop_reason([], (2, 3)) == stop_reason([4], ()) == "length"
+
+
+def test_a_chunk_is_a_number(generator):
+    with pytest.raises(InputError, match="chunk: 'a' given; a whole number expected"):
+        list(generator.stream(PROMPTS[:1], 3, chunk="a"))

@@ -129,6 +129,7 @@ def test_one_seed_for_all_rows_draws_differently():
     ("top_p", -0.1), ("top_p", 1.1), ("top_p", float("nan")), ("top_p", [[0.5, 0.5]]), ("top_p", "x"),
     ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0), ("presence_penalty", float("nan")),
     ("frequency_penalty", [1.0] * 3), ("logit_bias", [{1: 2.0}]), ("logit_bias", {-1: 2.0}), ("logit_bias", {1: float("nan")}),
+    ("temperature", True), ("temperature", [True]), ("logit_bias", {True: 1.0}), ("logit_bias", {1: True}),
     ("logit_bias", {"a": 1.0}), ("logit_bias", {1: "much"}), ("logit_bias", {1 << 40: 1.0}),
     ("seed", -1), ("seed", 1 << 31), ("seed", 1 << 80), ("seed", 0.5), ("seed", [1]), ("seed", "x"),
 ])  # fmt: skip
@@ -198,3 +199,9 @@ def test_a_bias_can_force_and_ban():
     sampling = make_sampling(3, [0.0, 1.0, 0.0], logit_bias=[{7: 1e4}, {7: 1e4}, {int(np.argmax(logits[2])): -1e4}])
     drawn = sample(adjust(logits, sampling, None), sampling, jnp.arange(3))
     assert drawn.tolist() == [7, 7, int(np.argsort(-logits[2])[1])]
+
+
+def test_numbers_of_numpy_are_numbers():
+    bias = make_sampling(1, logit_bias={np.int64(3): np.float32(2)}).bias
+    assert (bias.tokens.tolist(), bias.values.tolist()) == ([[3]], [[2.0]])
+    assert make_sampling(1, logit_bias=None).bias is None

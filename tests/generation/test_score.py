@@ -95,3 +95,16 @@ def test_scores_equal_transformers(smollm2_model, smollm2_torch):
         np.testing.assert_allclose(result.logprobs, expected, atol=2e-4)
     assert results[0].logprob > results[1].logprob
     assert results[0].greedy
+
+
+@pytest.mark.parametrize(("prompts", "continuations", "name"), [
+    ("abc", "def", "prompts"), (["abc"], "d", "continuations"), (["a"], [1], "continuations"), (None, ["a"], "prompts"),
+])  # fmt: skip
+def test_lists_of_texts_are_expected(tiny_directory, prompts, continuations, name):
+    with pytest.raises(InputError, match=f"{name}: .* given; a list of texts expected"):
+        score(load(tiny_directory), prompts, continuations)
+
+
+def test_a_generator_of_another_model_is_refused(tiny_directory, generator):
+    with pytest.raises(InputError, match="generator: one of another model given"):
+        score(load(tiny_directory), ["a"], ["b"], generator)

@@ -121,3 +121,11 @@ def test_a_model_without_tokenizer_or_template(tiny):
 
 def test_no_prompts(tiny):
     assert generate(tiny, []) == []
+
+
+def test_a_generator_of_another_model_is_refused(tiny):
+    other = dataclasses.replace(tiny.config, context_length=32)
+    with pytest.raises(InputError, match="generator: one of another model given"):
+        generate(tiny, ["a"], generator=Generator(tiny.params, other))
+    with pytest.raises(InputError, match="chunk: 'a' given"):
+        next(stream(tiny, ["a"], chunk="a"))

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from meta_files import declared, part
 from safetensors.numpy import save_file
 
 from llama_jax.accounting import parameter_count, parameter_shapes
@@ -27,6 +28,7 @@ from llama_jax.weights.assemble import assemble
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource, config_from_hugging_face
+from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.source import file_shapes
 
 LAYER = {
@@ -232,6 +234,31 @@ def test_a_run_is_restored_one_array_at_a_time(tmp_path, tiny_directory):
     beyond, result = peak_beyond_result(str(small), str(path), "unrolled")
     assert result == 185_620_480
     assert beyond < 3 * STACKED + (48 << 20)
+
+
+def write_shards(directory: pathlib.Path, values: dict, count: int) -> pathlib.Path:
+    """Meta's files of a model, cut as theirs are; the head is another than the embedding, whose copy would not be kept."""
+    torch = pytest.importorskip("torch")
+    config = dataclasses.replace(config_from_hugging_face(values), rope_theta=5e5)
+    directory.mkdir()
+    (directory / "params.json").write_text(json.dumps(declared(config, ffn_dim_multiplier=None)))
+    tensors = {name: np.broadcast_to(np.float32(1), shape) for name, shape in file_shapes(config, META_NAMES).items()}
+    for number in range(count):
+        shard = {name: torch.full(part(name, tensor, number, count, config).shape, len(name), dtype=torch.bfloat16)
+                 for name, tensor in tensors.items()}  # fmt: skip
+        torch.save(shard, directory / f"consolidated.{number:02}.pth")
+    return directory
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("form", ["stacked", "unrolled"])
+def test_metas_shards_are_joined_one_tensor_at_a_time(tmp_path, form):
+    """186 MB of bfloat16 in two files. The bound: the largest tensor, joined and copied, and 24 MB."""
+    small = write_shards(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 4}, 2)
+    path = write_shards(tmp_path / "large", SIZES, 2)
+    beyond, result = peak_beyond_result(str(small), str(path), form)
+    assert result == 185_620_480
+    assert beyond < 2 * LARGEST + (24 << 20)
 
 
 @pytest.mark.parametrize("form", ["stacked", "unrolled"])

@@ -164,3 +164,34 @@ def test_unsupported_element_types_are_refused_by_name_when_read(write_gguf):
         GgufFile.open(path).read("output.weight")
     with pytest.raises(InputError, match="'absent' is missing"):
         GgufFile.open(path).read("absent")
+
+
+def hostile(path, kind: int, count: int, item: bytes) -> str:
+    """A header with one array of so many items."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, kind, count)
+    path.write_bytes(head + item * count)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "item"), [(0, 60_000_000, b"\x01"), (8, 7_400_000, bytes(8)), (6, 15_000_000, bytes(4))]
+)
+def test_huge_arrays_are_refused_at_once(tmp_path, kind, count, item):
+    """60 MB of header: bytes, empty texts, numbers. As lists they would take many times as much."""
+    path = hostile(tmp_path / "x.gguf", kind, count, item)
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="more than 4194304 items together"):
+        GgufFile.open(path)
+    seconds, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 1
+    assert peak < 4 << 20
+
+
+def test_huge_tables_are_refused_at_once(tmp_path):
+    entries = b"".join(struct.pack("<QIIB", 4, number, 0, 0) for number in range(0x01000000, 0x01000000 + 70_000))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 70_000) + entries)
+    with pytest.raises(InputError, match="a table of 70000 rows"):
+        GgufFile.open(path)

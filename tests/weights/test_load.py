@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import inspect
 import json
 import pathlib
 import shutil
@@ -327,3 +328,15 @@ def test_damaged_files_are_named(tiny_directory, tmp_path):
     (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(InputError, match="gpt2"):
         load(directory)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"dtype": "int8"}, "dtype: 'int8' given; one of float32, bfloat16, float16, float64 expected"),
+    ({"dtype": "nonsense"}, "dtype: 'nonsense' given"), ({"dtype": jnp.int32}, "dtype: .* given"),
+    ({"form": "scan"}, "form: 'scan' given; stacked or unrolled expected"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["run", "hugging_face"])
+def test_other_types_and_forms_are_refused(kind, settings, words, run, tiny_directory):
+    load_unchecked = inspect.unwrap(load)  # the tests check types as well; users do not
+    with pytest.raises(InputError, match=words):
+        load_unchecked(run if kind == "run" else tiny_directory, **settings)
