@@ -125,7 +125,7 @@ def test_no_peak_is_invented(kind):
 
 
 def figures() -> StepMetrics:
-    return StepMetrics(*map(jnp.float32, (2.0, 1.0, 1e-3, 128.0)), {})
+    return StepMetrics(*map(jnp.float32, (2.0, 1.0, 1e-3, 128.0)), jnp.bool_(False), {})
 
 
 def test_mfu_is_its_formula(tmp_path):

@@ -35,7 +35,7 @@ def by_hand(policy, reference):
 @functools.cache
 def compiled():
     """A recipe of plain descent with rate 1, and its step."""
-    recipe = make(train_config(beta=BETA))._replace(optimizer=optax.sgd(1.0))
+    recipe = make(train_config(beta=BETA))._replace(optimizer=optax.sgd(1.0), schedule=optax.constant_schedule(1.0))
     return recipe, jax.jit(functools.partial(train_step, recipe))
 
 
