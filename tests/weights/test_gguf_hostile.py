@@ -15,7 +15,7 @@ from llama_jax.errors import InputError
 from llama_jax.weights.gguf import GgufSource
 
 KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
-ROUNDS = 1000  # for each kind, and for the parts
+ROUNDS = 300  # for each kind, and for the parts
 
 # The smallest LLaMA whose matrices have rows of 256: V 3, D 256, L 1, N 1, K 1, H 2, F 1.
 METADATA = {"block_count": 1, "context_length": 8, "embedding_length": 256, "feed_forward_length": 1,
