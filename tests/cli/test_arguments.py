@@ -245,7 +245,7 @@ def test_help_shows_every_key_with_meaning_and_default(default, capsys, flag):
         for name in values:
             assert f"--{section}.{name} " in text
     assert "peak, reached at the end of the warm-up (type: float, default: 0.0003)" in text
-    assert "AdamW with a linear warm-up" in text
+    assert "steps between two comparisons of the copies of parameters" in text
     assert "name of a preset" in text
 
 
