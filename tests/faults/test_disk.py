@@ -37,7 +37,7 @@ def warnings(output: str) -> list[tuple[int, str]]:
 def test_a_disk_that_is_full_for_a_while(spawn, tmp_path, corpus, reference):
     """11: told within a step, tried again at the next, nothing older lost, and the run ends as one that always had room."""
     run = make_run(tmp_path / "run", corpus, reference, run={"keep_checkpoints": 9})
-    fault = "before_update:*:slow=0.3,in_data:8:full=20000,in_data:10:space"
+    fault = "in_data:8:settled,in_data:8:full=20000,in_data:9:settled,in_data:10:space"
     child = spawn.train(run, fault=fault).expect(0)
     assert warnings(child.output) == [(8, "File too large")]
     assert child.output.index("/8 was not written") < child.output.index("\n10/12 ")
@@ -49,7 +49,8 @@ def test_a_disk_that_is_full_for_a_while(spawn, tmp_path, corpus, reference):
 def test_a_disk_that_stays_full(spawn, tmp_path, corpus, reference):
     """11: training goes on to its end, which is no success; the older checkpoint is untouched and gone on with."""
     run = make_run(tmp_path / "run", corpus, reference, run={"keep_checkpoints": 1})
-    child = spawn.train(run, fault="before_update:*:slow=0.2,in_data:6:full=20000").expect(5)
+    fault = "in_data:6:settled,in_data:6:full=20000,in_data:9:settled,in_data:11:settled"
+    child = spawn.train(run, fault=fault).expect(5)
     steps = [step for step, _ in warnings(child.output)]
     assert steps == [8, 10, 12, 12]  # known at 9, tried at 10, known at 11, tried at the end and once more
     assert "the last among them" in child.output

@@ -8,9 +8,10 @@ import pytest
 
 from llama_jax.training import saving
 from llama_jax.training.saving import Saver
+from llama_jax.training.step import TrainState
 from llama_jax.weights.checkpoint import Checkpoints, SaveError
 
-STATE = {"w": jnp.zeros((10, 10))}  # 400 bytes
+STATE = TrainState(None, {"w": jnp.zeros((10, 10))}, None, None)  # 400 bytes
 
 
 class Disk(Checkpoints):
@@ -42,7 +43,7 @@ class Disk(Checkpoints):
 def run(disk: Disk, steps: int, every: int, directory=pathlib.Path("/")) -> tuple[Saver, list[str]]:
     """The loop, as far as saves go."""
     lines: list[str] = []
-    saver = Saver(disk, directory, every, {}, lines.append)
+    saver = Saver(disk, directory, every, dict, lines.append)
     for step in range(1, steps + 1):
         if saver.due(step) or step == steps:
             saver.save(step, STATE)
@@ -102,7 +103,7 @@ def test_too_little_room_is_told_before_the_first_save(tmp_path, monkeypatch, fr
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage(10**9, 0, free))
     told = []
     disk = Disk(range(0), late=False)
-    saver = Saver(disk, tmp_path, 1, {}, lambda line: told.append((line, list(disk.tried))))
+    saver = Saver(disk, tmp_path, 1, dict, lambda line: told.append((line, list(disk.tried))))
     for step in (1, 2):
         saver.save(step, STATE)
     assert len(told) == warned
