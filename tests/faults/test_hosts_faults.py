@@ -135,7 +135,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes(run, alone, spawn)
 # Ended
 
 
-@pytest.mark.parametrize(("which", "fault"), [(0, "term"), (1, "term"), (1, "usr1")])
+@pytest.mark.parametrize(("which", "fault"), [(0, "term"), (1, "usr1")])
 def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(run, alone, spawn, which, fault):
     """6, 19: one step is saved on both; one process or two go on with the same batches."""
     faults = ["", ""]
