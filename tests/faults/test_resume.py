@@ -46,7 +46,7 @@ def test_with_everything_that_has_a_state(spawn, tmp_path, corpus, reference):
 
 @pytest.mark.timeout(300)
 def test_kill_9_at_random_moments(spawn, tmp_path, corpus, reference):
-    """3: killed three times while checkpoints are written one after the other: all that are listed are whole, no bit differs."""
+    """3: killed three times while checkpoints are written one after the other: all that are listed are whole."""
     seed = random.randrange(10**6)
     print("seed", seed)
     source = random.Random(seed)
