@@ -26,6 +26,9 @@ def quiet_libraries() -> None:
     """Leaves it to the loop to tell, in a line, of a checkpoint that failed: Orbax logs hundreds, one traceback a thread."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    shown = sys.unraisablehook
+    # What TensorStore's threads say when a save has failed and its event loop is gone.
+    sys.unraisablehook = lambda given: None if str(given.exc_value) == "Event loop is closed" else shown(given)
 
 
 def write_config(config: TrainConfig, path: pathlib.Path) -> None:

@@ -54,6 +54,8 @@ def test_a_disk_that_stays_full(spawn, tmp_path, corpus, reference):
     steps = [step for step, _ in warnings(child.output)]
     assert steps == [8, 10, 12, 12]  # known at 9, tried at 10, known at 11, tried at the end and once more
     assert "the last among them" in child.output
+    assert [reason for _, reason in warnings(child.output)] == ["File too large"] * 4
+    assert "Traceback" not in child.errors
     assert checkpoint_steps(run) == [4]
     spawn.train(run).expect(0).wait_for("going on from step 4$")
     assert_bitwise(run, reference)
