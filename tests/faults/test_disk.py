@@ -31,7 +31,7 @@ def test_killed_in_the_middle_of_a_save(spawn, tmp_path, corpus, reference, poin
 def warnings(output: str) -> list[tuple[int, str]]:
     """Steps and reasons of saves that failed, in the order in which they are told."""
     found = re.findall(r"^warning: checkpoint \S+/(\d+) was not written: ([\w ]+)", output, re.MULTILINE)
-    return [(int(step), reason) for step, reason in found]
+    return [(int(step), reason.strip()) for step, reason in found]
 
 
 def test_a_disk_that_is_full_for_a_while(spawn, tmp_path, corpus, reference):
