@@ -34,5 +34,5 @@ def test_data_that_never_comes(spawn, tmp_path, corpus, reference):
 
 def test_what_takes_long_is_no_hang(spawn, tmp_path, corpus, reference):
     """10: the other way round: an evaluation longer than the limit, which has an allowance of its own."""
-    run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 3.0, "steps": 2, "eval_every": 1})
-    spawn.train(run, fault="in_eval:1:slow=5").expect(0)
+    run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 3.0})
+    spawn.train(run, fault="in_eval:12:slow=5").expect(0)
