@@ -34,6 +34,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "11 a full disk": (
         "tests/faults/test_disk.py::test_a_disk_that_is_full_for_a_while",
         "tests/faults/test_disk.py::test_a_disk_that_stays_full",
+        "tests/faults/test_disk.py::test_a_thread_that_waits_for_ever_does_not_keep_the_program",
         CHECKPOINT + "test_a_full_disk",
     ),
     "12 a directory that cannot be written": (

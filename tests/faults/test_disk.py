@@ -3,10 +3,12 @@
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 from faults.child import flip_bit
-from faults.harness import assert_bitwise, checkpoint_steps, copy_run, make_run
+from faults.harness import ROOT, assert_bitwise, checkpoint_steps, copy_run, make_run
 
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
@@ -83,3 +85,10 @@ def test_a_bit_flipped_while_nobody_looked(spawn, tmp_path, reference):
     child.wait_for("going on from step 8$")
     assert "12.corrupt" in entries(run)
     assert checkpoint_steps(run)[-2:] == [12, 13]
+
+
+def test_a_thread_that_waits_for_ever_does_not_keep_the_program():
+    """11: as one of a save that has failed may."""
+    wait = "threading.Thread(target=threading.Event().wait).start()"
+    code = f"import threading; from llama_jax.cli.train import end_within; {wait}; end_within(0.5, 5)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 5
