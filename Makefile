@@ -28,7 +28,8 @@ test: lint ## lint, types and the whole suite; JOBS processes (2)
 	@$(call run_suite,$(VENV),)
 
 test-faults: $(VENV)/installed-test ## training under faults: killed, signalled, on full disks, with damaged files; JOBS processes
-	@XLA_FLAGS="$(QUICK_COMPILATION)" $(BIN)/python -m pytest -n $(JOBS) -m faults
+	@XLA_FLAGS="$(QUICK_COMPILATION)" $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m faults \
+		$$($(BIN)/python tests/faults/rows.py)
 
 # What does not import JAX is the same there.
 test-312: $(VENV312)/installed-test ## all that uses JAX, on Python 3.12 and its newer JAX, in an environment of its own

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 import time
 
 from llama_jax.cli.arguments import parse_train, to_yaml
@@ -20,12 +21,23 @@ from llama_jax.training.config_distributed import DistributedConfig
 from llama_jax.training.wall_time import wall_seconds
 
 _DEFAULT = pathlib.Path("configs/debug.yaml")
+_EXIT_SECONDS = 60  # after a run with saves that have failed
 
 
 def quiet_libraries() -> None:
     """Leaves it to the loop to tell, in a line, of a checkpoint that failed: Orbax logs hundreds, one traceback a thread."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    shown = sys.unraisablehook
+    # What TensorStore's threads say when a save has failed and its event loop is gone.
+    sys.unraisablehook = lambda given: None if str(given.exc_value) == "Event loop is closed" else shown(given)
+
+
+def end_within(seconds: float, status: int) -> None:
+    """Ends the program if it has not ended by itself by then: a thread of a save that has failed may wait for ever."""
+    timer = threading.Timer(seconds, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def write_config(config: TrainConfig, path: pathlib.Path) -> None:
@@ -94,4 +106,7 @@ def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
         stop.close()
     finally:
         display.finish(rows)
-    return 0 if summary.saved else DAMAGED
+    status = 0 if summary.saved else DAMAGED
+    if summary.failed_saves:
+        end_within(_EXIT_SECONDS, status)
+    return status

@@ -67,13 +67,13 @@ class Books:
         self._loss = metrics.get("train/loss")
         self._heartbeat.beat(step, self._loss)
 
-    def go_back(self, step: int, rewind: Rewind) -> None:
-        """Forgets updates that the run, at `step`, has gone back from; the metrics of these are dropped, as at a restart."""
-        self.log.go_back(step, rewind.to)
+    def go_back(self, step: int, to: int, rewind: Rewind) -> None:
+        """Forgets updates that the run, at `step`, has gone back from; the metrics after `to` are dropped, as at a restart."""
+        self.log.go_back(step, to)
         self._metrics.close()
-        self._metrics = MetricsFile(self._path, rewind.to, self._warn)
+        self._metrics = MetricsFile(self._path, to, self._warn)
         left_out = {"steps": in_words(rewind.steps, 1), "data_steps": in_words(rewind.data)}
-        self._metrics.event(rewind.to, "rewound", reason=rewind.reason, at=step, **left_out)
+        self._metrics.event(to, "rewound", reason=rewind.reason, at=step, **left_out)
 
     def close(self, step: int) -> Goodput:
         """Closes them; where the wall time of the run went."""

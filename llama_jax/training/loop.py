@@ -236,19 +236,24 @@ class Run:
         Raises:
           DivergedError: if the run has gone back there often enough.
         """
-        saver.wait(int(state.step))
+        with books.clock("save"):
+            saver.wait(int(state.step))
         rewind = self._recovery.plan(trouble, self.batches.steps)
         if rewind is None:
             rows, sharding = micro_rows(self.config.data), batch_sharding(self.recipe, self.mesh)
             batch = global_batch(self.batches, trouble.steps[-1].step, rows, sharding)
             arrays = array_figures(self.recipe, state, batch, frozen)
             raise self._recovery.give_up(trouble, self.batches.steps, state, arrays)
-        self._recovery.go_back(rewind)
+        step = int(state.step)
+        with books.clock("save"):  # it reads a checkpoint, which may take as long as to write one
+            self._recovery.go_back(rewind)
+            let_go(state)
+            state = self._restore_or_init(checkpoints)
         saver.go_back()
-        books.go_back(int(state.step), rewind)
-        let_go(state)
+        books.go_back(step, int(state.step), rewind)  # perhaps further than was planned: past a checkpoint that is damaged
+        self._samples.begin(int(state.step))
         self.batches = self._recovery.without_bad_data(self.batches)
-        return self._restore_or_init(checkpoints)
+        return state
 
     def _report(self, record: StepRecord, evaluation: Evaluation | None, books: Books) -> None:
         """Shows and keeps the figures of a step."""

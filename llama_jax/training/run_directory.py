@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llama_jax.errors import InputError
 from llama_jax.training.goodput import RUN_GOODPUT
+from llama_jax.training.heartbeat import RUN_HEARTBEAT
 from llama_jax.training.metrics import RUN_METRICS
 from llama_jax.training.postmortem import RUN_POSTMORTEM
 from llama_jax.training.profile import RUN_PROFILE
@@ -49,5 +50,7 @@ def clear_run(directory: Path) -> None:
     for name in (RUN_CHECKPOINTS, RUN_PROFILE, RUN_POSTMORTEM):
         if (directory / name).exists():
             shutil.rmtree(directory / name)
-    for name in (RUN_METRICS, RUN_GOODPUT, RUN_SAMPLES, RUN_REWINDS):
+    for name in (RUN_METRICS, RUN_GOODPUT, RUN_SAMPLES, RUN_REWINDS, RUN_HEARTBEAT):
         (directory / name).unlink(missing_ok=True)
+    for stacks in directory.glob("hang*.txt"):
+        stacks.unlink()

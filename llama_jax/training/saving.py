@@ -68,7 +68,7 @@ class Saver:
     def finish(self, step: int, state: TrainState) -> None:
         """Waits for the last save, and tries it once more should it have failed."""
         self.wait(step)
-        if self._alone and step not in self._checkpoints.steps():
+        if self._again is not None and step not in self._checkpoints.steps():
             self.save(step, state)
             self.wait(step)
 

@@ -105,12 +105,13 @@ class Watchdog:
 
     def _take_completed(self, now: float) -> bool:
         """Drops the updates that the device has done; whether there were any."""
-        done = 0
+        done, first = 0, self._step is None
         while self._begun and self._begun[0][1].is_ready():
             self._step = self._begun.popleft()[0]
             done += 1
         if done:
-            self._spent.append((now - self._completed) / done)
+            if not first:  # which was compiled before
+                self._spent.append((now - self._completed) / done)
             self._completed = now
         return done > 0
 

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +103,8 @@ class Checkpoints:
         newest = max(self.steps(), default=-1)
         if self._hosts.first and step <= newest:
             raise InputError(f"checkpoint step {step} given, one above {newest} expected, the newest in {self._directory}")
+        if self._hosts.first:
+            _sweep(self._directory, step)
         meta = ocp.args.JsonSave(seal(describe(step, state, metadata)))
         refused = self._told(self._start(step, ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)))
         if refused:
@@ -299,6 +302,17 @@ def _tidy(directory: Path) -> None:
             set_aside(entry)
     for entry in directory.glob(f"*{_DISCARDED}"):
         shutil.rmtree(entry)
+
+
+def _sweep(directory: Path, step: int) -> None:
+    """Removes what a failed save of the same step has left; its writers may still be at work there for a moment."""
+    for _ in range(20):
+        left = list(directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+        if not left:
+            return
+        for entry in left:
+            shutil.rmtree(entry, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _remove(entries: Sequence[Path]) -> None:

@@ -100,7 +100,8 @@ def test_nothing_is_inherited_unsaid(name):
     assert set(vars(config.optimizer)) - set(given["optimizer"]) == {"decay_fraction"}  # of `wsd` alone
     assert set(vars(config.data)) - set(given["data"]) == {"paths", "sources", "tokenizer", "skip_steps"}
     assert set(given["mesh"]) == set(vars(config.mesh))
-    assert set(vars(config.run)) - set(given["run"]) == {"init", "overwrite", "trackers"}
+    about_the_program = {"trackers", "profile", "sample_prompts", "sample_tokens", "hang_seconds", "max_time"}
+    assert set(vars(config.run)) - set(given["run"]) == {"init", "overwrite", *about_the_program}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

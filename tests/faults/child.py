@@ -84,6 +84,13 @@ def _space(number: float, value: Any) -> Any:
     return value
 
 
+def _settled(number: float, value: Any) -> Any:
+    """Waits until no save is under way, so that what becomes of it is known however slow the machine is."""
+    while OPEN[0]._manager.is_saving_in_progress():
+        time.sleep(0.01)
+    return value
+
+
 def _nan(number: float, value: Any) -> Any:
     """A batch whose loss is not a number."""
     return value._replace(weights=value.weights * float("nan"))
@@ -108,9 +115,10 @@ def _bit_flip(number: float, value: Any) -> Any:
 ACTIONS: dict[str, Callable[[float, Any], Any]] = {
     "kill9": _signal(signal.SIGKILL), "term": _signal(signal.SIGTERM), "int": _signal(signal.SIGINT),
     "usr1": _signal(signal.SIGUSR1), "stop": _signal(signal.SIGSTOP), "raise": _raise, "enospc": _no_space, "hang": _hang,
-    "slow": _slow, "full": _full, "space": _space, "nan": _nan, "hash": _hash, "bitflip": _bit_flip,
+    "slow": _slow, "full": _full, "space": _space, "settled": _settled, "nan": _nan, "hash": _hash, "bitflip": _bit_flip,
 }  # fmt: skip
 CHECKPOINTS: list[str] = []  # the directory of the run's checkpoints, once it is known
+OPEN: list[Any] = []  # its checkpoints
 
 
 def flip_bit(step_directory: pathlib.Path, place: float = 0.5) -> pathlib.Path:
@@ -158,7 +166,8 @@ def install(faults: Sequence[Fault]) -> None:
 
     def faulty_open(directory: pathlib.Path, *more: Any, **named: Any) -> Any:
         CHECKPOINTS[:] = [str(directory)]
-        return opened(directory, *more, **named)
+        OPEN[:] = [opened(directory, *more, **named)]
+        return OPEN[0]
 
     def faulty_save(self: Any, step: int, *more: Any, **named: Any) -> Any:
         at("before_save", step)

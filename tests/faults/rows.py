@@ -34,6 +34,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "11 a full disk": (
         "tests/faults/test_disk.py::test_a_disk_that_is_full_for_a_while",
         "tests/faults/test_disk.py::test_a_disk_that_stays_full",
+        "tests/faults/test_disk.py::test_a_thread_that_waits_for_ever_does_not_keep_the_program",
         CHECKPOINT + "test_a_full_disk",
     ),
     "12 a directory that cannot be written": (
@@ -126,3 +127,6 @@ ROWS: dict[str, tuple[str, ...]] = {
         "tests/faults/test_surroundings.py::test_no_array_moves_unasked",
     ),
 }
+
+if __name__ == "__main__":  # the files, for `make test-faults`, which need not look through all others
+    print("tests/faults", *sorted({test.split("::")[0] for tests in ROWS.values() for test in tests if "/faults/" not in test}))

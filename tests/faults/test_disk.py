@@ -3,10 +3,12 @@
 import pathlib
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 from faults.child import flip_bit
-from faults.harness import assert_bitwise, checkpoint_steps, copy_run, make_run
+from faults.harness import ROOT, assert_bitwise, checkpoint_steps, copy_run, make_run
 
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
@@ -31,13 +33,13 @@ def test_killed_in_the_middle_of_a_save(spawn, tmp_path, corpus, reference, poin
 def warnings(output: str) -> list[tuple[int, str]]:
     """Steps and reasons of saves that failed, in the order in which they are told."""
     found = re.findall(r"^warning: checkpoint \S+/(\d+) was not written: ([\w ]+)", output, re.MULTILINE)
-    return [(int(step), reason) for step, reason in found]
+    return [(int(step), reason.strip()) for step, reason in found]
 
 
 def test_a_disk_that_is_full_for_a_while(spawn, tmp_path, corpus, reference):
     """11: told within a step, tried again at the next, nothing older lost, and the run ends as one that always had room."""
     run = make_run(tmp_path / "run", corpus, reference, run={"keep_checkpoints": 9})
-    fault = "before_update:*:slow=0.3,in_data:8:full=20000,in_data:10:space"
+    fault = "in_data:8:settled,in_data:8:full=20000,in_data:9:settled,in_data:10:space"
     child = spawn.train(run, fault=fault).expect(0)
     assert warnings(child.output) == [(8, "File too large")]
     assert child.output.index("/8 was not written") < child.output.index("\n10/12 ")
@@ -49,10 +51,13 @@ def test_a_disk_that_is_full_for_a_while(spawn, tmp_path, corpus, reference):
 def test_a_disk_that_stays_full(spawn, tmp_path, corpus, reference):
     """11: training goes on to its end, which is no success; the older checkpoint is untouched and gone on with."""
     run = make_run(tmp_path / "run", corpus, reference, run={"keep_checkpoints": 1})
-    child = spawn.train(run, fault="before_update:*:slow=0.2,in_data:6:full=20000").expect(5)
+    fault = "in_data:6:settled,in_data:6:full=20000,in_data:9:settled,in_data:11:settled"
+    child = spawn.train(run, fault=fault).expect(5)
     steps = [step for step, _ in warnings(child.output)]
     assert steps == [8, 10, 12, 12]  # known at 9, tried at 10, known at 11, tried at the end and once more
     assert "the last among them" in child.output
+    assert [reason for _, reason in warnings(child.output)] == ["File too large"] * 4
+    assert "Traceback" not in child.errors
     assert checkpoint_steps(run) == [4]
     spawn.train(run).expect(0).wait_for("going on from step 4$")
     assert_bitwise(run, reference)
@@ -80,3 +85,10 @@ def test_a_bit_flipped_while_nobody_looked(spawn, tmp_path, reference):
     child.wait_for("going on from step 8$")
     assert "12.corrupt" in entries(run)
     assert checkpoint_steps(run)[-2:] == [12, 13]
+
+
+def test_a_thread_that_waits_for_ever_does_not_keep_the_program():
+    """11: as one of a save that has failed may."""
+    wait = "threading.Thread(target=threading.Event().wait).start()"
+    code = f"import threading; from llama_jax.cli.train import end_within; {wait}; end_within(0.5, 5)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 5
