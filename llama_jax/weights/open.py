@@ -179,7 +179,8 @@ def _open_adapted(path: pathlib.Path) -> Opened:
 
 def _place_of(named: str, adapters: pathlib.Path) -> pathlib.Path | None:
     """Where the model of adapters is: as they name it, from here or from their directory; `None` if it is gone."""
-    return next((place for place in (pathlib.Path(named), adapters / named) if place.exists()), None)
+    places = (pathlib.Path(named), adapters / named)
+    return next((place for place in places if os.path.exists(place)), None)  # also where no path is so long
 
 
 def _open_meta(path: pathlib.Path) -> Opened:
@@ -212,7 +213,7 @@ def _open_adapter_run(path: pathlib.Path, config: LlamaConfig) -> Opened:
     adapters, restored = restore_adapters(path)
     named = adapters.base or ""
     place = _place_of(named, path) or pathlib.Path(named)
-    if not place.exists() and not names_model(place):
+    if not os.path.exists(place) and not names_model(place):
         raise InputError(f"{path}: adapters of the model {shown(named)}, not here; name it: adapters merge MODEL {path} DST")
     base = open_model(place)
     if base.source.config != config:
