@@ -1,5 +1,6 @@
 """What kind of model lies at a path, and its parts ready to be read: only headers and small files are looked at."""
 
+import os
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
