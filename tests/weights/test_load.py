@@ -243,7 +243,7 @@ def test_a_run_of_adapters_is_its_model_with_them_merged(run, tmp_path, form):
 
 
 def test_a_run_of_adapters_without_its_model(run, tmp_path):
-    tree = {"layers": {"attention": {"wk": {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3, 2))}}}}
+    tree = {"layers": {"attention": {"wk": {"a": jnp.zeros((2, 48, 3)), "b": jnp.zeros((2, 3, 20))}}}}
     gone = write_adapter_run(tmp_path / "gone", tree, tmp_path / "moved")
     other = write_adapter_run(tmp_path / "other", tree, run, dataclasses.replace(CONFIG, rope_theta=5.0))
     silent = tmp_path / "silent"
