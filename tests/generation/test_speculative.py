@@ -116,7 +116,7 @@ def test_look_up():
 
 
 def test_what_cannot_be_done(generator):
-    with pytest.raises(InputError, match=r"speculation.tokens: 0 given; 1 to 32 expected"):
+    with pytest.raises(InputError, match=r"speculation.tokens: 0 given; 1 or more expected"):
         generator.generate([[1]], 3, speculation=Speculation(0))
     with pytest.raises(InputError, match="penalties given together with speculation"):
         generator.generate([[1]], 3, make_sampling(1, repetition_penalty=1.2), speculation=Speculation(3))
