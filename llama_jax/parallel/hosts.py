@@ -14,6 +14,7 @@ from llama_jax.errors import InputError
 
 _POLL = 500  # milliseconds of one wait in the store: signals and failures of others are noticed in between
 _FAILED = "failed"
+_GRACE = 10  # seconds in which the first process, having waited for everyone, is heard to say who did not come
 
 T = TypeVar("T")
 
@@ -134,7 +135,7 @@ class Hosts:
 
     def _hear(self, key: str) -> str:
         """A value, waited for; the failure of another process in its place."""
-        value = self._get(key, time.monotonic() + self._seconds)
+        value = self._get(key, time.monotonic() + self._seconds + _GRACE)
         if value is None:
             raise AgreedStop(f"process 0 did not come to {key!r} within {self._seconds:g} s")
         return value
