@@ -1,28 +1,20 @@
 """Records to tokens, here or in processes of their own, always in the order of the records."""
 
-import collections
-import contextlib
+import functools
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from llama_jax.data.processes import WorkerDied, Workers
 from llama_jax.data.records import Messages, Record
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, encode_dialogue
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK_BYTES, _CHUNK_RECORDS = 1 << 18, 1024  # of the sources: what a worker is given at once
-_AHEAD = 3  # chunks a worker is given ahead of those that are written
 
 
 class Encoder(NamedTuple):
@@ -105,37 +97,20 @@ def encode_all(records: Iterable[Record], encoder: Encoder, workers: int) -> Ite
         for record in itertools.chain.from_iterable(chunks):
             yield record, encode_record(record, tokenizer, encoder.template)
         return
-    context = multiprocessing.get_context("spawn")  # forked threads of the libraries would hang
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
-    with contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, cancel_futures=True)
-        pending: collections.deque[tuple[list[Record], Future]] = collections.deque()
-        for chunk in chunks:
-            pending.append((chunk, _submit(pool, chunk)))
-            if len(pending) >= workers * _AHEAD:
-                yield from _collect(*pending.popleft())
-        while pending:
-            yield from _collect(*pending.popleft())
+    with Workers(functools.partial(_make_encode, encoder), workers) as processes:
+        last = None
+        try:
+            for last, documents in processes.results(chunks):
+                yield from zip(last, documents, strict=True)
+        except WorkerDied:
+            raise _died(last) from None
 
 
-def _submit(pool: ProcessPoolExecutor, chunk: list[Record]) -> Future:
-    try:
-        return pool.submit(_encode_chunk, chunk)
-    except BrokenProcessPool:
-        raise _died(chunk) from None
-
-
-def _collect(chunk: list[Record], future: Future) -> Iterator[tuple[Record, list[Document]]]:
-    try:
-        return zip(chunk, future.result(), strict=True)
-    except BrokenProcessPool:
-        raise _died(chunk) from None
-
-
-def _died(chunk: list[Record]) -> InputError:
+def _died(last: list[Record] | None) -> InputError:
+    where = f"{last[-1].name}: behind this record" if last else "at the beginning"
     return InputError(
-        f"{chunk[0].name}: a process that encodes ended without a word, here or a little before (out of memory?); the same "
-        "command goes on with what is missing, --workers 1 needs the least memory"
+        f"{where} a process that encodes ended without a word (out of memory?); the same command goes on with what is missing, "
+        "--workers 1 needs the least memory"
     )
 
 
@@ -152,23 +127,7 @@ def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-_worker: tuple[Tokenizer, ChatTemplate | None]  # of this process, set where it is a worker
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = load_tokenizer(encoder.tokenizer_path), encoder.template
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone: after a kill -9 nobody else does."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _encode_chunk(chunk: list[Record]) -> list[list[Document]]:
-    return [encode_record(record, *_worker) for record in chunk]
+def _make_encode(encoder: Encoder) -> Callable[[list[Record]], list[list[Document]]]:
+    """What a process does with each chunk."""
+    tokenizer = load_tokenizer(encoder.tokenizer_path)
+    return lambda chunk: [encode_record(record, tokenizer, encoder.template) for record in chunk]

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -71,3 +72,17 @@ def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_d
     content[5000] ^= 8
     path.write_bytes(content)
     assert "train-00001.tokens" in run("data", "verify", whole, status=5)[1]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
+def test_worker_that_dies_is_an_error(tmp_path, lines, tiny_directory):
+    with start("prepare", "--input", lines, "--tokenizer", tiny_directory, "--shard-tokens", "200k", "--workers", "2",
+               "--output", tmp_path / "out") as process:  # fmt: skip
+        while not list((tmp_path / "out").glob("train-*.tokens")):
+            time.sleep(0.05)
+        children = children_of(process)
+        os.kill(children[-1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "ended without a word" in errors
+    assert not (tmp_path / "out" / "manifest.json").exists()
