@@ -38,7 +38,8 @@ def train(recipe, sizes, counts, state=None):
 def test_a_mesh_equals_one_device_and_the_state_stays_on_its_shards(name, tree):
     recipe = recipe_of(name, tree)
     alone, shared = train(recipe, (1, 1, 1), range(3)), train(recipe, SIZES, range(3))
-    close(jax.device_get(shared), jax.device_get(alone), atol=1e-5)
+    # Adafactor divides by means of means, and is as far apart as a mesh and a device may be at all.
+    close(jax.device_get(shared), jax.device_get(alone), atol=1e-5 if name == "adafactor" else 2e-6)
     mesh = make_mesh(*SIZES)
     for (path, leaf), like in zip(jax.tree_util.tree_leaves_with_path(shared), jax.tree.leaves(state_shapes(recipe, mesh))):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim), path
