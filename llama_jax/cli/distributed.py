@@ -47,29 +47,32 @@ def find_group(config: DistributedConfig, environment: Mapping[str, str]) -> Gro
     """
     if config.mode == "off":
         return None
-    coordinator = config.coordinator or environment.get(_COORDINATOR)
-    processes = config.processes if config.processes is not None else _number(environment, _PROCESSES)
-    process = config.process if config.process is not None else _number(environment, _PROCESS)
-    local: tuple[int, ...] | None = None
-    found = (coordinator, processes, process)
-    if None in found:
-        detected = _detect(coordinator, processes, process, config.startup_seconds)
-        (coordinator, processes, process), local = detected[:3], detected[3]
-    wanted = config.mode == "on" or any(value is not None for value in found)
-    if not wanted and (processes or 1) == 1:
+    given = (
+        config.coordinator or environment.get(_COORDINATOR),
+        config.processes if config.processes is not None else _number(environment, _PROCESSES),
+        config.process if config.process is not None else _number(environment, _PROCESS),
+    )
+    found = _detect(*given, config.startup_seconds) if None in given else (*given, None)
+    wanted = config.mode == "on" or any(value is not None for value in given)
+    if not wanted and (found[1] or 1) == 1:
         return None
+    coordinator, processes, process = _complete(*found[:3])
+    unbound = coordinator if given[0] is not None else f"[::]:{split_address(coordinator)[1]}"
+    return Group(coordinator, environment.get(_BIND) or unbound, processes, process, found[3])
+
+
+def _complete(coordinator: str | None, processes: int | None, process: int | None) -> tuple[str, int, int]:
+    """What makes up a group, all of it."""
     if coordinator is None or processes is None or process is None:
-        missing = next(key for key, value in zip(("coordinator", "processes", "process"), (coordinator, processes, process))
-                       if value is None)  # fmt: skip
+        names = {"coordinator": coordinator, "processes": processes, "process": process}
+        missing = next(name for name, value in names.items() if value is None)
         raise InputError(
             f"distributed.{missing}: none given, and the environment does not tell; give coordinator, processes and process, "
             "or distributed.mode off"
         )
     if not 0 <= process < processes:
         raise InputError(f"distributed.process: {process} given, a number from 0 to {processes - 1} expected")
-    given = found[0] is not None
-    bind = environment.get(_BIND) or (coordinator if given else f"[::]:{split_address(coordinator)[1]}")
-    return Group(coordinator, bind, processes, process, local)
+    return coordinator, processes, process
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:
