@@ -6,6 +6,7 @@ import functools
 import math
 import pathlib
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,32 @@ def test_the_step_is_traced_once_whatever_else_happens(config, monkeypatch):
     assert traces == {"step": 1, "evaluation": 1}
     Run(run, Recorder()).train()  # from a restored state
     assert traces == {"step": 2, "evaluation": 2}
+
+
+def test_a_wish_to_stop_is_heard_within_a_step(config, monkeypatch):
+    """The host hands out no more than one update beside the one that the device is at, though it could."""
+    whole, losses, waiting = loop.sharded_step, [], []
+    late = jax.ShapeDtypeStruct((), jnp.float32)
+    wait = jax.jit(lambda loss: jax.pure_callback(lambda value: (time.sleep(0.1), value)[1], late, loss))
+
+    def slow(*args):
+        program = whole(*args)
+
+        def update(*args):
+            state, figures = program(*args)
+            losses.append(wait(figures.loss))
+            return state, figures._replace(loss=losses[-1])
+
+        return update
+
+    def ask(step):
+        waiting.append(sum(not loss.is_ready() for loss in losses))
+        return step == 6
+
+    monkeypatch.setattr(loop, "sharded_step", slow)
+    Run(changed(config, run={"log_every": 100, "eval_every": 0, "checkpoint_every": 100}), Recorder()).train(ask)
+    assert len(waiting) == 6
+    assert max(waiting) == 1
 
 
 # Checkpoints
