@@ -86,7 +86,13 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Sca
     return chunked_attention(q, k, v, mask.start, mask.lengths, mask.documents, causal)
 
 
-BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked}
+def _splash(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None, rules: Rules) -> Array:
+    if scales is not None or not causal or mask.start is not None or mask.lengths is not None or q.shape[2] != k.shape[2]:
+        raise InputError("attention splash: a cache or another mask given; rows that see themselves, causally, expected")
+    return splash_attention(q, k, v, mask.documents, rules)
+
+
+BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked, "splash": _splash}
 
 # Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep anyway.
 _FEW_SCORES = 512 * 512

@@ -137,15 +137,17 @@ def product(x: Float[Array, "*B I"], weight: Matrix, axis: int = 0, dtype: DType
     dtype = x.dtype if dtype is None else dtype
     if isinstance(weight, Adapted):
         return with_adapter(x, weight, functools.partial(product, dtype=dtype))
-    rows = x.reshape(-1, x.shape[-1])
+    shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantized):
-        return _quantized_product(rows, weight, dtype).reshape(*x.shape[:-1], -1)
+        return _quantized_product(rows, weight, dtype).reshape(*shape, -1)
     if weight.dtype != jnp.bfloat16 or math.prod(x.shape[:-1]) > _FEW_ROWS:
-        return _plain(x, weight, axis, dtype)
+        # As rows where they all lie on one device: for a weight's gradient XLA's CPU compiler would transpose `[B, T, O]`.
+        x = rows if jax.sharding.get_abstract_mesh().size <= 1 else x
+        return _plain(x, weight, axis, dtype).reshape(*shape, -1)
     flat = lax.platform_dependent(
         rows,
         weight,
         cpu=lambda x, matrix: _float_parts(x, matrix, axis, dtype),
         default=lambda x, matrix: _plain(x, matrix, axis, dtype),
     )
-    return flat.reshape(*x.shape[:-1], -1)
+    return flat.reshape(*shape, -1)

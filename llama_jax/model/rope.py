@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float, Int
 from llama_jax.config import LlamaConfig, RopeScaling
@@ -46,8 +48,32 @@ def rotation(positions: Int[Array, "B T"], config: LlamaConfig) -> Rotation:
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
-    """Turns the heads of queries or keys to their positions; computed in float32, returned in the dtype of `x`."""
+def _quarter_turn(head_dim: int, dtype: DTypeLike) -> Float[Array, "H H"]:
+    """The matrix of a turn of every pair by 90 degrees: `x @ it` is `(-second, first)` of each pair, without rounding."""
+    half = head_dim // 2
+    matrix = np.zeros((head_dim, head_dim), np.float32)
+    matrix[np.arange(half) + half, np.arange(half)] = -1
+    matrix[np.arange(half), np.arange(half) + half] = 1
+    return jnp.asarray(matrix, dtype)
+
+
+def _by_halves(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _by_product(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
+    """The same without arrays of half a head, which fill half of a TPU's lanes, and which CPUs are slow to put together."""
+    matrix = _quarter_turn(x.shape[-1], x.dtype)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # or a TPU would round `x` to bfloat16
+    turned = jnp.dot(x, matrix, preferred_element_type=jnp.float32, precision=precision)
+    cos, sin = (jnp.concatenate([part, part], axis=-1)[:, :, None] for part in turn)
+    return x.astype(jnp.float32) * cos + turned * sin
+
+
+def rotate(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
+    """Turns the heads of queries or keys to their positions; computed in float32, returned in the dtype of `x`."""
+    if x.shape[1] == 1:
+        return _by_halves(x, turn).astype(x.dtype)
+    return lax.platform_dependent(x, turn, cuda=_by_halves, rocm=_by_halves, default=_by_product).astype(x.dtype)

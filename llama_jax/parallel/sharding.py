@@ -88,6 +88,11 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, in
     return PartitionSpec(*[names if size % count == 0 else None for names, size, count in zip(spec, shape, counts)])
 
 
+def fitting_spec(axes: tuple[str, ...], shape: tuple[int, ...], rules: Rules) -> PartitionSpec:
+    """The mesh axes of an array under the mesh set by `jax.set_mesh`; an axis that they do not divide stays whole."""
+    return _fitting(partition_spec(axes, rules), shape, jax.sharding.get_abstract_mesh().shape)
+
+
 def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     """A `NamedSharding` for every array of a tree of parameters (quantised ones too), optimizer state, or both."""
 

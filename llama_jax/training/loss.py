@@ -25,13 +25,13 @@ def _last_and_head(model: Llama, params: Parameters, batch: Batch) -> tuple[Arra
 def batch_loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, ""]:
     """Sum over a batch of weight * -log p(target) in nats; divide by the sum of the weights for the mean a token."""
     last, head = _last_and_head(model, params, batch)
-    return cross_entropy(last, head, batch.targets, batch.weights, chunk)
+    return cross_entropy(last, head, batch.targets, batch.weights, chunk, model.options.rules)
 
 
 def batch_row_losses(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, " B"]:
     """Sum over each row of weight * -log p(target) in nats; the head (plain or quantised) is a constant."""
     last, head = _last_and_head(model, params, batch)
-    return row_losses(last, lax.stop_gradient(head), batch.targets, batch.weights, chunk)
+    return row_losses(last, lax.stop_gradient(head), batch.targets, batch.weights, chunk, model.options.rules)
 
 
 class Objective(NamedTuple):
@@ -66,7 +66,7 @@ def next_token(z_loss: float) -> Objective:
     def loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The sums over a batch."""
         last, head = _last_and_head(model, params, batch)
-        total, z = cross_entropy_and_z(last, head, batch.targets, batch.weights, chunk, z_loss)
+        total, z = cross_entropy_and_z(last, head, batch.targets, batch.weights, chunk, z_loss, model.options.rules)
         return total, {"z_loss": z}
 
     return Objective(loss, target_weight) if z_loss else NEXT_TOKEN
