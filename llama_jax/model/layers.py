@@ -15,12 +15,14 @@ from jax.typing import DTypeLike
 from llama_jax.axes import Array, Float
 from llama_jax.config import LlamaConfig
 from llama_jax.model.adapters import Adapted, Matrix
-from llama_jax.model.attention import NO_MASK, Mask, Scales, attend
+from llama_jax.model.attention import NO_MASK, Mask, Scales
 from llama_jax.model.cache import LayerCache, append
+from llama_jax.model.context import attend_over_mesh
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.product import product, with_adapter
 from llama_jax.model.quantize import Quantized, Weight
 from llama_jax.model.rope import Rotation, rotate
+from llama_jax.parallel.context import constrain_stream, enter_block
 from llama_jax.parallel.sharding import (
     PARAMETER_AXES,
     adapter_axes,
@@ -129,6 +131,7 @@ class Attention(nn.Module):
         shapes = {"wq": (config.dim, inner), "wk": (config.dim, outer), "wv": (config.dim, outer), "wo": (inner, config.dim)}
         stds = {"wq": _INIT_STD, "wk": _INIT_STD, "wv": _INIT_STD, "wo": _INIT_STD * (2 * config.layers) ** -0.5}
         wq, wk, wv, wo = _weights(self, self.options, stds, shapes)
+        x = enter_block(x, rules)
 
         def heads(w: Matrix, axis: str) -> Array:
             """Projects the stream to heads `[B, T, n, H]`."""
@@ -144,8 +147,8 @@ class Attention(nn.Module):
         if cache is not None and mask.start is not None:
             cache = append(cache, k, v, mask.start)
             k, v, scales = cached(cache, q.dtype)
-        out = attend(q, k, v, mask, backend=self.options.attention, scales=scales)
-        return constrain(join_heads(out, wo), ("batch", "length", "width"), rules), cache
+        out = attend_over_mesh(q, k, v, mask, self.options, scales)
+        return constrain_stream(join_heads(out, wo), rules), cache
 
 
 class FeedForward(nn.Module):
@@ -161,9 +164,10 @@ class FeedForward(nn.Module):
         shapes = {"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}
         stds = {"gate": _INIT_STD, "up": _INIT_STD, "down": _INIT_STD * (2 * self.config.layers) ** -0.5}
         w_gate, w_up, w_down = _weights(self, self.options, stds, shapes)
+        x = enter_block(x, rules)
         gate = checkpoint_name(constrain(product(x, w_gate), ("batch", "length", "ffn"), rules), "gate")
         up = checkpoint_name(constrain(product(x, w_up), ("batch", "length", "ffn"), rules), "up")
-        return constrain(product(swiglu(gate, up), w_down), ("batch", "length", "width"), rules)
+        return constrain_stream(product(swiglu(gate, up), w_down), rules)
 
 
 class Layer(nn.Module):

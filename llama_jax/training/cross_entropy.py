@@ -14,19 +14,24 @@ from jax import lax
 from llama_jax.axes import Array, Float, Int
 
 
-def _chunks(x: Array, count: int, size: int) -> Array:
-    """[B, T, ...] padded with zeros to `count * size` tokens and cut: [count, B, size, ...]."""
-    pads = ((0, 0), (0, count * size - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
-    cut = jnp.pad(x, pads).reshape(x.shape[0], count, size, *x.shape[2:])
-    return jnp.moveaxis(cut, 1, 0)
+def _chunks(x: Array, count: int, size: int, parts: int) -> Array:
+    """[B, T, ...] in `count` pieces of `size` tokens, `[count, B, size, ...]`; zeros fill up each of the `parts` of a row.
+
+    A piece has its share of every part of the row, so that devices that hold one part each are all at work on it.
+    """
+    rows, more = x.shape[0], x.shape[2:]
+    x = x if parts == 1 else x.reshape(rows * parts, -1, *more)
+    pads = ((0, 0), (0, count * size // parts - x.shape[1])) + ((0, 0),) * len(more)
+    cut = jnp.pad(x, pads).reshape(x.shape[0], count, size // parts, *more)
+    return jnp.moveaxis(cut, 1, 0).reshape(count, rows, size, *more)
 
 
-def _cut(features: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
+def _cut(features: Array, targets: Array, weights: Array, chunk: int, parts: int) -> tuple[Array, Array, Array]:
     """Features, targets and weights in chunks of about `chunk` tokens of the whole batch; padding weighs nothing."""
     batch, length = targets.shape
-    size = max(1, min(length, chunk // batch))
-    count = -(-length // size)
-    return _chunks(features, count, size), _chunks(targets, count, size), _chunks(weights, count, size)
+    size = max(1, min(length, chunk // batch) // parts)
+    count = -(-length // (parts * size))
+    return tuple(_chunks(x, count, size * parts, parts) for x in (features, targets, weights))  # type: ignore[return-value]
 
 
 class _Scores(NamedTuple):
@@ -58,10 +63,11 @@ def _with_gradients(
     return scores, d_logits, d_part.astype(part.dtype)
 
 
-def _joined(parts: Array, features: Array) -> Array:
+def _joined(chunks: Array, features: Array, parts: int) -> Array:
     """Chunks `[count, B, size, D]` put together as the features they were cut from, without their padding."""
     batch, length, dim = features.shape
-    return jnp.moveaxis(parts, 0, 1).reshape(batch, -1, dim)[:, :length]
+    cut = chunks.reshape(chunks.shape[0], batch * parts, -1, dim)
+    return jnp.moveaxis(cut, 0, 1).reshape(batch * parts, -1, dim)[:, : length // parts].reshape(features.shape)
 
 
 _Sums = tuple[Float[Array, ""], Float[Array, ""]]  # of the losses, and of the z-losses
@@ -73,7 +79,7 @@ def _sums(scores: _Scores, weight: Array, z_loss: float) -> _Sums:
     return jnp.sum(weight * scores.losses), z
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy_and_z(
     features: Float[Array, "B T D"],
     head: Float[Array, "D V"],
@@ -81,6 +87,7 @@ def cross_entropy_and_z(
     weights: Float[Array, "B T"],
     chunk: int,
     z_loss: float,
+    parts: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of weight * -log p(target), and sum of weight * z_loss * log(Z)^2, in nats, float32.
 
@@ -93,6 +100,7 @@ def cross_entropy_and_z(
       weights: 0 leaves a position out.
       chunk: tokens of the whole batch whose logits exist at one time.
       z_loss: coefficient; 0 for the cross-entropy alone, at no cost.
+      parts: equal parts of a row that lie on different devices.
     """
 
     def add(totals: _Sums, piece: tuple[Array, Array, Array]) -> tuple[_Sums, None]:
@@ -101,11 +109,11 @@ def cross_entropy_and_z(
         return jax.tree.map(jnp.add, totals, _sums(_scores(part, head, target), weight, z_loss)), None
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    return lax.scan(add, start, _cut(features, targets, weights, chunk))[0]
+    return lax.scan(add, start, _cut(features, targets, weights, chunk, parts))[0]
 
 
 def _cross_entropy_forward(
-    features: Array, head: Array, targets: Array, weights: Array, chunk: int, z_loss: float
+    features: Array, head: Array, targets: Array, weights: Array, chunk: int, z_loss: float, parts: int
 ) -> tuple[_Sums, tuple[Array, Array]]:
     def add(carry: tuple[_Sums, Array], piece: tuple[Array, Array, Array]) -> tuple[tuple[_Sums, Array], Array]:
         """Adds the losses of a chunk and its part of the head's gradient; gives the gradient of its features."""
@@ -117,11 +125,13 @@ def _cross_entropy_forward(
 
     nothing = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     start = (nothing, jnp.zeros(head.shape, jnp.float32))
-    (totals, d_head), parts = lax.scan(add, start, _cut(features, targets, weights, chunk))
-    return totals, (_joined(parts, features), d_head.astype(head.dtype))
+    (totals, d_head), pieces = lax.scan(add, start, _cut(features, targets, weights, chunk, parts))
+    return totals, (_joined(pieces, features, parts), d_head.astype(head.dtype))
 
 
-def _cross_entropy_backward(chunk: int, z_loss: float, saved: tuple[Array, Array], scales: tuple[Array, Array]) -> tuple:
+def _cross_entropy_backward(
+    chunk: int, z_loss: float, parts: int, saved: tuple[Array, Array], scales: tuple[Array, Array]
+) -> tuple:
     d_features, d_head = saved
     scale, _ = scales
     return (d_features * scale).astype(d_features.dtype), (d_head * scale).astype(d_head.dtype), None, None
@@ -136,18 +146,20 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int,
+    parts: int = 1,
 ) -> Float[Array, ""]:
     """Sum of weight * -log p(target), in nats, float32; arguments as for `cross_entropy_and_z`."""
-    return cross_entropy_and_z(features, head, targets, weights, chunk, 0.0)[0]
+    return cross_entropy_and_z(features, head, targets, weights, chunk, 0.0, parts)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def row_losses(
     features: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int,
+    parts: int = 1,
 ) -> Float[Array, " B"]:
     """Sum of weight * -log p(target) of each row, in nats, float32, under a frozen head: no gradient of it is formed.
 
@@ -157,6 +169,7 @@ def row_losses(
       targets: the token to be predicted at each position.
       weights: 0 leaves a position out.
       chunk: tokens of the whole batch whose logits exist at one time.
+      parts: equal parts of a row that lie on different devices.
     """
 
     def add(totals: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -164,10 +177,12 @@ def row_losses(
         part, target, weight = piece
         return totals + jnp.sum(weight * _scores(part, head, target).losses, axis=1), None
 
-    return lax.scan(add, jnp.zeros(features.shape[:1], jnp.float32), _cut(features, targets, weights, chunk))[0]
+    return lax.scan(add, jnp.zeros(features.shape[:1], jnp.float32), _cut(features, targets, weights, chunk, parts))[0]
 
 
-def _row_losses_forward(features: Array, head: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array]:
+def _row_losses_forward(
+    features: Array, head: Array, targets: Array, weights: Array, chunk: int, parts: int
+) -> tuple[Array, Array]:
     def add(totals: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         """Adds the losses of a chunk; gives the gradient of its features."""
         part, target, weight = piece
@@ -175,11 +190,11 @@ def _row_losses_forward(features: Array, head: Array, targets: Array, weights: A
         return totals + jnp.sum(weight * scores.losses, axis=1), d_part
 
     start = jnp.zeros(features.shape[:1], jnp.float32)
-    totals, parts = lax.scan(add, start, _cut(features, targets, weights, chunk))
-    return totals, _joined(parts, features)
+    totals, pieces = lax.scan(add, start, _cut(features, targets, weights, chunk, parts))
+    return totals, _joined(pieces, features, parts)
 
 
-def _row_losses_backward(chunk: int, d_features: Array, scales: Array) -> tuple:
+def _row_losses_backward(chunk: int, parts: int, d_features: Array, scales: Array) -> tuple:
     return (d_features * scales[:, None, None]).astype(d_features.dtype), None, None, None
 
 
