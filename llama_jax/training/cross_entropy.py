@@ -19,11 +19,16 @@ def _chunks(x: Array, count: int, size: int, parts: int) -> Array:
 
     A piece has its share of every part of the row, so that devices that hold one part each are all at work on it.
     """
-    rows, more = x.shape[0], x.shape[2:]
-    x = x if parts == 1 else x.reshape(rows * parts, -1, *more)
-    pads = ((0, 0), (0, count * size // parts - x.shape[1])) + ((0, 0),) * len(more)
-    cut = jnp.pad(x, pads).reshape(x.shape[0], count, size // parts, *more)
-    return jnp.moveaxis(cut, 1, 0).reshape(count, rows, size, *more)
+    lead, more = _lead(x.shape[0], parts), x.shape[2:]
+    x = x.reshape(*lead, -1, *more)
+    pads = (*((0, 0),) * len(lead), (0, count * size // parts - x.shape[len(lead)]), *((0, 0),) * len(more))
+    cut = jnp.pad(x, pads).reshape(*lead, count, size // parts, *more)
+    return jnp.moveaxis(cut, len(lead), 0).reshape(count, x.shape[0], size, *more)
+
+
+def _lead(rows: int, parts: int) -> tuple[int, ...]:
+    """Dimensions before the tokens of a part."""
+    return (rows,) if parts == 1 else (rows, parts)
 
 
 def _cut(features: Array, targets: Array, weights: Array, chunk: int, parts: int) -> tuple[Array, Array, Array]:
@@ -65,9 +70,10 @@ def _with_gradients(
 
 def _joined(chunks: Array, features: Array, parts: int) -> Array:
     """Chunks `[count, B, size, D]` put together as the features they were cut from, without their padding."""
-    batch, length, dim = features.shape
-    cut = chunks.reshape(chunks.shape[0], batch * parts, -1, dim)
-    return jnp.moveaxis(cut, 0, 1).reshape(batch * parts, -1, dim)[:, : length // parts].reshape(features.shape)
+    (batch, length, dim), count = features.shape, chunks.shape[0]
+    lead = _lead(batch, parts)
+    cut = jnp.moveaxis(chunks.reshape(count, *lead, -1, dim), 0, len(lead))
+    return cut.reshape(*lead, -1, dim)[..., : length // parts, :].reshape(features.shape)
 
 
 _Sums = tuple[Float[Array, ""], Float[Array, ""]]  # of the losses, and of the z-losses

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.axes import Array, Bool, Float, Int, Key, Parameters, PyTree
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
+from llama_jax.parallel.context import parts_of
 from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings
 from llama_jax.training.guard import Guard, acceptable, fresh_guard, kept_unless, noted
 from llama_jax.training.loss import NEXT_TOKEN, Objective
@@ -59,7 +60,8 @@ Draw = tuple[Int[Array, ""], Int[Array, ""]]
 
 def fresh_parameters(model: Llama, key: Key[Array, ""]) -> Parameters:
     """Random parameters of a model."""
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    shortest = jnp.zeros((1, parts_of("length", model.options.rules)), jnp.int32)
+    return model.init(key, shortest)["params"]
 
 
 def all_trained(trained: Parameters, frozen: PyTree = None, draw: Draw | None = None) -> Parameters:
