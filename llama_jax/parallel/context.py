@@ -40,8 +40,8 @@ def require_divisible(length: int, parts: int, name: str = "rows") -> None:
     """
     if length % parts:
         raise InputError(
-            f"{name}: {length} tokens given, a multiple of {parts} expected, for the mesh axis context to cut them; "
-            "choose another length or a smaller mesh.context"
+            f"{name}: {length} tokens given, a multiple of {parts} expected, so that the mesh axis context can cut them; "
+            "choose another length or a smaller context"
         )
 
 

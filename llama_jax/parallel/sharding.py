@@ -157,14 +157,10 @@ def check_divisible(config: LlamaConfig, mesh: Mesh, rules: Rules) -> None:
         "ffn": config.ffn_dim,
     }
     for axis, size in sizes.items():
-        parts = [mesh.shape[name] for name in table[axis]]
-        total = 1
-        for part in parts:
-            total *= part
+        parts = {name: mesh.shape[name] for name in table[axis] if mesh.shape[name] > 1}
+        total = math.prod(parts.values())
         if size % total:
-            raise InputError(
-                f"mesh axis {'*'.join(table[axis])} of size {total} does not divide {axis} ({size}); choose a divisor"
-            )
+            raise InputError(f"mesh axis {'*'.join(parts)} of size {total} does not divide {axis} ({size}); choose a divisor")
 
 
 def constrain(x: Array, axes: tuple[str, ...], rules: Rules) -> Array:

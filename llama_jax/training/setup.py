@@ -14,6 +14,7 @@ from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.context import require_divisible
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, check_divisible
 from llama_jax.text.export import hugging_face_files
@@ -62,8 +63,11 @@ def require_vocabulary(config: TrainConfig) -> None:
 
 def run_mesh(config: TrainConfig) -> Mesh:
     """The mesh of a run, checked against its model and its batch."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = config.mesh
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, context=sizes.context)
     check_divisible(config.model, mesh, TRAINING)
+    if mesh.shape["context"] > 1:
+        require_divisible(config.data.length, 2 * mesh.shape["context"], "data.length")
     rows, ways = micro_rows(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise InputError(
@@ -78,7 +82,10 @@ def make_recipe(config: TrainConfig) -> Recipe:
     platform = jax.devices()[0].platform
     dtype = compute.dtype if compute.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     attention = choose_backend(compute.attention, config.data.length, config.data.length)
-    options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention)
+    options = ModelOptions(
+        dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention,
+        context_attention=compute.context_attention,
+    )  # fmt: skip
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
     optimizer, objective = make_optimizer(config.optimizer), next_token(config.optimizer.z_loss)
     sigma = config.guard.spike_sigma if config.guard.spike_skip else None

@@ -7,17 +7,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from support import TINY, random_parameters, random_tokens
 
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
-from llama_jax.parallel.mesh import MESH_AXES, make_mesh
-from llama_jax.training.loss import batch_loss
-from llama_jax.training.step import batch_sharding
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import tree_shardings
+from llama_jax.training.loss import batch_loss
 
 LENGTH, ROWS = 64, 8
 # Every axis of every mesh of eight devices divides it; a row has two documents.
@@ -58,7 +56,9 @@ def program(sizes, options):
 FORMS = [(sizes, how) for sizes in MESHES for how in ("gathered", "ring") if how == "gathered" or sizes[2] > 1]
 
 
-@pytest.mark.parametrize(("sizes", "how"), FORMS, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)))
+@pytest.mark.parametrize(
+    ("sizes", "how"), FORMS, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
 def test_every_mesh_equals_one_device(sizes, how):
     mesh, run, params, batch = program(sizes, ModelOptions(context_attention=how))
     with jax.set_mesh(mesh):
