@@ -42,7 +42,7 @@ def attend_over_mesh(
       scales: of integer keys and values.
 
     Raises:
-      InputError: where rows are cut: for a length that does not divide, and for a cache.
+      InputError: where rows are cut: for sizes that the mesh does not divide, and for a cache.
     """
     parts = parts_of("length", options.rules)
     if parts == 1:
@@ -52,7 +52,8 @@ def attend_over_mesh(
         raise InputError(
             f"a cache was given on a mesh that cuts rows in {parts}; use `whole_rows` of the rules to decode on it"
         )
-    require_divisible(length, parts)
+    for axis, size in (("batch", q.shape[0]), ("heads", q.shape[1]), ("kv_heads", k.shape[1]), ("length", length)):
+        require_divisible(axis, size, parts_of(axis, options.rules))
     positions = jnp.arange(length, dtype=jnp.int32) if mask.positions is None else mask.positions
     tokens = (positions,) if mask.documents is None else (positions, mask.documents)
     q_spec, k_spec = (partition_spec(("batch", axis, "length", "width"), options.rules) for axis in ("heads", "kv_heads"))

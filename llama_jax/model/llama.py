@@ -72,7 +72,7 @@ class Llama(nn.Module):
           InputError: for a length that the mesh does not divide.
         """
         rules = self.options.rules
-        require_divisible(inputs.shape[1], parts_of("length", rules))
+        require_divisible("length", inputs.shape[1], parts_of("length", rules))
         x = self.embed(inputs)
         batch, length = x.shape[:2]
         start = None if cache is None else cache.lengths

@@ -27,21 +27,21 @@ def whole_rows(rules: Rules) -> Rules:
     return tuple((axis, () if axis in ("length", "stream_length") else mesh_axes) for axis, mesh_axes in rules)
 
 
-def require_divisible(length: int, parts: int, name: str = "rows") -> None:
-    """Refuses a length that devices cannot share.
+def require_divisible(name: str, size: int, parts: int) -> None:
+    """Refuses what devices cannot share.
 
     Args:
-      length: tokens of a row.
+      name: of what is to be cut.
+      size: of it.
       parts: in which it is to be cut.
-      name: what is called so long, for the error.
 
     Raises:
-      InputError: with the length, and what it should be a multiple of.
+      InputError: with the size, and what it should be a multiple of.
     """
-    if length % parts:
+    if size % parts:
         raise InputError(
-            f"{name}: {length} tokens given, a multiple of {parts} expected, so that the mesh axis context can cut them; "
-            "choose another length or a smaller context"
+            f"{name}: {size} given, a multiple of {parts} expected, for the devices of the mesh to share it; "
+            "choose another or a smaller mesh"
         )
 
 
@@ -55,7 +55,7 @@ def balanced_positions(length: int, parts: int) -> np.ndarray:
     Raises:
       InputError: for a length that does not divide.
     """
-    require_divisible(length, 2 * parts)
+    require_divisible("length", length, 2 * parts)
     chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
     pairs = [(device, 2 * parts - 1 - device) for device in range(parts)]
     return chunks[np.array(pairs).ravel()].reshape(length)

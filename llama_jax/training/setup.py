@@ -14,7 +14,6 @@ from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
-from llama_jax.parallel.context import require_divisible
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, check_divisible
 from llama_jax.text.export import hugging_face_files
@@ -66,14 +65,26 @@ def run_mesh(config: TrainConfig) -> Mesh:
     sizes = config.mesh
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, context=sizes.context)
     check_divisible(config.model, mesh, TRAINING)
-    if mesh.shape["context"] > 1:
-        require_divisible(config.data.length, 2 * mesh.shape["context"], "data.length")
+    require_divisible_length(config, mesh.shape["context"])
     rows, ways = micro_rows(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise InputError(
             f"data.batch_rows: micro-batches of {rows} rows given; a multiple of mesh.data * mesh.fsdp ({ways}) expected"
         )
     return mesh
+
+
+def require_divisible_length(config: TrainConfig, parts: int) -> None:
+    """Refuses rows that so many devices cannot share with equal work, in two chunks each.
+
+    Raises:
+      InputError: naming the key, its value and what it should be a multiple of.
+    """
+    if parts > 1 and config.data.length % (2 * parts):
+        raise InputError(
+            f"data.length: {config.data.length} given, a multiple of 2 * mesh.context ({2 * parts}) expected; "
+            "choose another length or a smaller mesh.context"
+        )
 
 
 def make_recipe(config: TrainConfig) -> Recipe:
