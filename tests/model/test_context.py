@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def on_ring(devices, size, axis="context"):
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False))
 
 
-@pytest.mark.parametrize(("devices", "size"), [(2, 12), (2, 5), (4, 6), (4, 4), (3, 8)])
+@pytest.mark.parametrize(("devices", "size"), [(2, 12), (2, 5), (4, 4), (3, 8)])
 def test_ring_equals_float64(devices, size):
     """Whole chunks, parts of chunks, and blocks that hold tokens of two chunks."""
     arrays, documents = draw()
@@ -143,9 +144,12 @@ def computed_blocks(monkeypatch, run) -> dict[int, int]:
     return dict(counts)
 
 
-@pytest.mark.parametrize("how", ["gathered", "ring"])
-def test_every_device_computes_as_many_blocks(how, monkeypatch):
-    """Of 2C x 2C pairs of chunks those on and below the diagonal, `2C + 1` a device, once forward and once backward."""
+@pytest.mark.parametrize(("how", "passes"), [("gathered", 3), ("ring", 2)])
+def test_every_device_computes_as_many_blocks(how, passes, monkeypatch):
+    """Of 2C x 2C pairs of chunks those on and below the diagonal, `2C + 1` a device, once forward and once backward.
+
+    (To count them keeps alive a second forward pass under `jax.checkpoint`, which is not there otherwise: next test.)
+    """
     devices, arrays = 4, draw()[0]
     options = ModelOptions(attention="chunked", context_attention=how)
 
@@ -157,10 +161,20 @@ def test_every_device_computes_as_many_blocks(how, monkeypatch):
             total = jax.jit(jax.grad(lambda q, k, v: attend_over_mesh(q, k, v, mask, options).sum(), (0, 1, 2)))
             return computed_blocks(patch, lambda: total(*arrays[:3]))
 
-    assert work(balanced_positions(LENGTH, devices)) == dict.fromkeys(range(devices), 2 * (2 * devices + 1))
+    assert work(balanced_positions(LENGTH, devices)) == dict.fromkeys(range(devices), passes * (2 * devices + 1))
     in_order = work(np.arange(LENGTH, dtype=np.int32))
-    assert sum(in_order.values()) == 2 * 2 * devices * (2 * devices + 1) // 2
+    assert sum(in_order.values()) == passes * devices * (2 * devices + 1)
     assert max(in_order.values()) > 3 * min(in_order.values())  # what the order is for
+
+
+def test_gathered_keys_are_gathered_again_and_no_score_is_computed_again():
+    """Two products a block forward and five backward are all that there are; keys and values are gathered in both."""
+    arrays, options = draw()[0][:3], ModelOptions(attention="chunked")
+    with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:4], 4)):
+        total = jax.jit(jax.grad(lambda q, k, v: attend_over_mesh(q, k, v, Mask(), options).sum(), (0, 1, 2)))
+        text = total.lower(*arrays).compile().as_text()
+    assert len(re.findall(r" dot\(", text)) == 2 + 5
+    assert len(re.findall(r"f32\[2,2,48,8\]\S* all-gather\(", text)) == 2 + 2
 
 
 @pytest.mark.parametrize(("length", "devices"), [(16, 1), (48, 4), (96, 3)])
@@ -194,7 +208,7 @@ def test_rows_that_devices_cannot_share_are_refused():
     params, q = random_parameters(TINY), jnp.zeros((2, 4, 8, 8))
     cached = Mask(start=jnp.zeros((2,), jnp.int32))
     with jax.set_mesh(make_mesh(1, 1, 2, context=4)):
-        with pytest.raises(InputError, match=r"^length: 42 given, a multiple of 4 expected, .* a smaller mesh$"):
+        with pytest.raises(InputError, match=r"^length: 42 given, a multiple of 4 expected, .* a smaller mesh\n"):
             logits(params, random_tokens(TINY, (2, 42)), TINY)
         with pytest.raises(InputError, match="a cache was given on a mesh that cuts rows in 4"):
             attend_over_mesh(q, q, q, cached, ModelOptions())
