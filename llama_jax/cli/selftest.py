@@ -10,7 +10,7 @@ from llama_jax.cli.options import OptionParser
 from llama_jax.cli.writing import note, prepare_output
 from llama_jax.errors import InputError
 
-_HEAD = f"{'case':14}{'computed otherwise':34}{'difference':>12}{'bound':>10}"
+_HEAD = f"{'case':14}{'computed otherwise':46}{'difference':>12}{'bound':>10}"
 
 
 def make_parser(prog: str) -> OptionParser:
@@ -58,6 +58,6 @@ def main(arguments: list[str], prog: str = "selftest") -> int:
                 print(json.dumps({**case._asdict(), "ok": case.ok}), flush=True)
             else:
                 verdict = "ok" if case.ok else f"DIFFERS {case.note}"
-                print(f"{case.group:14}{case.name:34}{case.difference:12.1e}{case.bound:10.0e}  {verdict}".rstrip(), flush=True)
+                print(f"{case.group:14}{case.name:46}{case.difference:12.1e}{case.bound:10.0e}  {verdict}".rstrip(), flush=True)
     note(f"{done - failed} of {done} within their bounds, {time.perf_counter() - start:.0f} s")
     return int(failed > 0)

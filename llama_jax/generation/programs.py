@@ -1,6 +1,7 @@
 """The compiled programs of generation: few, counted, and shared by all who run the same model."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from llama_jax.generation.speculative import speculate
 from llama_jax.model.cache import Cache, LayerCache, grow, init_cache, take_rows
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.context import whole_rows
 from llama_jax.parallel.sharding import Rules, constrain
 
 ROOM = 32  # tokens a row that one call of the decoding loop can return at most
@@ -128,4 +130,4 @@ class Programs:
 @functools.cache
 def programs_of(config: LlamaConfig, options: ModelOptions, mesh: Mesh | None = None) -> Programs:
     """The programs of a model run in one way."""
-    return Programs(Llama(config, options), mesh)
+    return Programs(Llama(config, dataclasses.replace(options, rules=whole_rows(options.rules))), mesh)

@@ -9,27 +9,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from llama_jax.axes import Array, Bool, Float, Int, Num
+from llama_jax.axes import Array, Float, Num
 from llama_jax.errors import InputError
 from llama_jax.model.chunked import chunked_attention
-
-
-class Mask(NamedTuple):
-    """Which keys a query sees; every field narrows it further.
-
-    Attributes:
-      start: key slot of each row's first query; `None` means 0. Query `t` of row `b` stands at slot `start[b] + t`.
-      lengths: number of valid keys of each row; `None` means all.
-      documents: document number of each token, for packed rows (queries and keys of the same tokens, so `S = T`);
-        a query sees keys of its own document only. `None` means one document.
-    """
-
-    start: Int[Array, " B"] | None = None
-    lengths: Int[Array, " B"] | None = None
-    documents: Int[Array, "B T"] | None = None
-
-
-NO_MASK = Mask()
+from llama_jax.model.mask import NO_MASK, Mask, require_complete, visible
 
 
 class Scales(NamedTuple):
@@ -37,20 +20,6 @@ class Scales(NamedTuple):
 
     keys: Float[Array, "B K S"]
     values: Float[Array, "B K S"]
-
-
-def visible(mask: Mask, causal: bool, batch: int, queries: int, keys: int) -> Bool[Array, "B T S"]:
-    """The mask written out: whether query `t` of row `b` sees key `s`."""
-    slots = jnp.arange(keys)[None, None, :]
-    start = jnp.zeros((batch,), jnp.int32) if mask.start is None else mask.start
-    seen = jnp.ones((batch, queries, keys), bool)
-    if causal:
-        seen &= slots <= start[:, None, None] + jnp.arange(queries)[None, :, None]
-    if mask.lengths is not None:
-        seen &= slots < mask.lengths[:, None, None]
-    if mask.documents is not None:
-        seen &= mask.documents[:, :, None] == mask.documents[:, None, :]
-    return seen
 
 
 def reference_attention(
@@ -83,16 +52,10 @@ def reference_attention(
 def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None = None) -> Array:
     if scales is not None:  # many queries share the keys, so writing out those of one layer is a small part of the work
         k, v = (x.astype(q.dtype) * scale[..., None].astype(q.dtype) for x, scale in ((k, scales.keys), (v, scales.values)))
-    return chunked_attention(q, k, v, mask.start, mask.lengths, mask.documents, causal)
+    return chunked_attention(q, k, v, mask, causal)
 
 
-def _splash(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None, rules: Rules) -> Array:
-    if scales is not None or not causal or mask.start is not None or mask.lengths is not None or q.shape[2] != k.shape[2]:
-        raise InputError("attention splash: a cache or another mask given; rows that see themselves, causally, expected")
-    return splash_attention(q, k, v, mask.documents, rules)
-
-
-BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked, "splash": _splash}
+BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked}
 
 # Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep anyway.
 _FEW_SCORES = 512 * 512
@@ -125,9 +88,9 @@ def attend(
     With `scales`, keys and values are integers, each head's vector times its scale.
 
     Raises:
-      InputError: for an unknown backend, and for a document mask with other keys than the queries' own.
+      InputError: for an unknown backend, a document mask with other keys than the queries' own of which it does not say the
+        documents, and for positions beside a start.
     """
     queries, keys = q.shape[2], k.shape[2]
-    if mask.documents is not None and (queries != keys or mask.start is not None):
-        raise InputError(f"a document mask needs the keys of its own {queries} tokens; {keys} cache slots were given")
+    require_complete(mask, queries, keys)
     return BACKENDS[choose_backend(backend, queries, keys)](q, k, v, mask, causal, scales)

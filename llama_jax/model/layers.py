@@ -4,23 +4,27 @@ The mathematics lives in the functions (`rms_norm`, `swiglu`, `rotate`, `attend`
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float
 from llama_jax.config import LlamaConfig
 from llama_jax.model.adapters import Adapted, Matrix
-from llama_jax.model.attention import NO_MASK, Mask, Scales, attend
+from llama_jax.model.attention import NO_MASK, Mask, Scales
 from llama_jax.model.cache import LayerCache, append
+from llama_jax.model.context import attend_over_mesh
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.product import product, with_adapter
 from llama_jax.model.quantize import Quantized, Weight
 from llama_jax.model.rope import Rotation, rotate
+from llama_jax.parallel.context import constrain_stream, enter_block
 from llama_jax.parallel.sharding import (
     PARAMETER_AXES,
     adapter_axes,
@@ -129,6 +133,7 @@ class Attention(nn.Module):
         shapes = {"wq": (config.dim, inner), "wk": (config.dim, outer), "wv": (config.dim, outer), "wo": (inner, config.dim)}
         stds = {"wq": _INIT_STD, "wk": _INIT_STD, "wv": _INIT_STD, "wo": _INIT_STD * (2 * config.layers) ** -0.5}
         wq, wk, wv, wo = _weights(self, self.options, stds, shapes)
+        x = enter_block(x, rules)
 
         def heads(w: Matrix, axis: str) -> Array:
             """Projects the stream to heads `[B, T, n, H]`."""
@@ -137,15 +142,15 @@ class Attention(nn.Module):
             flat = jax.lax.optimization_barrier(flat) if x.shape[1] == 1 else flat
             return flat.reshape(*x.shape[:2], -1, config.head_dim)
 
-        q = checkpoint_name(rotate(heads(wq, "heads"), turn), "q").swapaxes(1, 2)
-        k = checkpoint_name(rotate(heads(wk, "kv_heads"), turn), "k").swapaxes(1, 2)
-        v = checkpoint_name(heads(wv, "kv_heads"), "v").swapaxes(1, 2)
+        q = checkpoint_name(rotate(heads(wq, "heads"), turn).swapaxes(1, 2), "q")
+        k = checkpoint_name(rotate(heads(wk, "kv_heads"), turn).swapaxes(1, 2), "k")
+        v = checkpoint_name(heads(wv, "kv_heads").swapaxes(1, 2), "v")
         scales = None
         if cache is not None and mask.start is not None:
             cache = append(cache, k, v, mask.start)
             k, v, scales = cached(cache, q.dtype)
-        out = attend(q, k, v, mask, backend=self.options.attention, scales=scales)
-        return constrain(join_heads(out, wo), ("batch", "length", "width"), rules), cache
+        out = attend_over_mesh(q, k, v, mask, self.options, scales)
+        return constrain_stream(join_heads(out, wo), rules), cache
 
 
 class FeedForward(nn.Module):
@@ -161,9 +166,10 @@ class FeedForward(nn.Module):
         shapes = {"gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}
         stds = {"gate": _INIT_STD, "up": _INIT_STD, "down": _INIT_STD * (2 * self.config.layers) ** -0.5}
         w_gate, w_up, w_down = _weights(self, self.options, stds, shapes)
+        x = enter_block(x, rules)
         gate = checkpoint_name(constrain(product(x, w_gate), ("batch", "length", "ffn"), rules), "gate")
         up = checkpoint_name(constrain(product(x, w_up), ("batch", "length", "ffn"), rules), "up")
-        return constrain(product(swiglu(gate, up), w_down), ("batch", "length", "width"), rules)
+        return constrain_stream(product(swiglu(gate, up), w_down), rules)
 
 
 class Layer(nn.Module):
@@ -185,9 +191,18 @@ class Layer(nn.Module):
         feed_forward = FeedForward(self.config, self.options, name="feed_forward")
         attended, cache = attention(RMSNorm(self.config, name="attention_norm")(x), turn, mask, cache)
         x = checkpoint_name(x + attended, "middle")
-        x = x + feed_forward(RMSNorm(self.config, name="feed_forward_norm")(x))
+        x = row_major(x + feed_forward(RMSNorm(self.config, name="feed_forward_norm")(x)))
         self.sow("residual", "stream", x, reduce_fn=lambda _, new: new, init_fn=lambda: ())
         return x, cache
+
+
+def row_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The stream with its last axis innermost in memory: XLA for TPU would stack what a scan keeps of it the other way around.
+
+    That costs two copies a layer. Elsewhere there is no other layout.
+    """
+    pin = functools.partial(with_layout_constraint, layout=Layout(major_to_minor=tuple(range(x.ndim))))
+    return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
 
 
 def layer_class(options: ModelOptions) -> Callable[..., nn.Module]:

@@ -16,6 +16,7 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.product import product
 from llama_jax.model.quantize import Quantized, Weight, dequantize, take_embeddings
 from llama_jax.model.rope import Rotation, rotation
+from llama_jax.parallel.context import constrain_stream, enter_block, parts_of, require_divisible
 from llama_jax.parallel.sharding import constrain
 
 
@@ -52,11 +53,12 @@ class Llama(nn.Module):
         """Rows of the embedding table in the compute dtype; embeddings pass through."""
         if jnp.issubdtype(inputs.dtype, jnp.integer):
             inputs = take_embeddings(gathered_weight(self.embedding, "embedding", self.options), inputs)
-        return constrain(inputs.astype(self.options.compute_dtype), ("batch", "length", "width"), self.options.rules)
+        return constrain_stream(inputs.astype(self.options.compute_dtype), self.options.rules)
 
     def features(
-        self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None, cache: Cache | None = None
-    ) -> Features:
+        self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None, cache: Cache | None = None,
+        positions: Int[Array, " T"] | None = None,
+    ) -> Features:  # fmt: skip
         """The forward pass up to the head.
 
         Args:
@@ -64,15 +66,24 @@ class Llama(nn.Module):
           documents: document number of each token of a packed row; attention does not cross documents.
           cache: keys and values of the tokens before; the new tokens are written from `cache.lengths` on. The cache
             comes back with the new tokens in it and `lengths` as they were: the caller knows how many are real.
+          positions: where in their rows the tokens stand, when they come in another order; not with a cache.
+
+        Raises:
+          InputError: for a length that the mesh does not divide.
         """
+        rules = self.options.rules
+        require_divisible("length", inputs.shape[1], parts_of("length", rules))
         x = self.embed(inputs)
         batch, length = x.shape[:2]
         start = None if cache is None else cache.lengths
         first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
-        turn = rotation(first + jnp.arange(length, dtype=jnp.int32), self.config)
-        mask = Mask(start=start, documents=documents)
+        turn = rotation(first + (jnp.arange(length, dtype=jnp.int32) if positions is None else positions), self.config)
+        own = Mask(start=start, documents=documents)
+        mask = own if positions is None else own._replace(
+            positions=positions, key_positions=positions, key_documents=documents
+        )  # fmt: skip
         if cache is None:
-            return Features(self.final_norm(self._run_layers(x, None, turn, mask)[0]), None)
+            return Features(enter_block(self.final_norm(self._run_layers(x, None, turn, mask)[0]), rules), None)
         x, layers = self._run_layers(x, cache.layers, turn, mask)
         return Features(self.final_norm(x), Cache(layers, cache.lengths))
 
@@ -113,9 +124,9 @@ def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Lla
     return Llama(config, ModelOptions(scan="layers" in params, **options))  # type: ignore[arg-type]
 
 
-def apply(model: Llama, params: Parameters, *args: Any, method: str | None = None) -> Any:
+def apply(model: Llama, params: Parameters, *args: Any, method: str | None = None, **named: Any) -> Any:
     """`model.apply` on a plain parameter tree."""
-    return model.apply({"params": params}, *args, method=method)
+    return model.apply({"params": params}, *args, method=method, **named)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))

@@ -12,6 +12,7 @@ from llama_jax.parallel.sharding import TRAINING, Rules
 # Activations of a layer that rematerialisation may keep, in the order in which they arise.
 REMAT_NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
 _FLOATS = ("float32", "bfloat16", "float16")
+_CONTEXT_ATTENTION = ("gathered", "ring")
 _CACHE_DTYPES = ("auto", *_FLOATS, "int8")
 
 
@@ -27,6 +28,8 @@ class ModelOptions:
       remat: what the backward pass keeps of each layer: `none` (everything, nothing is recomputed), `full` (only the
         layer's input), or names joined by `+`, of `q k v context middle gate up`.
       attention: attention backend, see `llama_jax.model.attention`.
+      context_attention: where the mesh cuts rows over `context`, whether a device gathers their keys and values (`gathered`) or
+        the keys and values go round the devices (`ring`); see `llama_jax.model.context`.
       rules: axis name -> mesh axes, see `llama_jax.parallel.sharding`.
       cache_dtype: dtype of keys and values in the cache: `auto` (that of the activations), a float type, or `int8` (half the
         bytes of bfloat16; see `llama_jax.model.cache`).
@@ -39,6 +42,7 @@ class ModelOptions:
     scan: bool = True
     remat: str = "none"
     attention: str = "auto"
+    context_attention: str = "gathered"
     rules: Rules = TRAINING
     cache_dtype: str = "auto"
 
@@ -47,6 +51,8 @@ class ModelOptions:
             raise InputError(f"dtype {self.dtype!r} given; float32, bfloat16 or float16 expected")
         if self.cache_dtype not in _CACHE_DTYPES:
             raise InputError(f"cache_dtype {self.cache_dtype!r} given; one of {', '.join(_CACHE_DTYPES)} expected")
+        if self.context_attention not in _CONTEXT_ATTENTION:
+            raise InputError(f"context_attention {self.context_attention!r} given; {' or '.join(_CONTEXT_ATTENTION)} expected")
         unknown = [name for name in self.saved_names if name not in REMAT_NAMES]
         if unknown:
             raise InputError(

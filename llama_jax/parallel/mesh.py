@@ -1,4 +1,4 @@
-"""The mesh: devices arranged along the named axes `data`, `fsdp` and `tensor`."""
+"""The mesh: devices arranged along the named axes `data`, `fsdp`, `context` and `tensor`."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from jax.sharding import AxisType, Mesh
 
 from llama_jax.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# The last one has the nearest neighbours: `tensor` communicates in every product, `context` once a layer, `data` once a step.
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 def resolve_sizes(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
@@ -27,7 +28,9 @@ def resolve_sizes(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
     return tuple(devices // known if size == -1 else size for size in sizes)
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, context: int = 1
+) -> Mesh:
     """A mesh over `devices` (all by default), ordered by the physical topology; -1 takes what the others leave.
 
     Use it as `with jax.set_mesh(mesh):`.
@@ -36,7 +39,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
       InputError: when the sizes do not make up the number of devices.
     """
     devices = list(devices if devices is not None else jax.devices())
-    sizes = resolve_sizes([data, fsdp, tensor], len(devices))
+    sizes = resolve_sizes([data, fsdp, context, tensor], len(devices))
     # Automatic axes: the compiler partitions, the two tables only pin parameters and activations. (Explicit axes,
     # the default of jax.make_mesh, do not work inside linen's scan.)
     return Mesh(mesh_utils.create_device_mesh(sizes, devices=devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -2,7 +2,8 @@
 
 A parameter is found by the last part of its path, so the same table serves the stacked tree, the unrolled tree and the
 optimizer's moments, which repeat the tree. The rules that turn axis names into mesh axes are a value, so that another use
-of the model can have others; those of training shard weights over `fsdp` and `tensor` and gather them when used.
+of the model can have others; those of training shard weights over `fsdp`, `context` and `tensor` and gather them over the
+first two when used.
 """
 
 import math
@@ -33,10 +34,11 @@ PARAMETER_AXES: Mapping[str, tuple[str, ...]] = {
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]  # axis name -> mesh axes; a tuple of pairs, so that modules can be hashed
 
-# Axis names of activations: `batch`, `length`, `width` (the residual stream) and the names above.
+# Axis names of activations: `batch`, `length`, `width` (the residual stream) and the names above; `stream_length` is the
+# length of the stream between blocks, where `tensor` has nothing else to split (arXiv:2205.05198).
 TRAINING: Rules = (
     ("batch", ("data", "fsdp")),
-    ("embed", ("fsdp",)),
+    ("embed", ("fsdp", "context")),
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
@@ -44,7 +46,8 @@ TRAINING: Rules = (
     ("norm", ()),
     ("layers", ()),
     ("rank", ()),
-    ("length", ()),
+    ("length", ("context",)),
+    ("stream_length", ("context", "tensor")),
     ("width", ()),
 )
 
@@ -159,14 +162,10 @@ def check_divisible(config: LlamaConfig, mesh: Mesh, rules: Rules) -> None:
         "ffn": config.ffn_dim,
     }
     for axis, size in sizes.items():
-        parts = [mesh.shape[name] for name in table[axis]]
-        total = 1
-        for part in parts:
-            total *= part
+        parts = {name: mesh.shape[name] for name in table[axis] if mesh.shape[name] > 1}
+        total = math.prod(parts.values())
         if size % total:
-            raise InputError(
-                f"mesh axis {'*'.join(table[axis])} of size {total} does not divide {axis} ({size}); choose a divisor"
-            )
+            raise InputError(f"mesh axis {'*'.join(parts)} of size {total} does not divide {axis} ({size}); choose a divisor")
 
 
 def constrain(x: Array, axes: tuple[str, ...], rules: Rules) -> Array:
@@ -176,12 +175,16 @@ def constrain(x: Array, axes: tuple[str, ...], rules: Rules) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
 
 
-def _without_fsdp(rules: Rules) -> Rules:
-    return tuple((axis, tuple(m for m in mesh_axes if m != "fsdp")) for axis, mesh_axes in rules)
+_GATHERED = ("fsdp", "context")  # mesh axes that hold parts of the weights and compute with whole ones
+
+
+def _in_use(rules: Rules) -> Rules:
+    """The rules of weights in use: gathered over the axes that only store parts of them."""
+    return tuple((axis, tuple(m for m in mesh_axes if m not in _GATHERED)) for axis, mesh_axes in rules)
 
 
 def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules) -> Array:
-    """A weight shard in the compute dtype, or its own where that is narrower, gathered over `fsdp` for use.
+    """A weight shard in the compute dtype, or its own where that is narrower, gathered over `fsdp` and `context` for use.
 
     Cast first, so that the gather moves the narrow type; the transpose of the first constraint brings the gradient back
     sharded (reduce-scattered), which the compiler does not do by itself. On one device there is nothing to gather, and a
@@ -190,13 +193,13 @@ def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rule
     narrow = weight.astype(dtype) if weight.dtype.itemsize >= jnp.dtype(dtype).itemsize else weight
     if jax.sharding.get_abstract_mesh().size == 1:
         return narrow
-    return constrain(constrain(narrow, axes, rules), axes, _without_fsdp(rules))
+    return constrain(constrain(narrow, axes, rules), axes, _in_use(rules))
 
 
 def gathered_part(part: Array, axes: tuple[str, ...], rules: Rules) -> Array:
-    """A part of a quantised weight (integers, scales or multipliers) in its own type, gathered over `fsdp` for use."""
+    """A part of a quantised weight (integers, scales or multipliers) in its own type, gathered for use."""
     mesh = jax.sharding.get_abstract_mesh()
-    for pinned in (rules, _without_fsdp(rules)) if mesh.size > 1 else ():
+    for pinned in (rules, _in_use(rules)) if mesh.size > 1 else ():
         part = jax.lax.with_sharding_constraint(part, _fitting(partition_spec(axes, pinned), part.shape, mesh.shape))
     return part
 

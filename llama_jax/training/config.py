@@ -18,6 +18,7 @@ from llama_jax.training.config_method import AdapterConfig, GuardConfig, Optimiz
 from llama_jax.training.wall_time import wall_seconds
 
 _DTYPES = ("auto", "float32", "bfloat16")
+_CONTEXT_ATTENTION = ("gathered", "ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,8 @@ class ComputeConfig:
         layer), or names joined by + of what to keep: `q k v context middle gate up`.
       scan_layers: run the layers as one compiled loop (compile time does not grow with depth) instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
+      context_attention: where mesh.context is above 1: each device gathers the keys and values of whole rows (`gathered`), or
+        they go round the devices (`ring`), which for very long rows takes less memory and hides the transfer.
       loss_chunk: tokens whose logits exist at one time in the loss.
 
     Raises:
@@ -103,10 +106,13 @@ class ComputeConfig:
     remat: str = "none"
     scan_layers: bool = True
     attention: str = "auto"
+    context_attention: Literal["gathered", "ring"] = "gathered"
     loss_chunk: int = 2048
 
     def __post_init__(self) -> None:
         require(self.dtype in _DTYPES, "compute.dtype", self.dtype, " or ".join(_DTYPES))
+        form, forms = self.context_attention, _CONTEXT_ATTENTION
+        require(form in forms, "compute.context_attention", form, " or ".join(forms))
         check_fields("compute", self)
 
 
@@ -118,6 +124,7 @@ class MeshConfig:
       data: copies of the model, each with its own rows of the batch.
       fsdp: ways in which parameters and rows are split together.
       tensor: ways in which each matrix product is split.
+      context: ways in which each row is split along its length, for long rows; twice as many divide data.length.
 
     At most one of them is -1: the rest of the devices.
 
@@ -128,6 +135,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)

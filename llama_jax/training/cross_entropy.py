@@ -92,17 +92,19 @@ def _joined(parts: Array, like: Array) -> Array:
     return parts.reshape(-1, *parts.shape[2:])[: math.prod(like.shape[:2])].reshape(*like.shape[:2], *parts.shape[2:])
 
 
-def _over_devices(work: Callable, rules: Rules, outputs: str, features: Array, head: Array, targets: Array, weights: Array) -> Any:
-    """`work(axes, features, head, targets, weights)` on every device with its part of the arrays.
+def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> Any:
+    """`work(axes, *given)` on every device with its part of the arrays.
 
     Args:
       work: from what one device holds to its results, put together.
       rules: axis name -> mesh axes.
       outputs: what the results are, a letter each: `s` a sum, `r` one number a row, `x` like the features, `h` like the head.
+      *given: features, head, targets and weights.
     """
+    features, head, _, _ = given
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return work(_Axes(), features, head, targets, weights)
+        return work(_Axes(), *given)
     stream = fitting_spec(("batch", "length", "width"), features.shape, rules)
     used = fitting_spec(("width", "vocab"), head.shape, rules)
     kept = fitting_spec(("embed", "vocab"), head.shape, rules)
@@ -121,7 +123,7 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, features: Array, h
         out_specs=tuple(specs[letter] for letter in outputs),
         check_vma=False,
     )
-    return placed(features, head, targets, weights)
+    return placed(*given)
 
 
 def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -11,27 +11,43 @@ from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, apply, model_for
+from llama_jax.parallel.context import balanced_positions, parts_of
+from llama_jax.parallel.sharding import constrain
 from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, row_losses
 
 _MEAN_CHUNK = 2048  # tokens whose logits exist at one time in `mean_loss`
 
 
-def _last_and_head(model: Llama, params: Parameters, batch: Batch) -> tuple[Array, Array]:
-    """The stream of a batch, ready for the head, and the head."""
-    last = apply(model, params, batch.tokens, batch.documents, method="features").last
-    return last, apply(model, params, method="head_matrix")
+class _Ready(NamedTuple):
+    """What the loss of a batch is made of: the stream ready for the head, and the head; targets and weights."""
+
+    last: Float[Array, "B T D"]
+    head: Float[Array, "D V"]
+    targets: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+
+
+def _ready(model: Llama, params: Parameters, batch: Batch) -> _Ready:
+    """The forward pass of a batch, tokens laid out so that devices that share a row share its work; the loss is a sum."""
+    rules = model.options.rules
+    parts, positions = parts_of("length", rules), None
+    if parts > 1:
+        positions = jnp.asarray(balanced_positions(batch.tokens.shape[1], parts))
+        batch = Batch(*[constrain(x[:, positions], ("batch", "length"), rules) for x in batch])
+    last = apply(model, params, batch.tokens, batch.documents, method="features", positions=positions).last
+    return _Ready(last, apply(model, params, method="head_matrix"), batch.targets, batch.weights)
 
 
 def batch_loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, ""]:
     """Sum over a batch of weight * -log p(target) in nats; divide by the sum of the weights for the mean a token."""
-    last, head = _last_and_head(model, params, batch)
-    return cross_entropy(last, head, batch.targets, batch.weights, chunk, model.options.rules)
+    last, head, targets, weights = _ready(model, params, batch)
+    return cross_entropy(last, head, targets, weights, chunk, model.options.rules)
 
 
 def batch_row_losses(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, " B"]:
     """Sum over each row of weight * -log p(target) in nats; the head (plain or quantised) is a constant."""
-    last, head = _last_and_head(model, params, batch)
-    return row_losses(last, lax.stop_gradient(head), batch.targets, batch.weights, chunk, model.options.rules)
+    last, head, targets, weights = _ready(model, params, batch)
+    return row_losses(last, lax.stop_gradient(head), targets, weights, chunk, model.options.rules)
 
 
 class Objective(NamedTuple):
@@ -65,8 +81,8 @@ def next_token(z_loss: float) -> Objective:
 
     def loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The sums over a batch."""
-        last, head = _last_and_head(model, params, batch)
-        total, z = cross_entropy_and_z(last, head, batch.targets, batch.weights, chunk, z_loss, model.options.rules)
+        last, head, targets, weights = _ready(model, params, batch)
+        total, z = cross_entropy_and_z(last, head, targets, weights, chunk, z_loss, model.options.rules)
         return total, {"z_loss": z}
 
     return Objective(loss, target_weight) if z_loss else NEXT_TOKEN

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
 from llama_jax.model.attention import BACKENDS
-from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.mesh import MESH_AXES, make_mesh
 from llama_jax.training.config import ComputeConfig, RunConfig, TrainConfig
 from llama_jax.training.config_data import DataConfig
 from llama_jax.training.config_method import OptimizerConfig
@@ -100,9 +100,12 @@ class SelfTest:
     def _plans(self) -> Iterator[tuple[str, str, float, Callable[[], float]]]:
         """Group, name, bound and how the difference is found, for each case."""
         for sizes in meshes(len(self._devices), self.config.model):
-            mesh = make_mesh(*sizes, self._devices)
+            mesh = make_mesh(devices=self._devices, **dict(zip(MESH_AXES, sizes)))
             name = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             yield "mesh", name, self._bound, functools.partial(self._against_plain, self.config, mesh)
+            if mesh.shape["context"] > 1:
+                ring = self._computed(context_attention="ring")
+                yield "mesh", f"{name}, ring", self._bound, functools.partial(self._against_plain, ring, mesh)
         for accumulation in (2, 4):
             data = dataclasses.replace(self.config.data, accumulation=accumulation)
             config = dataclasses.replace(self.config, data=data)
@@ -191,11 +194,16 @@ def tiny_config(devices: int, dtype: Literal["float32", "bfloat16"]) -> TrainCon
     )
 
 
-def meshes(devices: int, model: LlamaConfig) -> list[tuple[int, int, int]]:
-    """Every way to share devices among the axes `data`, `fsdp` and `tensor` that the model allows."""
+def meshes(devices: int, model: LlamaConfig) -> list[tuple[int, ...]]:
+    """Every way to share devices among the axes of a mesh, in their order, that the model and the length of a row allow."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    ways = itertools.product(divisors, repeat=3)
-    return [(d, f, t) for d, f, t in ways if d * f * t == devices and model.kv_heads % t == 0 and model.dim % f == 0]
+    ways = itertools.product(divisors, repeat=len(MESH_AXES))
+    return [sizes for sizes in ways if math.prod(sizes) == devices and _fits(model, *sizes)]
+
+
+def _fits(model: LlamaConfig, data: int, fsdp: int, context: int, tensor: int) -> bool:
+    rows = context == 1 or _LENGTH % (2 * context) == 0
+    return rows and model.kv_heads % tensor == 0 and model.dim % (fsdp * context) == 0
 
 
 def random_batch(config: TrainConfig, seed: int) -> Batch:

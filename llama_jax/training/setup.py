@@ -62,8 +62,10 @@ def require_vocabulary(config: TrainConfig) -> None:
 
 def run_mesh(config: TrainConfig) -> Mesh:
     """The mesh of a run, checked against its model and its batch."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = config.mesh
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, context=sizes.context)
     check_divisible(config.model, mesh, TRAINING)
+    require_divisible_length(config, mesh.shape["context"])
     rows, ways = micro_rows(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise InputError(
@@ -72,13 +74,29 @@ def run_mesh(config: TrainConfig) -> Mesh:
     return mesh
 
 
+def require_divisible_length(config: TrainConfig, parts: int) -> None:
+    """Refuses rows that so many devices cannot share with equal work, in two chunks each.
+
+    Raises:
+      InputError: naming the key, its value and what it should be a multiple of.
+    """
+    if parts > 1 and config.data.length % (2 * parts):
+        raise InputError(
+            f"data.length: {config.data.length} given, a multiple of 2 * mesh.context ({2 * parts}) expected; "
+            "choose another length or a smaller mesh.context"
+        )
+
+
 def make_recipe(config: TrainConfig) -> Recipe:
     """Model, optimizer and schedule of a run."""
     compute = config.compute
     platform = jax.devices()[0].platform
     dtype = compute.dtype if compute.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     attention = choose_backend(compute.attention, config.data.length, config.data.length)
-    options = ModelOptions(dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention)
+    options = ModelOptions(
+        dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention,
+        context_attention=compute.context_attention,
+    )  # fmt: skip
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
     optimizer, objective = make_optimizer(config.optimizer), next_token(config.optimizer.z_loss)
     sigma = config.guard.spike_sigma if config.guard.spike_skip else None

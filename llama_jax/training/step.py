@@ -1,5 +1,6 @@
 """One update as a pure function of (state, batch), and its sharded, compiled form."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.axes import Array, Bool, Float, Int, Key, Parameters, PyTree
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
+from llama_jax.parallel.context import whole_rows
 from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings
 from llama_jax.training.guard import Guard, acceptable, fresh_guard, kept_unless, noted
 from llama_jax.training.loss import NEXT_TOKEN, Objective
@@ -59,6 +61,8 @@ Draw = tuple[Int[Array, ""], Int[Array, ""]]
 
 def fresh_parameters(model: Llama, key: Key[Array, ""]) -> Parameters:
     """Random parameters of a model."""
+    options = model.options  # one token, which a mesh cannot cut
+    model = Llama(model.config, dataclasses.replace(options, rules=whole_rows(options.rules)))
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

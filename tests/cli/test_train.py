@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import yaml
 from tiny_runs import (
@@ -211,6 +212,24 @@ def test_more_steps_go_on_on_other_devices_with_another_rhythm(finished, capsys)
     assert [line["step"] for line in read_lines(pathlib.Path(finished.run.dir))] == [*range(1, 31), 32, 33]
 
 
+@pytest.mark.parametrize("how", ["gathered", "ring"])
+def test_rows_over_devices_train_the_same_model(run, undisturbed, how):
+    """Long rows cut over the mesh, held-out loss and samples included; then on with whole rows, from what they left."""
+    words = ["--compute.context_attention", how, "--run.sample_prompts", '["<3> al"]', "--run.sample_tokens", "8"]
+    first = train(arguments(run, *words, "--run.steps", "12", "--optimizer.schedule_steps", str(STEPS), "--mesh.data", "2",
+                            "--mesh.tensor", "2", "--mesh.context", "2"), devices=8)  # fmt: skip
+    assert "data 2 x fsdp 1 x context 2 x tensor 2" in first.stdout
+    assert "sample    '<3> al'" in first.stdout
+    words = ["--run.steps", "15", "--optimizer.schedule_steps", str(STEPS), "--mesh.fsdp", "2", "--mesh.data", "1"]
+    assert "going on from step 12" in train(arguments(run, *words), devices=2).stdout
+    lines, expected = (read_lines(pathlib.Path(c.run.dir)) for c in (run, undisturbed))
+    assert [line["step"] for line in lines] == list(range(1, 16))
+    for name in ("train/loss", "held_out/loss", "train/grad_norm"):
+        pairs = [(line[name], other[name]) for line, other in zip(lines, expected) if name in line and name in other]
+        assert pairs
+        np.testing.assert_allclose(*zip(*pairs), rtol=1e-4 if name == "train/grad_norm" else 1e-5)
+
+
 def test_overwrite_starts_anew_on_the_prepared_data(finished, undisturbed):
     directory = pathlib.Path(finished.run.dir)
     before = snapshot(directory / "data")
@@ -290,6 +309,8 @@ def test_going_on_with_another_run_is_refused(finished, tmp_path, words, key, ca
     (["--mesh.data", "8"], "data.batch_rows: micro-batches of 4 rows given; a multiple of .* expected"),
     (["--data.batch_rows", "6", "--data.accumulation", "4"], "data.accumulation: 4 given, a divisor of data.batch_rows"),
     (["--mesh.tensor", "8"], "kv_heads|heads"),
+    (["--mesh.context", "8", "--data.length", "24"], r"data.length: 24 given, a multiple of 2 \* mesh.context \(16\) expected"),
+    (["--compute.context_attention", "spiral"], "context_attention"),
     (["--data.tokenizer", "TOKENIZER", "--model.vocab_size", "100"], r"model.vocab_size: 100 given, at least 320"),
     (["--data.tokenizer", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model: no such file"),
     (["--compute.attention", "fast"], "attention"),

@@ -159,11 +159,11 @@ def checkpoint_steps(config: TrainConfig) -> list[int]:
 
 def leaf_hashes(config: TrainConfig, step: int) -> dict[str, str]:
     """SHA-256 of the bytes of every array of a checkpoint, by path, read anew and verified."""
+    from llama_jax.parallel.mesh import make_mesh
     from llama_jax.training.setup import make_recipe
     from llama_jax.training.step import state_shapes
 
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                         devices=jax.devices()[:1])  # fmt: skip
+    mesh = make_mesh(devices=jax.devices()[:1])
     like = state_shapes(make_recipe(config), mesh)
     with Checkpoints.open(pathlib.Path(config.run.dir) / RUN_CHECKPOINTS, keep=1000) as checkpoints:
         leaves = by_path(checkpoints.restore(step, like))

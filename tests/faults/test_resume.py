@@ -75,7 +75,7 @@ def test_ctrl_c_once_and_twice(spawn, run, reference):
     assert_bitwise(run, reference)
 
 
-MESHES = [(2, (2, 1, 1)), (8, (2, 2, 2))]
+MESHES = [(2, (2, 1, 1, 1)), (8, (2, 2, 2, 1)), (8, (2, 1, 2, 2))]
 
 
 @pytest.fixture(scope="session")
@@ -95,12 +95,12 @@ def batches(child: Child) -> list[str]:
     return re.findall(r"^hash (\w+)$", child.errors, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("devices", "mesh"), MESHES, ids=["2-data", "8-all"])
+@pytest.mark.parametrize(("devices", "mesh"), MESHES, ids=["2-data", "8-all", "8-context"])
 def test_going_on_with_another_mesh(spawn, tmp_path, reference, stopped, devices, mesh):
     """19: on 2 and 8 devices and other axes of the mesh: the state is verified, batches are the same, losses to 1e-5."""
     config, expected = stopped
     run = copy_run(config, tmp_path / "run")
-    axes = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
+    axes = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor", "context"), mesh)]
     child = spawn.train(run, fault="in_data:*:hash", devices=devices, more=axes).expect(0)
     child.wait_for("going on from step 6")
     assert len(expected) == STEPS - 6

@@ -55,7 +55,7 @@ def masks(queries, keys):
 
 
 def run_chunked(q, k, v, mask, causal):
-    return chunked_attention(q, k, v, mask.start, mask.lengths, mask.documents, causal, 8)
+    return chunked_attention(q, k, v, mask, causal, 8)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])

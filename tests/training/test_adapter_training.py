@@ -107,10 +107,10 @@ def test_adapters_and_moments_are_sharded_and_the_rank_is_not():
     moments = shapes.optimizer[1].mu
     for tree in (shapes.params, moments):
         attention, feed_forward = tree["layers"]["attention"], tree["layers"]["feed_forward"]
-        assert attention["wq"]["a"].sharding.spec == PartitionSpec(None, ("fsdp",), None)
+        assert attention["wq"]["a"].sharding.spec == PartitionSpec(None, ("fsdp", "context"), None)
         assert attention["wq"]["b"].sharding.spec == PartitionSpec(None, None, ("tensor",))
         assert feed_forward["down"]["a"].sharding.spec == PartitionSpec(None, ("tensor",), None)
-        assert feed_forward["down"]["b"].sharding.spec == PartitionSpec(None, None, ("fsdp",))
+        assert feed_forward["down"]["b"].sharding.spec == PartitionSpec(None, None, ("fsdp", "context"))
 
 
 @pytest.mark.parametrize("base", ["int8", "int4"])

@@ -27,7 +27,8 @@ def _without_type_checks(monkeypatch):
     ("run.steps", 0), ("run.steps", 1.5), ("run.steps", True), ("run.seed", -1), ("run.dir", ""), ("run.eval_every", -1),
     ("run.log_every", 0), ("run.checkpoint_every", 0), ("run.keep_checkpoints", 0), ("run.overwrite", 1),
     ("compute.dtype", "float16"), ("compute.remat", ""), ("compute.loss_chunk", 0), ("compute.scan_layers", "no"),
-    ("compute.attention", None), ("data.length", 0), ("data.batch_rows", 0), ("data.accumulation", 3), ("data.paths", "text"),
+    ("compute.attention", None), ("compute.context_attention", "spiral"),
+    ("data.length", 0), ("data.batch_rows", 0), ("data.accumulation", 3), ("data.paths", "text"),
     ("data.paths", ("",)), ("data.paths", (3,)), ("data.tokenizer", ""), ("data.tokenizer", 3), ("data.held_out_fraction", 0.9),
     ("data.vocab_size", 0), ("data.seed", 2**32), ("optimizer.learning_rate", -1e-4), ("optimizer.learning_rate", float("nan")),
     ("optimizer.learning_rate", None), ("optimizer.beta1", 1.0), ("optimizer.beta2", 1), ("optimizer.final_fraction", 1.1),
@@ -39,7 +40,7 @@ def _without_type_checks(monkeypatch):
     ("run.sample_prompts", "def "), ("run.sample_prompts", ("",)), ("run.sample_prompts", (3,)), ("run.sample_tokens", 0),
     ("guard.spike_skip", 1), ("guard.spike_sigma", 0), ("guard.patience", 0), ("guard.patience", 201), ("guard.rewinds", -1),
     ("guard.check_replicas", 0.5),
-    ("mesh.data", 0), ("mesh.fsdp", -2), ("mesh.tensor", 1.0), ("mesh.tensor", -1), ("mesh.data", True),
+    ("mesh.data", 0), ("mesh.fsdp", -2), ("mesh.context", 0), ("mesh.tensor", 1.0), ("mesh.tensor", -1), ("mesh.data", True),
 ])  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(key, value):
     section, name = key.split(".")

@@ -1,0 +1,105 @@
+"""Attention of rows whose tokens lie on several devices, along the mesh axes that the rules name for `length`.
+
+Each device has its own queries and either gathers all keys and values (`gathered`) or sees them pass by (`ring`). In the
+first form a backend of `attend` is given the positions of its queries and those of all keys, in the order of the devices;
+grouped queries keep what is moved small. In the second one no device ever holds more than two blocks of keys.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_policies
+
+from llama_jax.axes import Array, Float, Int, Num
+from llama_jax.errors import InputError
+from llama_jax.model.attention import Scales, attend, choose_backend
+from llama_jax.model.mask import Mask
+from llama_jax.model.options import ModelOptions
+from llama_jax.model.ring import Ring, block_size, ring_attention
+from llama_jax.model.splash import splash_attention
+from llama_jax.parallel.context import parts_of, require_divisible
+from llama_jax.parallel.sharding import partition_spec
+
+
+def attend_over_mesh(
+    q: Float[Array, "B N T H"],
+    k: Num[Array, "B K S H"],
+    v: Num[Array, "B K S H"],
+    mask: Mask,
+    options: ModelOptions,
+    scales: Scales | None = None,
+) -> Float[Array, "B N T H"]:
+    """Causal attention, by `attend` alone unless the mesh set by `jax.set_mesh` cuts rows over devices.
+
+    Args:
+      q: queries.
+      k: keys, of the same tokens where rows are cut.
+      v: values.
+      mask: which keys a query sees; without positions, tokens are taken to be in the order of their row.
+      options: backend, rules, and how devices share keys.
+      scales: of integer keys and values.
+
+    Raises:
+      InputError: where rows are cut: for sizes that the mesh does not divide, and for a cache.
+    """
+    if options.attention == "splash":
+        if scales is not None or mask.start is not None or mask.lengths is not None:
+            raise InputError("attention splash: a cache was given; rows that see themselves expected (auto suits both)")
+        return splash_attention(q, k, v, mask.documents, options.rules)
+    parts = parts_of("length", options.rules)
+    if parts == 1:
+        return attend(q, k, v, mask, backend=options.attention, scales=scales)
+    length = q.shape[2]
+    if scales is not None or mask.start is not None or mask.lengths is not None:
+        raise InputError(
+            f"a cache was given on a mesh that cuts rows in {parts}; use `whole_rows` of the rules to decode on it"
+        )
+    for axis, size in (("batch", q.shape[0]), ("heads", q.shape[1]), ("kv_heads", k.shape[1]), ("length", length)):
+        require_divisible(axis, size, parts_of(axis, options.rules))
+    positions = jnp.arange(length, dtype=jnp.int32) if mask.positions is None else mask.positions
+    tokens = (positions,) if mask.documents is None else (positions, mask.documents)
+    q_spec, k_spec = (partition_spec(("batch", axis, "length", "width"), options.rules) for axis in ("heads", "kv_heads"))
+    token_specs = (partition_spec(("length",), options.rules), partition_spec(("batch", "length"), options.rules))
+    local = _local(options, parts, length)
+    specs = (q_spec, k_spec, k_spec, *token_specs[: len(tokens)])
+    return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(q, k, v, *tokens)
+
+
+def _local(options: ModelOptions, parts: int, length: int) -> Callable[..., Array]:
+    """What each device does with its tokens: from q, k, v, positions and documents, if any, to the output."""
+    axes = dict(options.rules)["length"]
+    backend = choose_backend(options.attention, length // parts, length)
+    if options.context_attention == "ring":
+        return functools.partial(_ring, ring=Ring(axes, parts, block_size(backend, length // parts)))
+    # The gathered keys are gathered anew for the backward pass, not kept: every layer would keep those of whole rows.
+    kept = checkpoint_policies.save_only_these_names("context")
+    gathered = functools.partial(_gathered, axes=axes, backend=backend)
+    return jax.checkpoint(gathered, policy=kept, prevent_cse=not options.scan)
+
+
+def _ring(q: Array, k: Array, v: Array, positions: Array, documents: Array | None = None, *, ring: Ring) -> Array:
+    return ring_attention(q, k, v, positions, documents, ring)
+
+
+def _gathered(
+    q: Float[Array, "B N C H"],
+    k: Float[Array, "B K C H"],
+    v: Float[Array, "B K C H"],
+    positions: Int[Array, " C"],
+    documents: Int[Array, "B C"] | None = None,
+    *,
+    axes: tuple[str, ...],
+    backend: str,
+) -> Float[Array, "B N C H"]:
+    """The device's own queries over the keys of all devices; the gradients of keys are summed and scattered back."""
+
+    def whole(x: Array, axis: int) -> Array:
+        """Gathered along an axis, in the order of the devices."""
+        return lax.all_gather(x, axes, axis=axis, tiled=True)
+
+    theirs = None if documents is None else whole(documents, 1)
+    mask = Mask(documents=documents, positions=positions, key_positions=whole(positions, 0), key_documents=theirs)
+    return attend(q, whole(k, 2), whole(v, 2), mask, backend=backend)

@@ -1,0 +1,166 @@
+"""Rows over several devices: the same loss and gradients as one device on every mesh, and what the program then consists of."""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import TINY, random_parameters, random_tokens
+
+from llama_jax.data.batches import Batch
+from llama_jax.model.llama import Llama
+from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.sharding import tree_shardings
+from llama_jax.training.cross_entropy import cross_entropy
+from llama_jax.training.loss import batch_loss, batch_row_losses
+from llama_jax.weights.forms import stack, unstack
+
+LENGTH, ROWS = 64, 8
+# Every axis of every mesh of eight devices divides it; a row has two documents.
+CONFIG = dataclasses.replace(TINY, vocab_size=64, dim=32, layers=2, heads=16, kv_heads=8, head_dim=4)
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
+
+
+def packed_batch(seed=0) -> Batch:
+    rng = np.random.default_rng(seed)
+    tokens = random_tokens(CONFIG, (ROWS, LENGTH + 1), seed)
+    documents = jnp.asarray(1 + (np.arange(LENGTH) >= rng.integers(2, LENGTH - 2, (ROWS, 1))), jnp.int32)
+    weights = jnp.asarray(rng.random((ROWS, LENGTH)) < np.linspace(0.3, 1, ROWS)[:, None], jnp.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, documents)
+
+
+def mean_loss_of(options):
+    model = Llama(CONFIG, options)
+    return lambda params, batch: batch_loss(model, params, batch, 96) / jnp.sum(batch.weights)
+
+
+@functools.cache
+def expected():
+    """Loss and gradients on one device, of a batch with documents."""
+    return jax.jit(jax.value_and_grad(mean_loss_of(ModelOptions())))(random_parameters(CONFIG), packed_batch())
+
+
+def program(sizes, options):
+    """Loss and gradients on a mesh, not yet called, and its arguments on it."""
+    data, fsdp, context, tensor = sizes
+    mesh = make_mesh(data, fsdp, tensor, jax.devices()[: int(np.prod(sizes))], context)
+    params = random_parameters(CONFIG)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, tree_shardings(params, mesh, options.rules))
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+        return mesh, jax.jit(jax.value_and_grad(mean_loss_of(options))), params, jax.device_put(packed_batch(), rows)
+
+
+FORMS = [(sizes, how) for sizes in MESHES for how in ("gathered", "ring") if how == "gathered" or sizes[2] > 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "how"), FORMS, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
+def test_every_mesh_equals_one_device(sizes, how):
+    mesh, run, params, batch = program(sizes, ModelOptions(context_attention=how))
+    with jax.set_mesh(mesh):
+        loss, gradients = jax.device_get(run(params, batch))
+    np.testing.assert_allclose(loss, expected()[0], rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, expected()[1])
+
+
+@pytest.mark.parametrize(("how", "changes"), [
+    ("gathered", {"remat": "full"}), ("gathered", {"remat": "q+k+v+context", "attention": "chunked"}),
+    ("ring", {"remat": "context"}), ("ring", {"scan": False}),
+], ids=str)  # fmt: skip
+def test_recomputed_and_unrolled_layers_equal_one_device(how, changes):
+    options = ModelOptions(context_attention=how, **changes)
+    mesh, run, params, batch = program((1, 2, 2, 2), options)
+    with jax.set_mesh(mesh):
+        loss, gradients = run(params if options.scan else unstack(params), batch)
+    np.testing.assert_allclose(loss, expected()[0], rtol=1e-5)
+    gradients = jax.device_get(gradients if options.scan else stack(gradients))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, expected()[1])
+
+
+def test_losses_of_rows_under_a_frozen_head():
+    """What preferences are made of."""
+    model, params, batch = Llama(CONFIG), random_parameters(CONFIG), packed_batch()
+    run = jax.jit(lambda params, batch: batch_row_losses(model, params, batch, 96))
+    alone = run(params, batch)
+    with jax.set_mesh(make_mesh(2, 1, 2, context=2)):
+        np.testing.assert_allclose(run(params, batch), alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 17, 40, 1000])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_cross_entropy_in_chunks_of_every_part(parts, chunk):
+    rng = np.random.default_rng(0)
+    features, head = jnp.asarray(rng.normal(size=(3, 12, 8)), jnp.float32), jnp.asarray(rng.normal(size=(8, 20)), jnp.float32)
+    targets, weights = jnp.asarray(rng.integers(0, 20, (3, 12)), jnp.int32), jnp.asarray(rng.random((3, 12)), jnp.float32)
+    plain = lambda f, h: jnp.sum(  # noqa: E731
+        weights * optax.softmax_cross_entropy_with_integer_labels(f @ h, targets)
+    )
+    ours = lambda f, h: cross_entropy(f, h, targets, weights, chunk, parts)  # noqa: E731
+    (value, got), (expected_value, wanted) = (jax.value_and_grad(f, (0, 1))(features, head) for f in (ours, plain))
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, wanted)
+
+
+# --- what the compiled program consists of ---
+
+
+def gathers(text: str) -> list[tuple[int, ...]]:
+    """Shapes of the floats that are gathered from other devices."""
+    found = re.findall(r"= (?:\()?f32\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    return [tuple(map(int, shape.split(","))) for shape in found]
+
+
+@functools.cache
+def compiled(sizes, how="gathered", **options) -> str:
+    mesh, run, params, batch = program(sizes, ModelOptions(context_attention=how, **options))
+    with jax.set_mesh(mesh):
+        return run.lower(params, batch).compile().as_text()
+
+
+def test_ring_passes_keys_on_and_gathers_none():
+    gathered, ring = compiled((1, 2, 4, 1)), compiled((1, 2, 4, 1), "ring")
+    keys = (ROWS // 2, CONFIG.kv_heads, LENGTH, CONFIG.head_dim)
+    assert gathers(gathered).count(keys) == 4  # keys and values, forward and backward
+    assert "collective-permute" not in gathered
+    assert "collective-permute" in ring
+    assert [shape for shape in gathers(ring) if len(shape) > 2] == []  # weights alone
+
+
+@pytest.mark.parametrize("how", ["gathered", "ring"])
+def test_no_activation_moves_but_keys_and_values(how):
+    """Tokens change their order as numbers: no stream is gathered along its length, none exchanged."""
+    text = compiled((1, 2, 4, 1), how)
+    assert "all-to-all" not in text
+    assert [shape for shape in gathers(text) if len(shape) == 3 and LENGTH in shape] == []
+
+
+def test_a_whole_row_on_each_device_has_none_of_it():
+    text = compiled((2, 4, 1, 1))
+    assert "collective-permute" not in text
+    assert [shape for shape in gathers(text) if len(shape) > 2] == []
+
+
+@pytest.mark.parametrize("length", [LENGTH, LENGTH - 2])
+def test_stream_between_blocks_is_cut_over_tensor(length):
+    """Where it divides, each device keeps its own tokens for the backward pass; else all of them, as inside of the blocks."""
+    model, params, tokens = Llama(CONFIG), random_parameters(CONFIG), packed_batch().tokens[:, :length]
+
+    def streams(params, tokens):
+        return model.apply({"params": params}, tokens, method="features", mutable=["residual"])[1]["residual"]["layers"][
+            "stream"
+        ]
+
+    alone = jax.jit(streams)(params, tokens)
+    with jax.set_mesh(make_mesh(2, 1, 4)):
+        stream = jax.jit(streams)(params, tokens)
+    np.testing.assert_allclose(stream, alone, atol=1e-5)
+    share = length // 4 if length % 4 == 0 else length
+    assert stream.addressable_shards[0].data.shape == (CONFIG.layers, ROWS // 2, share, CONFIG.dim)
