@@ -76,12 +76,13 @@ CHIPS: tuple[Chip, ...] = (
          "MaxText, Llama 3 70B on H200: 47.9 %", 0, 1, 8),
 )  # fmt: skip
 # Slices that can be had, by the documentation of each chip. From a cube of 4x4x4 on, v4 and v5p take any multiples of 4.
-_SMALL_SHAPES = {
+_SMALL_SHAPES: dict[str, set[tuple[int, ...]]] = {
     "v4": {(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)},
     "v5p": {(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)},
     "v5e": {(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)},
     "v6e": {(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)},
 }
+_CUBES = [(4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16)]
 
 
 class Topology(NamedTuple):
@@ -146,6 +147,14 @@ def parse_topology(text: str) -> Topology:
         raise InputError(f"topology {text!r:.60}: chip {name} is unknown; {f'the nearest is {near[0]}' if near else names}")
     _require_shape(text, chip, sizes, slices)
     return Topology(text.strip(), chip, sizes, slices)
+
+
+def common_topologies(chip: Chip) -> list[Topology]:
+    """Slices, or numbers of GPUs, of one kind of chip, from small to large: each twice the one before."""
+    if not chip.axes:
+        return [parse_topology(f"{chip.name}:{2**power}") for power in range(11)]
+    shapes = sorted(_SMALL_SHAPES[chip.name], key=math.prod) + (_CUBES if chip.axes == 3 else [])
+    return [parse_topology(f"{chip.name}:{'x'.join(map(str, shape))}") for shape in shapes]
 
 
 def _require_shape(text: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> None:

@@ -1,0 +1,126 @@
+"""The smallest changes that make a training fit into memory, by trying them all in closed form."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from llama_jax.planning.chips import common_topologies
+from llama_jax.planning.job import CHUNK_A_CHIP, Job, MeshSizes
+from llama_jax.planning.plan import Change, Plan, Remedy, changed, make_plan
+from llama_jax.planning.remat import LADDER, saved_names
+
+_SPLITS = (1, 2, 4, 8)  # ways of `tensor` and `context` that are tried
+_CHUNK_DIVISORS = (2, 4)  # of the loss chunk: smaller ones make products too narrow to be fast
+_MOST_MICROBATCHES = 64
+
+
+def remedies(plan: Plan, most: int = 5) -> list[Remedy]:
+    """Changes to a job that does not fit, each set without one that could be left out or taken less far, the fastest first.
+
+    Tried together are `remat`, the number of micro-batches, the loss chunk, the type of the optimizer's moments, Adafactor (it
+    learns differently: such remedies come last), and the axes `fsdp`, `tensor` and `context` of the mesh.
+
+    Args:
+      plan: that does not fit; one that does has no remedies.
+      most: how many to give.
+    """
+    if plan.fits:
+        return []
+    choices = _choices(plan.job)
+    found: dict[tuple[int, ...], Remedy] = {}
+    for levels in itertools.product(*(range(len(steps)) for steps in choices)):
+        if any(_less(smaller, levels) for smaller in found):
+            continue
+        remedy = _remedy(plan, [steps[level] for steps, level in zip(choices, levels)])
+        if remedy is not None and remedy.plan.fits:
+            found[levels] = remedy
+    smallest = [levels for levels in found if not any(_less(other, levels) for other in found)]
+    ordered = sorted((found[levels] for levels in smallest), key=_cost)
+    return ordered[:most]
+
+
+def _cost(remedy: Remedy) -> tuple[bool, float, int]:
+    """What orders remedies: another optimizer last, then time, then how much is changed."""
+    job = remedy.plan.job
+    other = any(change.name == "optimizer" for change in remedy.changes)
+    return other, remedy.plan.speed.step / job.tokens, len(remedy.changes)
+
+
+def _choices(job: Job) -> list[Sequence[Change | None]]:
+    """For each choice the changes to try, from none to the one that saves most."""
+    return [
+        [None, *[Change("remat", remat) for remat in LADDER if _keeps_less(remat, job.remat)]],
+        [None, *[Change("microbatches", count) for count in _more_microbatches(job)]],
+        [None, *[Change("loss_chunk", job.chunk // divisor) for divisor in _CHUNK_DIVISORS if _wide_enough(job, divisor)]],
+        [None, *([Change("moment_dtype", "bfloat16")] if _has_wide_mean(job) else [])],
+        [None, *([Change("optimizer", "adafactor")] if job.optimizer != "adafactor" and not job.rank else [])],
+        [None, *[Change("mesh", mesh) for mesh in _other_meshes(job)]],
+    ]
+
+
+def _keeps_less(remat: str, than: str) -> bool:
+    if than == "none":
+        return remat != "none"
+    return remat != "none" and saved_names(remat) < saved_names(than)
+
+
+def _more_microbatches(job: Job) -> list[int]:
+    rows = job.rows // job.mesh.rows
+    return [count for count in range(job.microbatches + 1, _MOST_MICROBATCHES + 1)
+            if rows % count == 0 and count % job.microbatches == 0]  # fmt: skip
+
+
+def _wide_enough(job: Job, divisor: int) -> bool:
+    return job.chunk_tokens / divisor >= CHUNK_A_CHIP / 4
+
+
+def _has_wide_mean(job: Job) -> bool:
+    return job.moment_dtype == "float32" and job.optimizer != "adafactor"
+
+
+def _other_meshes(job: Job) -> list[MeshSizes]:
+    """Meshes with the weights split further or the work of a row shared: `data` as it is or 1, `fsdp` the rest."""
+    chips, now = job.topology.chips, job.mesh
+    found = []
+    for data in dict.fromkeys((now.data, job.topology.slices, 1)):
+        for tensor, context in itertools.product(_SPLITS, _SPLITS):
+            if chips % (data * tensor * context) == 0:
+                found.append(MeshSizes(data, chips // (data * tensor * context), tensor, context))
+    # A wish for `tensor` or `context` is not taken back.
+    return [mesh for mesh in found if mesh != now and mesh.tensor >= now.tensor and mesh.context >= now.context]
+
+
+def _remedy(plan: Plan, picked: Sequence[Change | None]) -> Remedy | None:
+    changes = tuple(change for change in picked if change is not None)
+    job = changed(plan.job, _together(plan.job, changes))
+    return None if job is None else Remedy(changes, make_plan(job, plan.limit))
+
+
+def _together(job: Job, changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    """The changes, with what follows from them: Adafactor has no mean of the gradient."""
+    has_adafactor = Change("optimizer", "adafactor") in changes
+    return (*changes, Change("moment_dtype", "float32")) if has_adafactor and job.moment_dtype != "float32" else changes
+
+
+def enough_chips(plan: Plan) -> Plan | None:
+    """A plan on the smallest common topology of the same chip on which a job fits that fits nowhere smaller: nothing kept of a
+    layer but its input, one row a chip at a time, all chips along `fsdp`; `None` where none is large enough.
+    """
+    job = plan.job
+    for topology in common_topologies(job.topology.chip):
+        mesh = MeshSizes(fsdp=topology.chips)
+        if topology.chips <= job.topology.chips or job.config.dim % topology.chips:
+            continue
+        rows = -(-job.rows // topology.chips) * topology.chips
+        larger = dataclasses.replace(job, topology=topology, mesh=mesh, rows=rows, microbatches=rows // topology.chips,
+                                     remat=LADDER[-1], loss_chunk=0)  # fmt: skip
+        if make_plan(larger).fits:
+            return make_plan(larger)
+    return None
+
+
+def _less(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one set of changes is a smaller one of the same kind: nothing goes further, meshes are equal or untouched."""
+    *steps, mesh = one
+    *others, other_mesh = other
+    return one != other and mesh in (0, other_mesh) and all(a <= b for a, b in zip(steps, others))
