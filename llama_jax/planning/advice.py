@@ -1,19 +1,18 @@
 """Advice for a training that has run out of memory: what to change in its config, from the same search as a plan."""
 
+import math
 import re
-from collections.abc import Mapping
 
 from llama_jax.planning.chips import Chip, Topology, chip_of
+from llama_jax.planning.flags import TRAIN_KEYS, flags
 from llama_jax.planning.job import Job, MeshSizes
-from llama_jax.planning.plan import Change, Plan, Remedy, make_plan
+from llama_jax.planning.plan import Plan, make_plan
 from llama_jax.planning.search import remedies
 from llama_jax.training.config import TrainConfig
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating", re.IGNORECASE)
 _WANTED = re.compile(r"allocat\w*\s+([0-9][0-9.,]*)\s*([KMGT]i?B|bytes)", re.IGNORECASE)
 _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_KEYS = {"remat": "compute.remat", "microbatches": "data.accumulation", "loss_chunk": "compute.loss_chunk",
-         "moment_dtype": "optimizer.moments_dtype", "optimizer": "optimizer.name"}  # fmt: skip
 # Any chip whose figures are not known: its memory is what the job seems to need, so that it has to need less.
 _UNKNOWN = Chip("unknown", "TPU v5e", 0.0, 1e12, 1e11, 1e10, 0.5, "", 0, 1, 8)
 _LESS = 0.9  # of what a job seemed to need when it did not fit
@@ -45,15 +44,13 @@ def job_of(config: TrainConfig, device_kind: str, devices: int, compute_dtype: s
       InputError: for a mesh that does not fit model or batch.
     """
     chip = chip_of(device_kind) or _UNKNOWN
-    sizes = {axis: size for axis in MeshSizes._fields if (size := getattr(config.mesh, axis, 1))}
-    known = 1
-    for size in sizes.values():
-        known *= size if size != -1 else 1
-    mesh = MeshSizes(**{axis: size if size != -1 else devices // known for axis, size in sizes.items()})
+    sizes = {axis: getattr(config.mesh, axis, 1) for axis in MeshSizes._fields}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    mesh = MeshSizes(**{axis: devices // known if size == -1 else size for axis, size in sizes.items()})
     base = config.adapter.base
     return Job(
         config.model,
-        Topology(device_kind, chip._replace(axes=0), (devices,), 1),
+        Topology(device_kind, chip, (devices,), 1),
         mesh,
         length=config.data.length,
         rows=config.data.batch_rows,
@@ -86,7 +83,7 @@ def advice(job: Job, memory: float | None = None, most: int = 2) -> list[str]:
     if not found:
         return [*lines, "no setting of compute.remat, data.accumulation, compute.loss_chunk or the mesh saves enough: "
                 "use more devices, adapters (adapter.rank), shorter rows (data.length) or a smaller model"]  # fmt: skip
-    return lines + [f"{'try' if i == 0 else 'or'} {flags(remedy, job)}: {_gigabytes(remedy.plan.memory.total)} a device, "
+    return lines + [f"{'try' if i == 0 else 'or'} {flags(remedy, job, TRAIN_KEYS)}: {_gigabytes(remedy.plan.memory.total)} a device, "
                     f"{remedy.plan.speed.step / plan.speed.step * plan.job.tokens / remedy.plan.job.tokens:.2f} times the time a step"
                     for i, remedy in enumerate(found)]  # fmt: skip
 
@@ -97,20 +94,6 @@ def _need_line(plan: Plan, limit: float) -> str:
     words = " and ".join(f"{name} {_gigabytes(parts[name])}" for name in largest)
     known = f" of {_gigabytes(limit)}" if limit else ""
     return f"by the closed form this training needs {_gigabytes(plan.memory.total)}{known} a device, most of it {words}"
-
-
-def flags(remedy: Remedy, job: Job, keys: Mapping[str, str] = _KEYS) -> str:
-    """A remedy as it is typed behind `train.py`, or with other names of its options."""
-    return " ".join(word for change in remedy.changes for word in _words(change, job, keys))
-
-
-def _words(change: Change, job: Job, keys: Mapping[str, str]) -> list[str]:
-    if not isinstance(change.value, MeshSizes):
-        return [f"--{keys[change.name]} {change.value}"]
-    if "mesh" in keys:
-        return [f"--{keys['mesh']} {change.value}"]
-    changed = [axis for axis in MeshSizes._fields if getattr(change.value, axis) != getattr(job.mesh, axis)]
-    return [f"--mesh.{axis} {getattr(change.value, axis)}" for axis in changed]
 
 
 def _gigabytes(size: float) -> str:

@@ -66,7 +66,7 @@ def decode_mesh(config: LlamaConfig, topology: Topology) -> MeshSizes:
 def make_decode_plan(
     config: LlamaConfig,
     topology: Topology,
-    batch: int,
+    batch: int | None,
     length: int,
     dtype: str = "bfloat16",
     cache_dtype: str = "bfloat16",
@@ -77,7 +77,7 @@ def make_decode_plan(
     Args:
       config: the architecture.
       topology: the chips.
-      batch: rows at a time, all chips together; a multiple of `data`.
+      batch: rows at a time, all chips together, a multiple of `data`; `None` for one a copy of the model.
       length: tokens of prompt and answer together.
       dtype: of the weights: `bfloat16`, `float32`, `int8` or `int4`.
       cache_dtype: of keys and values; `int8` has a float32 scale a vector.
@@ -89,6 +89,7 @@ def make_decode_plan(
     mesh = decode_mesh(config, topology) if mesh is None else mesh
     if mesh.fsdp * mesh.context != 1 or config.kv_heads % mesh.tensor:
         raise InputError(f"mesh {mesh} given; decoding takes data and tensor, a divisor of kv_heads ({config.kv_heads})")
+    batch = mesh.data if batch is None else batch
     if batch % mesh.data:
         raise InputError(f"batch {batch} given; a multiple of the copies of the model ({mesh.data}) expected; see --mesh")
     slot = cache_bytes_per_token(config, 1) * (ITEMSIZES[cache_dtype] + (4 / config.head_dim if cache_dtype == "int8" else 0))

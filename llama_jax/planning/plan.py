@@ -52,16 +52,6 @@ def best_remat(job: Job) -> str:
     return min(fitting, key=lambda plan: (plan.speed.step, plan.memory.total)).job.remat if fitting else LADDER[-1]
 
 
-def faster_remat(plan: Plan) -> Plan | None:
-    """The next setting of remat that computes less again, and what it would take; `None` where nothing is computed again."""
-    if plan.job.remat not in LADDER:
-        return None
-    above = LADDER[: LADDER.index(plan.job.remat)]
-    slower = plan.speed.recomputed
-    found = [make_plan(dataclasses.replace(plan.job, remat=remat)) for remat in reversed(above)]
-    return next((other for other in found if other.speed.recomputed < slower), None)
-
-
 class Change(NamedTuple):
     """Another value of one choice.
 

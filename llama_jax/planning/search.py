@@ -3,15 +3,40 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from llama_jax.planning.chips import common_topologies
 from llama_jax.planning.job import CHUNK_A_CHIP, Job, MeshSizes
-from llama_jax.planning.plan import Change, Plan, Remedy, changed, make_plan
+from llama_jax.planning.plan import Change, Plan, Remedy, changed, ladder_plans, make_plan
 from llama_jax.planning.remat import LADDER, saved_names
 
 _SPLITS = (1, 2, 4, 8)  # ways of `tensor` and `context` that are tried
 _CHUNK_DIVISORS = (2, 4)  # of the loss chunk: smaller ones make products too narrow to be fast
 _MOST_MICROBATCHES = 64
+_FASTER = 0.98
+
+
+class Outlook(NamedTuple):
+    """What surrounds a plan.
+
+    Attributes:
+      ladder: the same job with every setting of remat, from the fastest to the smallest.
+      remedies: for a job that does not fit.
+      enough: where no remedy is, on more chips.
+      faster: for a job that fits, other settings that are faster and fit too.
+    """
+
+    ladder: list[Plan]
+    remedies: list[Remedy]
+    enough: Plan | None
+    faster: Remedy | None
+
+
+def outlook(plan: Plan) -> Outlook:
+    """The alternatives to a plan."""
+    found = remedies(plan)
+    enough = None if plan.fits or found else enough_chips(plan)
+    return Outlook(ladder_plans(plan.job), found, enough, fastest(plan) if plan.fits else None)
 
 
 def remedies(plan: Plan, most: int = 5) -> list[Remedy]:
@@ -100,6 +125,18 @@ def _together(job: Job, changes: tuple[Change, ...]) -> tuple[Change, ...]:
     """The changes, with what follows from them: Adafactor has no mean of the gradient."""
     has_adafactor = Change("optimizer", "adafactor") in changes
     return (*changes, Change("moment_dtype", "float32")) if has_adafactor and job.moment_dtype != "float32" else changes
+
+
+def fastest(plan: Plan) -> Remedy | None:
+    """Another `remat` and number of micro-batches with which a job fits and is at least 2 % faster; `None` where there is none."""
+    job, found = plan.job, []
+    for remat, count in itertools.product(LADDER, (job.microbatches, *_more_microbatches(job))):
+        other = {"remat": remat, "microbatches": count}
+        changes = tuple(Change(name, value) for name, value in other.items() if value != getattr(job, name))
+        remedy = _remedy(plan, changes)
+        if remedy is not None and remedy.plan.fits and remedy.plan.speed.step < _FASTER * plan.speed.step:
+            found.append(remedy)
+    return min(found, key=lambda remedy: (remedy.plan.speed.step, remedy.plan.memory.total), default=None)
 
 
 def enough_chips(plan: Plan) -> Plan | None:
