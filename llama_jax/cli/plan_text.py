@@ -32,7 +32,9 @@ def _rung(plan: Plan) -> str:
 
 def _gb(size: float) -> str:
     """Bytes in GB of 1e9, or in MB."""
-    return f"{size / 1e9:,.1f} GB" if abs(size) >= 1e9 else f"{size / 1e9:.2f} GB" if abs(size) >= 1e7 else f"{size / 1e6:.2f} MB"
+    return (
+        f"{size / 1e9:,.1f} GB" if abs(size) >= 1e9 else f"{size / 1e9:.2f} GB" if abs(size) >= 1e7 else f"{size / 1e6:.2f} MB"
+    )
 
 
 def _mesh(mesh: MeshSizes) -> str:
@@ -90,8 +92,13 @@ def _verdict_lines(plan: Plan, around: Outlook) -> Rows:
     if around.remedies:
         rows += [("instead", "the smallest changes that do, the fastest first:")]
         return rows + [("", f"  {_remedy_text(remedy, plan)}") for remedy in around.remedies]
-    rows += [("", "no remat, number of micro-batches, loss chunk, mesh or moments in bfloat16 saves enough; not adafactor either")]
-    more = f"more chips ({around.enough.job.topology.name} fits with remat full, one row a chip at a time)" if around.enough else ""
+    rows += [
+        ("", "no remat, number of micro-batches, loss chunk, mesh or moments in bfloat16 saves enough; not adafactor either")
+    ]
+    more = ""
+    if around.enough:
+        larger = around.enough.job
+        more = f"more chips ({larger.topology.name} fits with remat full, mesh {_mesh(larger.mesh)}, one row a chip at a time)"
     return rows + [("instead", " or ".join(filter(None, [more, "adapters over a narrower model (--rank 16 --base int8)"])))]
 
 
@@ -119,11 +126,21 @@ def _speed_lines(plan: Plan, tokens: int | None) -> Rows:
     if tokens is None:
         return rows
     days = tokens / rate / 86400
-    return [*rows, ("days", f"{f'{days:,.0f}' if days >= 100 else f'{days:.3g}'} for {tokens:.4g} tokens, {tokens / plan.job.tokens:,.0f} updates")]
+    return [
+        *rows,
+        (
+            "days",
+            f"{f'{days:,.0f}' if days >= 100 else f'{days:.3g}'} for {tokens:.4g} tokens, {tokens / plan.job.tokens:,.0f} updates",
+        ),
+    ]
 
 
 def _formula(job: Job) -> str:
-    return "4 matmul parameters + adapters + 6·layers·heads·head_dim·T" if job.rank else "6 matmul parameters + 6·layers·heads·head_dim·T"
+    return (
+        "4 matmul parameters + adapters + 6·layers·heads·head_dim·T"
+        if job.rank
+        else "6 matmul parameters + 6·layers·heads·head_dim·T"
+    )
 
 
 def _links(speed: Speed) -> str:
@@ -137,7 +154,11 @@ def decode_lines(model: str, plan: DecodePlan, dtype: str) -> Rows:
     parts = {"weights": (plan.weights, dtype), "cache": (plan.cache, f"{plan.batch:,} rows of {plan.length:,} tokens"),
              "logits": (plan.logits, "float32")}  # fmt: skip
     left = plan.limit - plan.total
-    verdict = f"fits, {_gb(left)} a chip left" if left >= 0 else f"does not fit: {_gb(-left)} a chip too many; " + _smaller(plan, dtype)
+    verdict = (
+        f"fits, {_gb(left)} a chip left"
+        if left >= 0
+        else f"does not fit: {_gb(-left)} a chip too many; " + _smaller(plan, dtype)
+    )
     return [
         ("model", f"{model}, weights {dtype}"),
         ("chips", f"{plan.topology.name}: {plan.topology.chips} x {chip.name}, {_gb(chip.memory)} and "

@@ -151,7 +151,9 @@ def parse_mesh(text: str | None, topology: Topology) -> MeshSizes:
     free = open_axes[0] if open_axes else "fsdp" if "fsdp" not in given else "data" if "data" not in given else ""
     known = math.prod(size for axis, size in given.items() if axis != free)
     if topology.chips % known or (not free and known != topology.chips):
-        raise InputError(f"mesh {text!r:.60} does not make up the {topology.chips} chips of {topology.name}; set one axis to -1")
+        raise InputError(
+            f"mesh {text!r:.60} does not make up the {topology.chips} chips of {topology.name}; set one axis to -1"
+        )
     return MeshSizes(**({**given, free: topology.chips // known} if free else given))
 
 

@@ -103,7 +103,11 @@ def _working(job: Job) -> float:
     config, mesh, width = job.config, job.mesh, _width(job)
     named = recomputed_bytes(config, "full", width, mesh.tensor)
     again = recomputed_bytes(config, job.remat, width, mesh.tensor)
-    each = (_IN_FLIGHT_TPU if job.topology.chip.axes else _IN_FLIGHT) * named + again + score_bytes(config, job.length, mesh.tensor)
+    each = (
+        (_IN_FLIGHT_TPU if job.topology.chip.axes else _IN_FLIGHT) * named
+        + again
+        + score_bytes(config, job.length, mesh.tensor)
+    )
     keys = 2 * config.kv_heads * config.head_dim / mesh.tensor * width
     gathered = 2 * keys * job.chip_rows * job.length if mesh.context > 1 else 0.0  # keys and values, and their gradients
     return job.chip_tokens * each + gathered

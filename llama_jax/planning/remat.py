@@ -29,7 +29,9 @@ def saved_names(remat: str) -> frozenset[str]:
     names = remat.split("+")
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        raise InputError(f"remat {remat!r:.80}: {unknown[0]!r:.40} is unknown; none, full, or some of {'+'.join(NAMES)} expected")
+        raise InputError(
+            f"remat {remat!r:.80}: {unknown[0]!r:.40} is unknown; none, full, or some of {'+'.join(NAMES)} expected"
+        )
     return frozenset(names)
 
 

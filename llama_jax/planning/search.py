@@ -1,11 +1,10 @@
 """The smallest changes that make a training fit into memory, by trying them all in closed form."""
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_jax.planning.chips import common_topologies
+from llama_jax.planning.chips import Topology, common_topologies
 from llama_jax.planning.job import CHUNK_A_CHIP, Job, MeshSizes
 from llama_jax.planning.plan import Change, Plan, Remedy, changed, ladder_plans, make_plan
 from llama_jax.planning.remat import LADDER, saved_names
@@ -140,20 +139,28 @@ def fastest(plan: Plan) -> Remedy | None:
 
 
 def enough_chips(plan: Plan) -> Plan | None:
-    """A plan on the smallest common topology of the same chip on which a job fits that fits nowhere smaller: nothing kept of a
-    layer but its input, one row a chip at a time, all chips along `fsdp`; `None` where none is large enough.
+    """A plan on the smallest common topology of the same chip on which a job fits when as little as possible is kept.
+
+    That is: of a layer only its input, one row a chip at a time, weights split over all chips, products over up to 8 of them;
+    `None` where no topology is large enough.
     """
     job = plan.job
     for topology in common_topologies(job.topology.chip):
-        mesh = MeshSizes(fsdp=topology.chips)
-        if topology.chips <= job.topology.chips or job.config.dim % topology.chips:
-            continue
-        rows = -(-job.rows // topology.chips) * topology.chips
-        larger = dataclasses.replace(job, topology=topology, mesh=mesh, rows=rows, microbatches=rows // topology.chips,
-                                     remat=LADDER[-1], loss_chunk=0)  # fmt: skip
-        if make_plan(larger).fits:
-            return make_plan(larger)
+        for tensor in _SPLITS if topology.chips > job.topology.chips else ():
+            larger = _on_chips(job, topology, tensor)
+            if larger is not None and make_plan(larger).fits:
+                return make_plan(larger)
     return None
+
+
+def _on_chips(job: Job, topology: Topology, tensor: int) -> Job | None:
+    if topology.chips % tensor:
+        return None
+    mesh = MeshSizes(fsdp=topology.chips // tensor, tensor=tensor)
+    rows = -(-job.rows // mesh.rows) * mesh.rows
+    values = {"topology": topology, "mesh": mesh, "rows": rows, "microbatches": rows // mesh.rows, "remat": LADDER[-1],
+              "loss_chunk": 0}  # fmt: skip
+    return changed(job, tuple(Change(name, value) for name, value in values.items()))
 
 
 def _less(one: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -60,7 +60,10 @@ def adapter_arrays(config: LlamaConfig, rank: int, fsdp: int, tensor: int) -> li
     found = []
     for name, (inputs, outputs) in matrices(config).items():
         first, second = _ways(name, fsdp, tensor)
-        found += [Array(config.layers, (inputs, rank), (first, 1), True), Array(config.layers, (rank, outputs), (1, second), True)]
+        found += [
+            Array(config.layers, (inputs, rank), (first, 1), True),
+            Array(config.layers, (rank, outputs), (1, second), True),
+        ]
     return found
 
 

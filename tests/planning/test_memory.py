@@ -71,14 +71,14 @@ def test_a_small_step_is_within_10_percent_of_the_compiled_one(devices, remat):
 
 
 def test_tensor_and_context_share_activations():
-    whole = on_chips("llama3.1-8b", "v5p:4x4x4")
+    whole = on_chips("llama3.1-8b", "v5p:4x4x4", remat="q+k+v+context+middle")
     alone = training_memory(whole)
     context = training_memory(dataclasses.replace(whole, mesh=MeshSizes(fsdp=32, context=2)))
     tensor = training_memory(dataclasses.replace(whole, mesh=MeshSizes(fsdp=32, tensor=2)))
     assert context.activations == pytest.approx(alone.activations)  # two rows over two chips each
     assert alone.activations < tensor.activations < 2 * alone.activations  # the stream is not split
     assert tensor.gathered == alone.gathered / 2 == context.gathered / 2
-    assert context.parameters == 2 * alone.parameters
+    assert context.parameters == pytest.approx(2 * alone.parameters, rel=0.001)  # norms are whole everywhere
     assert tensor.parameters == pytest.approx(alone.parameters, rel=0.001)
 
 
@@ -93,5 +93,5 @@ def test_what_saves_memory_saves_it():
     assert training_memory(dataclasses.replace(base, optimizer="adafactor")).optimizer < 0.01 * memory.optimizer
     adapters = training_memory(dataclasses.replace(base, rank=16, base_dtype="int8"))
     assert adapters.frozen < memory.parameters / 3
-    assert adapters.gradients < memory.gradients / 50
+    assert adapters.gradients < memory.gradients / 4  # one factor of two is whole on every chip
     assert adapters.head < memory.head / 2
