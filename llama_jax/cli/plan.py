@@ -24,12 +24,13 @@ def make_parser(prog: str) -> OptionParser:
     """The options of `plan`."""
     parser = OptionParser(prog, "Memory and time of a training or of decoding in closed form, before anything is rented.")
     parser.add_argument("--model", required=True, metavar="PRESET", help="a published architecture, such as llama3.1-70b")
-    parser.add_argument("--topology", required=True, metavar="CHIPS",
-                        help=f"v5p:4x4x8, 2xv5p:4x4x8 (two slices), h100:8; of {', '.join(chip.name for chip in CHIPS)}")  # fmt: skip
-    parser.add_argument("--length", type=count, metavar="T",
-                        help="tokens of a row; the model's context, but at most 8192")  # fmt: skip
-    parser.add_argument("--mesh", metavar="SIZES",
-                        help="such as fsdp=64,tensor=2, of data, fsdp, tensor, context; by default fsdp takes all of a slice")  # fmt: skip
+    names = ", ".join(chip.name for chip in CHIPS)
+    parser.add_argument(
+        "--topology", required=True, metavar="CHIPS", help=f"v5p:4x4x8, 2xv5p:4x4x8 (two slices), h100:8; of {names}"
+    )
+    parser.add_argument("--length", type=count, metavar="T", help="tokens of a row; the model's context, but at most 8192")
+    axes = "such as fsdp=64,tensor=2, of data, fsdp, tensor, context; by default fsdp takes all of a slice"
+    parser.add_argument("--mesh", metavar="SIZES", help=axes)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     add_training_options(parser)
     group = parser.add_argument_group("decoding in place of training")
@@ -43,16 +44,16 @@ def make_parser(prog: str) -> OptionParser:
 def add_training_options(parser: OptionParser) -> None:
     """What a training's memory and time depend on, under the names of its config."""
     group = parser.add_argument_group("the training")
-    group.add_argument("--batch-tokens", type=count, metavar="N",
-                       help="of an update, such as 4M, rounded to whole rows a chip; one row a chip and micro-batch")  # fmt: skip
+    rounded = "of an update, such as 4M, rounded to whole rows a chip; one row a chip and micro-batch"
+    group.add_argument("--batch-tokens", type=count, metavar="N", help=rounded)
     group.add_argument("--microbatches", type=count, default=1, metavar="A", help="into which an update is cut")
-    group.add_argument("--remat", default="auto", metavar="NAMES",
-                       help="none, full, names joined by + (compute.remat), or auto: the fastest that fits")  # fmt: skip
+    kept = "none, full, names joined by + (compute.remat), or auto: the fastest that fits"
+    group.add_argument("--remat", default="auto", metavar="NAMES", help=kept)
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer.name")
     group.add_argument("--moment-dtype", choices=_FLOATS, default="float32", help="optimizer.moments_dtype")
     group.add_argument("--param-dtype", choices=_FLOATS, default="float32", help="of the parameters that are trained")
-    group.add_argument("--loss-chunk", type=count, metavar="N",
-                       help="tokens of the whole batch whose logits exist at one time (compute.loss_chunk); 2048 a chip")  # fmt: skip
+    chunk = "tokens of the whole batch whose logits exist at one time (compute.loss_chunk); 2048 a chip"
+    group.add_argument("--loss-chunk", type=count, metavar="N", help=chunk)
     group.add_argument("--rank", type=count, metavar="R", help="train adapters (LoRA) of this rank over a frozen model")
     group.add_argument("--base", choices=(*_FLOATS, "int8", "int4"), default="bfloat16", help="of the model under adapters")
     group.add_argument("--tokens", type=count, metavar="D", help="to be trained on, such as 15T: how many days")

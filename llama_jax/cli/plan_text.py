@@ -4,7 +4,7 @@ from llama_jax.accounting import matmul_parameters, parameter_count
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.flags import PLAN_KEYS, flags
 from llama_jax.planning.job import Job, MeshSizes
-from llama_jax.planning.memory import ACCURACY, Memory
+from llama_jax.planning.memory import ACCURACY
 from llama_jax.planning.plan import Plan, Remedy
 from llama_jax.planning.search import Outlook
 from llama_jax.planning.speed import Speed
@@ -61,20 +61,20 @@ def _memory_lines(plan: Plan) -> Rows:
     job = plan.job
     kept = "all that differentiation asks for" if job.remat == "none" else f"each layer's input and {job.remat}"
     kept = "each layer's input" if job.remat == "full" else kept
-    words = Memory(
-        parameters=f"{job.param_dtype}" + (", adapters" if job.rank else ""),
-        frozen=f"the model, {job.base_dtype}",
-        optimizer=f"{job.optimizer}" + (f", mean in {job.moment_dtype}" if job.optimizer != "adafactor" else ""),
-        gradients=f"{job.param_dtype}" + (", two while micro-batches are added up" if job.microbatches > 1 else ""),
-        activations=f"{kept}, {job.config.layers} layers",
-        gathered="weights of all layers, kept with remat none" if job.remat == "none" else "weights of two layers in flight",
-        working="one layer: gradients of its activations, what is computed again",
-        logits="a chunk of the loss and its gradient",
-        head="head and embedding gathered" + ("" if job.rank else ", the head's gradient in float32"),
-        update="of the optimizer, when the passes' memory is free again",
-    )  # type: ignore[arg-type]
+    words = {
+        "parameters": f"{job.param_dtype}" + (", adapters" if job.rank else ""),
+        "frozen": f"the model, {job.base_dtype}",
+        "optimizer": f"{job.optimizer}" + (f", mean in {job.moment_dtype}" if job.optimizer != "adafactor" else ""),
+        "gradients": f"{job.param_dtype}" + (", two while micro-batches are added up" if job.microbatches > 1 else ""),
+        "activations": f"{kept}, {job.config.layers} layers",
+        "gathered": "weights of all layers, kept with remat none" if job.remat == "none" else "weights of two layers in flight",
+        "working": "one layer: gradients of its activations, what is computed again",
+        "logits": "a chunk of the loss and its gradient",
+        "head": "head and embedding gathered" + ("" if job.rank else ", the head's gradient in float32"),
+        "update": "of the optimizer, when the passes' memory is free again",
+    }
     rows = [
-        (f"  {name}", f"{_gb(size):>10}  {size / plan.limit:6.1%}  {getattr(words, name)}")
+        (f"  {name}", f"{_gb(size):>10}  {size / plan.limit:6.1%}  {words[name]}")
         for name, size in plan.memory._asdict().items()
         if size > 0
     ]
@@ -91,22 +91,22 @@ def _verdict_lines(plan: Plan, around: Outlook) -> Rows:
     rows = [("verdict", f"does not fit: {_gb(-plan.left)} a chip too many")]
     if around.remedies:
         rows += [("instead", "the smallest changes that do, the fastest first:")]
-        return rows + [("", f"  {_remedy_text(remedy, plan)}") for remedy in around.remedies]
-    rows += [
-        ("", "no remat, number of micro-batches, loss chunk, mesh or moments in bfloat16 saves enough; not adafactor either")
-    ]
+        return [*rows, *[("", f"  {_remedy_text(remedy, plan)}") for remedy in around.remedies]]
+    tried = "no remat, number of micro-batches, loss chunk, mesh or moments in bfloat16 saves enough; not adafactor either"
+    rows.append(("", tried))
     more = ""
     if around.enough:
         larger = around.enough.job
         more = f"more chips ({larger.topology.name} fits with remat full, mesh {_mesh(larger.mesh)}, one row a chip at a time)"
-    return rows + [("instead", " or ".join(filter(None, [more, "adapters over a narrower model (--rank 16 --base int8)"])))]
+    return [*rows, ("instead", " or ".join(filter(None, [more, "adapters over a narrower model (--rank 16 --base int8)"])))]
 
 
 def _remedy_text(remedy: Remedy, plan: Plan) -> str:
     speed = remedy.plan.speed
     typed = flags(remedy, plan.job, PLAN_KEYS)
     note = " (it learns differently)" if "adafactor" in typed else ""
-    return f"{typed}{note}: {_gb(remedy.plan.memory.total)}, {_seconds(speed.step)} a step, {speed.step / plan.speed.step:.2f} times"
+    times = f"{speed.step / plan.speed.step:.2f} times as long"
+    return f"{typed}{note}: {_gb(remedy.plan.memory.total)}, {_seconds(speed.step)} a step, {times}"
 
 
 def _seconds(seconds: float) -> str:
@@ -116,31 +116,25 @@ def _seconds(seconds: float) -> str:
 def _speed_lines(plan: Plan, tokens: int | None) -> Rows:
     speed, chip = plan.speed, plan.job.topology.chip
     rate = speed.tokens_per_second
+    rule = f"at {chip.share:.1%} of peak" if speed.bound == "compute" else f"by {speed.bound} at nominal bandwidth"
     rows = [
-        ("FLOPs", f"{speed.flops_per_token:.4g} a token ({_formula(plan.job)}, causal); {speed.recomputed:.1%} computed again"),
+        ("FLOPs", f"{speed.flops_per_token:.4g} a token ({_formula(plan.job)}, causal); "
+                  f"{speed.recomputed:.1%} computed again"),
         ("roofline", f"compute {_seconds(speed.compute)} at peak, {_seconds(speed.expected_compute)} at {chip.share:.1%} of it; "
                      f"memory {_seconds(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
-        ("step", f"{_seconds(speed.step)}: expected, closed form, at {chip.share:.1%} of peak"),
+        ("step", f"{_seconds(speed.step)}: expected, closed form, {rule}"),
         ("speed", f"{rate:,.0f} tokens/s, {rate / speed.chips:,.0f} a chip; causal MFU {speed.mfu:.1%}"),
     ]  # fmt: skip
     if tokens is None:
         return rows
     days = tokens / rate / 86400
-    return [
-        *rows,
-        (
-            "days",
-            f"{f'{days:,.0f}' if days >= 100 else f'{days:.3g}'} for {tokens:.4g} tokens, {tokens / plan.job.tokens:,.0f} updates",
-        ),
-    ]
+    shown = f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
+    return [*rows, ("days", f"{shown} for {tokens:.4g} tokens, {tokens / plan.job.tokens:,.0f} updates")]
 
 
 def _formula(job: Job) -> str:
-    return (
-        "4 matmul parameters + adapters + 6·layers·heads·head_dim·T"
-        if job.rank
-        else "6 matmul parameters + 6·layers·heads·head_dim·T"
-    )
+    products = "4 matmul parameters + adapters" if job.rank else "6 matmul parameters"
+    return f"{products} + 6·layers·heads·head_dim·T"
 
 
 def _links(speed: Speed) -> str:

@@ -1,20 +1,22 @@
 """Advice for a training that has run out of memory: what to change in its config, from the same search as a plan."""
 
+import dataclasses
 import math
 import re
 
 from llama_jax.planning.chips import Chip, Topology, chip_of
 from llama_jax.planning.flags import TRAIN_KEYS, flags
 from llama_jax.planning.job import Job, MeshSizes
-from llama_jax.planning.plan import Plan, make_plan
+from llama_jax.planning.plan import Plan, Remedy, make_plan
 from llama_jax.planning.search import remedies
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import MeshConfig, TrainConfig
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating", re.IGNORECASE)
 _WANTED = re.compile(r"allocat\w*\s+([0-9][0-9.,]*)\s*([KMGT]i?B|bytes)", re.IGNORECASE)
 _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 # Any chip whose figures are not known: its memory is what the job seems to need, so that it has to need less.
 _UNKNOWN = Chip("unknown", "TPU v5e", 0.0, 1e12, 1e11, 1e10, 0.5, "", 0, 1, 8)
+_CANDIDATES = 20
 _LESS = 0.9  # of what a job seemed to need when it did not fit
 
 
@@ -79,13 +81,24 @@ def advice(job: Job, memory: float | None = None, most: int = 2) -> list[str]:
     lines = [_need_line(plan, limit)]
     # What has not fit did not fit, whatever the closed form says of it.
     smaller = plan._replace(limit=min(limit or needed, _LESS * needed))
-    found = remedies(smaller, most)
+    found = [remedy for remedy in remedies(smaller, _CANDIDATES) if _possible(remedy)][:most]
     if not found:
         return [*lines, "no setting of compute.remat, data.accumulation, compute.loss_chunk or the mesh saves enough: "
                 "use more devices, adapters (adapter.rank), shorter rows (data.length) or a smaller model"]  # fmt: skip
-    return lines + [f"{'try' if i == 0 else 'or'} {flags(remedy, job, TRAIN_KEYS)}: {_gigabytes(remedy.plan.memory.total)} a device, "
-                    f"{remedy.plan.speed.step / plan.speed.step * plan.job.tokens / remedy.plan.job.tokens:.2f} times the time a step"
-                    for i, remedy in enumerate(found)]  # fmt: skip
+    return [*lines, *[f"{'or' if i else 'try'} {_remedy_line(remedy, plan)}" for i, remedy in enumerate(found)]]
+
+
+def _possible(remedy: Remedy) -> bool:
+    """Whether the config of a run has the axes of the remedy's mesh."""
+    axes = {field.name for field in dataclasses.fields(MeshConfig)}
+    return all(size == 1 or axis in axes for axis, size in remedy.plan.job.mesh._asdict().items())
+
+
+def _remedy_line(remedy: Remedy, plan: Plan) -> str:
+    speed = remedy.plan.speed
+    times = plan.speed.tokens_per_second / speed.tokens_per_second
+    typed = flags(remedy, plan.job, TRAIN_KEYS)
+    return f"{typed}: {_gigabytes(remedy.plan.memory.total)} a device, {times:.2f} times the time of a step"
 
 
 def _need_line(plan: Plan, limit: float) -> str:

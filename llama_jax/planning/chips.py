@@ -1,4 +1,4 @@
-"""What chips hold and move, and how they are put together: one table, each figure with its source, and the parser of topologies.
+"""What chips hold and move, and how they are put together: one table with its sources, and the parser of topologies.
 
 The peaks are those of `llama_jax.parallel.peak`. Memory is what a program can have, which is less than what is on the label.
 """

@@ -132,7 +132,7 @@ def require_divisible(config: LlamaConfig, mesh: MeshSizes, length: int) -> None
 
 
 def parse_mesh(text: str | None, topology: Topology) -> MeshSizes:
-    """Sizes of the mesh: `fsdp=64,tensor=2`; one of them may be -1, the rest. By default `data` is the slices and `fsdp` the rest.
+    """Sizes of the mesh, `fsdp=64,tensor=2`; one may be -1, the rest. By default `data` is the slices, `fsdp` all else.
 
     Raises:
       InputError: for an unknown axis, a size that is none, and sizes that do not make up the chips.

@@ -127,7 +127,7 @@ def _together(job: Job, changes: tuple[Change, ...]) -> tuple[Change, ...]:
 
 
 def fastest(plan: Plan) -> Remedy | None:
-    """Another `remat` and number of micro-batches with which a job fits and is at least 2 % faster; `None` where there is none."""
+    """Another `remat` and number of micro-batches with which a job fits and is at least 2 % faster, if there is one."""
     job, found = plan.job, []
     for remat, count in itertools.product(LADDER, (job.microbatches, *_more_microbatches(job))):
         other = {"remat": remat, "microbatches": count}

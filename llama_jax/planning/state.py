@@ -18,13 +18,13 @@ class Array(NamedTuple):
     """An array of parameters, or as many as there are layers.
 
     Attributes:
-      count: layers, or 1.
+      layers: how many there are, or 1.
       shape: of one.
       ways: in which each dimension is split.
       in_layer: whether it is a matrix of a layer, which Muon treats.
     """
 
-    count: int
+    layers: int
     shape: tuple[int, ...]
     ways: tuple[int, ...]
     in_layer: bool
@@ -32,7 +32,7 @@ class Array(NamedTuple):
     @property
     def size(self) -> float:
         """Numbers on one chip."""
-        total = float(self.count)
+        total = float(self.layers)
         for size, ways in zip(self.shape, self.ways):
             total *= size / ways
         return total
@@ -130,6 +130,6 @@ def _factored_size(array: Array) -> float:
     """Numbers that Adafactor keeps: sums over rows and over columns, or all squares; and a number for each part left out."""
     factored = len(array.shape) == 2 and min(array.shape) >= _FACTORED
     if not factored:
-        return array.size + 2 * array.count
+        return array.size + 2 * array.layers
     (rows, columns), (first, second) = array.shape, array.ways
-    return array.count * (rows / first + columns / second + 1)
+    return array.layers * (rows / first + columns / second + 1)

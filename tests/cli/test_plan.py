@@ -25,7 +25,8 @@ def figures(capsys, arguments: str) -> dict:
 def test_a_pod_in_words(capsys):
     text = output(capsys, f"{POD} --tokens 15T")
     for words in ("70,553,706,496 parameters", "128 x v5p, 102.8 GB and 459 TFLOP/s", "512 rows of 8,192 tokens", "parameters ",
-                  "optimizer", "gradients", "activations", "gathered", "working", "logits", "head", "in all", "fits, ", "causal MFU",
+                  "optimizer", "gradients", "activations", "gathered", "working", "logits", "head", "in all", "fits, ",
+                  "causal MFU",
                   "expected, closed form, at 64.6% of peak", "4.492e+11 a token", "bound by compute", "for 1.5e+13 tokens",
                   "modelled", "an assumption, from MaxText, Llama 2 70B on 512 v5p"):  # fmt: skip
         assert words in text, words

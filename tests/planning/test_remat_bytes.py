@@ -65,5 +65,5 @@ def test_full_recomputes_all_products_but_the_last():
 
 @pytest.mark.parametrize("remat", ["q+w", "all", "", "none+q"])
 def test_unknown_names_are_refused(remat):
-    with pytest.raises(InputError, match="remat .* is unknown; none, full, or some of q"):
+    with pytest.raises(InputError, match=r"remat .* is unknown; none, full, or some of q"):
         saved_names(remat)

@@ -84,7 +84,8 @@ def test_flags_are_those_of_the_verb_and_of_the_config():
 
 CONFIG = TrainConfig(
     model=preset("llama3.1-8b"), compute=ComputeConfig(remat="none", loss_chunk=16384), mesh=MeshConfig(data=1, fsdp=-1),
-    data=DataConfig(length=8192, batch_rows=32, accumulation=2), optimizer=OptimizerConfig(name="lion", moments_dtype="bfloat16"),
+    data=DataConfig(length=8192, batch_rows=32, accumulation=2),
+    optimizer=OptimizerConfig(name="lion", moments_dtype="bfloat16"),
 )  # fmt: skip
 
 
