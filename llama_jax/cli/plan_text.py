@@ -120,8 +120,8 @@ def _speed_lines(plan: Plan, tokens: int | None) -> Rows:
     rows = [
         ("FLOPs", f"{speed.flops_per_token:.4g} a token ({_formula(plan.job)}, causal); "
                   f"{speed.recomputed:.1%} computed again"),
-        ("roofline", f"compute {_seconds(speed.compute)} at peak, {_seconds(speed.expected_compute)} at {chip.share:.1%} of it; "
-                     f"memory {_seconds(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
+        ("roofline", f"compute {_seconds(speed.compute)} at peak, {_seconds(speed.expected_compute)} at {chip.share:.1%} "
+                     f"of it; memory {_seconds(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
         ("step", f"{_seconds(speed.step)}: expected, closed form, {rule}"),
         ("speed", f"{rate:,.0f} tokens/s, {rate / speed.chips:,.0f} a chip; causal MFU {speed.mfu:.1%}"),
     ]  # fmt: skip
