@@ -11,10 +11,11 @@ import time
 from llama_jax.cli.arguments import parse_train, to_yaml
 from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.distributed import several_processes
-from llama_jax.cli.program import DAMAGED, WRONG_INPUT
+from llama_jax.cli.program import DAMAGED
 from llama_jax.cli.stopping import StopRequest
 from llama_jax.config import LlamaConfig
 from llama_jax.data.atomic import atomic_write
+from llama_jax.errors import DeviceMemoryError, InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_distributed import DistributedConfig
@@ -66,7 +67,6 @@ def memory_lines(config: TrainConfig, error: Exception) -> list[str]:
     """What is said of a run that a device has too little memory for, and what may help; nothing for another error."""
     import jax
 
-    from llama_jax.errors import InputError
     from llama_jax.planning.advice import advice, is_out_of_memory, job_of, wanted_bytes
     from llama_jax.training.setup import compute_dtype
 
@@ -84,8 +84,10 @@ def memory_lines(config: TrainConfig, error: Exception) -> list[str]:
 
 
 def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
-    """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 2 when memory has run out, 5 when
-    the last state could not be saved.
+    """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last state could not be saved.
+
+    Raises:
+      DeviceMemoryError: when a device has run out of memory.
     """
     started = time.monotonic()
     config = parse_train(arguments, default, architecture)
@@ -98,8 +100,7 @@ def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
             lines = memory_lines(config, error)
             if not lines:
                 raise
-            print("error:", "\n  ".join(lines), file=sys.stderr)
-            return WRONG_INPUT
+            raise DeviceMemoryError(*lines) from None
 
 
 def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
