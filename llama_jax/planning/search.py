@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from llama_jax.planning.chips import Topology, common_topologies
 from llama_jax.planning.job import CHUNK_A_CHIP, Job, MeshSizes
+from llama_jax.planning.memory import training_memory
 from llama_jax.planning.plan import Change, Plan, Remedy, changed, ladder_plans, make_plan
 from llama_jax.planning.remat import LADDER, saved_names
 
@@ -41,8 +42,9 @@ def outlook(plan: Plan) -> Outlook:
 def remedies(plan: Plan, most: int = 5) -> list[Remedy]:
     """Changes to a job that does not fit, each set without one that could be left out or taken less far, the fastest first.
 
-    Tried together are `remat`, the number of micro-batches, the loss chunk, the type of the optimizer's moments, Adafactor (it
-    learns differently: such remedies come last), and the axes `fsdp`, `tensor` and `context` of the mesh.
+    Tried together are `remat`, the number of micro-batches, the loss chunk, the type of the optimizer's moments, and the axes
+    `fsdp`, `tensor` and `context` of the mesh; where nothing of that is enough, the same with Adafactor, which learns
+    differently.
 
     Args:
       plan: that does not fit; one that does has no remedies.
@@ -51,23 +53,27 @@ def remedies(plan: Plan, most: int = 5) -> list[Remedy]:
     if plan.fits:
         return []
     choices = _choices(plan.job)
+    found = _smallest(plan, choices)
+    if not found and plan.job.optimizer != "adafactor" and not plan.job.rank:
+        found = _smallest(plan, [*choices[:-2], [Change("optimizer", "adafactor")], choices[-1]])
+    return sorted(found, key=lambda remedy: (_pace(remedy), len(remedy.changes)))[:most]
+
+
+def _pace(remedy: Remedy) -> float:
+    """Seconds a token: on another mesh an update may have other rows."""
+    return remedy.plan.speed.step / remedy.plan.job.tokens
+
+
+def _smallest(plan: Plan, choices: list[Sequence[Change | None]]) -> list[Remedy]:
+    """Of all sets of changes that make a job fit, those that are not more of another one."""
     found: dict[tuple[int, ...], Remedy] = {}
     for levels in itertools.product(*(range(len(steps)) for steps in choices)):
         if any(_less(smaller, levels) for smaller in found):
             continue
         remedy = _remedy(plan, [steps[level] for steps, level in zip(choices, levels)])
-        if remedy is not None and remedy.plan.fits:
+        if remedy is not None:
             found[levels] = remedy
-    smallest = [levels for levels in found if not any(_less(other, levels) for other in found)]
-    ordered = sorted((found[levels] for levels in smallest), key=_cost)
-    return ordered[:most]
-
-
-def _cost(remedy: Remedy) -> tuple[bool, float, int]:
-    """What orders remedies: another optimizer last, then time, then how much is changed."""
-    job = remedy.plan.job
-    other = any(change.name == "optimizer" for change in remedy.changes)
-    return other, remedy.plan.speed.step / job.tokens, len(remedy.changes)
+    return [remedy for levels, remedy in found.items() if not any(_less(other, levels) for other in found)]
 
 
 def _choices(job: Job) -> list[Sequence[Change | None]]:
@@ -77,7 +83,6 @@ def _choices(job: Job) -> list[Sequence[Change | None]]:
         [None, *[Change("microbatches", count) for count in _more_microbatches(job)]],
         [None, *[Change("loss_chunk", job.chunk // divisor) for divisor in _CHUNK_DIVISORS if _wide_enough(job, divisor)]],
         [None, *([Change("moment_dtype", "bfloat16")] if _has_wide_mean(job) else [])],
-        [None, *([Change("optimizer", "adafactor")] if job.optimizer != "adafactor" and not job.rank else [])],
         [None, *[Change("mesh", mesh) for mesh in _other_meshes(job)]],
     ]
 
@@ -105,9 +110,10 @@ def _has_wide_mean(job: Job) -> bool:
 def _other_meshes(job: Job) -> list[MeshSizes]:
     """Meshes with the weights split further or the work of a row shared: `data` as it is or 1, `fsdp` the rest."""
     chips, now = job.topology.chips, job.mesh
+    pairs = [*((ways, now.context) for ways in _SPLITS), *((now.tensor, ways) for ways in _SPLITS)]
     found = []
     for data in dict.fromkeys((now.data, job.topology.slices, 1)):
-        for tensor, context in itertools.product(_SPLITS, _SPLITS):
+        for tensor, context in dict.fromkeys(pairs):
             if chips % (data * tensor * context) == 0:
                 found.append(MeshSizes(data, chips // (data * tensor * context), tensor, context))
     # A wish for `tensor` or `context` is not taken back.
@@ -115,9 +121,12 @@ def _other_meshes(job: Job) -> list[MeshSizes]:
 
 
 def _remedy(plan: Plan, picked: Sequence[Change | None]) -> Remedy | None:
-    changes = tuple(change for change in picked if change is not None)
-    job = changed(plan.job, _together(plan.job, changes))
-    return None if job is None else Remedy(changes, make_plan(job, plan.limit))
+    """A job with changes; `None` where they do not go together or it still does not fit."""
+    changes = _together(plan.job, tuple(change for change in picked if change is not None))
+    job = changed(plan.job, changes)
+    if job is None or training_memory(job).total > plan.limit:
+        return None
+    return Remedy(changes, make_plan(job, plan.limit))
 
 
 def _together(job: Job, changes: tuple[Change, ...]) -> tuple[Change, ...]:
@@ -133,7 +142,7 @@ def fastest(plan: Plan) -> Remedy | None:
         other = {"remat": remat, "microbatches": count}
         changes = tuple(Change(name, value) for name, value in other.items() if value != getattr(job, name))
         remedy = _remedy(plan, changes)
-        if remedy is not None and remedy.plan.fits and remedy.plan.speed.step < _FASTER * plan.speed.step:
+        if remedy is not None and remedy.plan.speed.step < _FASTER * plan.speed.step:
             found.append(remedy)
     return min(found, key=lambda remedy: (remedy.plan.speed.step, remedy.plan.memory.total), default=None)
 
