@@ -78,7 +78,7 @@ def test_tensor_and_context_share_activations():
     assert context.activations == pytest.approx(alone.activations)  # two rows over two chips each
     assert alone.activations < tensor.activations < 2 * alone.activations  # the stream is not split
     assert tensor.gathered == alone.gathered / 2 == context.gathered / 2
-    assert context.parameters == pytest.approx(2 * alone.parameters, rel=0.001)  # norms are whole everywhere
+    assert context.parameters == pytest.approx(2 * alone.parameters, rel=0.002)  # norms are whole everywhere
     assert tensor.parameters == pytest.approx(alone.parameters, rel=0.001)
 
 
