@@ -20,8 +20,8 @@ from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import Recipe, batch_sharding, sharded_step, state_shapes
 
 # Training steps of 8,192 tokens a chip compiled ahead of time (jax 0.12, libtpu 0.0.50): bytes of arguments and temporaries in
-# GB. They scanned the layers, kept these activations, formed the head's gradient in float32 (405B: in bfloat16) and had AdamW
-# moments in float32 (405B: both in bfloat16).
+# GB. They scanned the layers, kept these activations, formed the head's gradient in float32 and had AdamW moments in float32
+# (405B: both moments in bfloat16, and the head's gradient, as is taken from the fact that the step fitted at all).
 COMPILED = [
     ("llama3.1-8b", "v5p:4x4x4", 1, "q+k+v+context+middle+gate+up", 1.51, 32.76),
     ("llama3.1-8b", "v5p:4x4x4", 2, "q+k+v+context+middle+gate+up", 1.51, 58.47),
