@@ -16,6 +16,10 @@ class DivergedError(RuntimeError):
     """A training that cannot go on by itself: too many bad steps, or devices that disagree. Programs exit with status 4."""
 
 
+class DeviceMemoryError(RuntimeError):
+    """A device whose memory has run out: its arguments are lines, the last ones advice. Programs exit with status 2."""
+
+
 def imported(package: str, extra: str) -> ModuleType:
     """A package that is not installed with us but by one of our extras, imported at its first use.
 

@@ -22,6 +22,7 @@ _VERBS = {
     ),
     "convert": ("llama_jax.cli.convert", "write a model in another format"),
     "flops": ("llama_jax.cli.flops", "the compute of a training, as papers count it"),
+    "plan": ("llama_jax.cli.plan", "memory and time of a training or of decoding, before chips are rented"),
     "report": ("llama_jax.cli.report", "draw the curves of runs, as a picture or in the terminal"),
     "doctor": ("llama_jax.cli.doctor", "check versions, devices, collectives and disk of this machine"),
     "selftest": ("llama_jax.cli.selftest", "the same loss for every mesh, accumulation, backend ... on your devices"),

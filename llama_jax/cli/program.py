@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from llama_jax.errors import CorruptError, DivergedError, InputError
+from llama_jax.errors import CorruptError, DeviceMemoryError, DivergedError, InputError
 
 WRONG_INPUT = 2
 DIVERGED = 4
@@ -21,9 +21,9 @@ def run_program(main: Callable[[], int]) -> int:
     """Runs a program and gives its exit status.
 
     Returns:
-      What `main` returns; after `error: LINE` on stderr, 2 for wrong input or a disk that is full or read-only, 4 for
-      a training that cannot go on and 5 for a damaged file of ours; 130 when interrupted; 141 when the reader of our output
-      has gone (as in `... | head -1`), without a word.
+      What `main` returns; after `error: LINE` on stderr, 2 for wrong input, a disk that is full or read-only or a device
+      without memory enough, 4 for a training that cannot go on and 5 for a damaged file of ours; 130 when interrupted; 141
+      when the reader of our output has gone (as in `... | head -1`), without a word.
     """
     open_missing_streams()
     try:
@@ -35,6 +35,9 @@ def run_program(main: Callable[[], int]) -> int:
     except DivergedError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return DIVERGED
+    except DeviceMemoryError as error:
+        print("error:", "\n  ".join(error.args), file=sys.stderr)
+        return WRONG_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -15,6 +15,7 @@ from llama_jax.cli.program import DAMAGED
 from llama_jax.cli.stopping import StopRequest
 from llama_jax.config import LlamaConfig
 from llama_jax.data.atomic import atomic_write
+from llama_jax.errors import DeviceMemoryError, InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_distributed import DistributedConfig
@@ -62,14 +63,44 @@ def architecture(path: str) -> LlamaConfig:
     return open_model(path).source.config
 
 
+def memory_lines(config: TrainConfig, error: Exception) -> list[str]:
+    """What is said of a run that a device has too little memory for, and what may help; nothing for another error."""
+    import jax
+
+    from llama_jax.planning.advice import advice, is_out_of_memory, job_of, wanted_bytes
+    from llama_jax.training.setup import compute_dtype
+
+    if not is_out_of_memory(str(error)):
+        return []
+    device = jax.devices()[0]
+    wanted = wanted_bytes(str(error))
+    asked = "" if wanted is None else f" ({wanted / 1e9:.3g} GB more were asked for)"
+    first = f"a device ({device.device_kind}) has run out of memory{asked}; checkpoints of {config.run.dir} are untouched"
+    try:
+        job = job_of(config, device.device_kind, jax.device_count(), compute_dtype(config.compute))
+    except InputError:
+        return [first]
+    return [first, *advice(job, (device.memory_stats() or {}).get("bytes_limit"))]
+
+
 def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
-    """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last state could not be saved."""
+    """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last state could not be saved.
+
+    Raises:
+      DeviceMemoryError: when a device has run out of memory.
+    """
     started = time.monotonic()
     config = parse_train(arguments, default, architecture)
     make_room_for_virtual_devices()
     quiet_libraries()
     with several_processes(config.distributed, os.environ) as hosts:
-        return _train(config, hosts, started)
+        try:
+            return _train(config, hosts, started)
+        except RuntimeError as error:  # the runtime's own errors are of this kind
+            lines = memory_lines(config, error)
+            if not lines:
+                raise
+            raise DeviceMemoryError(*lines) from None
 
 
 def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:

@@ -19,7 +19,7 @@ from llama_jax.parallel.sharding import TRAINING, check_divisible
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import ComputeConfig, TrainConfig
 from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import require_same_tokenizer
 from llama_jax.training.loss import next_token
@@ -87,11 +87,16 @@ def require_divisible_length(config: TrainConfig, parts: int) -> None:
         )
 
 
+def compute_dtype(compute: ComputeConfig) -> str:
+    """The dtype that `compute.dtype` stands for on the devices at hand."""
+    on_cpu = jax.devices()[0].platform == "cpu"
+    return compute.dtype if compute.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+
+
 def make_recipe(config: TrainConfig) -> Recipe:
     """Model, optimizer and schedule of a run."""
     compute = config.compute
-    platform = jax.devices()[0].platform
-    dtype = compute.dtype if compute.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    dtype = compute_dtype(compute)
     attention = choose_backend(compute.attention, config.data.length, config.data.length)
     options = ModelOptions(
         dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention,

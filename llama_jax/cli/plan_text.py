@@ -1,0 +1,174 @@
+"""Plans in words, a row a fact: what it is about, what it takes, and what follows."""
+
+from llama_jax.accounting import matmul_parameters, parameter_count
+from llama_jax.planning.decode import DecodePlan
+from llama_jax.planning.flags import PLAN_KEYS, flags
+from llama_jax.planning.job import Job, MeshSizes
+from llama_jax.planning.memory import ACCURACY
+from llama_jax.planning.plan import Plan, Remedy
+from llama_jax.planning.search import Outlook
+from llama_jax.planning.speed import Speed
+
+Rows = list[tuple[str, str]]  # a name, or "" for more of the row before, and its text
+
+
+def training_lines(model: str, plan: Plan, around: Outlook, tokens: int | None) -> Rows:
+    """The plan of a training; with days where the tokens to be trained on are given."""
+    return [
+        *_job_lines(model, plan.job),
+        *_memory_lines(plan),
+        ("by remat", ", ".join(f"{_rung(other)} {_gb(other.memory.total)}" for other in around.ladder) + " (* fits)"),
+        *_verdict_lines(plan, around),
+        *_speed_lines(plan, tokens),
+        ("modelled", f"memory: {ACCURACY}"),
+        ("", f"time: share of peak {plan.job.topology.chip.share:.1%}, an assumption, from {plan.job.topology.chip.source}; "
+             "input, checkpoints, pauses and latency are not modelled"),
+    ]  # fmt: skip
+
+
+def _rung(plan: Plan) -> str:
+    return plan.job.remat + ("*" if plan.fits else "")
+
+
+def _gb(size: float) -> str:
+    """Bytes in GB of 1e9, or in MB."""
+    return (
+        f"{size / 1e9:,.1f} GB" if abs(size) >= 1e9 else f"{size / 1e9:.2f} GB" if abs(size) >= 1e7 else f"{size / 1e6:.2f} MB"
+    )
+
+
+def _mesh(mesh: MeshSizes) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh._asdict().items() if size > 1 or axis == "fsdp")
+
+
+def _job_lines(model: str, job: Job) -> Rows:
+    config, chip, topology = job.config, job.topology.chip, job.topology
+    pieces = "1 micro-batch" if job.microbatches == 1 else f"{job.microbatches} micro-batches"
+    tokens = f"{job.chip_tokens:,.0f} tokens a chip at a time"
+    learner = f"adapters of rank {job.rank} over {job.base_dtype}, {job.optimizer}" if job.rank else job.optimizer
+    return [
+        ("model", f"{model}: {parameter_count(config):,} parameters, {matmul_parameters(config):,} of them in matrix products"),
+        ("chips", f"{topology.name}: {topology.chips} x {chip.name}, {_gb(chip.memory)} and {chip.peak / 1e12:g} TFLOP/s each; "
+                  f"mesh {_mesh(job.mesh)}"),
+        ("batch", f"{job.rows:,} rows of {job.length:,} tokens, {job.tokens:,} an update, in {pieces}: {tokens}"),
+        ("training", f"{learner}, parameters {job.param_dtype}, compute {job.compute_dtype}, remat {job.remat}, loss chunk "
+                     f"{job.chunk:,} ({job.chunk_tokens:,.0f} tokens a chip)"),
+    ]  # fmt: skip
+
+
+def _memory_lines(plan: Plan) -> Rows:
+    """A row for each part of the memory, with its share of the chip's."""
+    job = plan.job
+    kept = "all that differentiation asks for" if job.remat == "none" else f"each layer's input and {job.remat}"
+    kept = "each layer's input" if job.remat == "full" else kept
+    words = {
+        "parameters": f"{job.param_dtype}" + (", adapters" if job.rank else ""),
+        "frozen": f"the model, {job.base_dtype}",
+        "optimizer": f"{job.optimizer}" + (f", mean in {job.moment_dtype}" if job.optimizer != "adafactor" else ""),
+        "gradients": f"{job.param_dtype}" + (", two while micro-batches are added up" if job.microbatches > 1 else ""),
+        "activations": f"{kept}, {job.config.layers} layers",
+        "gathered": "weights of all layers, kept with remat none" if job.remat == "none" else "weights of two layers in flight",
+        "working": "one layer: gradients of its activations, what is computed again",
+        "logits": "a chunk of the loss and its gradient",
+        "head": "head and embedding gathered" + ("" if job.rank else ", the head's gradient in float32"),
+        "update": "of the optimizer, when the passes' memory is free again",
+    }
+    rows = [
+        (f"  {name}", f"{_gb(size):>10}  {size / plan.limit:6.1%}  {words[name]}")
+        for name, size in plan.memory._asdict().items()
+        if size > 0
+    ]
+    total = plan.memory.total
+    return [("memory", "a chip, GB of 1e9 bytes"), *rows, ("  in all", f"{_gb(total):>10}  {total / plan.limit:6.1%}")]
+
+
+def _verdict_lines(plan: Plan, around: Outlook) -> Rows:
+    """Whether it fits, and what to do about it."""
+    if plan.fits:
+        left = f"fits, {_gb(plan.left)} a chip left"
+        faster = _remedy_text(around.faster, plan) if around.faster else ""
+        return [("verdict", left), ("faster", faster) if faster else ("", "nothing on the ladder of remat that fits is faster")]
+    rows = [("verdict", f"does not fit: {_gb(-plan.left)} a chip too many")]
+    if around.remedies:
+        rows += [("instead", "the smallest changes that do, the fastest first:")]
+        return [*rows, *[("", f"  {_remedy_text(remedy, plan)}") for remedy in around.remedies]]
+    tried = "no remat, number of micro-batches, loss chunk, mesh or moments in bfloat16 saves enough; not adafactor either"
+    rows.append(("", tried))
+    more = ""
+    if around.enough:
+        larger = around.enough.job
+        more = f"more chips ({larger.topology.name} fits with remat full, mesh {_mesh(larger.mesh)}, one row a chip at a time)"
+    return [*rows, ("instead", " or ".join(filter(None, [more, "adapters over a narrower model (--rank 16 --base int8)"])))]
+
+
+def _remedy_text(remedy: Remedy, plan: Plan) -> str:
+    speed = remedy.plan.speed
+    typed = flags(remedy, plan.job, PLAN_KEYS)
+    note = " (it learns differently)" if "adafactor" in typed else ""
+    times = f"{speed.step / plan.speed.step:.2f} times as long"
+    return f"{typed}{note}: {_gb(remedy.plan.memory.total)}, {_seconds(speed.step)} a step, {times}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _speed_lines(plan: Plan, tokens: int | None) -> Rows:
+    speed, chip = plan.speed, plan.job.topology.chip
+    rate = speed.tokens_per_second
+    rule = f"at {chip.share:.1%} of peak" if speed.bound == "compute" else f"by {speed.bound} at nominal bandwidth"
+    rows = [
+        ("FLOPs", f"{speed.flops_per_token:.4g} a token ({_formula(plan.job)}, causal); "
+                  f"{speed.recomputed:.1%} computed again"),
+        ("roofline", f"compute {_seconds(speed.compute)} at peak, {_seconds(speed.expected_compute)} at {chip.share:.1%} "
+                     f"of it; memory {_seconds(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
+        ("step", f"{_seconds(speed.step)}: expected, closed form, {rule}"),
+        ("speed", f"{rate:,.0f} tokens/s, {rate / speed.chips:,.0f} a chip; causal MFU {speed.mfu:.1%}"),
+    ]  # fmt: skip
+    if tokens is None:
+        return rows
+    days = tokens / rate / 86400
+    shown = f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
+    return [*rows, ("days", f"{shown} for {tokens:.4g} tokens, {tokens / plan.job.tokens:,.0f} updates")]
+
+
+def _formula(job: Job) -> str:
+    products = "4 matmul parameters + adapters" if job.rank else "6 matmul parameters"
+    return f"{products} + 6·layers·heads·head_dim·T"
+
+
+def _links(speed: Speed) -> str:
+    network = f", network {_seconds(speed.network)}" if speed.network else ""
+    return f"links {_seconds(speed.links)}{network}"
+
+
+def decode_lines(model: str, plan: DecodePlan, dtype: str) -> Rows:
+    """The plan of decoding."""
+    chip = plan.topology.chip
+    parts = {"weights": (plan.weights, dtype), "cache": (plan.cache, f"{plan.batch:,} rows of {plan.length:,} tokens"),
+             "logits": (plan.logits, "float32")}  # fmt: skip
+    left = plan.limit - plan.total
+    verdict = (
+        f"fits, {_gb(left)} a chip left"
+        if left >= 0
+        else f"does not fit: {_gb(-left)} a chip too many; " + _smaller(plan, dtype)
+    )
+    return [
+        ("model", f"{model}, weights {dtype}"),
+        ("chips", f"{plan.topology.name}: {plan.topology.chips} x {chip.name}, {_gb(chip.memory)} and "
+                  f"{chip.bandwidth / 1e12:.2f} TB/s each; mesh data {plan.mesh.data} x tensor {plan.mesh.tensor}"),
+        ("memory", "a chip, GB of 1e9 bytes"),
+        *[(f"  {name}", f"{_gb(size):>10}  {size / plan.limit:6.1%}  {words}") for name, (size, words) in parts.items()],
+        ("  in all", f"{_gb(plan.total):>10}  {plan.total / plan.limit:6.1%}"),
+        ("verdict", verdict),
+        ("moved", f"{_gb(plan.moved)} a step and chip: every matrix once, the cache of full rows; "
+                  f"{_gb(plan.bytes_per_token)} a token"),
+        ("limit", f"{plan.tokens_per_second:,.1f} tokens/s, {_seconds(plan.step)} a step: memory bandwidth alone, closed form; "
+                  "published decoders reach 60 to 90 % of it"),
+    ]  # fmt: skip
+
+
+def _smaller(plan: DecodePlan, dtype: str) -> str:
+    """What helps where decoding does not fit."""
+    narrower = "" if dtype != "bfloat16" else "--quantize int8, "
+    return f"{narrower}--cache-dtype int8, fewer rows (--batch), shorter ones (--length), or more chips along tensor"

@@ -1,0 +1,166 @@
+"""What a plan is about: a training on given chips, every choice that memory or time depends on."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from llama_jax.accounting import LAYER_MATRICES
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.planning.chips import Topology
+
+ITEMSIZES: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
+CHUNK_A_CHIP = 2048  # tokens whose logits exist at one time on a chip: fewer make narrow products (`docs/design.md`)
+
+
+class MeshSizes(NamedTuple):
+    """Chips along each axis of the mesh.
+
+    Attributes:
+      data: copies of the model, each with its own rows.
+      fsdp: ways in which parameters and rows are split together.
+      tensor: ways in which each product is split.
+      context: ways in which the tokens of a row are split; keys and values are gathered over it.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Ways in which the rows of a batch are split."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={size}" for axis, size in self._asdict().items() if size > 1) or "fsdp=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training, as far as memory and time depend on it.
+
+    Attributes:
+      config: the architecture.
+      topology: the chips.
+      mesh: how they share the work.
+      length: `T`, tokens of a row.
+      rows: of one optimizer update, all micro-batches together.
+      microbatches: into which an update is cut.
+      remat: `compute.remat`.
+      optimizer: `optimizer.name`.
+      moment_dtype: of the mean of the gradient.
+      param_dtype: of the parameters that are trained.
+      compute_dtype: of activations and of weights in use.
+      loss_chunk: tokens of the whole batch whose logits exist at one time; 0 for 2,048 a chip.
+      rank: of adapters (LoRA) in place of whole training; 0 for none.
+      base_dtype: of the frozen weights under adapters.
+
+    Raises:
+      InputError: naming what does not fit together.
+    """
+
+    config: LlamaConfig
+    topology: Topology
+    mesh: MeshSizes
+    length: int
+    rows: int
+    microbatches: int = 1
+    remat: str = "full"
+    optimizer: str = "adamw"
+    moment_dtype: str = "float32"
+    param_dtype: str = "float32"
+    compute_dtype: str = "bfloat16"
+    loss_chunk: int = 0
+    rank: int = 0
+    base_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        mesh, chips = self.mesh, self.topology.chips
+        if math.prod(mesh) != chips:
+            raise InputError(f"mesh {mesh} makes {math.prod(mesh)} chips, {self.topology.name} has {chips}; set one axis to -1")
+        require_divisible(self.config, mesh, self.length)
+        if self.rows % (mesh.rows * self.microbatches):
+            raise InputError(f"{self.rows} rows a step given; a multiple of data * fsdp * microbatches "
+                             f"({mesh.rows * self.microbatches}) expected")  # fmt: skip
+        if self.length > self.config.context_length:
+            raise InputError(f"length {self.length} given; at most the model's context ({self.config.context_length}) expected")
+
+    @property
+    def tokens(self) -> int:
+        """Of one optimizer update."""
+        return self.rows * self.length
+
+    @property
+    def chip_rows(self) -> int:
+        """Rows that a chip has at one time, whole or as its part of each."""
+        return self.rows // self.microbatches // self.mesh.rows
+
+    @property
+    def chip_tokens(self) -> float:
+        """Tokens that a chip has at one time."""
+        return self.chip_rows * self.length / self.mesh.context
+
+    @property
+    def chunk(self) -> int:
+        """`compute.loss_chunk`, the default resolved."""
+        return self.loss_chunk or min(CHUNK_A_CHIP * self.mesh.rows * self.mesh.context, self.rows * self.length)
+
+    @property
+    def chunk_tokens(self) -> float:
+        """Tokens of a chunk of the loss on a chip: a chunk takes at least one token of each row and at most all."""
+        rows = self.rows // self.microbatches
+        return rows * max(1, min(self.length, self.chunk // rows)) / self.mesh.rows / self.mesh.context
+
+
+def require_divisible(config: LlamaConfig, mesh: MeshSizes, length: int) -> None:
+    """Refuses a mesh that does not divide the model, as `llama_jax.parallel.sharding.check_divisible` does at run time.
+
+    Raises:
+      InputError: naming the axis and what it does not divide.
+    """
+    sizes = {"fsdp": {"dim": config.dim}, "context": {"length": length},
+             "tensor": {"kv_heads": config.kv_heads, "ffn_dim": config.ffn_dim, "vocab_size": config.vocab_size}}  # fmt: skip
+    for axis, parts in sizes.items():
+        ways = getattr(mesh, axis)
+        for name, size in parts.items():
+            if size % ways:
+                raise InputError(f"mesh axis {axis} of size {ways} does not divide {name} ({size}); choose a divisor")
+
+
+def parse_mesh(text: str | None, topology: Topology) -> MeshSizes:
+    """Sizes of the mesh, `fsdp=64,tensor=2`; one may be -1, the rest. By default `data` is the slices, `fsdp` all else.
+
+    Raises:
+      InputError: for an unknown axis, a size that is none, and sizes that do not make up the chips.
+    """
+    given: dict[str, int] = {}
+    for part in text.replace("*", ",").split(",") if text else ():
+        axis, _, size = part.strip().partition("=")
+        if axis not in MeshSizes._fields or not size.lstrip("-").isdecimal() or (int(size) < 1 and size != "-1"):
+            raise InputError(f"mesh {text!r:.60}: {part!r:.30} given; AXIS=SIZE of {', '.join(MeshSizes._fields)} expected")
+        given[axis] = int(size)
+    open_axes = [axis for axis, size in given.items() if size == -1]
+    if len(open_axes) > 1:
+        raise InputError(f"mesh {text!r:.60}: -1 on one axis only expected")
+    if not open_axes and "data" not in given and topology.slices > 1 and math.prod(given.values()) != topology.chips:
+        given["data"] = topology.slices
+    free = open_axes[0] if open_axes else "fsdp" if "fsdp" not in given else "data" if "data" not in given else ""
+    known = math.prod(size for axis, size in given.items() if axis != free)
+    if topology.chips % known or (not free and known != topology.chips):
+        raise InputError(
+            f"mesh {text!r:.60} does not make up the {topology.chips} chips of {topology.name}; set one axis to -1"
+        )
+    return MeshSizes(**({**given, free: topology.chips // known} if free else given))
+
+
+def matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the matrices of one layer, by name."""
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    dim, ffn = config.dim, config.ffn_dim
+    sides = {"wq": (dim, query), "wk": (dim, key), "wv": (dim, key), "wo": (query, dim),
+             "gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}  # fmt: skip
+    return {name: sides[name] for name in LAYER_MATRICES}

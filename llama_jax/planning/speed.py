@@ -1,0 +1,155 @@
+"""Time of a training step in closed form: what compute, memory and links need at least, and what is to be expected."""
+
+from typing import NamedTuple
+
+from llama_jax.accounting import matmul_parameters, training_flops_per_token
+from llama_jax.planning.job import ITEMSIZES, Job, matrices
+from llama_jax.planning.remat import recomputed_bytes, recomputed_flops
+from llama_jax.planning.state import model_arrays, optimizer_bytes, trained_size
+
+# Bytes between chip and memory for one token and layer, forward and backward, over the bytes of its named activations: each is
+# written and read in both passes, in fused kernels (8B: 24 MB a token in all).
+_TRAFFIC = 8
+_FORWARD, _BACKWARD = 1, 1  # times that weights are gathered over `fsdp` in a micro-batch
+
+
+class Speed(NamedTuple):
+    """Seconds of one optimizer update, and what follows from them.
+
+    Attributes:
+      flops_per_token: of the model, forward and backward, causal attention, nothing recomputed.
+      recomputed: FLOPs done a second time, over those.
+      compute: seconds at the chip's peak.
+      expected_compute: seconds at the share of the peak that is to be expected.
+      memory: seconds to move weights, activations and state between chip and memory, at its nominal bandwidth.
+      links: seconds of all transfers between chips of a slice or node, at nominal bandwidth.
+      network: seconds of all transfers between slices or nodes.
+      tokens: of the update.
+      chips: that work together.
+      peak: FLOP/s of one chip.
+    """
+
+    flops_per_token: float
+    recomputed: float
+    compute: float
+    expected_compute: float
+    memory: float
+    links: float
+    network: float
+    tokens: int
+    chips: int
+    peak: float
+
+    @property
+    def step(self) -> float:
+        """Seconds to be expected: those of the slowest of the four, which work at the same time."""
+        return max(self.expected_compute, self.memory, self.links, self.network)
+
+    @property
+    def bound(self) -> str:
+        """Which of the four that is."""
+        times = {"compute": self.expected_compute, "memory": self.memory, "links": self.links, "network": self.network}
+        return max(times, key=lambda name: times[name])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all chips."""
+        return self.tokens / self.step
+
+    @property
+    def mfu(self) -> float:
+        """FLOPs of the model a second over the peak; attention counted as causal, recomputation not at all."""
+        return self.flops_per_token * self.tokens_per_second / self.chips / self.peak
+
+
+def flops_per_token(job: Job) -> float:
+    """FLOPs of the model, forward and backward, for one token; under adapters no gradient of a frozen matrix is formed."""
+    whole = training_flops_per_token(job.config, job.length)
+    if not job.rank:
+        return whole
+    factors = job.config.layers * job.rank * sum(inputs + outputs for inputs, outputs in matrices(job.config).values())
+    return whole - 2 * matmul_parameters(job.config) + 6 * factors
+
+
+def training_speed(job: Job) -> Speed:
+    """The time of an update."""
+    chip, chips = job.topology.chip, job.topology.chips
+    each = flops_per_token(job)
+    again = recomputed_flops(job.config, job.remat, job.length)
+    compute = (each + again) * job.tokens / chips / chip.peak
+    near, far = traffic(job)
+    return Speed(
+        flops_per_token=each,
+        recomputed=again / each,
+        compute=compute,
+        expected_compute=compute / chip.share,
+        memory=_memory_traffic(job) / chip.bandwidth,
+        links=near / job.topology.link,
+        network=far / chip.network,
+        tokens=job.tokens,
+        chips=chips,
+        peak=chip.peak,
+    )
+
+
+def _memory_traffic(job: Job) -> float:
+    """Bytes a chip and update between chip and memory."""
+    config, width, micro = job.config, ITEMSIZES[job.compute_dtype], job.microbatches
+    named = recomputed_bytes(config, "full", int(width), job.mesh.tensor)
+    activations = _TRAFFIC * named * config.layers * job.chip_tokens * micro
+    weights = 3 * width * matmul_parameters(config) / job.mesh.tensor * micro
+    head = width * config.vocab_size * config.dim / job.mesh.tensor
+    chunks = micro * job.chip_tokens / job.chunk_tokens
+    # A chunk reads the head twice, and its gradient (float32) is read and written.
+    loss = chunks * head * 2 + (0 if job.rank else chunks * 2 * 4 * head / width)
+    state = 2 * (trained_size(job) * ITEMSIZES[job.param_dtype] + optimizer_bytes(job))
+    gradients = 2 * micro * trained_size(job) * ITEMSIZES[job.param_dtype]
+    return activations + weights + loss + state + gradients
+
+
+def traffic(job: Job) -> tuple[float, float]:
+    """Bytes a chip and update that come in over links, and over the network between slices or nodes."""
+    mesh, near = job.mesh, job.topology.near
+    inside = {"tensor": _tensor_traffic(job), "context": _context_traffic(job), "fsdp": _fsdp_traffic(job)}
+    totals, reach = [0.0, 0.0], 1
+    for axis in ("tensor", "context", "fsdp"):  # from the inside out: what fits into a slice stays there
+        reach *= getattr(mesh, axis)
+        totals[reach > near] += inside[axis]
+    reach *= mesh.data
+    totals[reach > near] += _data_traffic(job)
+    return totals[0], totals[1]
+
+
+def _fsdp_traffic(job: Job) -> float:
+    """Weights gathered for both passes (once where they are kept), gradients scattered; head and embedding gathered once."""
+    config, mesh, width = job.config, job.mesh, ITEMSIZES[job.compute_dtype]
+    arrays = [array for array in model_arrays(config, 1, mesh.tensor) if len(array.shape) == 2]
+    layers = sum(array.size for array in arrays if array.in_layer)
+    outer = sum(array.size for array in arrays if not array.in_layer)
+    times = _FORWARD + (0 if job.remat == "none" else _BACKWARD)
+    stored = min(width, ITEMSIZES[job.base_dtype]) if job.rank else width
+    gathers = stored * (times * layers + outer)
+    gradients = 0.0 if job.rank else width * (layers + outer)
+    return job.microbatches * (mesh.fsdp - 1) / mesh.fsdp * (gathers + gradients)
+
+
+def _tensor_traffic(job: Job) -> float:
+    """Sums of the stream over `tensor`: after attention and feed-forward, forward, backward and where they are recomputed."""
+    mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
+    sums = 4 + (0 if "middle" in job.remat or job.remat == "none" else 1)
+    stream = job.chip_tokens * job.config.dim * width
+    return job.microbatches * job.config.layers * sums * 2 * (mesh.tensor - 1) / mesh.tensor * stream
+
+
+def _context_traffic(job: Job) -> float:
+    """Keys and values of whole rows gathered in both passes, their gradients scattered."""
+    mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
+    keys = 2 * job.config.kv_heads * job.config.head_dim / mesh.tensor * width * job.chip_rows * job.length
+    return job.microbatches * job.config.layers * 3 * (mesh.context - 1) / mesh.context * keys
+
+
+def _data_traffic(job: Job) -> float:
+    """Gradients summed over copies of the model: `data`, and `context`, whose chips share the weights."""
+    mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
+    copies = mesh.data * mesh.context
+    return job.microbatches * 2 * (copies - 1) / copies * trained_size(job) * width

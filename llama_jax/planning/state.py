@@ -1,0 +1,135 @@
+"""Bytes that a training keeps between two updates: parameters, frozen weights, the state of the optimizer; closed form.
+
+Every matrix is split over `fsdp` times `tensor`, norms are on every chip whole: `llama_jax.parallel.sharding`. A test compares
+with the tree and the shardings that the training step itself declares.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from llama_jax.accounting import parameter_shapes
+from llama_jax.config import LlamaConfig
+from llama_jax.planning.job import ITEMSIZES, Job, matrices
+
+_FACTORED = 128  # Adafactor keeps sums of rows and columns where both sides have so many; optax's min_dim_size_to_factor
+
+
+class Array(NamedTuple):
+    """An array of parameters, or as many as there are layers.
+
+    Attributes:
+      layers: how many there are, or 1.
+      shape: of one.
+      ways: in which each dimension is split.
+      in_layer: whether it is a matrix of a layer, which Muon treats.
+    """
+
+    layers: int
+    shape: tuple[int, ...]
+    ways: tuple[int, ...]
+    in_layer: bool
+
+    @property
+    def size(self) -> float:
+        """Numbers on one chip."""
+        total = float(self.layers)
+        for size, ways in zip(self.shape, self.ways):
+            total *= size / ways
+        return total
+
+
+def model_arrays(config: LlamaConfig, fsdp: int, tensor: int) -> list[Array]:
+    """The arrays of a whole model."""
+    layer = parameter_shapes(config)["layers"]
+    layers = config.layers
+    outer = {"embedding": (tensor, fsdp)} | ({} if config.tied_head else {"head": (fsdp, tensor)})
+    norms = [Array(layers, (config.dim,), (1,), False)] * 2 + [Array(1, (config.dim,), (1,), False)]
+    found = [Array(1, parameter_shapes(config)[name], ways, False) for name, ways in outer.items()]
+    for name, shape in {**layer["attention"], **layer["feed_forward"]}.items():
+        found.append(Array(layers, shape[1:], _ways(name, fsdp, tensor), True))
+    return found + norms
+
+
+def _ways(name: str, fsdp: int, tensor: int) -> tuple[int, int]:
+    """How a matrix of a layer is split: its side on the residual stream by `fsdp`, the other by `tensor`."""
+    return (tensor, fsdp) if name in ("wo", "down") else (fsdp, tensor)
+
+
+def adapter_arrays(config: LlamaConfig, rank: int, fsdp: int, tensor: int) -> list[Array]:
+    """The factors of adapters of a rank on all matrices of the layers."""
+    found = []
+    for name, (inputs, outputs) in matrices(config).items():
+        first, second = _ways(name, fsdp, tensor)
+        found += [
+            Array(config.layers, (inputs, rank), (first, 1), True),
+            Array(config.layers, (rank, outputs), (1, second), True),
+        ]
+    return found
+
+
+def trained_arrays(job: Job) -> list[Array]:
+    """What an update changes."""
+    fsdp, tensor = job.mesh.fsdp, job.mesh.tensor
+    return adapter_arrays(job.config, job.rank, fsdp, tensor) if job.rank else model_arrays(job.config, fsdp, tensor)
+
+
+def trained_size(job: Job) -> float:
+    """Numbers on one chip that an update changes."""
+    return sum(array.size for array in trained_arrays(job))
+
+
+def parameter_bytes(job: Job) -> float:
+    """Bytes of what is trained, on one chip."""
+    return trained_size(job) * ITEMSIZES[job.param_dtype]
+
+
+def frozen_bytes(job: Job) -> float:
+    """Bytes of the frozen model under adapters, on one chip; 0 without adapters."""
+    if not job.rank:
+        return 0.0
+    return weight_bytes(job.config, job.base_dtype, job.mesh.fsdp, job.mesh.tensor)
+
+
+def weight_bytes(config: LlamaConfig, dtype: str, fsdp: int = 1, tensor: int = 1) -> float:
+    """Bytes on one chip of a model that is not trained, in a float type or quantised (see `llama_jax.model.quantize`).
+
+    Quantised, every matrix has a float32 scale a channel; 4-bit ones an 8-bit number for each 32 weights, too; embedding and
+    head hold 8 bits; norms stay in bfloat16.
+    """
+    if dtype in ("float32", "bfloat16"):
+        return sum(array.size for array in model_arrays(config, fsdp, tensor)) * ITEMSIZES[dtype]
+    total = 0.0
+    for array in model_arrays(config, fsdp, tensor):
+        if len(array.shape) == 1:
+            total += array.size * 2
+        elif array.in_layer:
+            groups = 1 / 32 if dtype == "int4" else 0
+            total += array.size * (ITEMSIZES[dtype] + groups + 4 / array.shape[0])
+        else:
+            total += array.size * (1 + 4 / config.dim)
+    return total
+
+
+def optimizer_bytes(job: Job) -> float:
+    """Bytes of the optimizer's state on one chip, without its counters of a few bytes."""
+    mean = ITEMSIZES[job.moment_dtype]
+    return sum(sum(_moments(array, job.optimizer, mean)) for array in trained_arrays(job))
+
+
+def _moments(array: Array, optimizer: str, mean: float) -> Iterator[float]:
+    """Bytes of each part of the state that belongs to an array: the mean of its gradient, of the square, and their like."""
+    if optimizer == "adafactor":
+        yield 4 * _factored_size(array)
+        return
+    yield mean * array.size
+    if optimizer == "adamw" or (optimizer == "muon" and not array.in_layer):
+        yield 4 * array.size
+
+
+def _factored_size(array: Array) -> float:
+    """Numbers that Adafactor keeps: sums over rows and over columns, or all squares; and a number for each part left out."""
+    factored = len(array.shape) == 2 and min(array.shape) >= _FACTORED
+    if not factored:
+        return array.size + 2 * array.layers
+    (rows, columns), (first, second) = array.shape, array.ways
+    return array.layers * (rows / first + columns / second + 1)

@@ -1,0 +1,115 @@
+"""`plan`: what it prints and gives as JSON, that it starts without JAX, and that bad input is one line."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llama_jax.cli.plan import main
+from llama_jax.cli.program import run_program
+
+POD = "--model llama3.1-70b --topology v5p:4x4x8 --length 8192 --batch-tokens 4M"
+
+
+def output(capsys, arguments: str) -> str:
+    assert run_program(lambda: main(arguments.split())) == 0
+    return capsys.readouterr().out
+
+
+def figures(capsys, arguments: str) -> dict:
+    return json.loads(output(capsys, f"{arguments} --json"))
+
+
+def test_a_pod_in_words(capsys):
+    text = output(capsys, f"{POD} --tokens 15T")
+    for words in ("70,553,706,496 parameters", "128 x v5p, 102.8 GB and 459 TFLOP/s", "512 rows of 8,192 tokens", "parameters ",
+                  "optimizer", "gradients", "activations", "gathered", "working", "logits", "head", "in all", "fits, ",
+                  "causal MFU",
+                  "expected, closed form, at 64.6% of peak", "4.492e+11 a token", "bound by compute", "for 1.5e+13 tokens",
+                  "modelled", "an assumption, from MaxText, Llama 2 70B on 512 v5p"):  # fmt: skip
+        assert words in text, words
+    assert all(len(line.split(None, 1)) == 2 for line in text.splitlines())
+
+
+def test_a_pod_in_numbers(capsys):
+    got = figures(capsys, f"{POD} --remat full --tokens 15T")
+    memory = got["memory"]
+    lasting = sum(memory[name] for name in ("parameters", "frozen", "optimizer", "gradients"))
+    passes = sum(memory[name] for name in ("activations", "gathered", "working", "logits", "head"))
+    assert memory["total"] == lasting + max(passes, memory["update"])
+    assert memory["parameters"] + memory["optimizer"] == pytest.approx(70.55e9 * 12 / 128, rel=0.003)  # norms are whole
+    assert memory["activations"] == 4 * 8192 * 80 * 8192 * 2  # the input of every layer, 4 rows, bfloat16
+    assert got["tokens_per_step"] == 512 * 8192
+    assert got["seconds"]["step"] == pytest.approx(got["tokens_per_step"] / got["tokens_per_second"])
+    assert got["days"] == pytest.approx(15e12 / got["tokens_per_second"] / 86400)
+    assert got["mfu"] == pytest.approx(got["flops_per_token"] * got["tokens_per_second"] / 128 / 459e12)
+
+
+def test_what_does_not_fit_comes_with_flags_that_do(capsys):
+    got = figures(capsys, f"{POD} --remat none")
+    assert not got["fits"]
+    assert got["remedies"]
+    for remedy in got["remedies"]:
+        again = POD + " " + remedy["flags"] if "--remat" in remedy["flags"] else f"{POD} --remat none {remedy['flags']}"
+        assert figures(capsys, again)["fits"]
+        assert figures(capsys, again)["memory"]["total"] == remedy["total"]
+    text = output(capsys, f"{POD} --remat none")
+    assert "does not fit: " in text
+    assert got["remedies"][0]["flags"] in text
+
+
+def test_one_gpu_needs_adapters_or_another_optimizer(capsys):
+    one = "--model llama3.1-8b --topology h100:1 --length 4096"
+    assert not figures(capsys, one)["fits"]
+    assert figures(capsys, f"{one} --optimizer adafactor --param-dtype bfloat16")["fits"]
+    lora = figures(capsys, f"{one} --rank 16")
+    assert lora["fits"]
+    assert lora["memory"]["frozen"] == pytest.approx(16.06e9, rel=0.001)
+
+
+def test_more_chips_are_named_where_nothing_else_helps(capsys):
+    text = output(capsys, "--model llama3.1-405b --topology h100:8 --remat full")
+    assert "more chips (h100:" in text
+    assert "--rank 16 --base int8" in text
+
+
+def test_decoding(capsys):
+    arguments = "--model llama3.1-8b --topology h100:1 --decode --batch 8 --length 1024"
+    got = figures(capsys, arguments)
+    assert got["tokens_per_second_limit"] == pytest.approx(1666, rel=0.001)  # (15.01 GB + 8 * 1024 * 128 KiB) at 3.35 TB/s
+    assert got["bytes_per_token"] == pytest.approx(16.08e9 / 8, rel=0.001)
+    text = output(capsys, f"{arguments} --quantize int8")
+    for words in ("weights int8", "8 rows of 1,024 tokens", "memory bandwidth alone", "tokens/s", "fits, "):
+        assert words in text
+    assert "does not fit" in output(capsys, "--model llama3.1-405b --topology h100:1 --decode")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ("--model llama3.1-70b", "--topology"), ("--topology h100:8", "--model"),
+    ("--model lama3-8b --topology h100:8", "nearest"), ("--model llama3-8b --topology h100:3", "multiple of 8"),
+    ("--model llama3-8b --topology h100:8 --mesh fsdp=3", "does not make up the 8 chips"),
+    ("--model llama3-8b --topology h100:16 --mesh tensor=16", "does not divide kv_heads (8)"),
+    ("--model llama3-8b --topology h100:8 --remat some", "is unknown; none, full"),
+    ("--model llama3-8b --topology h100:8 --length 9000", "at most the model's context (8192)"),
+    ("--model llama3-8b --topology h100:8 --batch-tokens many", "whole number such as 4096, 4M"),
+    ("--model llama3-8b --topology h100:8 --optimizer adafactor --moment-dtype bfloat16", "adafactor keeps no mean"),
+    ("--model llama3-8b --topology h100:8 --decode --mesh data=8 --batch 3", "multiple of the copies of the model (8)"),
+    ("--model llama3-8b --topology h100:8 --decode --mesh fsdp=8", "decoding takes data and tensor"),
+    ("--model llama3-8b --topology h100:8 --rematt full", "the nearest is --remat"),
+])  # fmt: skip
+def test_bad_input_is_one_line(capsys, arguments, words):
+    assert run_program(lambda: main(arguments.split())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_it_starts_without_jax():
+    begin = time.perf_counter()
+    code = "import sys; from llama_jax.cli.plan import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *POD.split()], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - begin < 30

@@ -1,0 +1,69 @@
+"""What a layer keeps: what differentiation itself keeps of it, array by array; what is computed again: counted by XLA."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import TINY
+
+from llama_jax.errors import InputError
+from llama_jax.model.attention import Mask
+from llama_jax.model.layers import layer_class
+from llama_jax.model.options import REMAT_NAMES, ModelOptions
+from llama_jax.model.rope import rotation
+from llama_jax.planning.remat import LADDER, NAMES, recomputed_flops, saved_bytes, saved_names, score_bytes
+
+CONFIG = dataclasses.replace(TINY, dim=192, heads=6, kv_heads=2, head_dim=40, ffn_dim=448)
+ROWS, LENGTH = 2, 256
+
+
+def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
+    """Bytes a token that the backward pass of a layer is handed, without weights and what all rows and layers share."""
+    options = ModelOptions(dtype=dtype, remat=remat, attention=attention)
+    layer, positions = layer_class(options)(CONFIG, options), jnp.arange(LENGTH, dtype=jnp.int32)[None]
+
+    def forward(params, x):
+        return layer.apply({"params": params}, x, None, rotation(positions, CONFIG), Mask())[0]
+
+    x = jax.ShapeDtypeStruct((ROWS, LENGTH, CONFIG.dim), jnp.dtype(dtype))
+    params = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, None, rotation(positions, CONFIG), Mask())["params"], x)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda params, x: jax.vjp(forward, params, x)[1], params, x))
+    per_token = [leaf for leaf in leaves if ROWS in leaf.shape and leaf.size % (ROWS * LENGTH) == 0]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in per_token) / ROWS / LENGTH
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("remat", LADDER)
+def test_bytes_are_those_that_differentiation_keeps(remat, dtype):
+    itemsize = jnp.dtype(dtype).itemsize
+    assert saved_bytes(CONFIG, remat, itemsize) == kept_by_differentiation(remat, dtype, "chunked")
+
+
+def test_short_rows_keep_their_scores():
+    kept = kept_by_differentiation("none", "bfloat16", "reference")
+    planned = saved_bytes(CONFIG, "none", 2) + score_bytes(CONFIG, LENGTH)
+    assert kept <= planned == pytest.approx(kept, rel=0.12)
+    assert score_bytes(CONFIG, 4096) == 0
+
+
+def test_the_ladder_goes_down_in_bytes_and_up_in_flops():
+    for above, below in itertools.pairwise(LADDER):
+        assert saved_bytes(CONFIG, below, 2) < saved_bytes(CONFIG, above, 2)
+        assert recomputed_flops(CONFIG, below, 512) >= recomputed_flops(CONFIG, above, 512)
+    assert NAMES == REMAT_NAMES
+    assert recomputed_flops(CONFIG, "none", 512) == recomputed_flops(CONFIG, LADDER[1], 512) == 0
+
+
+def test_full_recomputes_all_products_but_the_last():
+    """Of 8 products forward, all but `down`; attention causal: two products with half of the keys each."""
+    query, key, dim, ffn = 240, 80, 192, 448
+    one = 2 * (dim * query + 2 * dim * key + query * dim + 2 * dim * ffn) + 2 * (2 * query * 1000 / 2)
+    assert recomputed_flops(CONFIG, "full", 1000) == CONFIG.layers * one
+
+
+@pytest.mark.parametrize("remat", ["q+w", "all", "", "none+q"])
+def test_unknown_names_are_refused(remat):
+    with pytest.raises(InputError, match=r"remat .* is unknown; none, full, or some of q"):
+        saved_names(remat)

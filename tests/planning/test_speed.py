@@ -1,0 +1,120 @@
+"""FLOPs, traffic and limits against published figures and what compiled steps move."""
+
+import dataclasses
+
+import pytest
+
+from llama_jax.planning.chips import parse_topology
+from llama_jax.planning.decode import make_decode_plan
+from llama_jax.planning.job import Job, MeshSizes, parse_mesh
+from llama_jax.planning.speed import flops_per_token, traffic, training_speed
+from llama_jax.presets import preset
+
+NAMES = "q+k+v+context+middle+gate+up"
+
+# GFLOP a token by 6 matmul parameters + 6 layers heads head_dim length, at 2,048, 4,096 and 8,192 tokens, worked out by hand.
+PUBLISHED = {
+    "llama3.2-1b": (7.82, 8.22, 9.03), "llama3.2-3b": (20.33, 21.39, 23.50), "llama2-7b": (41.25, 42.86, None),
+    "llama3.1-8b": (46.64, 48.25, 51.47), "llama2-70b": (420, 428, None), "llama3.1-70b": (425, 433, 449),
+    "llama3.1-405b": (2448, 2473, 2524),
+}  # fmt: skip
+
+
+def job(model: str, name: str, length: int = 8192, rows: int = 1, mesh: str | None = None, **changes) -> Job:
+    """So many rows for each chip along `data` and `fsdp`."""
+    topology = parse_topology(name)
+    sizes = parse_mesh(mesh, topology)
+    return Job(preset(model), topology, sizes, length, rows * sizes.rows, **{"remat": NAMES, **changes})
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_flops_a_token_are_the_published_ones(model):
+    for length, expected in zip((2048, 4096, 8192), PUBLISHED[model]):
+        if expected is not None:
+            found = flops_per_token(job(model, "h100:1", length)) / 1e9
+            assert found == pytest.approx(expected, abs=0.006 if expected < 100 else 0.6)
+
+
+def test_flops_under_adapters():
+    """8B at 4,096 tokens: four products with each matrix and attention are 33.2 GFLOP; rank 1 adds next to nothing."""
+    assert flops_per_token(job("llama3.1-8b", "h100:1", 4096, rank=1)) / 1e9 == pytest.approx(33.2, abs=0.1)
+
+
+@pytest.mark.parametrize(("model", "name", "gigabytes"), [
+    ("llama3.1-8b", "v5p:4x4x4", 30.0 + 14.0 + 2.1), ("llama3.1-70b", "v5p:4x4x8", 278.0 + 136.9 + 4.2),
+    ("llama3.1-405b", "v5p:8x8x8", 1615.0 + 803.3 + 8.4),
+])  # fmt: skip
+def test_links_carry_what_compiled_steps_carry(model, name, gigabytes):
+    """Gathers, scatters and sums of steps compiled for TPUs, fsdp over all chips."""
+    near, far = traffic(job(model, name))
+    assert near / 1e9 == pytest.approx(gigabytes, rel=0.02)
+    assert far == 0
+
+
+def test_what_leaves_a_slice_goes_over_the_network():
+    near, far = traffic(job("llama3.1-8b", "2xv5p:4x4x4"))
+    assert near == traffic(job("llama3.1-8b", "v5p:4x4x4"))[0]
+    assert far == pytest.approx(2 * 8.03e9 / 64 / 2 * 2, rel=0.01)  # bfloat16 gradients of a shard, there and back
+    assert traffic(job("llama3.1-8b", "h100:16"))[0] == 0  # fsdp over two nodes is no faster than the network
+    assert traffic(job("llama3.1-8b", "h100:16", mesh="data=2"))[1] < traffic(job("llama3.1-8b", "h100:16"))[1]
+
+
+def test_a_step_is_the_slowest_of_its_parts():
+    speed = training_speed(job("llama3.1-70b", "v5p:4x4x8"))
+    assert speed.bound == "compute"
+    assert speed.step == speed.expected_compute
+    assert speed.mfu == pytest.approx(0.646)  # nothing is computed again, so the share of the peak is the MFU
+    assert speed.compute == pytest.approx(449.2e9 * 8192 / 459e12, rel=0.001)
+    assert speed.tokens_per_second / 128 == pytest.approx(0.646 * 459e12 / 449.2e9, rel=0.001)
+    full = training_speed(job("llama3.1-70b", "v5p:4x4x8", remat="full"))
+    assert full.step == pytest.approx(speed.step * (1 + full.recomputed))
+    assert 0.2 < full.recomputed < 1 / 3  # all of the forward pass but `down` and the head
+
+
+def test_narrow_chunks_of_the_loss_are_bound_by_memory():
+    """A chunk of 2,048 tokens of a whole batch on 64 chips reads the head for 64 tokens each."""
+    wide, narrow = job("llama3.1-8b", "v5p:4x4x4"), job("llama3.1-8b", "v5p:4x4x4", loss_chunk=64)
+    assert wide.chunk_tokens == 2048
+    assert narrow.chunk_tokens == 1
+    assert training_speed(narrow).bound == "memory"
+
+
+def test_more_ways_cost_more_transfers():
+    def for_a_token(**changes):
+        """Bytes a chip, for each token of an update."""
+        given = job("llama3.1-8b", "v5p:4x4x4", **changes)
+        return traffic(given)[0] / given.tokens
+
+    assert for_a_token(mesh="tensor=4") > for_a_token()
+    assert for_a_token(mesh="context=4") > for_a_token()
+    assert for_a_token(rows=2) == for_a_token() / 2  # the same weights for twice the tokens
+    assert for_a_token(rows=2, microbatches=2) == for_a_token()
+
+
+# Tokens a second that memory alone allows an H100 (3.35 TB/s), worked out by hand: 8B and 1B, bfloat16 and int8 weights.
+@pytest.mark.parametrize(("model", "batch", "length", "dtype", "tokens"), [
+    ("llama3.1-8b", 8, 1024, "bfloat16", 1666), ("llama3.1-8b", 8, 2048, "bfloat16", 1562),
+    ("llama3.1-8b", 64, 1024, "bfloat16", 9085), ("llama3.1-8b", 64, 2048, "bfloat16", 6661),
+    ("llama3.1-8b", 1, 1, "bfloat16", 223), ("llama3.1-8b", 1, 1, "int8", 446), ("llama3.2-1b", 1, 1, "bfloat16", 1355),
+])  # fmt: skip
+def test_decoding_is_limited_by_memory_as_published(model, batch, length, dtype, tokens):
+    plan = make_decode_plan(preset(model), parse_topology("h100:1"), batch, length, dtype)
+    assert plan.tokens_per_second == pytest.approx(tokens, rel=0.003)
+
+
+def test_a_cache_takes_the_published_bytes():
+    """128 KiB a token of 8B in bfloat16; int8 halves it and adds a float32 scale a vector of 128."""
+    given = preset("llama3.1-8b"), parse_topology("h100:1"), 4, 1000
+    plan = make_decode_plan(*given)
+    assert plan.cache == 4 * 1000 * 131072
+    assert make_decode_plan(*given, cache_dtype="int8").cache == plan.cache * (1 + 4 / 128) / 2
+
+
+def test_chips_share_weights_and_rows():
+    config, topology = preset("llama3.1-70b"), parse_topology("v5p:4x4x4")
+    plan = make_decode_plan(config, topology, None, 4096)
+    assert plan.mesh == MeshSizes(data=8, tensor=8)
+    assert plan.batch == 8
+    one = make_decode_plan(config, topology, 64, 4096, mesh=MeshSizes(data=64))
+    assert plan.weights == pytest.approx(one.weights / 8, rel=0.001)
+    assert dataclasses.replace(job("llama3.1-8b", "h100:8"), remat="full").chip_rows == 1
