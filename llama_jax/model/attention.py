@@ -13,6 +13,7 @@ from llama_jax.axes import Array, Float, Num
 from llama_jax.errors import InputError
 from llama_jax.model.chunked import chunked_attention
 from llama_jax.model.mask import NO_MASK, Mask, require_complete, visible
+from llama_jax.model.splash import fits_splash
 
 
 class Scales(NamedTuple):
@@ -61,16 +62,29 @@ BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "
 _FEW_SCORES = 512 * 512
 
 
-def choose_backend(name: str, queries: int, keys: int) -> str:
-    """The backend that a name stands for: `auto` is `reference` for few scores (decoding, short rows), else `chunked`.
+def choose_backend(name: str, queries: int, keys: int, platform: str = "", head_dim: int = 0, parts: int = 1) -> str:
+    """The backend that a name stands for.
+
+    `auto` is `splash` for the rows of a training on TPUs where its kernel takes them; else `reference` for few scores
+    (decoding, short rows) and `chunked` for many.
+
+    Args:
+      name: `auto` or a backend.
+      queries: of a row.
+      keys: that they see.
+      platform: `tpu` for a training there.
+      head_dim: width of a head, for the same.
+      parts: devices that share a row, for the same.
 
     Raises:
       InputError: for an unknown name.
     """
+    if name == "auto" and platform == "tpu" and fits_splash(queries, head_dim, parts):
+        return "splash"
     if name == "auto":
         return "reference" if queries * keys <= _FEW_SCORES else "chunked"
-    if name not in BACKENDS:
-        raise InputError(f"attention backend {name!r} is unknown; auto, {', '.join(BACKENDS)} expected")
+    if name not in (*BACKENDS, "splash"):
+        raise InputError(f"attention backend {name!r} is unknown; auto, {', '.join(BACKENDS)}, splash expected")
     return name
 
 

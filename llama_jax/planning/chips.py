@@ -29,6 +29,7 @@ class Chip(NamedTuple):
       axes: dimensions of the topology; 0 for GPUs, which are counted.
       ring: an axis is closed to a ring where its size is a multiple of this.
       largest: chips of one slice, or GPUs of one node.
+      clock: cycles a second in which its compiler counts; 0 where that is not known.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Chip(NamedTuple):
     axes: int
     ring: int
     largest: int
+    clock: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -63,11 +65,11 @@ CHIPS: tuple[Chip, ...] = (
     Chip("v4", "TPU v4", 31.25 * GIB, 1.228e12, 90e9, 6.25e9, 0.53,
          "MaxText, 22B on v4: 56.7 % with attention counted in full", 3, 4, 4096),
     Chip("v5e", "TPU v5e", 15.75 * GIB, 0.819e12, 90e9, 3.125e9, 0.56,
-         "AXLearn, 70B on 1,024 v5e: 59.9 % with attention counted in full", 2, 16, 256),
+         "AXLearn, 70B on 1,024 v5e: 59.9 % with attention counted in full", 2, 16, 256, 1.5e9),
     Chip("v5p", "TPU v5p", 102.8e9, 2.765e12, 180e9, 6.25e9, 0.646,
-         "MaxText, Llama 2 70B on 512 v5p: 64.6 %", 3, 4, 6144),
+         "MaxText, Llama 2 70B on 512 v5p: 64.6 %", 3, 4, 6144, 1.75e9),
     Chip("v6e", "TPU v6", 31.25 * GIB, 1.638e12, 180e9, 12.5e9, 0.41,
-         "MaxText, Llama 3.1 on v6e: 40.4 % (8B), 47.0 % (70B), 41.1 % (405B)", 2, 16, 256),
+         "MaxText, Llama 3.1 on v6e: 40.4 % (8B), 47.0 % (70B), 41.1 % (405B)", 2, 16, 256, 1.75e9),
     Chip("a100", "NVIDIA A100", 0.95 * 79 * GIB, 2.039e12, 300e9, 25e9, 0.50,
          "TinyLlama 1.1B on A100: 52 % as reported", 0, 1, 8),
     Chip("h100", "NVIDIA H100", 0.95 * 78 * GIB, 3.35e12, 450e9, 50e9, 0.478,

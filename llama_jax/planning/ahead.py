@@ -1,0 +1,121 @@
+"""A training step compiled for chips that are not here: its memory as the compiler has it, its time as it estimates."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from llama_jax.data.batch import Batch
+from llama_jax.errors import InputError
+from llama_jax.model.attention import choose_backend
+from llama_jax.model.llama import Llama
+from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.compiler import training_options
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.planning.chips import Topology
+from llama_jax.planning.job import Job
+from llama_jax.planning.ruler import Prediction, predict
+from llama_jax.planning.speed import flops_per_token
+from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.step import Recipe, batch_sharding, sharded_step, state_shapes
+
+
+class Compiled(NamedTuple):
+    """A step as compiled for one chip.
+
+    Attributes:
+      arguments: bytes of state and batch.
+      temporaries: bytes of everything else; the compiler checks only these against the chip's memory.
+      aliased: bytes of results that take the place of arguments.
+      seconds: that compiling took.
+      prediction: of its time; `None` for chips whose clock is not known.
+      flops: of the model, one chip's part of a step.
+      text: the program.
+    """
+
+    arguments: int
+    temporaries: int
+    aliased: int
+    seconds: float
+    prediction: Prediction | None
+    flops: float
+    text: str
+
+
+def topology_devices(topology: Topology) -> Sequence[Any]:
+    """Descriptions of the chips of one slice, closed to rings where the real one is: without, gathers become sums.
+
+    Raises:
+      InputError: for GPUs and several slices; where the compiler for TPUs is not installed.
+    """
+    if not topology.chip.axes or topology.slices > 1:
+        raise InputError(f"topology {topology.name}: programs are compiled ahead for one slice of TPUs; leave out --compile")
+    rings = [size % topology.chip.ring == 0 for size in topology.shape]
+    several = math.prod(topology.shape) > 1
+    try:
+        description = topologies.get_topology_desc(
+            f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}",
+            platform="tpu",
+            chip_config_name="megacore" if topology.chip.axes == 3 else "default",
+            chips_per_host_bounds=(2, 2, 1) if several else (1, 1, 1),
+            num_slices=1,
+            wrap=(*rings, *[False] * (3 - len(rings))),
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"topology {topology.name}: no compiler for TPUs ({str(error).splitlines()[0]:.80}); pip install 'llama_jax[tpu]'"
+        ) from None
+    return description.devices
+
+
+def compile_training(job: Job) -> Compiled:
+    """Compiles the training step of a job, on this machine, for its topology.
+
+    Raises:
+      InputError: for what cannot be compiled here.
+      jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
+    """
+    mesh = make_mesh(job.mesh.data, job.mesh.fsdp, job.mesh.tensor, topology_devices(job.topology), job.mesh.context)
+    recipe = job_recipe(job)
+    place = batch_sharding(recipe, mesh)
+    rows = (job.microbatches, job.rows // job.microbatches, job.length)
+    batch = Batch(
+        *[jax.ShapeDtypeStruct(rows, dtype, sharding=place) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32)]
+    )
+    with jax.set_mesh(mesh):
+        lowered = sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch)
+        started = time.monotonic()
+        compiled = lowered.compile(compiler_options=training_options(mesh))
+    seconds, text, memory = time.monotonic() - started, compiled.as_text(), compiled.memory_analysis()
+    config, tokens = job.config, job.tokens / job.topology.chips
+    product = config.layers * tokens * job.length * config.heads * config.head_dim  # half of the square, two FLOPs each
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.alias_size_in_bytes,
+        seconds,
+        predict(text, job.topology, product) if job.topology.chip.clock else None,
+        flops_per_token(job) * tokens,
+        text,
+    )
+
+
+def job_recipe(job: Job) -> Recipe:
+    """The update of a job, as a run of the same settings has it on TPUs.
+
+    Raises:
+      InputError: for adapters, whose step needs a model.
+    """
+    if job.rank:
+        raise InputError("--rank and --compile given; only the training of whole models is compiled ahead")
+    attention = choose_backend("auto", job.length, job.length, "tpu", job.config.head_dim, job.mesh.context)
+    options = ModelOptions(dtype=job.compute_dtype, scan=True, remat=job.remat, attention=attention)
+    settings = OptimizerConfig(name=job.optimizer, moments_dtype=job.moment_dtype)  # type: ignore[arg-type]
+    optimizer, schedule = make_optimizer(settings), learning_rate_schedule(settings, 1000)
+    return Recipe(Llama(job.config, options), optimizer, schedule, job.chunk)

@@ -1,0 +1,88 @@
+"""Programs as XLA's compilers leave them, read from their text: computations, instructions, sizes.
+
+The text is that of a scheduled program: an instruction outside of fusions is a kernel, and the order is that of execution.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = {
+    "f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+    "s8": 1, "u8": 1, "pred": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5,
+}  # fmt: skip
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+
+
+class Instruction(NamedTuple):
+    """One line of a program: its name, its result's type, its operation, and the line."""
+
+    name: str
+    result: str
+    operation: str
+    line: str
+
+    def called(self, role: str) -> list[str]:
+        """The computations it calls as `role`."""
+        found = re.search(rf"\b{role}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.line)
+        return re.findall(r"[\w.\-]+", found.group(1)) if found else []
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of what it works on."""
+        return re.findall(r"%([\w.\-]+)", self.line.partition(f" {self.operation}(")[2].partition(")")[0])
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate of its time, in cycles of the chip's clock; 0 where there is none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.line)
+        return int(found.group(1)) if found else 0
+
+    @property
+    def group(self) -> int:
+        """Devices of one group of a collective operation; 0 where the line does not say."""
+        named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.line)
+        if named:
+            sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", named.group(1)))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named.group(2)))
+        listed = re.search(r"replica_groups=\[\d+,(\d+)\]|replica_groups=\{\{([\d,]+)\}", self.line)
+        if not listed:
+            return 0
+        return int(listed.group(1)) if listed.group(1) else len(listed.group(2).split(","))
+
+
+class Program:
+    """The computations of a compiled program by name, and which of them is the entry."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
+            if head:
+                current = self.computations[head.group(2)] = []
+                self.entry = head.group(2) if head.group(1) else self.entry
+            body = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(", line)
+            if body:
+                current.append(Instruction(*body.groups(), line))
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often the body of a `while` runs, `None` where the text does not say."""
+        known = re.search(r'known_trip_count["\s:={]+n["\s:]+"?(\d+)', loop.line)
+        if known:
+            return int(known.group(1))
+        condition = self.computations.get(loop.called("condition")[0], [])
+        fused = [inner for line in condition for name in line.called("calls") for inner in self.computations.get(name, [])]
+        for lines in (condition, fused):
+            constants = [re.search(r"s32\[\]\S* constant\((\d+)\)", instruction.line) for instruction in lines]
+            found = [int(constant.group(1)) for constant in constants if constant]
+            if found:
+                return max(found)
+        return None
+
+
+def sizes(result: str) -> list[float]:
+    """Bytes of each array of a result's type."""
+    found = _ARRAY.findall(result)
+    return [_BYTES[dtype] * math.prod(int(size) for size in dims.split(",") if size) for dtype, dims in found]
