@@ -4,7 +4,6 @@ The mathematics lives in the functions (`rms_norm`, `swiglu`, `rotate`, `attend`
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -201,8 +200,8 @@ def row_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
     That costs two copies a layer. Elsewhere there is no other layout.
     """
-    pin = functools.partial(with_layout_constraint, layout=Layout(major_to_minor=tuple(range(x.ndim))))
-    return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
+    layout = Layout(major_to_minor=tuple(range(x.ndim)))
+    return jax.lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x)
 
 
 def layer_class(options: ModelOptions) -> Callable[..., nn.Module]:

@@ -51,9 +51,10 @@ def _kernel(heads: int, length: int, parts: int, interpret: bool) -> Any:
     if parts > 1:
         mask.q_sequence = balanced_positions(length, parts)
     block = _block(length // (2 * parts) if parts > 1 else length)
+    sizes: dict[str, Any] = dict.fromkeys(_BLOCKS, block)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
-        block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(_BLOCKS, block)),
+        block_sizes=splash_attention_kernel.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=parts,
         residual_checkpoint_name="context",

@@ -4,8 +4,8 @@ Measured on programs compiled for TPUs, never run (`docs/performance.md`):
 
 - `sparse_core_collective_offload`: gathers and scatters run beside the products, on another core, and gradients are
   reduce-scattered; without it every gradient is summed whole, on every device, while the products wait.
-- `scoped_vmem_limit`: memory on the chip for one kernel; products come to 98 % of the peak in the compiler's estimate, from 75 %,
-  and attention in blocks of 2,048 fits.
+- `scoped_vmem_limit`: memory on the chip for one kernel; products come to 98 % of the peak in the compiler's estimate, from
+  75 %, and attention in blocks of 2,048 fits.
 """
 
 import functools
@@ -30,7 +30,7 @@ _TRAINING: tuple[tuple[str, Mapping[str, str]], ...] = (
 def training_options(mesh: Mesh) -> dict[str, str]:
     """What a training step is compiled with for the devices of a mesh, as far as their compiler knows it."""
     device = mesh.devices.flat[0]
-    wanted = next((options for kind, options in _TRAINING if device.device_kind.startswith(kind)), {})
+    wanted = next((options for kind, options in _TRAINING if device.device_kind.startswith(kind)), None)
     return accepted(tuple(wanted.items()), device) if wanted else {}
 
 
@@ -40,10 +40,10 @@ def accepted(options: tuple[tuple[str, str], ...], device: jax.Device) -> dict[s
     place = NamedSharding(Mesh([device], "one"), PartitionSpec())
     program = jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=place))
 
-    def takes(given: dict[str, str]) -> bool:
+    def takes(given: Mapping[str, str]) -> bool:
         """Whether a program compiles with these."""
         try:
-            program.compile(compiler_options=given)
+            program.compile(compiler_options=dict(given))
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):
                 raise

@@ -14,10 +14,9 @@ from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
-from llama_jax.parallel.compiler import training_options
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.planning.chips import Topology
-from llama_jax.planning.job import Job
+from llama_jax.planning.job import CHUNK_A_CHIP, Job
 from llama_jax.planning.ruler import Prediction, predict
 from llama_jax.planning.speed import flops_per_token
 from llama_jax.training.config_method import OptimizerConfig
@@ -91,8 +90,10 @@ def compile_training(job: Job) -> Compiled:
     with jax.set_mesh(mesh):
         lowered = sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch)
         started = time.monotonic()
-        compiled = lowered.compile(compiler_options=training_options(mesh))
+        compiled = lowered.compile()
     seconds, text, memory = time.monotonic() - started, compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
     config, tokens = job.config, job.tokens / job.topology.chips
     product = config.layers * tokens * job.length * config.heads * config.head_dim  # half of the square, two FLOPs each
     return Compiled(
@@ -118,4 +119,4 @@ def job_recipe(job: Job) -> Recipe:
     options = ModelOptions(dtype=job.compute_dtype, scan=True, remat=job.remat, attention=attention)
     settings = OptimizerConfig(name=job.optimizer, moments_dtype=job.moment_dtype)  # type: ignore[arg-type]
     optimizer, schedule = make_optimizer(settings), learning_rate_schedule(settings, 1000)
-    return Recipe(Llama(job.config, options), optimizer, schedule, job.chunk)
+    return Recipe(Llama(job.config, options), optimizer, schedule, job.loss_chunk or CHUNK_A_CHIP)

@@ -7,7 +7,7 @@ import math
 import re
 from typing import NamedTuple
 
-_BYTES = {
+_BYTES: dict[str, float] = {
     "f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
     "s8": 1, "u8": 1, "pred": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s4": 0.5, "u4": 0.5,
 }  # fmt: skip
@@ -65,7 +65,7 @@ class Program:
                 self.entry = head.group(2) if head.group(1) else self.entry
             body = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(", line)
             if body:
-                current.append(Instruction(*body.groups(), line))
+                current.append(Instruction(body.group(1), body.group(2), body.group(3), line))
 
     def trips(self, loop: Instruction) -> int | None:
         """How often the body of a `while` runs, `None` where the text does not say."""

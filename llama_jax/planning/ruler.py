@@ -4,8 +4,8 @@ Cycles of all scheduled instructions are added up, loops times their trip count.
 knows nothing, and transfers between chips are added by their size. Asynchronous transfers take turns on the links beside the
 products; what is not there when it is wanted is waited for.
 
-Calibration: MaxText's published step of Llama 3.1 405B on 512 v5p took 131.5 s, its program compiled here is predicted at 119 to
-125 s; Llama 3.1 8B on 64 v6e is published at 40.4 % of the peak and predicted at 41.7 %.
+Calibration: MaxText's published step of Llama 3.1 405B on 512 v5p took 131.5 s, its program, compiled in the same way, is
+predicted at 119 to 125 s; Llama 3.1 8B on 64 v6e is published at 40.4 % of the peak and predicted at 41.7 %.
 """
 
 import collections
@@ -76,7 +76,7 @@ class _Clock:
         self.cycles = self.exposed = 0.0
         self.unknown = 0
         self.counts: collections.Counter[str] = collections.Counter()
-        self.moved: collections.Counter[str] = collections.Counter()
+        self.moved: collections.defaultdict[str, float] = collections.defaultdict(float)
         self.copies: collections.Counter[str] = collections.Counter()
         self.kernels: collections.Counter[str] = collections.Counter()
 

@@ -97,7 +97,8 @@ def make_recipe(config: TrainConfig) -> Recipe:
     """Model, optimizer and schedule of a run."""
     compute = config.compute
     dtype = compute_dtype(compute)
-    attention = choose_backend(compute.attention, config.data.length, config.data.length)
+    length, platform = config.data.length, jax.devices()[0].platform
+    attention = choose_backend(compute.attention, length, length, platform, config.model.head_dim, config.mesh.context)
     options = ModelOptions(
         dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention,
         context_attention=compute.context_attention,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.axes import Array, Bool, Float, Int, Key, Parameters, PyTree
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
+from llama_jax.parallel.compiler import training_options
 from llama_jax.parallel.context import whole_rows
 from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings
 from llama_jax.training.guard import Guard, acceptable, fresh_guard, kept_unless, noted
@@ -174,7 +175,7 @@ def batch_sharding(recipe: Recipe, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, batch_spec(recipe.model.options.rules, leading=1))
 
 
-def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> jax.stages.Wrapped:
     """`train_step` compiled for a mesh; the state given is consumed, what is frozen (the last argument, if any) is not.
 
     Args:
@@ -189,6 +190,7 @@ def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> Callable[
         in_shardings=(shardings, batch_sharding(recipe, mesh), *fixed),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=(0,),
+        compiler_options=training_options(mesh) or None,
     )
 
 
