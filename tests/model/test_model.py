@@ -12,7 +12,7 @@ from llama_jax.errors import InputError
 from llama_jax.model.layers import rms_norm, swiglu
 from llama_jax.model.llama import Llama, embed, hidden_states, logits
 from llama_jax.model.options import ModelOptions
-from llama_jax.model.rope import inverse_frequencies, rotate, rotation
+from llama_jax.model.rope import _by_halves, _by_product, inverse_frequencies, rotate, rotation
 from llama_jax.weights.forms import stack, unstack
 
 
@@ -115,6 +115,13 @@ def test_rotation_turns_pairs_of_the_half_layout():
     angle = np.asarray(positions)[:, :, None, None] * 100.0 ** (-np.arange(4) * 2 / 8)
     turned = pairs * np.exp(1j * angle)
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_forms_of_the_rotary_embedding_are_one(dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 16)), dtype)
+    turn = rotation(jnp.arange(5)[None] * 700, dataclasses.replace(TINY, head_dim=16))
+    np.testing.assert_allclose(_by_product(x, turn), _by_halves(x, turn), atol=1e-6)
 
 
 def test_llama3_scaling_at_its_corners():
