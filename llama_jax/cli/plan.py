@@ -5,6 +5,7 @@ import dataclasses
 
 from llama_jax.cli.counts import count
 from llama_jax.cli.options import OptionParser
+from llama_jax.cli.plan_compiled import compiled_rows
 from llama_jax.cli.plan_json import decode_json, training_json
 from llama_jax.cli.plan_text import decode_lines, training_lines
 from llama_jax.cli.writing import as_json, prepare_output
@@ -32,6 +33,8 @@ def make_parser(prog: str) -> OptionParser:
     axes = "such as fsdp=64,tensor=2, of data, fsdp, tensor, context; by default fsdp takes all of a slice"
     parser.add_argument("--mesh", metavar="SIZES", help=axes)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    ahead = "compile the step of a training for one slice of TPUs, on this machine: true memory, predicted time (minutes)"
+    parser.add_argument("--compile", action="store_true", help=ahead)
     add_training_options(parser)
     group = parser.add_argument_group("decoding in place of training")
     group.add_argument("--decode", action="store_true", help="plan the generation of text")
@@ -84,6 +87,8 @@ def main(arguments: list[str], prog: str = "plan") -> int:
     options = make_parser(prog).parse(arguments)
     config, topology = preset(options.model), parse_topology(options.topology)
     length = options.length or min(config.context_length, 8192)
+    if options.decode and options.compile:
+        raise InputError("--decode and --compile given; only the step of a training is compiled ahead")
     if options.decode:
         mesh = parse_mesh(options.mesh, topology) if options.mesh else None
         dtype = options.quantize or "bfloat16"
@@ -93,6 +98,9 @@ def main(arguments: list[str], prog: str = "plan") -> int:
         plan = make_plan(make_job(options, config, topology, length))
         around = outlook(plan)
         rows, figures = training_lines(options.model, plan, around, options.tokens), training_json(plan, around, options.tokens)
+        if options.compile:
+            more, compiled = compiled_rows(plan.job)
+            rows, figures = rows + more, figures | {"compiled": compiled}
     prepare_output(json=options.json)
     if options.json:
         print(as_json({"model": options.model, "topology": topology.name, **figures}))

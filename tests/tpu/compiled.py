@@ -5,7 +5,9 @@ unless the layout says `S(n)`, which is memory on the chip.
 """
 
 import re
-from typing import NamedTuple
+
+from llama_jax.planning import hlo
+from llama_jax.planning.hlo import Instruction
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
 # Names for what is there already, loops and branches (their bodies are read), and starts (their ends are read).
@@ -15,46 +17,8 @@ BODIES = ("body", "branch_computations", "true_computation", "false_computation"
 COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "reduce-scatter")
 
 
-class Instruction(NamedTuple):
-    """One line of a program: its name, its result's type, its operation, and the line."""
-
-    name: str
-    result: str
-    operation: str
-    line: str
-
-    def called(self, role: str) -> list[str]:
-        """The computations it calls as `role`."""
-        found = re.search(rf"\b{role}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.line)
-        return re.findall(r"[\w.\-]+", found.group(1)) if found else []
-
-    @property
-    def operands(self) -> list[str]:
-        """The names of what it works on."""
-        return re.findall(r"%([\w.\-]+)", self.line.partition(f" {self.operation}(")[2].partition(")")[0])
-
-    @property
-    def cycles(self) -> int:
-        """The compiler's estimate of its time."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.line)
-        return int(found.group(1)) if found else 0
-
-
-class Program:
-    """The computations of a compiled program."""
-
-    def __init__(self, text: str) -> None:
-        self.computations: dict[str, list[Instruction]] = {}
-        self.entry = ""
-        current: list[Instruction] = []
-        for line in text.splitlines():
-            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
-            if head:
-                current = self.computations[head.group(2)] = []
-                self.entry = head.group(2) if head.group(1) else self.entry
-            body = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(", line)
-            if body:
-                current.append(Instruction(*body.groups(), line))
+class Program(hlo.Program):
+    """The computations of a compiled program that is a loop."""
 
     def loop(self) -> str:
         """The body of the loop that is the program."""
