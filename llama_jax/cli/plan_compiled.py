@@ -30,10 +30,8 @@ def compiled_rows(job: Job) -> tuple[Rows, dict]:
         raise InputError(f"the compiler says that the step does not fit: {str(error).splitlines()[0]:.200}") from None
     limit, total = job.topology.chip.memory, step.arguments + step.temporaries
     verdict = "fits" if total <= limit else "does not fit"
-    rows = [
-        ("compiled", f"in {step.seconds:.0f} s: {step.arguments / 1e9:.2f} GB of state and batch + {step.temporaries / 1e9:.2f} GB "
-                     f"= {total / 1e9:.2f} of {limit / 1e9:.1f} GB a chip: {verdict}"),
-    ]  # fmt: skip
+    sizes = f"{step.arguments / 1e9:.2f} GB of state and batch + {step.temporaries / 1e9:.2f} GB = {total / 1e9:.2f}"
+    rows = [("compiled", f"in {step.seconds:.0f} s: {sizes} of {limit / 1e9:.1f} GB a chip: {verdict}")]
     figures = {"seconds": step.seconds, "arguments": step.arguments, "temporaries": step.temporaries, "fits": total <= limit}
     times = step.prediction
     if times is None:
