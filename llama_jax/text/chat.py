@@ -13,6 +13,8 @@ from llama_jax.text.loss_mask import Said, Span, cut_at, said_spans, tokens_insi
 from llama_jax.text.sandbox import LARGEST_SOURCE, render
 from llama_jax.text.tokenizer import Tokenizer
 
+# A comment in Jinja, so that it goes along wherever a template is written, and means nothing to others.
+APART = "{#- The words of messages become tokens apart from those around them. -#}\n"
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 
 
@@ -24,14 +26,19 @@ class ChatTemplate:
       source: the template in Jinja.
       begin_token: text of the token that begins a text, `bos_token` in templates; `None` if there is none.
       end_token: text of the token that ends a text, `eos_token` in templates; `None` if there is none.
-      encodes_apart: whether contents become tokens apart from the template's words around them, as in Meta's code for
-        Llama 3; else template and content are one text, as in the Hugging Face tools.
     """
 
     source: str
     begin_token: str | None
     end_token: str | None
-    encodes_apart: bool = False
+
+    @property
+    def encodes_apart(self) -> bool:
+        """Whether contents become tokens apart from the template's words around them, as in Meta's code for Llama 3.
+
+        Else template and content are one text, as in the Hugging Face tools.
+        """
+        return self.source.startswith(APART)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """A conversation as text.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from llama_jax.errors import InputError
-from llama_jax.text.chat import ChatTemplate
+from llama_jax.text.chat import APART, ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
 
 _LLAMA2 = r"""{%- if messages[0].role == 'system' %}
@@ -27,7 +27,9 @@ _LLAMA2 = r"""{%- if messages[0].role == 'system' %}
     {%- endif %}
 {%- endfor %}
 """
-_LLAMA3 = r"""{{- bos_token }}
+_LLAMA3 = (
+    APART
+    + r"""{{- bos_token }}
 {%- for message in messages %}
     {%- set role = 'ipython' if message.role == 'tool' else message.role %}
     {{- '<|start_header_id|>' ~ role ~ '<|end_header_id|>\n\n' ~ message.content ~ '<|eot_id|>' }}
@@ -36,6 +38,7 @@ _LLAMA3 = r"""{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """
+)
 _CHATML = r"""{%- for message in messages %}
     {{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}
 {%- endfor %}
@@ -68,7 +71,7 @@ def llama3(begin_token: str | None, end_token: str | None) -> ChatTemplate:
 
     Source: `ChatFormat` in models/llama3/chat_format.py of Meta's llama-models repository.
     """
-    return ChatTemplate(_LLAMA3, begin_token, end_token, encodes_apart=True)
+    return ChatTemplate(_LLAMA3, begin_token, end_token)
 
 
 def chatml(begin_token: str | None, end_token: str | None) -> ChatTemplate:

@@ -17,7 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
-from llama_jax.text.chat import ChatTemplate, encode_chat, encode_dialogue, template_from_gguf
+from llama_jax.text.chat import APART, ChatTemplate, encode_chat, encode_dialogue, template_from_directory, template_from_gguf
+from llama_jax.text.export import hugging_face_files
 from llama_jax.text.formats import FORMATS, chatml, format_for, llama2, llama3, named_format, recognise
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.surface import Surface
@@ -130,10 +131,22 @@ def test_llama3_with_our_own_reader_of_metas_file(meta: ModuleType, tokens: Meta
     assert [t for t, own in zip(token_ids, mask) if own] == [*tokens.encode(answer["content"]), 128009]
 
 
+def test_llama3_stays_metas_in_a_hugging_face_directory(meta: ModuleType, tokens: MetaTokens, tmp_path: pathlib.Path):
+    tokenizer = load_tokenizer(pathlib.Path(meta.__file__).parent / "tokenizer.model")
+    template = format_for(tokenizer)
+    assert template is not None
+    for name, content in hugging_face_files(tokenizer, template.source).items():
+        (tmp_path / name).write_bytes(content)
+    back = template_from_directory(tmp_path)
+    assert back is not None
+    for messages in [*CONVERSATIONS, *SPACED]:
+        assert encode_chat(back, load_tokenizer(tmp_path), messages) == prompted(meta, tokens, messages)
+
+
 def test_llama3s_contents_are_apart_only_where_the_format_says_so(tokens: MetaTokens):
     """What makes the difference: a new line that begins a content would merge with those of the header."""
     messages = say("\nhi")
-    joined = ChatTemplate(llama3("<|begin_of_text|>", None).source, "<|begin_of_text|>", None)
+    joined = ChatTemplate(llama3("<|begin_of_text|>", None).source.removeprefix(APART), "<|begin_of_text|>", None)
     assert encode_chat(joined, tokens, messages) != encode_chat(named_format("llama3", tokens), tokens, messages)
 
 
