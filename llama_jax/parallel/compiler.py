@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
@@ -37,8 +38,10 @@ def training_options(mesh: Mesh) -> dict[str, str]:
 @functools.lru_cache
 def accepted(options: tuple[tuple[str, str], ...], device: jax.Device) -> dict[str, str]:
     """The options that the compiler for a device takes, found by compiling a small program with each."""
-    place = NamedSharding(Mesh([device], "one"), PartitionSpec())
-    program = jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=place))
+    alone = Mesh(np.array([device]), ("one",))
+    with jax.set_mesh(alone):
+        small = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(alone, PartitionSpec()))
+        program = jax.jit(jnp.negative).lower(small)
 
     def takes(given: Mapping[str, str]) -> bool:
         """Whether a program compiles with these."""

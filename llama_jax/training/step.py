@@ -62,8 +62,8 @@ Draw = tuple[Int[Array, ""], Int[Array, ""]]
 
 def fresh_parameters(model: Llama, key: Key[Array, ""]) -> Parameters:
     """Random parameters of a model."""
-    options = model.options  # one token, which a mesh cannot cut
-    model = Llama(model.config, dataclasses.replace(options, rules=whole_rows(options.rules)))
+    options = model.options  # one token, which neither a mesh can cut nor every kernel takes
+    model = Llama(model.config, dataclasses.replace(options, rules=whole_rows(options.rules), attention="auto"))
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
