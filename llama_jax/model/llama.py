@@ -78,10 +78,9 @@ class Llama(nn.Module):
         start = None if cache is None else cache.lengths
         first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
         turn = rotation(first + (jnp.arange(length, dtype=jnp.int32) if positions is None else positions), self.config)
-        own = Mask(start=start, documents=documents)
-        mask = own if positions is None else own._replace(
-            positions=positions, key_positions=positions, key_documents=documents
-        )  # fmt: skip
+        mask = Mask(start=start, documents=documents)
+        if positions is not None:
+            mask = mask._replace(positions=positions, key_positions=positions, key_documents=documents)
         if cache is None:
             return Features(enter_block(self.final_norm(self._run_layers(x, None, turn, mask)[0]), rules), None)
         x, layers = self._run_layers(x, cache.layers, turn, mask)

@@ -1,1 +1,1 @@
-"""Meshes and the two sharding tables."""
+"""Meshes, the two sharding tables, and rows over devices."""

@@ -172,9 +172,9 @@ def test_gathered_keys_are_gathered_again_and_no_score_is_computed_again():
     arrays, options = draw()[0][:3], ModelOptions(attention="chunked", scan=False)
     with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:4], 4)):
         total = jax.jit(jax.grad(lambda q, k, v: attend_over_mesh(q, k, v, Mask(), options).sum(), (0, 1, 2)))
-        text = total.lower(*arrays).compile().as_text()
-    assert len(re.findall(r" dot\(", text)) == 2 + 5
-    assert len(re.findall(r"f32\[2,2,48,8\]\S* all-gather\(", text)) == 2 + 2
+        text = total.lower(*arrays).as_text()  # before the compiler for CPUs, which knows no barriers and merges the gathers
+    assert text.count("stablehlo.dot_general") == 2 + 5
+    assert len(re.findall(r"stablehlo.all_gather.*-> tensor<2x2x48x8xf32>", text)) == 2 + 2
 
 
 @pytest.mark.parametrize(("length", "devices"), [(16, 1), (48, 4), (96, 3)])
