@@ -224,10 +224,10 @@ def test_rows_over_devices_train_the_same_model(run, undisturbed, how):
     assert "going on from step 12" in train(arguments(run, *words), devices=2).stdout
     lines, expected = (read_lines(pathlib.Path(c.run.dir)) for c in (run, undisturbed))
     assert [line["step"] for line in lines] == list(range(1, 16))
-    for name in ("train/loss", "held_out/loss", "train/grad_norm"):
+    for name in ("train/loss", "held_out/loss", "train/gradient_norm"):
         pairs = [(line[name], other[name]) for line, other in zip(lines, expected) if name in line and name in other]
         assert pairs
-        np.testing.assert_allclose(*zip(*pairs), rtol=1e-4 if name == "train/grad_norm" else 1e-5)
+        np.testing.assert_allclose(*zip(*pairs), rtol=1e-4 if name == "train/gradient_norm" else 1e-5)
 
 
 def test_overwrite_starts_anew_on_the_prepared_data(finished, undisturbed):
