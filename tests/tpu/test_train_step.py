@@ -1,6 +1,6 @@
 """The training step of Llama 3 8B as the compiler for TPUs leaves it, for 64 chips of v5p: what it moves, copies and holds.
 
-Compiled ahead of time on the CPU, never run. The shapes are those of the whole model with two of its 32 layers, which are alike.
+Compiled ahead of time on the CPU, never run. The shapes are those of the whole model with two of its 32 layers, all alike.
 """
 
 import dataclasses
