@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 from llama_jax.cli.counts import count
 from llama_jax.cli.options import OptionParser
@@ -13,25 +15,34 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.planning.chips import CHIPS, Topology, parse_topology
 from llama_jax.planning.decode import make_decode_plan
-from llama_jax.planning.job import OPTIMIZERS, Job, parse_mesh
+from llama_jax.planning.flags import TRAIN_KEYS
+from llama_jax.planning.job import OPTIMIZERS, Job, MeshSizes, parse_mesh
+from llama_jax.planning.of_config import first_fitting_remat, job_of
 from llama_jax.planning.plan import best_remat, make_plan
 from llama_jax.planning.search import outlook
 from llama_jax.presets import preset
+from llama_jax.training.config import ComputeConfig
 
 _FLOATS = ("float32", "bfloat16")
+_WITH_CONFIG = ("config", "topology", "tokens", "json", "compile")  # options that go with a config, which says all the others
 
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `plan`."""
     parser = OptionParser(prog, "Memory and time of a training or of decoding in closed form, before anything is rented.")
-    parser.add_argument("--model", required=True, metavar="PRESET", help="a published architecture, such as llama3.1-70b")
+    parser.add_argument("--model", metavar="PRESET", help="a published architecture, such as llama3.1-70b")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a training's YAML file in place of --model and all choices"
+    )
     names = ", ".join(chip.name for chip in CHIPS)
     parser.add_argument(
         "--topology", required=True, metavar="CHIPS", help=f"v5p:4x4x8, 2xv5p:4x4x8 (two slices), h100:8; of {names}"
     )
-    parser.add_argument("--length", type=count, metavar="T", help="tokens of a row; the model's context, but at most 8192")
+    _add(parser, "length", type=count, metavar="T", help="tokens of a row; the model's context, but at most 8192")
     axes = "such as fsdp=64,tensor=2, of data, fsdp, tensor, context; by default fsdp takes all of a slice"
     parser.add_argument("--mesh", metavar="SIZES", help=axes)
+    for axis in MeshSizes._fields:
+        parser.add_argument(f"--mesh.{axis}", metavar="N", help=f"size of {axis}, before what --mesh says")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     ahead = "compile the step of a training for one slice of TPUs, on this machine: true memory, predicted time (minutes)"
     parser.add_argument("--compile", action="store_true", help=ahead)
@@ -44,22 +55,36 @@ def make_parser(prog: str) -> OptionParser:
     return parser
 
 
+def _add(group: argparse._ActionsContainer, field: str, **given: Any) -> None:
+    """An option for a field of `Job`, by a short name and by the key of a training's config."""
+    short = {"base_dtype": "base"}.get(field, field)
+    group.add_argument(f"--{short.replace('_', '-')}", f"--{TRAIN_KEYS[field]}", dest=field, **given)
+
+
 def add_training_options(parser: OptionParser) -> None:
-    """What a training's memory and time depend on, under the names of its config."""
+    """What a training's memory and time depend on, under short names and under those of its config."""
     group = parser.add_argument_group("the training")
     rounded = "of an update, such as 4M, rounded to whole rows a chip; one row a chip and micro-batch"
     group.add_argument("--batch-tokens", type=count, metavar="N", help=rounded)
-    group.add_argument("--microbatches", type=count, default=1, metavar="A", help="into which an update is cut")
-    kept = "none, full, names joined by + (compute.remat), or auto: the fastest that fits"
-    group.add_argument("--remat", default="auto", metavar="NAMES", help=kept)
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer.name")
-    group.add_argument("--moment-dtype", choices=_FLOATS, default="float32", help="optimizer.moments_dtype")
-    group.add_argument("--param-dtype", choices=_FLOATS, default="float32", help="of the parameters that are trained")
-    chunk = "tokens of the whole batch whose logits exist at one time (compute.loss_chunk); 2048 a chip"
-    group.add_argument("--loss-chunk", type=count, metavar="N", help=chunk)
-    group.add_argument("--rank", type=count, metavar="R", help="train adapters (LoRA) of this rank over a frozen model")
-    group.add_argument("--base", choices=(*_FLOATS, "int8", "int4"), default="bfloat16", help="of the model under adapters")
+    _add(group, "microbatches", type=count, default=1, metavar="A", help="into which an update is cut")
+    kept = "a rung from none to full, names joined by +, or auto: the fastest that fits"
+    _add(group, "remat", default="auto", metavar="NAMES", help=kept)
+    _add(group, "optimizer", choices=OPTIMIZERS, default="adamw", help="that makes the updates")
+    _add(group, "moment_dtype", choices=_FLOATS, default="float32", help="of the mean of the gradient")
+    _add(group, "param_dtype", choices=_FLOATS, default="float32", help="of the parameters that are trained")
+    chunk = "tokens of one chip whose logits exist at one time"
+    _add(group, "loss_chunk", type=count, default=ComputeConfig.loss_chunk, metavar="N", help=chunk)
+    _add(group, "rank", type=count, metavar="R", help="train adapters (LoRA) of this rank over a frozen model")
+    _add(group, "base_dtype", choices=(*_FLOATS, "int8", "int4"), default="bfloat16", help="of the model under adapters")
     group.add_argument("--tokens", type=count, metavar="D", help="to be trained on, such as 15T: how many days")
+
+
+def mesh_text(options: argparse.Namespace) -> str | None:
+    """What `--mesh` and `--mesh.AXIS` say together, the latter winning."""
+    given = dict(part.partition("=")[::2] for part in (options.mesh or "").replace("*", ",").split(",") if part)
+    axes = {axis: getattr(options, f"mesh.{axis}") for axis in MeshSizes._fields}
+    given |= {axis: size for axis, size in axes.items() if size is not None}
+    return ",".join(f"{axis}={size}" for axis, size in given.items()) or None
 
 
 def make_job(options: argparse.Namespace, config: LlamaConfig, topology: Topology, length: int) -> Job:
@@ -70,40 +95,84 @@ def make_job(options: argparse.Namespace, config: LlamaConfig, topology: Topolog
     """
     if options.moment_dtype != "float32" and options.optimizer == "adafactor":
         raise InputError("--moment-dtype bfloat16 given; adafactor keeps no mean of the gradient: leave it out")
-    mesh = parse_mesh(options.mesh, topology)
+    mesh = parse_mesh(mesh_text(options), topology)
     unit = mesh.rows * options.microbatches
     rows = unit * max(1, round((options.batch_tokens or 0) / length / unit))
     job = Job(
         config, topology, mesh, length, rows, options.microbatches,
         "full" if options.remat == "auto" else options.remat,
         options.optimizer, options.moment_dtype, options.param_dtype,
-        loss_chunk=options.loss_chunk or 0, rank=options.rank or 0, base_dtype=options.base,
+        loss_chunk=options.loss_chunk, rank=options.rank or 0, base_dtype=options.base_dtype,
     )  # fmt: skip
     return dataclasses.replace(job, remat=best_remat(job)) if options.remat == "auto" else job
+
+
+def config_job(path: Path, topology: Topology) -> Job:
+    """The training that a YAML file describes, its `compute.remat: auto` resolved for the chips.
+
+    Raises:
+      InputError: for a file that is no config, and for chips that it does not fit.
+    """
+    from llama_jax.cli.arguments import parse_train
+
+    config = parse_train(["--config", str(path)], path)
+    job = job_of(config, topology)
+    return dataclasses.replace(job, remat=first_fitting_remat(job)) if config.compute.remat == "auto" else job
+
+
+def require_alone(arguments: list[str]) -> None:
+    """Refuses choices beside a config, which says them all.
+
+    Raises:
+      InputError: naming the first.
+    """
+    words = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    other = next((word for word in words if word.removeprefix("--") not in _WITH_CONFIG), None)
+    if other is not None:
+        raise InputError(f"{other} given beside --config; change the file, or give --model and all choices")
+
+
+def _decoding(options: argparse.Namespace, config: LlamaConfig, topology: Topology) -> tuple[list, dict]:
+    text = mesh_text(options)
+    length, dtype = options.length or min(config.context_length, 8192), options.quantize or "bfloat16"
+    mesh = parse_mesh(text, topology) if text else None
+    plan = make_decode_plan(config, topology, options.batch, length, dtype, options.cache_dtype, mesh)
+    return decode_lines(options.model, plan, dtype), decode_json(plan)
+
+
+def _training(options: argparse.Namespace, name: str, job: Job) -> tuple[list, dict]:
+    plan = make_plan(job)
+    around = outlook(plan)
+    rows, figures = training_lines(name, plan, around, options.tokens), training_json(plan, around, options.tokens)
+    if not options.compile:
+        return rows, figures
+    more, compiled = compiled_rows(plan.job)
+    return rows + more, figures | {"compiled": compiled}
 
 
 def main(arguments: list[str], prog: str = "plan") -> int:
     """Runs `plan` and returns its exit status: 0 also where a job does not fit, which is an answer."""
     options = make_parser(prog).parse(arguments)
-    config, topology = preset(options.model), parse_topology(options.topology)
-    length = options.length or min(config.context_length, 8192)
-    if options.decode and options.compile:
+    topology = parse_topology(options.topology)
+    if options.config is not None:
+        require_alone(arguments)
+        name = str(options.config)
+        rows, figures = _training(options, name, config_job(options.config, topology))
+    elif options.model is None:
+        raise InputError("the following arguments are required: --model (or --config); see --help")
+    elif options.decode and options.compile:
         raise InputError("--decode and --compile given; only the step of a training is compiled ahead")
-    if options.decode:
-        mesh = parse_mesh(options.mesh, topology) if options.mesh else None
-        dtype = options.quantize or "bfloat16"
-        decoding = make_decode_plan(config, topology, options.batch, length, dtype, options.cache_dtype, mesh)
-        rows, figures = decode_lines(options.model, decoding, dtype), decode_json(decoding)
     else:
-        plan = make_plan(make_job(options, config, topology, length))
-        around = outlook(plan)
-        rows, figures = training_lines(options.model, plan, around, options.tokens), training_json(plan, around, options.tokens)
-        if options.compile:
-            more, compiled = compiled_rows(plan.job)
-            rows, figures = rows + more, figures | {"compiled": compiled}
+        name, config = options.model, preset(options.model)
+        length = options.length or min(config.context_length, 8192)
+        rows, figures = (
+            _decoding(options, config, topology)
+            if options.decode
+            else _training(options, name, make_job(options, config, topology, length))
+        )
     prepare_output(json=options.json)
     if options.json:
-        print(as_json({"model": options.model, "topology": topology.name, **figures}))
+        print(as_json({"model": name, "topology": topology.name, **figures}))
     else:
         print("\n".join(f"{name:14}{text}".rstrip() for name, text in rows))
     return 0

@@ -1,7 +1,7 @@
 """Plans as numbers for other programs: bytes of one chip, seconds of one update or decoding step."""
 
 from llama_jax.planning.decode import DecodePlan
-from llama_jax.planning.flags import PLAN_KEYS, flags
+from llama_jax.planning.flags import flags
 from llama_jax.planning.job import Job
 from llama_jax.planning.plan import Plan, Remedy
 from llama_jax.planning.search import Outlook
@@ -13,7 +13,7 @@ def training_json(plan: Plan, around: Outlook, tokens: int | None) -> dict:
     job = plan.job
     figures = {
         "chips": job.topology.chips, "mesh": job.mesh._asdict(), "rows": job.rows, "tokens_per_step": job.tokens,
-        "microbatches": job.microbatches, "remat": job.remat, "loss_chunk": job.chunk,
+        "microbatches": job.microbatches, "remat": job.remat, "loss_chunk": job.loss_chunk,
         "memory": plan.memory._asdict() | {"total": plan.memory.total, "limit": plan.limit},
         "fits": plan.fits,
         "by_remat": {other.job.remat: other.memory.total for other in around.ladder},
@@ -37,7 +37,7 @@ def _speed_json(speed: Speed) -> dict:
 
 def _remedy_json(remedy: Remedy, job: Job) -> dict:
     speed = remedy.plan.speed
-    return {"flags": flags(remedy, job, PLAN_KEYS), "total": remedy.plan.memory.total, "step": speed.step,
+    return {"flags": flags(remedy, job), "total": remedy.plan.memory.total, "step": speed.step,
             "tokens_per_second": speed.tokens_per_second}  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from llama_jax.accounting import matmul_parameters, parameter_count
 from llama_jax.planning.decode import DecodePlan
-from llama_jax.planning.flags import PLAN_KEYS, flags
+from llama_jax.planning.flags import flags
 from llama_jax.planning.job import Job, MeshSizes
 from llama_jax.planning.memory import ACCURACY
 from llama_jax.planning.plan import Plan, Remedy
@@ -52,7 +52,7 @@ def _job_lines(model: str, job: Job) -> Rows:
                   f"mesh {_mesh(job.mesh)}"),
         ("batch", f"{job.rows:,} rows of {job.length:,} tokens, {job.tokens:,} an update, in {pieces}: {tokens}"),
         ("training", f"{learner}, parameters {job.param_dtype}, compute {job.compute_dtype}, remat {job.remat}, loss chunk "
-                     f"{job.chunk:,} ({job.chunk_tokens:,.0f} tokens a chip)"),
+                     f"of {job.chunk_tokens:,.0f} tokens a chip"),
     ]  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def _memory_lines(plan: Plan) -> Rows:
         "parameters": f"{job.param_dtype}" + (", adapters" if job.rank else ""),
         "frozen": f"the model, {job.base_dtype}",
         "optimizer": f"{job.optimizer}" + (f", mean in {job.moment_dtype}" if job.optimizer != "adafactor" else ""),
-        "gradients": f"{job.param_dtype}" + (", two while micro-batches are added up" if job.microbatches > 1 else ""),
+        "gradients": f"{job.param_dtype}" + (", and a sum of micro-batches in float32" if job.microbatches > 1 else ""),
         "activations": f"{kept}, {job.config.layers} layers",
         "gathered": "weights of all layers, kept with remat none" if job.remat == "none" else "weights of two layers in flight",
         "working": "one layer: gradients of its activations, what is computed again",
@@ -98,12 +98,18 @@ def _verdict_lines(plan: Plan, around: Outlook) -> Rows:
     if around.enough:
         larger = around.enough.job
         more = f"more chips ({larger.topology.name} fits with remat full, mesh {_mesh(larger.mesh)}, one row a chip at a time)"
-    return [*rows, ("instead", " or ".join(filter(None, [more, "adapters over a narrower model (--rank 16 --base int8)"])))]
+    return [
+        *rows,
+        (
+            "instead",
+            " or ".join(filter(None, [more, "adapters over a narrower model (--adapter.rank 16 --adapter.base int8)"])),
+        ),
+    ]
 
 
 def _remedy_text(remedy: Remedy, plan: Plan) -> str:
     speed = remedy.plan.speed
-    typed = flags(remedy, plan.job, PLAN_KEYS)
+    typed = flags(remedy, plan.job)
     note = " (it learns differently)" if "adafactor" in typed else ""
     times = f"{speed.step / plan.speed.step:.2f} times as long"
     return f"{typed}{note}: {_gb(remedy.plan.memory.total)}, {_seconds(speed.step)} a step, {times}"

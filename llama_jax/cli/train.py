@@ -9,6 +9,7 @@ import threading
 import time
 
 from llama_jax.cli.arguments import parse_train, to_yaml
+from llama_jax.cli.automatic import job_here, with_remat
 from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.distributed import several_processes
 from llama_jax.cli.program import DAMAGED
@@ -65,22 +66,21 @@ def architecture(path: str) -> LlamaConfig:
 
 def memory_lines(config: TrainConfig, error: Exception) -> list[str]:
     """What is said of a run that a device has too little memory for, and what may help; nothing for another error."""
-    import jax
-
-    from llama_jax.planning.advice import advice, is_out_of_memory, job_of, wanted_bytes
-    from llama_jax.training.setup import compute_dtype
+    from llama_jax.planning.advice import advice, is_out_of_memory, wanted_bytes
 
     if not is_out_of_memory(str(error)):
         return []
-    device = jax.devices()[0]
+    import jax
+
+    kind = jax.local_devices()[0].device_kind
     wanted = wanted_bytes(str(error))
     asked = "" if wanted is None else f" ({wanted / 1e9:.3g} GB more were asked for)"
-    first = f"a device ({device.device_kind}) has run out of memory{asked}; checkpoints of {config.run.dir} are untouched"
+    first = f"a device ({kind}) has run out of memory{asked}; checkpoints of {config.run.dir} are untouched"
     try:
-        job = job_of(config, device.device_kind, jax.device_count(), compute_dtype(config.compute))
+        job, memory = job_here(config)
     except InputError:
         return [first]
-    return [first, *advice(job, (device.memory_stats() or {}).get("bytes_limit"))]
+    return [first, *advice(job, memory)]
 
 
 def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
@@ -94,24 +94,14 @@ def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
     make_room_for_virtual_devices()
     quiet_libraries()
     with several_processes(config.distributed, os.environ) as hosts:
-        try:
-            return _train(config, hosts, started)
-        except RuntimeError as error:  # the runtime's own errors are of this kind
-            lines = memory_lines(config, error)
-            if not lines:
-                raise
-            raise DeviceMemoryError(*lines) from None
+        return _go_on(config, hosts, started)
 
 
-def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
-    from llama_jax.training.aside import Aside
-    from llama_jax.training.display import Display, open_display
-    from llama_jax.training.hosts import preempted
+def _go_on(config: TrainConfig, hosts: Hosts, started: float) -> int:
+    """Trains where there is something left to do."""
     from llama_jax.training.identity import require_same_model
-    from llama_jax.training.loop import Run
     from llama_jax.training.preflight import describe_program, require_same
-    from llama_jax.training.run_directory import RUN_CONFIG, newest_step
-    from llama_jax.training.summary import summary_lines
+    from llama_jax.training.run_directory import newest_step
 
     directory = pathlib.Path(config.run.dir)
     require_same(hosts, "program", describe_program(config) if hosts.count > 1 else {})
@@ -122,6 +112,25 @@ def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
             print(finished_line(config, step))
         return 0
     keep_compiled_programs()
+    config = with_remat(config, hosts, going_on=step > 0)
+    try:
+        return _train(config, hosts, started)
+    except RuntimeError as error:  # the runtime's own errors are of this kind
+        lines = memory_lines(config, error)
+        if not lines:
+            raise
+        raise DeviceMemoryError(*lines) from None
+
+
+def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
+    from llama_jax.training.aside import Aside
+    from llama_jax.training.display import Display, open_display
+    from llama_jax.training.hosts import preempted
+    from llama_jax.training.loop import Run
+    from llama_jax.training.run_directory import RUN_CONFIG
+    from llama_jax.training.summary import summary_lines
+
+    directory = pathlib.Path(config.run.dir)
     stop = StopRequest(
         directory, started + wall_seconds(config.run.max_time), preempted if hosts.count > 1 else None, hosts.first
     )

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from llama_jax.errors import InputError
+from llama_jax.model.remat import saved_names
 from llama_jax.parallel.sharding import TRAINING, Rules
 
-# Activations of a layer that rematerialisation may keep, in the order in which they arise.
-REMAT_NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
 _FLOATS = ("float32", "bfloat16", "float16")
 _CONTEXT_ATTENTION = ("gathered", "ring")
 _CACHE_DTYPES = ("auto", *_FLOATS, "int8")
@@ -25,8 +24,8 @@ class ModelOptions:
         (Products of float32 have XLA's default precision: on TPUs and TF32 GPUs set `jax_default_matmul_precision`.)
       scan: run the layers as one scanned body over stacked weights (compile time does not grow with depth), or unrolled
         over per-layer weights (faster decoding). The parameter tree has the matching form; see `llama_jax.weights.forms`.
-      remat: what the backward pass keeps of each layer: `none` (everything, nothing is recomputed), `full` (only the
-        layer's input), or names joined by `+`, of `q k v context middle gate up`.
+      remat: what the backward pass keeps of each layer: a rung of `llama_jax.model.remat.LADDER`, from `none` (everything,
+        nothing is recomputed) to `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`.
       attention: attention backend, see `llama_jax.model.attention`.
       context_attention: where the mesh cuts rows over `context`, whether a device gathers their keys and values (`gathered`) or
         the keys and values go round the devices (`ring`); see `llama_jax.model.context`.
@@ -53,21 +52,12 @@ class ModelOptions:
             raise InputError(f"cache_dtype {self.cache_dtype!r} given; one of {', '.join(_CACHE_DTYPES)} expected")
         if self.context_attention not in _CONTEXT_ATTENTION:
             raise InputError(f"context_attention {self.context_attention!r} given; {' or '.join(_CONTEXT_ATTENTION)} expected")
-        unknown = [name for name in self.saved_names if name not in REMAT_NAMES]
-        if unknown:
-            raise InputError(
-                f"remat {self.remat!r}: {unknown[0]!r} is unknown; none, full, or some of {'+'.join(REMAT_NAMES)} expected"
-            )
-
-    @property
-    def saved_names(self) -> tuple[str, ...]:
-        """The activations that the backward pass keeps when it recomputes the rest."""
-        return () if self.remat in ("none", "full") else tuple(self.remat.split("+"))
+        saved_names(self.remat)
 
     @property
     def remat_policy(self) -> Callable[..., bool]:
-        """The policy for `jax.checkpoint`."""
-        return checkpoint_policies.save_only_these_names(*self.saved_names)
+        """The policy for `jax.checkpoint`, where the backward pass recomputes what it does not keep."""
+        return checkpoint_policies.save_only_these_names(*sorted(saved_names(self.remat)))
 
     @property
     def compute_dtype(self) -> jnp.dtype:

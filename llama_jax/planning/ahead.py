@@ -16,7 +16,7 @@ from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.planning.chips import Topology
-from llama_jax.planning.job import CHUNK_A_CHIP, Job
+from llama_jax.planning.job import Job
 from llama_jax.planning.ruler import Prediction, predict
 from llama_jax.planning.speed import flops_per_token
 from llama_jax.training.config_method import OptimizerConfig
@@ -117,6 +117,7 @@ def job_recipe(job: Job) -> Recipe:
         raise InputError("--rank and --compile given; only the training of whole models is compiled ahead")
     attention = choose_backend("auto", job.length, job.length, "tpu", job.config.head_dim, job.mesh.context)
     options = ModelOptions(dtype=job.compute_dtype, scan=True, remat=job.remat, attention=attention)
-    settings = OptimizerConfig(name=job.optimizer, moments_dtype=job.moment_dtype)  # type: ignore[arg-type]
+    dtypes = {"moments_dtype": job.moment_dtype, "param_dtype": job.param_dtype}
+    settings = OptimizerConfig(name=job.optimizer, **dtypes)  # type: ignore[arg-type]
     optimizer, schedule = make_optimizer(settings), learning_rate_schedule(settings, 1000)
-    return Recipe(Llama(job.config, options), optimizer, schedule, job.loss_chunk or CHUNK_A_CHIP)
+    return Recipe(Llama(job.config, options), optimizer, schedule, job.loss_chunk, param_dtype=job.param_dtype)

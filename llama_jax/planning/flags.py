@@ -1,32 +1,32 @@
-"""Changes to a job as they are typed: options of `plan`, or keys of a training's config."""
+"""Changes to a job as they are typed: keys of a training's config, which `plan` takes too."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from llama_jax.planning.job import Job, MeshSizes
 from llama_jax.planning.plan import Change, Remedy
 
-# Names of the options by the fields of a job.
-PLAN_KEYS = {"remat": "remat", "microbatches": "microbatches", "loss_chunk": "loss-chunk", "moment_dtype": "moment-dtype",
-             "optimizer": "optimizer", "mesh": "mesh"}  # fmt: skip
-TRAIN_KEYS = {"remat": "compute.remat", "microbatches": "data.accumulation", "loss_chunk": "compute.loss_chunk",
-              "moment_dtype": "optimizer.moments_dtype", "optimizer": "optimizer.name"}  # fmt: skip
+# Keys of a training's config by the fields of a job; each axis of the mesh has a key of its own.
+TRAIN_KEYS: Mapping[str, str] = {
+    "length": "data.length", "remat": "compute.remat", "microbatches": "data.accumulation",
+    "loss_chunk": "compute.loss_chunk", "optimizer": "optimizer.name", "moment_dtype": "optimizer.moments_dtype",
+    "param_dtype": "optimizer.param_dtype", "rank": "adapter.rank", "base_dtype": "adapter.base",
+}  # fmt: skip
 
 
-def flags(remedy: Remedy, job: Job, keys: Mapping[str, str]) -> str:
-    """A remedy as it is typed.
+def flags(remedy: Remedy, job: Job) -> str:
+    """A remedy as it is typed, for `train.py` and for `plan`.
 
     Args:
       remedy: for the job.
       job: as it is now.
-      keys: names of the options, `PLAN_KEYS` or `TRAIN_KEYS`; without one for the mesh, each axis is set by itself.
     """
-    return " ".join(word for change in remedy.changes for word in _words(change, job, keys))
+    return " ".join(word for change in remedy.changes for word in _words(change, job))
 
 
-def _words(change: Change, job: Job, keys: Mapping[str, str]) -> list[str]:
+def _words(change: Change, job: Job) -> Iterator[str]:
     if not isinstance(change.value, MeshSizes):
-        return [f"--{keys[change.name]} {change.value}"]
-    if "mesh" in keys:
-        return [f"--{keys['mesh']} {change.value}"]
-    changed = [axis for axis in MeshSizes._fields if getattr(change.value, axis) != getattr(job.mesh, axis)]
-    return [f"--mesh.{axis} {getattr(change.value, axis)}" for axis in changed]
+        yield f"--{TRAIN_KEYS[change.name]} {change.value}"
+        return
+    for axis, size in change.value._asdict().items():
+        if size != getattr(job.mesh, axis):
+            yield f"--mesh.{axis} {size}"

@@ -9,10 +9,10 @@ from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.planning.chips import Topology
+from llama_jax.training.config import ComputeConfig
 
 ITEMSIZES: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
-CHUNK_A_CHIP = 2048  # tokens whose logits exist at one time on a chip: fewer make narrow products (`docs/design.md`)
 
 
 class MeshSizes(NamedTuple):
@@ -22,7 +22,8 @@ class MeshSizes(NamedTuple):
       data: copies of the model, each with its own rows.
       fsdp: ways in which parameters and rows are split together.
       tensor: ways in which each product is split.
-      context: ways in which the tokens of a row are split; keys and values are gathered over it.
+      context: ways in which the tokens of a row are split; keys and values are gathered over it. Parameters are split over it
+        as over `fsdp`.
     """
 
     data: int = 1
@@ -34,6 +35,11 @@ class MeshSizes(NamedTuple):
     def rows(self) -> int:
         """Ways in which the rows of a batch are split."""
         return self.data * self.fsdp
+
+    @property
+    def stored(self) -> int:
+        """Ways in which parameters and the state of the optimizer are split, beside `tensor`; gathered for use."""
+        return self.fsdp * self.context
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={size}" for axis, size in self._asdict().items() if size > 1) or "fsdp=1"
@@ -55,7 +61,7 @@ class Job:
       moment_dtype: of the mean of the gradient.
       param_dtype: of the parameters that are trained.
       compute_dtype: of activations and of weights in use.
-      loss_chunk: tokens of the whole batch whose logits exist at one time; 0 for 2,048 a chip.
+      loss_chunk: `compute.loss_chunk`, tokens of one chip whose logits exist at one time.
       rank: of adapters (LoRA) in place of whole training; 0 for none.
       base_dtype: of the frozen weights under adapters.
 
@@ -74,7 +80,7 @@ class Job:
     moment_dtype: str = "float32"
     param_dtype: str = "float32"
     compute_dtype: str = "bfloat16"
-    loss_chunk: int = 0
+    loss_chunk: int = ComputeConfig.loss_chunk
     rank: int = 0
     base_dtype: str = "bfloat16"
 
@@ -105,15 +111,9 @@ class Job:
         return self.chip_rows * self.length / self.mesh.context
 
     @property
-    def chunk(self) -> int:
-        """`compute.loss_chunk`, the default resolved."""
-        return self.loss_chunk or min(CHUNK_A_CHIP * self.mesh.rows * self.mesh.context, self.rows * self.length)
-
-    @property
     def chunk_tokens(self) -> float:
-        """Tokens of a chunk of the loss on a chip: a chunk takes at least one token of each row and at most all."""
-        rows = self.rows // self.microbatches
-        return rows * max(1, min(self.length, self.chunk // rows)) / self.mesh.rows / self.mesh.context
+        """Tokens of a chunk of the loss on a chip: at most all that it has at one time."""
+        return min(self.loss_chunk, self.chip_tokens)
 
 
 def require_divisible(config: LlamaConfig, mesh: MeshSizes, length: int) -> None:
@@ -122,13 +122,14 @@ def require_divisible(config: LlamaConfig, mesh: MeshSizes, length: int) -> None
     Raises:
       InputError: naming the axis and what it does not divide.
     """
-    sizes = {"fsdp": {"dim": config.dim}, "context": {"length": length},
-             "tensor": {"kv_heads": config.kv_heads, "ffn_dim": config.ffn_dim, "vocab_size": config.vocab_size}}  # fmt: skip
-    for axis, parts in sizes.items():
-        ways = getattr(mesh, axis)
+    shared = {"kv_heads": config.kv_heads, "ffn_dim": config.ffn_dim, "vocab_size": config.vocab_size}
+    sizes = {"fsdp*context": (mesh.stored, {"dim": config.dim}), "tensor": (mesh.tensor, shared)}
+    for axis, (ways, parts) in sizes.items():
         for name, size in parts.items():
             if size % ways:
                 raise InputError(f"mesh axis {axis} of size {ways} does not divide {name} ({size}); choose a divisor")
+    if mesh.context > 1 and length % (2 * mesh.context):
+        raise InputError(f"length {length} given; a multiple of 2 * context ({2 * mesh.context}) expected")
 
 
 def parse_mesh(text: str | None, topology: Topology) -> MeshSizes:

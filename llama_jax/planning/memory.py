@@ -30,7 +30,7 @@ class Memory(NamedTuple):
       parameters: that are trained.
       frozen: weights under adapters.
       optimizer: its state.
-      gradients: of what is trained; two of them where micro-batches are added up.
+      gradients: of what is trained; where micro-batches are added up a sum in float32, too.
       activations: kept for the backward pass, all layers.
       gathered: weights of the layers in use; with remat `none`, of all layers.
       working: the layer at work in the backward pass: gradients of its activations, and what it computes again.
@@ -60,12 +60,12 @@ class Memory(NamedTuple):
 
 def training_memory(job: Job) -> Memory:
     """The memory of one chip in a training step."""
-    copies = 2 if job.microbatches > 1 else 1
+    sums = ITEMSIZES["float32"] if job.microbatches > 1 else 0
     return Memory(
         parameters=parameter_bytes(job),
         frozen=frozen_bytes(job),
         optimizer=optimizer_bytes(job),
-        gradients=copies * trained_size(job) * ITEMSIZES[job.param_dtype],
+        gradients=trained_size(job) * (ITEMSIZES[job.param_dtype] + sums),
         activations=_activations(job),
         gathered=_gathered(job),
         working=_working(job),
@@ -93,7 +93,7 @@ def _gathered(job: Job) -> float:
     config, mesh = job.config, job.mesh
     layer = sum(inputs * outputs for inputs, outputs in matrices(config).values()) / mesh.tensor * _width(job)
     stored = job.base_dtype if job.rank else job.param_dtype
-    in_place = mesh.fsdp == 1 and ITEMSIZES[stored] <= _width(job)
+    in_place = mesh.stored == 1 and ITEMSIZES[stored] <= _width(job)
     layers = config.layers if job.remat == "none" else min(_LAYERS_GATHERED, config.layers)
     return 0.0 if in_place else layers * layer
 
@@ -110,13 +110,14 @@ def _working(job: Job) -> float:
     )
     keys = 2 * config.kv_heads * config.head_dim / mesh.tensor * width
     gathered = 2 * keys * job.chip_rows * job.length if mesh.context > 1 else 0.0  # keys and values, and their gradients
-    return job.chip_tokens * each + gathered
+    streams = 2 * config.dim * width * (1 - 1 / mesh.tensor)  # what a block gathers of the stream, and its gradient
+    return job.chip_tokens * (each + streams) + gathered
 
 
 def _head(job: Job) -> float:
-    """Head and embedding in the compute dtype, the gradient of the head in float32 and in the compute dtype."""
+    """Head and embedding in the compute dtype; the head's gradient as a chip adds it up in float32, and cast for the others."""
     table = job.config.vocab_size * job.config.dim / job.mesh.tensor
     width = _width(job)
-    frozen_here = job.rank and job.mesh.fsdp == 1
+    frozen_here = job.rank and job.mesh.stored == 1
     tables = 0 if frozen_here else 1 if job.config.tied_head else 2
     return table * (tables * width + (0 if job.rank else 4 + width))

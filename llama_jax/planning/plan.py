@@ -4,9 +4,9 @@ import dataclasses
 from typing import NamedTuple
 
 from llama_jax.errors import InputError
+from llama_jax.model.remat import LADDER
 from llama_jax.planning.job import Job
 from llama_jax.planning.memory import Memory, training_memory
-from llama_jax.planning.remat import LADDER
 from llama_jax.planning.speed import Speed, training_speed
 
 

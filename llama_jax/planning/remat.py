@@ -1,48 +1,21 @@
 """What rematerialisation keeps of a layer for the backward pass, in bytes, and what it computes again, in FLOPs."""
 
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import InputError
+from llama_jax.model.remat import saved_names
 
-# Settings of `compute.remat`, from the fastest to the smallest.
-LADDER = (
-    "none",
-    "q+k+v+context+middle+gate+up",
-    "q+k+v+context+middle+gate",
-    "q+k+v+context+middle",
-    "context+middle",
-    "context",
-    "full",
-)
-NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
 _SHORT_SCORES = 512 * 512  # up to here attention keeps its scores, see `llama_jax.model.attention`
 _SCORE_BYTES = 26  # of each: five arrays in float32, two masks, the softmax in the compute dtype
-
-
-def saved_names(remat: str) -> frozenset[str]:
-    """The activations of a layer that are kept beside its input; all of them for `none`.
-
-    Raises:
-      InputError: for an unknown name.
-    """
-    if remat in ("none", "full"):
-        return frozenset(NAMES if remat == "none" else ())
-    names = remat.split("+")
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise InputError(
-            f"remat {remat!r:.80}: {unknown[0]!r:.40} is unknown; none, full, or some of {'+'.join(NAMES)} expected"
-        )
-    return frozenset(names)
 
 
 def activation_bytes(config: LlamaConfig, itemsize: int, tensor: int = 1) -> dict[str, float]:
     """Bytes of each named activation of one token in one layer, on one of `tensor` devices that share the heads.
 
-    `context` brings along the float32 logsumexp of each head; `middle` and the layer's input are never split by `tensor`.
+    `context` brings along the float32 logsumexp of each head; of `middle`, as of the stream between blocks, each of the devices
+    has some tokens.
     """
     query, key = config.heads * config.head_dim / tensor, config.kv_heads * config.head_dim / tensor
     ffn, heads = config.ffn_dim / tensor, config.heads / tensor
-    wide = {"q": query, "k": key, "v": key, "context": query, "middle": config.dim, "gate": ffn, "up": ffn}
+    wide = {"q": query, "k": key, "v": key, "context": query, "middle": config.dim / tensor, "gate": ffn, "up": ffn}
     return {name: size * itemsize + (4 * heads if name == "context" else 0) for name, size in wide.items()}
 
 
@@ -60,8 +33,8 @@ def saved_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1)
     """
     each = activation_bytes(config, itemsize, tensor)
     if remat != "none":
-        return config.dim * itemsize + sum(each[name] for name in saved_names(remat))
-    streams = config.dim * (4 * 4 + 2 * itemsize if itemsize < 4 else 6 * itemsize) + 16
+        return config.dim / tensor * itemsize + sum(each[name] for name in saved_names(remat))
+    streams = config.dim * (4 * 4 / tensor + 2 * itemsize) + 16 / tensor  # blocks gather what they have normed
     return streams + each["q"] + each["k"] + each["v"] + each["context"] + 3 * (each["gate"] + each["up"])
 
 

@@ -4,14 +4,15 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llama_jax.model.remat import LADDER, saved_names
 from llama_jax.planning.chips import Topology, common_topologies
-from llama_jax.planning.job import CHUNK_A_CHIP, Job, MeshSizes
+from llama_jax.planning.job import Job, MeshSizes
 from llama_jax.planning.memory import training_memory
 from llama_jax.planning.plan import Change, Plan, Remedy, changed, ladder_plans, make_plan
-from llama_jax.planning.remat import LADDER, saved_names
 
 _SPLITS = (1, 2, 4, 8)  # ways of `tensor` and `context` that are tried
 _CHUNK_DIVISORS = (2, 4)  # of the loss chunk: smaller ones make products too narrow to be fast
+_NARROWEST_CHUNK = 512  # tokens
 _MOST_MICROBATCHES = 64
 _FASTER = 0.98
 
@@ -81,7 +82,14 @@ def _choices(job: Job) -> list[Sequence[Change | None]]:
     return [
         [None, *[Change("remat", remat) for remat in LADDER if _keeps_less(remat, job.remat)]],
         [None, *[Change("microbatches", count) for count in _more_microbatches(job)]],
-        [None, *[Change("loss_chunk", job.chunk // divisor) for divisor in _CHUNK_DIVISORS if _wide_enough(job, divisor)]],
+        [
+            None,
+            *[
+                Change("loss_chunk", int(job.chunk_tokens) // divisor)
+                for divisor in _CHUNK_DIVISORS
+                if _wide_enough(job, divisor)
+            ],
+        ],
         [None, *([Change("moment_dtype", "bfloat16")] if _has_wide_mean(job) else [])],
         [None, *[Change("mesh", mesh) for mesh in _other_meshes(job)]],
     ]
@@ -100,7 +108,7 @@ def _more_microbatches(job: Job) -> list[int]:
 
 
 def _wide_enough(job: Job, divisor: int) -> bool:
-    return job.chunk_tokens / divisor >= CHUNK_A_CHIP / 4
+    return job.chunk_tokens / divisor >= _NARROWEST_CHUNK
 
 
 def _has_wide_mean(job: Job) -> bool:
@@ -167,8 +175,7 @@ def _on_chips(job: Job, topology: Topology, tensor: int) -> Job | None:
         return None
     mesh = MeshSizes(fsdp=topology.chips // tensor, tensor=tensor)
     rows = -(-job.rows // mesh.rows) * mesh.rows
-    values = {"topology": topology, "mesh": mesh, "rows": rows, "microbatches": rows // mesh.rows, "remat": LADDER[-1],
-              "loss_chunk": 0}  # fmt: skip
+    values = {"topology": topology, "mesh": mesh, "rows": rows, "microbatches": rows // mesh.rows, "remat": LADDER[-1]}
     return changed(job, tuple(Change(name, value) for name, value in values.items()))
 
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from llama_jax.accounting import matmul_parameters, training_flops_per_token
+from llama_jax.model.remat import saved_names
 from llama_jax.planning.job import ITEMSIZES, Job, matrices
 from llama_jax.planning.remat import recomputed_bytes, recomputed_flops
 from llama_jax.planning.state import model_arrays, optimizer_bytes, trained_size
@@ -10,7 +11,7 @@ from llama_jax.planning.state import model_arrays, optimizer_bytes, trained_size
 # Bytes between chip and memory for one token and layer, forward and backward, over the bytes of its named activations: each is
 # written and read in both passes, in fused kernels (8B: 24 MB a token in all).
 _TRAFFIC = 8
-_FORWARD, _BACKWARD = 1, 1  # times that weights are gathered over `fsdp` in a micro-batch
+_FORWARD, _BACKWARD = 1, 1  # times that weights are gathered over `fsdp` and `context` in a micro-batch
 
 
 class Speed(NamedTuple):
@@ -110,7 +111,7 @@ def _memory_traffic(job: Job) -> float:
 def traffic(job: Job) -> tuple[float, float]:
     """Bytes a chip and update that come in over links, and over the network between slices or nodes."""
     mesh, near = job.mesh, job.topology.near
-    inside = {"tensor": _tensor_traffic(job), "context": _context_traffic(job), "fsdp": _fsdp_traffic(job)}
+    inside = {"tensor": _tensor_traffic(job), "context": _context_traffic(job), "fsdp": _weight_traffic(job)}
     totals, reach = [0.0, 0.0], 1
     for axis in ("tensor", "context", "fsdp"):  # from the inside out: what fits into a slice stays there
         reach *= getattr(mesh, axis)
@@ -120,8 +121,11 @@ def traffic(job: Job) -> tuple[float, float]:
     return totals[0], totals[1]
 
 
-def _fsdp_traffic(job: Job) -> float:
-    """Weights gathered for both passes (once where they are kept), gradients scattered; head and embedding gathered once."""
+def _weight_traffic(job: Job) -> float:
+    """Over `fsdp` and `context` together: weights gathered for both passes (once where they are kept), gradients scattered.
+
+    Head and embedding are gathered once.
+    """
     config, mesh, width = job.config, job.mesh, ITEMSIZES[job.compute_dtype]
     arrays = [array for array in model_arrays(config, 1, mesh.tensor) if len(array.shape) == 2]
     layers = sum(array.size for array in arrays if array.in_layer)
@@ -130,13 +134,18 @@ def _fsdp_traffic(job: Job) -> float:
     stored = min(width, ITEMSIZES[job.base_dtype]) if job.rank else width
     gathers = stored * (times * layers + outer)
     gradients = 0.0 if job.rank else width * (layers + outer)
-    return job.microbatches * (mesh.fsdp - 1) / mesh.fsdp * (gathers + gradients)
+    return job.microbatches * (mesh.stored - 1) / mesh.stored * (gathers + gradients)
 
 
 def _tensor_traffic(job: Job) -> float:
-    """Sums of the stream over `tensor`: after attention and feed-forward, forward, backward and where they are recomputed."""
+    """The stream gathered over `tensor` before attention and feed-forward and scattered after them, in both passes.
+
+    A gather and a scatter are a sum; gathers are made again where the gathered stream is not kept, a scatter where `middle` is
+    not.
+    """
     mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
-    sums = 4 + (0 if "middle" in job.remat or job.remat == "none" else 1)
+    again = 0.0 if job.remat == "none" else 1.0 if "middle" in saved_names(job.remat) else 1.5
+    sums = 4 + again
     stream = job.chip_tokens * job.config.dim * width
     return job.microbatches * job.config.layers * sums * 2 * (mesh.tensor - 1) / mesh.tensor * stream
 
@@ -149,7 +158,6 @@ def _context_traffic(job: Job) -> float:
 
 
 def _data_traffic(job: Job) -> float:
-    """Gradients summed over copies of the model: `data`, and `context`, whose chips share the weights."""
-    mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
-    copies = mesh.data * mesh.context
+    """Gradients summed over copies of the model."""
+    copies, width = job.mesh.data, ITEMSIZES[job.compute_dtype]
     return job.microbatches * 2 * (copies - 1) / copies * trained_size(job) * width

@@ -1,7 +1,7 @@
 """Bytes that a training keeps between two updates: parameters, frozen weights, the state of the optimizer; closed form.
 
-Every matrix is split over `fsdp` times `tensor`, norms are on every chip whole: `llama_jax.parallel.sharding`. A test compares
-with the tree and the shardings that the training step itself declares.
+Every matrix is split over `fsdp` times `context` times `tensor`, norms are on every chip whole: `llama_jax.parallel.sharding`.
+A test compares with the tree and the shardings that the training step itself declares. `stored` is `fsdp` times `context`.
 """
 
 from collections.abc import Iterator
@@ -38,28 +38,28 @@ class Array(NamedTuple):
         return total
 
 
-def model_arrays(config: LlamaConfig, fsdp: int, tensor: int) -> list[Array]:
+def model_arrays(config: LlamaConfig, stored: int, tensor: int) -> list[Array]:
     """The arrays of a whole model."""
     layer = parameter_shapes(config)["layers"]
     layers = config.layers
-    outer = {"embedding": (tensor, fsdp)} | ({} if config.tied_head else {"head": (fsdp, tensor)})
+    outer = {"embedding": (tensor, stored)} | ({} if config.tied_head else {"head": (stored, tensor)})
     norms = [Array(layers, (config.dim,), (1,), False)] * 2 + [Array(1, (config.dim,), (1,), False)]
     found = [Array(1, parameter_shapes(config)[name], ways, False) for name, ways in outer.items()]
     for name, shape in {**layer["attention"], **layer["feed_forward"]}.items():
-        found.append(Array(layers, shape[1:], _ways(name, fsdp, tensor), True))
+        found.append(Array(layers, shape[1:], _ways(name, stored, tensor), True))
     return found + norms
 
 
-def _ways(name: str, fsdp: int, tensor: int) -> tuple[int, int]:
-    """How a matrix of a layer is split: its side on the residual stream by `fsdp`, the other by `tensor`."""
-    return (tensor, fsdp) if name in ("wo", "down") else (fsdp, tensor)
+def _ways(name: str, stored: int, tensor: int) -> tuple[int, int]:
+    """How a matrix of a layer is split: its side on the residual stream by `fsdp` and `context`, the other by `tensor`."""
+    return (tensor, stored) if name in ("wo", "down") else (stored, tensor)
 
 
-def adapter_arrays(config: LlamaConfig, rank: int, fsdp: int, tensor: int) -> list[Array]:
+def adapter_arrays(config: LlamaConfig, rank: int, stored: int, tensor: int) -> list[Array]:
     """The factors of adapters of a rank on all matrices of the layers."""
     found = []
     for name, (inputs, outputs) in matrices(config).items():
-        first, second = _ways(name, fsdp, tensor)
+        first, second = _ways(name, stored, tensor)
         found += [
             Array(config.layers, (inputs, rank), (first, 1), True),
             Array(config.layers, (rank, outputs), (1, second), True),
@@ -69,8 +69,8 @@ def adapter_arrays(config: LlamaConfig, rank: int, fsdp: int, tensor: int) -> li
 
 def trained_arrays(job: Job) -> list[Array]:
     """What an update changes."""
-    fsdp, tensor = job.mesh.fsdp, job.mesh.tensor
-    return adapter_arrays(job.config, job.rank, fsdp, tensor) if job.rank else model_arrays(job.config, fsdp, tensor)
+    stored, tensor = job.mesh.stored, job.mesh.tensor
+    return adapter_arrays(job.config, job.rank, stored, tensor) if job.rank else model_arrays(job.config, stored, tensor)
 
 
 def trained_size(job: Job) -> float:
@@ -87,19 +87,19 @@ def frozen_bytes(job: Job) -> float:
     """Bytes of the frozen model under adapters, on one chip; 0 without adapters."""
     if not job.rank:
         return 0.0
-    return weight_bytes(job.config, job.base_dtype, job.mesh.fsdp, job.mesh.tensor)
+    return weight_bytes(job.config, job.base_dtype, job.mesh.stored, job.mesh.tensor)
 
 
-def weight_bytes(config: LlamaConfig, dtype: str, fsdp: int = 1, tensor: int = 1) -> float:
+def weight_bytes(config: LlamaConfig, dtype: str, stored: int = 1, tensor: int = 1) -> float:
     """Bytes on one chip of a model that is not trained, in a float type or quantised (see `llama_jax.model.quantize`).
 
     Quantised, every matrix has a float32 scale a channel; 4-bit ones an 8-bit number for each 32 weights, too; embedding and
     head hold 8 bits; norms stay in bfloat16.
     """
     if dtype in ("float32", "bfloat16"):
-        return sum(array.size for array in model_arrays(config, fsdp, tensor)) * ITEMSIZES[dtype]
+        return sum(array.size for array in model_arrays(config, stored, tensor)) * ITEMSIZES[dtype]
     total = 0.0
-    for array in model_arrays(config, fsdp, tensor):
+    for array in model_arrays(config, stored, tensor):
         if len(array.shape) == 1:
             total += array.size * 2
         elif array.in_layer:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from llama_jax.accounting import parameter_shapes
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.model.remat import EXPECTED, saved_names
 from llama_jax.training.config_checks import check_fields, require
 from llama_jax.training.config_data import DataConfig
 from llama_jax.training.config_distributed import DistributedConfig
@@ -90,13 +92,16 @@ class ComputeConfig:
 
     Attributes:
       dtype: of activations and of weights in matrix products; `auto` is float32 on a CPU and bfloat16 elsewhere.
-      remat: what the forward pass keeps for the backward pass: `none` (recompute nothing), `full` (recompute each
-        layer), or names joined by + of what to keep: `q k v context middle gate up`.
+      remat: what the forward pass keeps for the backward pass, from `none` (nothing is recomputed) over `all`, `no_up`,
+        `attention`, `outputs` and `context` to `full` (each layer is recomputed); or names joined by + of what to keep: `q k v
+        context middle gate up`; or `auto`: the first of these rungs that fits the devices by closed form, `none` on a CPU, kept
+        in the run's config. `docs/performance.md` has a table.
       scan_layers: run the layers as one compiled loop (compile time does not grow with depth) instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
       context_attention: where mesh.context is above 1: each device gathers the keys and values of whole rows (`gathered`), or
         they go round the devices (`ring`), which for very long rows takes less memory and hides the transfer.
-      loss_chunk: tokens whose logits exist at one time in the loss.
+      loss_chunk: tokens of one device whose logits exist at one time in the loss; fewer than about 2,048 make products too
+        narrow to be fast.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -114,6 +119,11 @@ class ComputeConfig:
         form, forms = self.context_attention, _CONTEXT_ATTENTION
         require(form in forms, "compute.context_attention", form, " or ".join(forms))
         check_fields("compute", self)
+        if self.remat != "auto":
+            try:
+                saved_names(self.remat)
+            except InputError:
+                require(False, "compute.remat", self.remat, f"auto, {EXPECTED}")
 
 
 @dataclasses.dataclass(frozen=True)

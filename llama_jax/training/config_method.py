@@ -7,6 +7,7 @@ from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.training.config_checks import check_fields, require
 
 _BASES = ("auto", "float32", "bfloat16", "int8", "int4")
+_FLOATS = ("float32", "bfloat16")
 _OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 _SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
@@ -31,6 +32,9 @@ class OptimizerConfig:
       moments_dtype: of the mean of the gradient. bfloat16 halves it and rounds it to 8 bits: of the state of `adamw` a quarter
         is saved (the mean of the square stays float32: in bfloat16 its small changes would be lost), of that of `lion` half, of
         that of `muon` half for the matrices of the layers; `adafactor` has no such mean.
+      param_dtype: of what is trained, as it is stored; updates are computed in float32 and rounded to it. bfloat16 halves
+        parameters and gradients, for models that would not fit otherwise, but a change smaller than about 1/512 of a number is
+        lost: rounding is to the nearest, not stochastic.
       weight_decay: decoupled, times the learning rate; applied to matrices, not to the scales of norms.
       clip_norm: largest global norm of a gradient; a longer one is scaled down to it.
       z_loss: this times log(Z)^2 is added to the loss of each token, Z being the sum over the vocabulary that its softmax
@@ -51,6 +55,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     z_loss: float = 0.0
@@ -59,7 +64,8 @@ class OptimizerConfig:
         check_fields("optimizer", self)
         require(self.name in _OPTIMIZERS, "optimizer.name", self.name, " or ".join(_OPTIMIZERS))
         require(self.schedule in _SCHEDULES, "optimizer.schedule", self.schedule, " or ".join(_SCHEDULES))
-        dtypes = ("float32",) if self.name == "adafactor" else ("float32", "bfloat16")
+        require(self.param_dtype in _FLOATS, "optimizer.param_dtype", self.param_dtype, " or ".join(_FLOATS))
+        dtypes = ("float32",) if self.name == "adafactor" else _FLOATS
         expected = " or ".join(dtypes) + (" (adafactor keeps no mean of the gradient)" if self.name == "adafactor" else "")
         require(self.moments_dtype in dtypes, "optimizer.moments_dtype", self.moments_dtype, expected)
 

@@ -41,6 +41,8 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
     preference = dataclasses.asdict(config.preference)
     optimizer = {"name": config.optimizer.name, "moments_dtype": config.optimizer.moments_dtype}  # what its state is
+    if config.optimizer.param_dtype != "float32":
+        optimizer |= {"param_dtype": config.optimizer.param_dtype}
     trained = {"model": dataclasses.asdict(config.model), "adapter": adapter, "preference": preference, "optimizer": optimizer}
     if split is None:
         return {**trained, "data": values | {SOURCES: sources_identity(data)}}

@@ -161,7 +161,7 @@ class Run:
         if self.config.run.init is None or self.config.adapter.rank:
             return state
         form: Form = "stacked" if self.recipe.model.options.scan else "unrolled"
-        model = load(self.config.run.init, "float32", form, self.mesh)
+        model = load(self.config.run.init, self.config.optimizer.param_dtype, form, self.mesh)
         for line in model.report.brief():
             self.display.event(line)
         return state._replace(params=model.params)
@@ -173,7 +173,7 @@ class Run:
         training, held_out = (sum(part.size for part in parts) for parts in (self.data.train, self.data.held_out.values()))
         return [
             f"model     {si(parameter_count(config.model))} parameters, {config.model.layers} layers, "
-            f"{self.recipe.model.options.dtype} compute",
+            f"{self.recipe.model.options.dtype} compute, remat {self.recipe.model.options.remat}",
             f"devices   {devices} x {self.mesh.devices.flat[0].device_kind} ({shape})",
             f"data      {si(training)} training tokens, {si(held_out)} held out; "
             f"{si(tokens)} tokens a step, {self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",

@@ -15,7 +15,7 @@ from llama_jax.parallel.context import balanced_positions, parts_of
 from llama_jax.parallel.sharding import constrain
 from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, row_losses
 
-_MEAN_CHUNK = 2048  # tokens whose logits exist at one time in `mean_loss`
+_MEAN_CHUNK = 2048  # tokens of one device whose logits exist at one time in `mean_loss`
 
 
 class _Ready(NamedTuple):

@@ -106,7 +106,8 @@ def make_recipe(config: TrainConfig) -> Recipe:
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
     optimizer, objective = make_optimizer(config.optimizer), next_token(config.optimizer.z_loss)
     sigma = config.guard.spike_sigma if config.guard.spike_skip else None
-    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk, objective, spike_sigma=sigma)
+    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk, objective,
+                    param_dtype=config.optimizer.param_dtype, spike_sigma=sigma)  # fmt: skip
     return adapter_recipe(recipe, config) if config.adapter.rank else recipe
 
 

@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: updates done, skipped ones included.
-      params: what is trained, float32: the master parameters, stacked form, or a tree of adapters.
+      params: what is trained, of `Recipe.param_dtype`: the master parameters, stacked form, or a tree of adapters.
       optimizer: state of the optax optimizer.
       guard: which updates were skipped, and what is usual.
     """
@@ -79,10 +79,11 @@ class Recipe(NamedTuple):
       model: the module.
       optimizer: an optax optimizer with a learning rate of 1; its updates are multiplied by the schedule.
       schedule: from the step to the learning rate, whatever became of the steps before.
-      loss_chunk: tokens whose logits exist at one time.
+      loss_chunk: tokens of one device whose logits exist at one time.
       objective: what is made small.
       init: draws what is trained.
       parameters: from what is trained, what is frozen and the draw (`None` outside of training) to what the model runs.
+      param_dtype: of what is trained, as it is stored between updates.
       spike_sigma: an update so many standard deviations above the usual is skipped; none for its height if `None`.
     """
 
@@ -93,6 +94,7 @@ class Recipe(NamedTuple):
     objective: Objective = NEXT_TOKEN
     init: Callable[[Llama, Key[Array, ""]], Parameters] = fresh_parameters
     parameters: Callable[[Parameters, PyTree, Draw | None], Parameters] = all_trained
+    param_dtype: str = "float32"
     spike_sigma: float | None = None
 
 
@@ -102,7 +104,8 @@ Sums = tuple[tuple[Float[Array, ""], dict[str, Array]], Parameters]  # (loss, mo
 def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> Sums:
     """Summed loss and its gradient over micro-batches `[A, B, T]`, added up one after the other.
 
-    Sums, not means: dividing once by the targets of the whole batch weights every token alike, whatever the split.
+    Sums, not means: dividing once by the targets of the whole batch weights every token alike, whatever the split. What several
+    micro-batches add up to is float32, whatever the type of the parameters.
     """
 
     def loss(trained: Parameters, micro: Batch, number: Int[Array, ""]) -> tuple[Array, dict[str, Array]]:
@@ -117,7 +120,9 @@ def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: Py
     first, count = jax.tree.map(lambda x: x[0], batch), batch.tokens.shape[0]
     if count == 1:
         return sums(first, jnp.int32(0))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, first, jnp.int32(0)))
+    losses, gradient = jax.eval_shape(sums, first, jnp.int32(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), losses)
+    start = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), gradient))
 
     def add(carry: Sums, given: tuple[Batch, Int[Array, ""]]) -> tuple[Sums, None]:
         """Adds the sums of a micro-batch."""
@@ -129,20 +134,26 @@ def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: Py
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, StepMetrics]:
     """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has no part in it.
 
-    An update that the guard does not accept leaves parameters and optimizer as they were; the step counts all the same.
+    Whatever the type of the parameters, the update is computed in float32 and then rounded to it. One that the guard does not
+    accept leaves parameters and optimizer as they were; the step counts all the same.
     """
     (loss, more), gradient = summed_gradients(recipe, state, batch, frozen)
     targets = recipe.objective.targets(batch)
-    gradient = jax.tree.map(lambda g: g / jnp.maximum(targets, 1), gradient)
-    updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, state.params)
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32) / jnp.maximum(targets, 1), gradient)
+    wide = _in_dtype(state.params, "float32")
+    updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, wide)
     rate = recipe.schedule(state.step)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
+    params = _in_dtype(optax.apply_updates(wide, jax.tree.map(lambda update: rate * update, updates)), recipe.param_dtype)
     loss, more = jax.tree.map(lambda total: total / jnp.maximum(targets, 1), (loss, more))
     norm = optax.tree.norm(gradient)
     ok = acceptable(state.guard, loss, norm, recipe.spike_sigma)
     params, optimizer = kept_unless(ok, (params, optimizer), (state.params, state.optimizer))
     metrics = StepMetrics(loss, norm, rate, targets, ~ok, more)
     return TrainState(state.step + 1, params, optimizer, noted(state.guard, state.step, ok, loss, norm)), metrics
+
+
+def _in_dtype(params: Parameters, dtype: str) -> Parameters:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def init_state(recipe: Recipe, key: Array) -> TrainState:
@@ -152,7 +163,8 @@ def init_state(recipe: Recipe, key: Array) -> TrainState:
 
 def fresh_state(recipe: Recipe, params: Parameters) -> TrainState:
     """The state at step 0 of parameters that are given."""
-    return TrainState(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), fresh_guard())
+    optimizer = recipe.optimizer.init(_in_dtype(params, "float32"))  # its state does not follow the type of the parameters
+    return TrainState(jnp.zeros((), jnp.int32), _in_dtype(params, recipe.param_dtype), optimizer, fresh_guard())
 
 
 def state_shapes(recipe: Recipe, mesh: Mesh) -> PyTree:

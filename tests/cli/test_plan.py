@@ -1,6 +1,7 @@
 """`plan`: what it prints and gives as JSON, that it starts without JAX, and that bad input is one line."""
 
 import json
+import pathlib
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 from llama_jax.cli.plan import main
 from llama_jax.cli.program import run_program
 
+EIGHT = pathlib.Path(__file__).parent.parent.parent / "configs" / "pods" / "llama3.1-8b-h100-8.yaml"
 POD = "--model llama3.1-70b --topology v5p:4x4x8 --length 8192 --batch-tokens 4M"
 
 
@@ -52,7 +54,7 @@ def test_what_does_not_fit_comes_with_flags_that_do(capsys):
     assert not got["fits"]
     assert got["remedies"]
     for remedy in got["remedies"]:
-        again = POD + " " + remedy["flags"] if "--remat" in remedy["flags"] else f"{POD} --remat none {remedy['flags']}"
+        again = POD + " " + remedy["flags"] if "--compute.remat" in remedy["flags"] else f"{POD} --remat none {remedy['flags']}"
         assert figures(capsys, again)["fits"]
         assert figures(capsys, again)["memory"]["total"] == remedy["total"]
     text = output(capsys, f"{POD} --remat none")
@@ -72,7 +74,21 @@ def test_one_gpu_needs_adapters_or_another_optimizer(capsys):
 def test_more_chips_are_named_where_nothing_else_helps(capsys):
     text = output(capsys, "--model llama3.1-405b --topology h100:8 --remat full")
     assert "more chips (h100:" in text
-    assert "--rank 16 --base int8" in text
+    assert "--adapter.rank 16 --adapter.base int8" in text
+
+
+def test_keys_of_the_config_are_options_too(capsys):
+    short = "--model llama3.1-8b --topology h100:8 --mesh fsdp=4,tensor=2 --remat full --microbatches 2 --rank 8 --base int8"
+    long = ("--model llama3.1-8b --topology h100:8 --mesh fsdp=8 --mesh.fsdp 4 --mesh.tensor 2 --compute.remat full "
+            "--data.accumulation 2 --adapter.rank 8 --adapter.base int8")  # fmt: skip
+    assert figures(capsys, short) == figures(capsys, long)
+
+
+def test_a_config_is_planned_as_it_stands(capsys):
+    got = figures(capsys, f"--config {EIGHT} --topology h100:8 --tokens 1T")
+    assert (got["mesh"]["fsdp"], got["microbatches"], got["remat"]) == (8, 128, "all")
+    assert got["fits"]
+    assert f"model         {EIGHT}: 8,030,261,248 parameters" in output(capsys, f"--config {EIGHT} --topology h100:8")
 
 
 def test_decoding(capsys):
@@ -91,12 +107,16 @@ def test_decoding(capsys):
     ("--model lama3-8b --topology h100:8", "nearest"), ("--model llama3-8b --topology h100:3", "multiple of 8"),
     ("--model llama3-8b --topology h100:8 --mesh fsdp=3", "does not make up the 8 chips"),
     ("--model llama3-8b --topology h100:16 --mesh tensor=16", "does not divide kv_heads (8)"),
-    ("--model llama3-8b --topology h100:8 --remat some", "is unknown; none, full"),
+    ("--model llama3-8b --topology h100:8 --remat some", "is unknown; none, all, no_up"),
     ("--model llama3-8b --topology h100:8 --length 9000", "at most the model's context (8192)"),
     ("--model llama3-8b --topology h100:8 --batch-tokens many", "whole number such as 4096, 4M"),
     ("--model llama3-8b --topology h100:8 --optimizer adafactor --moment-dtype bfloat16", "adafactor keeps no mean"),
     ("--model llama3-8b --topology h100:8 --decode --mesh data=8 --batch 3", "multiple of the copies of the model (8)"),
     ("--model llama3-8b --topology h100:8 --decode --mesh fsdp=8", "decoding takes data and tensor"),
+    ("--config configs/none.yaml --topology h100:8", "cannot be read"),
+    (f"--config {EIGHT} --topology h100:8 --remat full", "--remat given beside --config"),
+    (f"--config {EIGHT} --topology h100:16", "set one axis to -1"),
+    ("--model llama3-8b --topology h100:8 --mesh.fsdp many", "AXIS=SIZE of data, fsdp"),
     ("--model llama3-8b --topology h100:8 --rematt full", "the nearest is --remat"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(capsys, arguments, words):

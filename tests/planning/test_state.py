@@ -23,7 +23,8 @@ from llama_jax.training.step import Recipe, fresh_parameters, state_shapes
 
 # Sides on both sides of Adafactor's 128, divided by every mesh below.
 CONFIG = dataclasses.replace(TINY, vocab_size=512, dim=192, heads=8, kv_heads=4, head_dim=16, ffn_dim=320)
-MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+# data, fsdp, tensor, context
+MESHES = [(1, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (1, 2, 2, 2), (1, 1, 1, 4)]
 
 
 def bytes_on_a_device(tree) -> int:
@@ -35,7 +36,8 @@ def bytes_on_a_device(tree) -> int:
 
 def declared(config, sizes, optimizer, rank=0):
     """The state that the training step declares."""
-    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    data, fsdp, tensor, context = sizes
+    mesh = make_mesh(data, fsdp, tensor, jax.devices()[: math.prod(sizes)], context)
     adapters = (lambda model, key: init_adapters(key, model.config, rank, LAYER_MATRICES)) if rank else fresh_parameters
     recipe = Recipe(Llama(config, ModelOptions()), make_optimizer(optimizer), lambda step: 1.0, 2048, init=adapters)
     return state_shapes(recipe, mesh)
@@ -49,7 +51,8 @@ def job(config, sizes, optimizer, rank=0) -> Job:
 
 @pytest.mark.parametrize(("name", "dtype", "sizes", "tied"), [
     *[("adamw", "float32", sizes, False) for sizes in MESHES], *[("adafactor", "float32", sizes, False) for sizes in MESHES],
-    ("adamw", "bfloat16", (2, 2, 2), True), ("lion", "bfloat16", (1, 2, 4), False), ("muon", "bfloat16", (2, 2, 2), False),
+    ("adamw", "bfloat16", (2, 2, 2, 1), True), ("lion", "bfloat16", (1, 2, 4, 1), False),
+    ("muon", "bfloat16", (2, 1, 2, 2), False),
 ])  # fmt: skip
 def test_whole_training_is_the_state_of_the_step(name, dtype, sizes, tied):
     config, optimizer = dataclasses.replace(CONFIG, tied_head=tied), OptimizerConfig(name=name, moments_dtype=dtype)
@@ -60,7 +63,7 @@ def test_whole_training_is_the_state_of_the_step(name, dtype, sizes, tied):
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("adamw", (1, 1, 1)), ("adamw", (2, 2, 2)), ("lion", (1, 8, 1)), ("muon", (1, 2, 4))]
+    ("name", "sizes"), [("adamw", (1, 1, 1, 1)), ("adamw", (2, 2, 2, 1)), ("lion", (1, 4, 1, 2)), ("muon", (1, 2, 4, 1))]
 )
 def test_adapters_are_the_state_of_the_step(name, sizes):
     optimizer = OptimizerConfig(name=name)
