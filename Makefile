@@ -10,7 +10,8 @@ TRANSFORMERS4 := .venv-transformers4
 BIN := $(VENV)/bin
 RUN := runs/demo
 # What is run on the newer JAX.
-ON_312 := tests/model tests/generation tests/training tests/weights tests/cli/test_train.py tests/cli/test_infer.py
+ON_312 := tests/model tests/generation tests/training tests/cli/test_train.py tests/cli/test_infer.py \
+	tests/weights/test_assemble.py tests/weights/test_checkpoint.py tests/weights/test_load.py tests/weights/test_peft.py
 # Where tests of faults are; `.ci/run` leaves out those that `make test` has run.
 FAULTS ?= $$($(BIN)/python tests/faults/rows.py)
 # Real material that travels as packages: the weights of a pretrained model, and Meta's own tokenizer and chat format. The
@@ -36,11 +37,11 @@ test-faults: $(VENV)/installed-test ## training under faults: killed, signalled,
 
 # What does not depend on JAX is the same there.
 test-312: $(VENV312)/installed-test ## all that depends on JAX, on Python 3.12 and its newer JAX, in an environment of its own
-	@echo "NOT RUN in $(VENV312): text, data, the command line's words and hostile files ('make test' runs them); run are"; \
+	@echo "NOT RUN in $(VENV312): text, data, formats of weights, the command line's words and hostile files ('make test' runs them); run are"; \
 	echo "  $(ON_312)"
-	@$(call run_suite,$(VENV312),$(ON_312) --ignore-glob '*hostile*' --ignore tests/weights/test_pth.py)
+	@$(call run_suite,$(VENV312),$(ON_312))
 
-test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding; Python 3.12, no TPU needed
+test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding and training; Python 3.12, no TPU needed
 	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu
 
 test-transformers4: $(VENV)/installed-test $(TRANSFORMERS4)/installed ## exports as transformers 4 reads them
