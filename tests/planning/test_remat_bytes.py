@@ -31,7 +31,8 @@ def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
     x = jax.ShapeDtypeStruct((ROWS, LENGTH, CONFIG.dim), jnp.dtype(dtype))
     params = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, None, rotation(positions, CONFIG), Mask())["params"], x)
     leaves = jax.tree.leaves(jax.eval_shape(lambda params, x: jax.vjp(forward, params, x)[1], params, x))
-    per_token = [leaf for leaf in leaves if ROWS in leaf.shape and leaf.size % (ROWS * LENGTH) == 0]
+    rows = [leaf for leaf in leaves if ROWS in leaf.shape or leaf.shape[:1] == (ROWS * LENGTH,)]  # products see rows as one
+    per_token = [leaf for leaf in rows if leaf.size % (ROWS * LENGTH) == 0]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in per_token) / ROWS / LENGTH
 
 
