@@ -14,6 +14,7 @@ from llama_jax.model.layers import layer_class
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.remat import LADDER, saved_names
 from llama_jax.model.rope import rotation
+from llama_jax.parallel.mesh import make_mesh
 from llama_jax.planning.remat import recomputed_flops, saved_bytes, score_bytes
 
 CONFIG = dataclasses.replace(TINY, dim=192, heads=6, kv_heads=2, head_dim=40, ffn_dim=448)
@@ -21,7 +22,10 @@ ROWS, LENGTH = 2, 256
 
 
 def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
-    """Bytes a token that the backward pass of a layer is handed, without weights and what all rows and layers share."""
+    """Bytes a token that the backward pass of a layer is handed, without weights and what all rows and layers share.
+
+    On a mesh: on one device each product has its input flattened, which tracing takes for an array of its own.
+    """
     options = ModelOptions(dtype=dtype, remat=remat, attention=attention)
     layer, positions = layer_class(options)(CONFIG, options), jnp.arange(LENGTH, dtype=jnp.int32)[None]
 
@@ -30,9 +34,9 @@ def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
 
     x = jax.ShapeDtypeStruct((ROWS, LENGTH, CONFIG.dim), jnp.dtype(dtype))
     params = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, None, rotation(positions, CONFIG), Mask())["params"], x)
-    leaves = jax.tree.leaves(jax.eval_shape(lambda params, x: jax.vjp(forward, params, x)[1], params, x))
-    rows = [leaf for leaf in leaves if ROWS in leaf.shape or leaf.shape[:1] == (ROWS * LENGTH,)]  # products see rows as one
-    per_token = [leaf for leaf in rows if leaf.size % (ROWS * LENGTH) == 0]
+    with jax.set_mesh(make_mesh(1, ROWS, 1, jax.devices()[:ROWS])):
+        leaves = jax.tree.leaves(jax.eval_shape(lambda params, x: jax.vjp(forward, params, x)[1], params, x))
+    per_token = [leaf for leaf in leaves if ROWS in leaf.shape and leaf.size % (ROWS * LENGTH) == 0]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in per_token) / ROWS / LENGTH
 
 
