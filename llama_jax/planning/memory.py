@@ -17,7 +17,7 @@ ACCURACY = (
 # What is alive of the layer that the backward pass is in, over the bytes of its named activations: what one more row adds to a
 # compiled step beyond what is kept. TPUs: the difference of two compiled steps of 8B. Others, with attention in plain XLA:
 # compiled steps of a small model on CPUs, one and eight, which the closed form meets within 10 %.
-_IN_FLIGHT_TPU, _IN_FLIGHT = 1.14, 3.0
+_IN_FLIGHT_TPU, _IN_FLIGHT, _IN_FLIGHT_ALONE = 1.14, 3.0, 2.7  # alone: on one device products take all rows as one
 _LAYERS_GATHERED = 2  # the one at work and the next, whose weights are on their way
 # Copies of what an update makes of the largest array, float32, before it is added: sums over a matrix come between.
 _UPDATE_COPIES = {"adamw": 0, "lion": 0, "adafactor": 1, "muon": 3}
@@ -103,11 +103,8 @@ def _working(job: Job) -> float:
     config, mesh, width = job.config, job.mesh, _width(job)
     named = recomputed_bytes(config, "full", width, mesh.tensor)
     again = recomputed_bytes(config, job.remat, width, mesh.tensor)
-    each = (
-        (_IN_FLIGHT_TPU if job.topology.chip.axes else _IN_FLIGHT) * named
-        + again
-        + score_bytes(config, job.length, mesh.tensor)
-    )
+    in_flight = _IN_FLIGHT_TPU if job.topology.chip.axes else _IN_FLIGHT if job.topology.chips > 1 else _IN_FLIGHT_ALONE
+    each = in_flight * named + again + score_bytes(config, job.length, mesh.tensor)
     keys = 2 * config.kv_heads * config.head_dim / mesh.tensor * width
     gathered = 2 * keys * job.chip_rows * job.length if mesh.context > 1 else 0.0  # keys and values, and their gradients
     streams = 2 * config.dim * width * (1 - 1 / mesh.tensor)  # what a block gathers of the stream, and its gradient
