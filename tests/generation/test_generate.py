@@ -239,21 +239,21 @@ def test_log_probabilities(generator):
     assert len(chosen[0].logprobs) == 40
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_a_mesh_changes_nothing(scan):
-    """The parameters as training leaves them on 8 devices, rows over data and fsdp, heads over tensor."""
+@pytest.mark.parametrize(("scan", "fsdp", "context"), [(True, 2, 1), (False, 2, 1), (True, 1, 2)])
+def test_a_mesh_changes_nothing(scan, fsdp, context):
+    """The parameters as training leaves them on 8 devices, rows over data and fsdp, heads over tensor; rows stay whole."""
     config = dataclasses.replace(CONFIG, vocab_size=96)
     params = random_parameters(config) if scan else unstack(random_parameters(config))
     prompts = [[token % 96 for token in prompt] for prompt in PROMPTS]
     sampling = make_sampling(5, [0.0, 1.0, 0.0, 0.7, 1.0], top_p=0.9, seed=3)
     alone = Generator(params, config).generate(prompts, 6, sampling)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=fsdp, tensor=2, context=context)
     sharded = jax.device_put(params, tree_shardings(params, mesh, TRAINING))
     generator = Generator(sharded, config, mesh=mesh)
     assert ids(generator.generate(prompts, 6, sampling)) == ids(alone)
     session = generator.start(prompts, 6, sampling)
     keys = jax.tree.leaves(session._progress.cache.layers)[0]
-    assert keys.sharding.shard_shape(keys.shape)[-4:-1] == (2, 1, session._progress.cache.slots)
+    assert keys.sharding.shard_shape(keys.shape)[-4:-1] == (4 // fsdp, 1, session._progress.cache.slots)
     prefix = generator.prefix(prompts[3][:30])
     assert ids(generator.generate(prompts[3:], 6, make_sampling(2), prefix=prefix)) == ids(
         Generator(params, config).generate(prompts[3:], 6)
