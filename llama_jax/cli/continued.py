@@ -105,6 +105,8 @@ def continued(output: str, before: Answered) -> Iterator[io.BufferedIOBase]:
         file: io.BufferedIOBase = path.open("xb") if before.total is None else path.open("r+b")
     except FileExistsError:
         raise InputError(f"{output}: appeared only now; another process seems to be writing it") from None
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); name another file") from None
     with file:
         _lock(output, file)
         if path.stat().st_size != (before.total or 0):

@@ -150,7 +150,7 @@ def test_the_same_with_accumulation_on_two_devices(tmp_path, corpus):
         (tmp_path / name).mkdir()
         changes = {"run": {"steps": 12}, "data": {"accumulation": 2}, "mesh": {"data": 1, "fsdp": 2}}
         runs.append(make_run(tmp_path / name, corpus, **changes))
-    assert "2 x cpu (data 1 x fsdp 2 x tensor 1)" in train(arguments(runs[0]), devices=2).stdout
+    assert "2 x cpu (data 1 x fsdp 2 x context 1 x tensor 1)" in train(arguments(runs[0]), devices=2).stdout
     stop_in_process(runs[1], 6, devices=2)
     train(arguments(runs[1]), devices=2)
     assert_same_end(runs[1], runs[0])

@@ -94,17 +94,21 @@ def test_losses_of_rows_under_a_frozen_head():
         np.testing.assert_allclose(run(params, batch), alone, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 17, 40, 1000])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_cross_entropy_in_chunks_of_every_part(parts, chunk):
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 8, 1, 1)], ids=str)
+def test_cross_entropy_by_device(sizes, chunk):
+    """Each device sweeps over its own tokens and its own part of the vocabulary; together they have the loss of all."""
     rng = np.random.default_rng(0)
-    features, head = jnp.asarray(rng.normal(size=(3, 12, 8)), jnp.float32), jnp.asarray(rng.normal(size=(8, 20)), jnp.float32)
-    targets, weights = jnp.asarray(rng.integers(0, 20, (3, 12)), jnp.int32), jnp.asarray(rng.random((3, 12)), jnp.float32)
+    features, head = jnp.asarray(rng.normal(size=(8, 12, 8)), jnp.float32), jnp.asarray(rng.normal(size=(8, 20)), jnp.float32)
+    targets, weights = jnp.asarray(rng.integers(0, 20, (8, 12)), jnp.int32), jnp.asarray(rng.random((8, 12)), jnp.float32)
     plain = lambda f, h: jnp.sum(  # noqa: E731
         weights * optax.softmax_cross_entropy_with_integer_labels(f @ h, targets)
     )
-    ours = lambda f, h: cross_entropy(f, h, targets, weights, chunk, parts)  # noqa: E731
-    (value, got), (expected_value, wanted) = (jax.value_and_grad(f, (0, 1))(features, head) for f in (ours, plain))
+    ours = lambda f, h: cross_entropy(f, h, targets, weights, chunk)  # noqa: E731
+    data, fsdp, tensor, context = sizes
+    with jax.set_mesh(make_mesh(data, fsdp, tensor, jax.devices()[: np.prod(sizes)], context)):
+        value, got = jax.jit(jax.value_and_grad(ours, (0, 1)))(features, head)
+    expected_value, wanted = jax.value_and_grad(plain, (0, 1))(features, head)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, wanted)
 
