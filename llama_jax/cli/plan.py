@@ -1,4 +1,4 @@
-"""`plan`: memory and time of a training, or of decoding, on chips that are not rented yet; nothing is compiled or run."""
+"""`plan`: memory and time of a training, or of decoding, on chips that are not rented yet; nothing is run."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.cli.counts import count
 from llama_jax.cli.options import OptionParser
-from llama_jax.cli.plan_compiled import compiled_rows
+from llama_jax.cli.plan_compiled import compiled_decoding, compiled_training
 from llama_jax.cli.plan_json import decode_json, training_json
 from llama_jax.cli.plan_text import decode_lines, training_lines
 from llama_jax.cli.writing import as_json, prepare_output
@@ -21,7 +21,7 @@ from llama_jax.planning.of_config import first_fitting_remat, job_of
 from llama_jax.planning.plan import best_remat, make_plan
 from llama_jax.planning.search import outlook
 from llama_jax.presets import preset
-from llama_jax.training.config import ComputeConfig
+from llama_jax.training.config import ComputeConfig, TrainConfig
 
 _FLOATS = ("float32", "bfloat16")
 _WITH_CONFIG = ("config", "topology", "tokens", "json", "compile")  # options that go with a config, which says all the others
@@ -44,7 +44,9 @@ def make_parser(prog: str) -> OptionParser:
     for axis in MeshSizes._fields:
         parser.add_argument(f"--mesh.{axis}", metavar="N", help=f"size of {axis}, before what --mesh says")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    ahead = "compile the step of a training for one slice of TPUs, on this machine: true memory, predicted time (minutes)"
+    ahead = (
+        "compile the step of the training, or of decoding, for the TPUs, on this machine: true memory, predicted time (minutes)"
+    )
     parser.add_argument("--compile", action="store_true", help=ahead)
     add_training_options(parser)
     group = parser.add_argument_group("decoding in place of training")
@@ -107,15 +109,23 @@ def make_job(options: argparse.Namespace, config: LlamaConfig, topology: Topolog
     return dataclasses.replace(job, remat=best_remat(job)) if options.remat == "auto" else job
 
 
-def config_job(path: Path, topology: Topology) -> Job:
-    """The training that a YAML file describes, its `compute.remat: auto` resolved for the chips.
+def read_config(path: Path) -> TrainConfig:
+    """The training that a YAML file describes.
 
     Raises:
-      InputError: for a file that is no config, and for chips that it does not fit.
+      InputError: for a file that is no config.
     """
     from llama_jax.cli.arguments import parse_train
 
-    config = parse_train(["--config", str(path)], path)
+    return parse_train(["--config", str(path)], path)
+
+
+def config_job(config: TrainConfig, topology: Topology) -> Job:
+    """A config's training on chips, its `compute.remat: auto` resolved for them.
+
+    Raises:
+      InputError: for chips that it does not fit.
+    """
     job = job_of(config, topology)
     return dataclasses.replace(job, remat=first_fitting_remat(job)) if config.compute.remat == "auto" else job
 
@@ -137,16 +147,20 @@ def _decoding(options: argparse.Namespace, config: LlamaConfig, topology: Topolo
     length, dtype = options.length or min(config.context_length, 8192), options.quantize or "bfloat16"
     mesh = parse_mesh(text, topology) if text else None
     plan = make_decode_plan(config, topology, options.batch, length, dtype, options.cache_dtype, mesh)
-    return decode_lines(options.model, plan, dtype), decode_json(plan)
+    rows, figures = decode_lines(options.model, plan, dtype), decode_json(plan)
+    if not options.compile:
+        return rows, figures
+    more, compiled = compiled_decoding(config, plan, dtype, options.cache_dtype)
+    return rows + more, figures | {"compiled": compiled}
 
 
-def _training(options: argparse.Namespace, name: str, job: Job) -> tuple[list, dict]:
+def _training(options: argparse.Namespace, name: str, job: Job, config: TrainConfig | None = None) -> tuple[list, dict]:
     plan = make_plan(job)
     around = outlook(plan)
     rows, figures = training_lines(name, plan, around, options.tokens), training_json(plan, around, options.tokens)
     if not options.compile:
         return rows, figures
-    more, compiled = compiled_rows(plan.job)
+    more, compiled = compiled_training(plan, config)
     return rows + more, figures | {"compiled": compiled}
 
 
@@ -156,12 +170,10 @@ def main(arguments: list[str], prog: str = "plan") -> int:
     topology = parse_topology(options.topology)
     if options.config is not None:
         require_alone(arguments)
-        name = str(options.config)
-        rows, figures = _training(options, name, config_job(options.config, topology))
+        name, run = str(options.config), read_config(options.config)
+        rows, figures = _training(options, name, config_job(run, topology), run)
     elif options.model is None:
         raise InputError("the following arguments are required: --model (or --config); see --help")
-    elif options.decode and options.compile:
-        raise InputError("--decode and --compile given; only the step of a training is compiled ahead")
     else:
         name, config = options.model, preset(options.model)
         length = options.length or min(config.context_length, 8192)

@@ -17,7 +17,7 @@ def training_json(plan: Plan, around: Outlook, tokens: int | None) -> dict:
         "memory": plan.memory._asdict() | {"total": plan.memory.total, "limit": plan.limit},
         "fits": plan.fits,
         "by_remat": {other.job.remat: other.memory.total for other in around.ladder},
-        "remedies": [_remedy_json(remedy, job) for remedy in around.remedies],
+        "remedies": remedies_json(around, job),
         "enough_chips": around.enough.job.topology.name if around.enough else None,
         "faster": _remedy_json(around.faster, job) if around.faster else None,
         "share_of_peak": job.topology.chip.share,
@@ -33,6 +33,11 @@ def _speed_json(speed: Speed) -> dict:
                     "links": speed.links, "network": speed.network, "step": speed.step},
         "bound": speed.bound, "tokens_per_second": speed.tokens_per_second, "mfu": speed.mfu,
     }  # fmt: skip
+
+
+def remedies_json(around: Outlook, job: Job) -> list[dict]:
+    """The changes that make a job fit."""
+    return [_remedy_json(remedy, job) for remedy in around.remedies]
 
 
 def _remedy_json(remedy: Remedy, job: Job) -> dict:

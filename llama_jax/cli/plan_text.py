@@ -17,7 +17,7 @@ def training_lines(model: str, plan: Plan, around: Outlook, tokens: int | None) 
     return [
         *_job_lines(model, plan.job),
         *_memory_lines(plan),
-        ("by remat", ", ".join(f"{_rung(other)} {_gb(other.memory.total)}" for other in around.ladder) + " (* fits)"),
+        ("by remat", ", ".join(f"{_rung(other)} {gb(other.memory.total)}" for other in around.ladder) + " (* fits)"),
         *_verdict_lines(plan, around),
         *_speed_lines(plan, tokens),
         ("modelled", f"memory: {ACCURACY}"),
@@ -30,7 +30,7 @@ def _rung(plan: Plan) -> str:
     return plan.job.remat + ("*" if plan.fits else "")
 
 
-def _gb(size: float) -> str:
+def gb(size: float) -> str:
     """Bytes in GB of 1e9, or in MB."""
     return (
         f"{size / 1e9:,.1f} GB" if abs(size) >= 1e9 else f"{size / 1e9:.2f} GB" if abs(size) >= 1e7 else f"{size / 1e6:.2f} MB"
@@ -48,7 +48,7 @@ def _job_lines(model: str, job: Job) -> Rows:
     learner = f"adapters of rank {job.rank} over {job.base_dtype}, {job.optimizer}" if job.rank else job.optimizer
     return [
         ("model", f"{model}: {parameter_count(config):,} parameters, {matmul_parameters(config):,} of them in matrix products"),
-        ("chips", f"{topology.name}: {topology.chips} x {chip.name}, {_gb(chip.memory)} and {chip.peak / 1e12:g} TFLOP/s each; "
+        ("chips", f"{topology.name}: {topology.chips} x {chip.name}, {gb(chip.memory)} and {chip.peak / 1e12:g} TFLOP/s each; "
                   f"mesh {_mesh(job.mesh)}"),
         ("batch", f"{job.rows:,} rows of {job.length:,} tokens, {job.tokens:,} an update, in {pieces}: {tokens}"),
         ("training", f"{learner}, parameters {job.param_dtype}, compute {job.compute_dtype}, remat {job.remat}, loss chunk "
@@ -74,37 +74,35 @@ def _memory_lines(plan: Plan) -> Rows:
         "update": "of the optimizer, when the passes' memory is free again",
     }
     rows = [
-        (f"  {name}", f"{_gb(size):>10}  {size / plan.limit:6.1%}  {words[name]}")
+        (f"  {name}", f"{gb(size):>10}  {size / plan.limit:6.1%}  {words[name]}")
         for name, size in plan.memory._asdict().items()
         if size > 0
     ]
     total = plan.memory.total
-    return [("memory", "a chip, GB of 1e9 bytes"), *rows, ("  in all", f"{_gb(total):>10}  {total / plan.limit:6.1%}")]
+    return [("memory", "a chip, GB of 1e9 bytes"), *rows, ("  in all", f"{gb(total):>10}  {total / plan.limit:6.1%}")]
 
 
 def _verdict_lines(plan: Plan, around: Outlook) -> Rows:
     """Whether it fits, and what to do about it."""
     if plan.fits:
-        left = f"fits, {_gb(plan.left)} a chip left"
+        left = f"fits, {gb(plan.left)} a chip left"
         faster = _remedy_text(around.faster, plan) if around.faster else ""
         return [("verdict", left), ("faster", faster) if faster else ("", "nothing on the ladder of remat that fits is faster")]
-    rows = [("verdict", f"does not fit: {_gb(-plan.left)} a chip too many")]
+    return [("verdict", f"does not fit: {gb(-plan.left)} a chip too many"), *remedy_lines(plan, around)]
+
+
+def remedy_lines(plan: Plan, around: Outlook, note: str = "") -> Rows:
+    """What to do about a plan that does not fit; `note` says more of what counts as fitting."""
     if around.remedies:
-        rows += [("instead", "the smallest changes that do, the fastest first:")]
-        return [*rows, *[("", f"  {_remedy_text(remedy, plan)}") for remedy in around.remedies]]
+        first = ("instead", f"the smallest changes that do{note}, the fastest first:")
+        return [first, *[("", f"  {_remedy_text(remedy, plan)}") for remedy in around.remedies]]
     tried = "no remat, number of micro-batches, loss chunk, mesh or moments in bfloat16 saves enough; not adafactor either"
-    rows.append(("", tried))
     more = ""
     if around.enough:
         larger = around.enough.job
         more = f"more chips ({larger.topology.name} fits with remat full, mesh {_mesh(larger.mesh)}, one row a chip at a time)"
-    return [
-        *rows,
-        (
-            "instead",
-            " or ".join(filter(None, [more, "adapters over a narrower model (--adapter.rank 16 --adapter.base int8)"])),
-        ),
-    ]
+    narrower = "adapters over a narrower model (--adapter.rank 16 --adapter.base int8)"
+    return [("", tried), ("instead", " or ".join(filter(None, [more, narrower])))]
 
 
 def _remedy_text(remedy: Remedy, plan: Plan) -> str:
@@ -112,10 +110,11 @@ def _remedy_text(remedy: Remedy, plan: Plan) -> str:
     typed = flags(remedy, plan.job)
     note = " (it learns differently)" if "adafactor" in typed else ""
     times = f"{speed.step / plan.speed.step:.2f} times as long"
-    return f"{typed}{note}: {_gb(remedy.plan.memory.total)}, {_seconds(speed.step)} a step, {times}"
+    return f"{typed}{note}: {gb(remedy.plan.memory.total)}, {duration(speed.step)} a step, {times}"
 
 
-def _seconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
@@ -126,9 +125,9 @@ def _speed_lines(plan: Plan, tokens: int | None) -> Rows:
     rows = [
         ("FLOPs", f"{speed.flops_per_token:.4g} a token ({_formula(plan.job)}, causal); "
                   f"{speed.recomputed:.1%} computed again"),
-        ("roofline", f"compute {_seconds(speed.compute)} at peak, {_seconds(speed.expected_compute)} at {chip.share:.1%} "
-                     f"of it; memory {_seconds(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
-        ("step", f"{_seconds(speed.step)}: expected, closed form, {rule}"),
+        ("roofline", f"compute {duration(speed.compute)} at peak, {duration(speed.expected_compute)} at {chip.share:.1%} "
+                     f"of it; memory {duration(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
+        ("step", f"{duration(speed.step)}: expected, closed form, {rule}"),
         ("speed", f"{rate:,.0f} tokens/s, {rate / speed.chips:,.0f} a chip; causal MFU {speed.mfu:.1%}"),
     ]  # fmt: skip
     if tokens is None:
@@ -144,8 +143,8 @@ def _formula(job: Job) -> str:
 
 
 def _links(speed: Speed) -> str:
-    network = f", network {_seconds(speed.network)}" if speed.network else ""
-    return f"links {_seconds(speed.links)}{network}"
+    network = f", network {duration(speed.network)}" if speed.network else ""
+    return f"links {duration(speed.links)}{network}"
 
 
 def decode_lines(model: str, plan: DecodePlan, dtype: str) -> Rows:
@@ -155,21 +154,19 @@ def decode_lines(model: str, plan: DecodePlan, dtype: str) -> Rows:
              "logits": (plan.logits, "float32")}  # fmt: skip
     left = plan.limit - plan.total
     verdict = (
-        f"fits, {_gb(left)} a chip left"
-        if left >= 0
-        else f"does not fit: {_gb(-left)} a chip too many; " + _smaller(plan, dtype)
+        f"fits, {gb(left)} a chip left" if left >= 0 else f"does not fit: {gb(-left)} a chip too many; " + _smaller(plan, dtype)
     )
     return [
         ("model", f"{model}, weights {dtype}"),
-        ("chips", f"{plan.topology.name}: {plan.topology.chips} x {chip.name}, {_gb(chip.memory)} and "
+        ("chips", f"{plan.topology.name}: {plan.topology.chips} x {chip.name}, {gb(chip.memory)} and "
                   f"{chip.bandwidth / 1e12:.2f} TB/s each; mesh data {plan.mesh.data} x tensor {plan.mesh.tensor}"),
         ("memory", "a chip, GB of 1e9 bytes"),
-        *[(f"  {name}", f"{_gb(size):>10}  {size / plan.limit:6.1%}  {words}") for name, (size, words) in parts.items()],
-        ("  in all", f"{_gb(plan.total):>10}  {plan.total / plan.limit:6.1%}"),
+        *[(f"  {name}", f"{gb(size):>10}  {size / plan.limit:6.1%}  {words}") for name, (size, words) in parts.items()],
+        ("  in all", f"{gb(plan.total):>10}  {plan.total / plan.limit:6.1%}"),
         ("verdict", verdict),
-        ("moved", f"{_gb(plan.moved)} a step and chip: every matrix once, the cache of full rows; "
-                  f"{_gb(plan.bytes_per_token)} a token"),
-        ("limit", f"{plan.tokens_per_second:,.1f} tokens/s, {_seconds(plan.step)} a step: memory bandwidth alone, closed form; "
+        ("moved", f"{gb(plan.moved)} a step and chip: every matrix once, the cache of full rows; "
+                  f"{gb(plan.bytes_per_token)} a token"),
+        ("limit", f"{plan.tokens_per_second:,.1f} tokens/s, {duration(plan.step)} a step: memory bandwidth alone, closed form; "
                   "published decoders reach 60 to 90 % of it"),
     ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """A training step compiled for chips that are not here: its memory as the compiler has it, its time as it estimates."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -19,9 +20,11 @@ from llama_jax.planning.chips import Topology
 from llama_jax.planning.job import Job
 from llama_jax.planning.ruler import Prediction, predict
 from llama_jax.planning.speed import flops_per_token
+from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.setup import make_recipe
 from llama_jax.training.step import Recipe, batch_sharding, sharded_step, state_shapes
 
 
@@ -48,13 +51,13 @@ class Compiled(NamedTuple):
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
-    """Descriptions of the chips of one slice, closed to rings where the real one is: without, gathers become sums.
+    """Descriptions of the chips of slices, closed to rings where the real ones are: without, gathers become sums.
 
     Raises:
-      InputError: for GPUs and several slices; where the compiler for TPUs is not installed.
+      InputError: for GPUs; where the compiler for TPUs is not installed.
     """
-    if not topology.chip.axes or topology.slices > 1:
-        raise InputError(f"topology {topology.name}: programs are compiled ahead for one slice of TPUs; leave out --compile")
+    if not topology.chip.axes:
+        raise InputError(f"topology {topology.name}: programs are compiled ahead for TPUs; leave out --compile")
     rings = [size % topology.chip.ring == 0 for size in topology.shape]
     several = math.prod(topology.shape) > 1
     try:
@@ -63,12 +66,13 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
             platform="tpu",
             chip_config_name="megacore" if topology.chip.axes == 3 else "default",
             chips_per_host_bounds=(2, 2, 1) if several else (1, 1, 1),
-            num_slices=1,
+            num_slices=topology.slices,
             wrap=(*rings, *[False] * (3 - len(rings))),
         )
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"topology {topology.name}: no compiler for TPUs ({str(error).splitlines()[0]:.80}); pip install 'llama_jax[tpu]'"
+            f"topology {topology.name}: no compiler for TPUs here ({str(error).splitlines()[0]:.80}); install it, without a "
+            "TPU, by pip install 'llama_jax[tpu]', or leave out --compile"
         ) from None
     return description.devices
 
@@ -80,18 +84,35 @@ def compile_training(job: Job) -> Compiled:
       InputError: for what cannot be compiled here.
       jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
     """
+    return _compile(job_recipe(job), job)
+
+
+def compile_config(config: TrainConfig, job: Job) -> Compiled:
+    """Compiles the training step of a config as `train.py` builds it on TPUs, on this machine.
+
+    Args:
+      config: of the run.
+      job: what it describes, see `llama_jax.planning.of_config.job_of`; its topology, and what `remat: auto` stands for.
+
+    Raises:
+      InputError: for what cannot be compiled here.
+      jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
+    """
+    _require_whole(job)
+    compute = dataclasses.replace(config.compute, remat=job.remat)
+    return _compile(make_recipe(dataclasses.replace(config, compute=compute), "tpu"), job)
+
+
+def _compile(recipe: Recipe, job: Job) -> Compiled:
     mesh = make_mesh(job.mesh.data, job.mesh.fsdp, job.mesh.tensor, topology_devices(job.topology), job.mesh.context)
-    recipe = job_recipe(job)
     place = batch_sharding(recipe, mesh)
     rows = (job.microbatches, job.rows // job.microbatches, job.length)
     batch = Batch(
         *[jax.ShapeDtypeStruct(rows, dtype, sharding=place) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32)]
     )
     with jax.set_mesh(mesh):
-        lowered = sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch)
-        started = time.monotonic()
-        compiled = lowered.compile()
-    seconds, text, memory = time.monotonic() - started, compiled.as_text(), compiled.memory_analysis()
+        compiled, seconds = timed_compile(sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch))
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None
     config, tokens = job.config, job.tokens / job.topology.chips
@@ -107,14 +128,25 @@ def compile_training(job: Job) -> Compiled:
     )
 
 
+def timed_compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
+    """A program compiled, and the seconds that it took."""
+    started = time.monotonic()
+    return lowered.compile(), time.monotonic() - started
+
+
+def _require_whole(job: Job) -> None:
+    """Refuses adapters, whose step needs a model."""
+    if job.rank:
+        raise InputError("--rank (adapter.rank) and --compile given; only the training of whole models is compiled ahead")
+
+
 def job_recipe(job: Job) -> Recipe:
     """The update of a job, as a run of the same settings has it on TPUs.
 
     Raises:
       InputError: for adapters, whose step needs a model.
     """
-    if job.rank:
-        raise InputError("--rank and --compile given; only the training of whole models is compiled ahead")
+    _require_whole(job)
     attention = choose_backend("auto", job.length, job.length, "tpu", job.config.head_dim, job.mesh.context)
     options = ModelOptions(dtype=job.compute_dtype, scan=True, remat=job.remat, attention=attention)
     dtypes = {"moments_dtype": job.moment_dtype, "param_dtype": job.param_dtype}

@@ -138,7 +138,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
       InputError: for a chip that is not in the table, and for a shape that cannot be had.
     """
-    found = re.fullmatch(r"(?:(\d{1,4})x)?([a-z]+\d+[a-z]?):(\d{1,5}(?:x\d{1,5}){0,2})", text.strip().lower(), re.ASCII)
+    found = re.fullmatch(r"(?:(\d{1,4})x ?)?([a-z]+\d+[a-z]?):(\d{1,5}(?:x\d{1,5}){0,2})", text.strip().lower(), re.ASCII)
     names = ", ".join(chip.name for chip in CHIPS)
     if found is None:
         raise InputError(f"topology {text!r:.60} given; CHIP:SHAPE such as v5p:4x4x8, 2xv5p:4x4x8 or h100:8 expected ({names})")

@@ -39,6 +39,12 @@ class Instruction(NamedTuple):
         return int(found.group(1)) if found else 0
 
     @property
+    def meeting(self) -> str:
+        """Of a transfer between slices, the name under which its ends find each other; else empty."""
+        found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', self.line)
+        return found.group(1) if found else ""
+
+    @property
     def group(self) -> int:
         """Devices of one group of a collective operation; 0 where the line does not say."""
         named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.line)

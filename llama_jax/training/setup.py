@@ -87,17 +87,17 @@ def require_divisible_length(config: TrainConfig, parts: int) -> None:
         )
 
 
-def compute_dtype(compute: ComputeConfig) -> str:
-    """The dtype that `compute.dtype` stands for on the devices at hand."""
-    on_cpu = jax.devices()[0].platform == "cpu"
+def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> str:
+    """The dtype that `compute.dtype` stands for on the devices at hand, or on those of a platform."""
+    on_cpu = (platform or jax.devices()[0].platform) == "cpu"
     return compute.dtype if compute.dtype != "auto" else "float32" if on_cpu else "bfloat16"
 
 
-def make_recipe(config: TrainConfig) -> Recipe:
-    """Model, optimizer and schedule of a run."""
+def make_recipe(config: TrainConfig, platform: str | None = None) -> Recipe:
+    """Model, optimizer and schedule of a run, for the devices at hand or for those of a platform: `cpu`, `gpu`, `tpu`."""
     compute = config.compute
-    dtype = compute_dtype(compute)
-    length, platform = config.data.length, jax.devices()[0].platform
+    platform = platform or jax.devices()[0].platform
+    dtype, length = compute_dtype(compute, platform), config.data.length
     attention = choose_backend(compute.attention, length, length, platform, config.model.head_dim, config.mesh.context)
     options = ModelOptions(
         dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention,

@@ -1,5 +1,6 @@
 """`plan`: what it prints and gives as JSON, that it starts without JAX, and that bad input is one line."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -115,6 +116,8 @@ def test_decoding(capsys):
     ("--model llama3-8b --topology h100:8 --decode --mesh fsdp=8", "decoding takes data and tensor"),
     ("--config configs/none.yaml --topology h100:8", "cannot be read"),
     (f"--config {EIGHT} --topology h100:8 --remat full", "--remat given beside --config"),
+    ("--model llama3-8b --topology h100:8 --compile", "programs are compiled ahead for TPUs"),
+    ("--model llama3-8b --topology v5p:4x4x4 --rank 8 --compile", "only the training of whole models is compiled"),
     (f"--config {EIGHT} --topology h100:16", "set one axis to -1"),
     ("--model llama3-8b --topology h100:8 --mesh.fsdp many", "AXIS=SIZE of data, fsdp"),
     ("--model llama3-8b --topology h100:8 --rematt full", "the nearest is --remat"),
@@ -125,6 +128,17 @@ def test_bad_input_is_one_line(capsys, arguments, words):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert words in error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler for TPUs is here")
+@pytest.mark.parametrize("more", ["", " --decode"])
+def test_without_the_compiler_for_tpus_it_says_what_to_install(capsys, more):
+    assert run_program(lambda: main(f"--model llama3-8b --topology v5e:4x4 --compile{more}".split())) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: topology v5e:4x4: no compiler for TPUs here")
+    assert "pip install 'llama_jax[tpu]'" in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_it_starts_without_jax():

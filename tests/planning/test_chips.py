@@ -12,6 +12,7 @@ from llama_jax.planning.job import MeshSizes, parse_mesh
 @pytest.mark.parametrize(("text", "chips", "slices"), [
     ("v4:4x4x4", 64, 1), ("v5e:4x4", 16, 1), ("v5p:4x4x8", 128, 1), ("v6e:8x8", 64, 1), ("2xv5p:4x4x8", 256, 2),
     ("v5p:2x2x1", 4, 1), ("v5p:8x16x16", 2048, 1), ("v5e:16x16", 256, 1), ("4xv6e:16x16", 1024, 4), ("h100:8", 8, 1),
+    ("2x v5e:4x4", 32, 2),
     ("h200:1", 1, 1), ("a100:64", 64, 1), ("V5P:4x4x4", 64, 1),
 ])  # fmt: skip
 def test_chips_are_counted(text, chips, slices):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from llama_jax.cli.arguments import parse_train
-from llama_jax.cli.plan import config_job
+from llama_jax.cli.plan import config_job, read_config
 from llama_jax.planning.chips import Topology, parse_topology
 from llama_jax.planning.of_config import job_of
 from llama_jax.planning.plan import Plan, make_plan
@@ -58,7 +58,7 @@ def verdict(plan: Plan) -> str:
 @pytest.mark.parametrize("name", FILES)
 def test_it_fits_the_chips_that_it_is_for(name):
     path, comment, topology = pod(name)
-    plan = make_plan(config_job(path, topology))
+    plan = make_plan(config_job(read_config(path), topology))
     assert plan.memory.total < 0.95 * plan.limit
     assert verdict(plan) in comment
     assert path.stem.split("-")[-2:] == [topology.chip.name, str(topology.chips)]

@@ -4,7 +4,7 @@ import pytest
 
 from llama_jax.planning.chips import parse_topology
 from llama_jax.planning.hlo import Program, sizes
-from llama_jax.planning.ruler import predict
+from llama_jax.planning.ruler import predict, predict_round
 
 V5P = parse_topology("v5p:4x4x4")
 MILLISECOND = int(V5P.chip.clock / 1000)  # cycles
@@ -77,6 +77,33 @@ def test_an_asynchronous_gather_hides_behind_products(beside, waited):
     done = f"  %d = bf16[{GATHERED // 2}]{{0}} call-done(%u)"
     found = predict(program("\n".join([started, updated, fused("x", beside), done])), V5P, 0.0)
     assert (found.compute, found.exposed, found.simulated) == (ms(10 * beside), 0, ms(10 * (beside + waited)))
+
+
+@pytest.mark.parametrize(("beside", "waited"), [(0, 4), (3, 1), (5, 0)])
+def test_slices_add_up_beside_the_products(beside, waited):
+    """Of two slices each sends its part once there and once back; the network has no time for anything else meanwhile."""
+    pod = parse_topology("2xv5p:4x4x4")
+    size = int(2 * pod.chip.network / 1000)
+    meeting = 'frontend_attributes={_xla_host_transfer_rendezvous="sum"}'
+    lines = [
+        *[f"  %s{i} = (bf16[{size // 2}]{{0}}, u32[], token[]) send(%a, %t), {meeting.replace('sum', f'{i}')}" for i in (1, 2)],
+        f"  %r = (bf16[{size // 2}]{{0}}, u32[], token[]) recv(%t), {meeting.replace('sum', '2')}",
+        fused("beside", beside),
+        "  %d = (bf16[8]{0}, token[]) recv-done(%r), channel_id=1",
+    ]
+    found = predict(program(fused("x", 3), "\n".join(lines)), pod, 0.0)
+    assert (found.compute, found.simulated) == (ms(30 + beside), ms(30 + beside + waited))
+    assert found.collectives == {"sum between slices": 2}
+    assert found.moved["sum between slices"] == pytest.approx(2 * size, rel=1e-6)
+
+
+def test_one_branch_of_a_conditional_counts_in_one_round_of_the_loop():
+    branches = "\n".join(f"%b{i} (c: f32[8]) -> f32[8] {{\n{fused('y', i)}\n}}\n" for i in (1, 4))
+    condition = "  %c = (f32[8]{0}) conditional(%p, %x, %x), branch_computations={%b1, %b4}"
+    text = program(f"{fused('x', 3)}\n{condition}", fused("after", 7)).replace("%body (", f"{branches}\n%body (", 1)
+    assert predict(text, V5P, 0.0).compute == ms(77)
+    rounds = [predict_round(text, V5P, longest) for longest in (False, True)]
+    assert [(found.compute, found.simulated) for found in rounds] == [(ms(4), ms(4)), (ms(7), ms(7))]
 
 
 def test_kernels_of_attention_are_priced_by_their_products():
