@@ -13,10 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float, Int, Num
 from llama_jax.config import LlamaConfig
+from llama_jax.parallel.context import parts_of
+from llama_jax.parallel.sharding import Rules
 
 
 class LayerCache(NamedTuple):
@@ -118,14 +121,31 @@ def _write_rows(layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -
 
 
 def append(
-    layer: LayerCache, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], lengths: Int[Array, " B"]
+    layer: LayerCache,
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    lengths: Int[Array, " B"],
+    rules: Rules = (),
 ) -> LayerCache:
     """The cache of one layer with the keys and values of `T` new tokens written from slot `lengths` of each row on.
 
-    The caller sees to it that `lengths + T` does not exceed the capacity: XLA would clamp the slot, silently.
+    The caller sees to it that `lengths + T` does not exceed the capacity: XLA would clamp the slot, silently. On a mesh that
+    cuts the rows, as the rules say, each device writes its own: a loop over all of them would gather the new tokens row by row.
     """
     new: LayerCache = LayerCache(keys, values)
     if layer.key_scales is not None:
         (keys, key_scales), (values, value_scales) = quantise_heads(keys), quantise_heads(values)
         new = LayerCache(keys, values, key_scales, value_scales)
-    return _write_rows(layer, new, lengths)
+    if not rules or not _shared(layer, rules):
+        return _write_rows(layer, new, lengths)
+    rows, heads = (dict(rules)[axis] for axis in ("batch", "kv_heads"))
+    places = PartitionSpec(rows, heads)
+    write = jax.shard_map(_write_rows, in_specs=(places, places, PartitionSpec(rows)), out_specs=places, check_vma=False)
+    return write(layer, new, lengths)
+
+
+def _shared(layer: LayerCache, rules: Rules) -> bool:
+    """Whether devices have rows of their own: the mesh set by `jax.set_mesh` cuts them, and divides rows and heads."""
+    rows, heads = layer.keys.shape[:2]
+    parts = parts_of("batch", rules)
+    return parts > 1 and rows % parts == 0 and heads % parts_of("kv_heads", rules) == 0

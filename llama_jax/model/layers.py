@@ -146,7 +146,7 @@ class Attention(nn.Module):
         v = checkpoint_name(heads(wv, "kv_heads").swapaxes(1, 2), "v")
         scales = None
         if cache is not None and mask.start is not None:
-            cache = append(cache, k, v, mask.start)
+            cache = append(cache, k, v, mask.start, rules)
             k, v, scales = cached(cache, q.dtype)
         out = attend_over_mesh(q, k, v, mask, self.options, scales)
         return constrain_stream(join_heads(out, wo), rules), cache
