@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from llama_jax.weights.run import RUN_CHECKPOINTS
 
 CHILD = pathlib.Path(__file__).with_name("child.py")
 STEPS = 12  # of a run; checkpoints at 4, 8 and 12
+HEARTBEAT = 5  # seconds
 
 
 class Child:
@@ -119,6 +121,20 @@ class Spawner:
         """Ends what is left."""
         for child in self._children:
             child.kill()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def host_words(port: int, process: int, count: int, heartbeat: int = HEARTBEAT, startup: int = 60) -> list[str]:
+    """What tells a process that it is one of several."""
+    values = {"coordinator": f"127.0.0.1:{port}", "processes": count, "process": process,
+              "heartbeat_seconds": heartbeat, "startup_seconds": startup}  # fmt: skip
+    return [word for key, value in values.items() for word in (f"--distributed.{key}", str(value))]
 
 
 def config_file(config: TrainConfig) -> pathlib.Path:

@@ -6,7 +6,6 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Sequence
 
@@ -14,14 +13,25 @@ import numpy as np
 import pytest
 from faults import harness
 from faults.child import flip_bit
-from faults.harness import STEPS, Child, Spawner, checkpoint_steps, config_file, copy_run, make_run, metrics
+from faults.harness import (
+    STEPS,
+    Child,
+    Spawner,
+    checkpoint_steps,
+    config_file,
+    copy_run,
+    free_port,
+    host_words,
+    make_run,
+    metrics,
+)
 from tiny_runs import read_lines, read_state, write_corpus
 
 from llama_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.faults
 
-HEARTBEAT = 5  # seconds
+HEARTBEAT = harness.HEARTBEAT
 NOTICED = 6 * HEARTBEAT  # how long it may be until the others have ended; a busy machine takes longer than a quiet one
 CLOSE = 1e-5
 
@@ -30,18 +40,6 @@ CLOSE = 1e-5
 def _hosts(monkeypatch):
     """Children that can be one of several hosts."""
     monkeypatch.setattr(harness, "CHILD", pathlib.Path(__file__).with_name("host_child.py"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def host_words(port: int, process: int, count: int) -> list[str]:
-    values = {"coordinator": f"127.0.0.1:{port}", "processes": count, "process": process,
-              "heartbeat_seconds": HEARTBEAT, "startup_seconds": 60}  # fmt: skip
-    return [word for key, value in values.items() for word in (f"--distributed.{key}", str(value))]
 
 
 def start(
