@@ -7,6 +7,7 @@ An `int8` cache holds each key and value of a head as 8-bit integers times one s
 and probabilities, so the cache is never written out in a wider type.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,10 +102,10 @@ def quantise_heads(x: Float[Array, "B K T H"]) -> tuple[Int[Array, "B K T H"], F
     return jnp.round(steps).astype(jnp.int8), scale
 
 
-def _write_rows(layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -> LayerCache:
+def _write_rows(rows_a_round: int, layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -> LayerCache:
     """Puts the `T` slots of `new`, each array in the cache's own type, into each row from its length on.
 
-    A loop over rows, in place on every device; a scatter takes several kernels a row on TPU.
+    A loop over rows, some of them a round, in place on every device; a scatter takes several kernels a row on TPU.
     """
 
     def write(row: Array, layer: LayerCache) -> LayerCache:
@@ -117,7 +118,7 @@ def _write_rows(layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -
 
         return jax.tree.map(place, layer, new)
 
-    return lax.fori_loop(0, lengths.shape[0], write, layer)
+    return lax.fori_loop(0, lengths.shape[0], write, layer, unroll=min(rows_a_round, lengths.shape[0]))
 
 
 def append(
@@ -126,21 +127,26 @@ def append(
     values: Float[Array, "B K T H"],
     lengths: Int[Array, " B"],
     rules: Rules = (),
+    rows_a_round: int = 1,
 ) -> LayerCache:
     """The cache of one layer with the keys and values of `T` new tokens written from slot `lengths` of each row on.
 
     The caller sees to it that `lengths + T` does not exceed the capacity: XLA would clamp the slot, silently. On a mesh that
     cuts the rows, as the rules say, each device writes its own: a loop over all of them would gather the new tokens row by row.
+
+    Rows are written `rows_a_round` at a time. On TPU most of the time of a row is that of starting its kernels, of which a loop
+    has more; but inside of a scan over layers more than one a round would cost a copy of the whole cache.
     """
     new: LayerCache = LayerCache(keys, values)
     if layer.key_scales is not None:
         (keys, key_scales), (values, value_scales) = quantise_heads(keys), quantise_heads(values)
         new = LayerCache(keys, values, key_scales, value_scales)
+    write = functools.partial(_write_rows, rows_a_round)
     if not rules or not _shared(layer, rules):
-        return _write_rows(layer, new, lengths)
+        return write(layer, new, lengths)
     rows, heads = (dict(rules)[axis] for axis in ("batch", "kv_heads"))
     places = PartitionSpec(rows, heads)
-    write = jax.shard_map(_write_rows, in_specs=(places, places, PartitionSpec(rows)), out_specs=places, check_vma=False)
+    write = jax.shard_map(write, in_specs=(places, places, PartitionSpec(rows)), out_specs=places, check_vma=False)
     return write(layer, new, lengths)
 
 

@@ -33,6 +33,7 @@ from llama_jax.parallel.sharding import (
     gathered_part,
 )
 
+_ROWS_A_ROUND = 8  # of the cache, where layers are unrolled; see `append`
 # Standard deviation of fresh weights; those that write into the residual stream are narrower by sqrt(2 * layers), so that
 # the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
 _INIT_STD = 0.02
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         v = checkpoint_name(heads(wv, "kv_heads").swapaxes(1, 2), "v")
         scales = None
         if cache is not None and mask.start is not None:
-            cache = append(cache, k, v, mask.start, rules)
+            cache = append(cache, k, v, mask.start, rules, 1 if self.options.scan else _ROWS_A_ROUND)
             k, v, scales = cached(cache, q.dtype)
         out = attend_over_mesh(q, k, v, mask, self.options, scales)
         return constrain_stream(join_heads(out, wo), rules), cache

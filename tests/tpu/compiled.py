@@ -57,9 +57,14 @@ class Program(hlo.Program):
         return [f"{k.operation} {array}" for k in kernels for array, size in arrays(k.result, "") if size >= least]
 
     def row_kernels(self) -> int:
-        """Kernels that the loops inside of the loop start in one round of theirs, all together."""
-        inner = [i.called("body")[0] for i in self.computations[self.loop()] if i.operation == "while"]
-        return sum(i.cycles > 0 for body in inner for i in self.computations[body])
+        """Kernels that the loop starts in one round for changing places of arrays, and whatever loops in it do beside that."""
+        found = 0
+        for instruction in self.computations[self.loop()]:
+            if instruction.operation == "while":
+                inner = self.computations[instruction.called("body")[0]]
+                found += (self.trips(instruction) or 1) * sum(i.cycles > 0 for i in inner)
+            found += self.updates_in_place(instruction)
+        return found
 
 
 def arrays(result: str, memory: str = r"(?![^}]*S\(\d)") -> list[tuple[str, int]]:
@@ -70,4 +75,15 @@ def arrays(result: str, memory: str = r"(?![^}]*S\(\d)") -> list[tuple[str, int]
         for dimension in filter(None, sizes.split(",")):
             size *= int(dimension)
         found.append((f"{dtype}[{sizes}]", size))
+    return found
+
+
+def summed_weights(text: str) -> list[str]:
+    """Matrices of 1 MiB or more that layers of a training step sum over devices and leave whole on every one: gradients."""
+    found = []
+    for instructions in Program(text).computations.values():
+        sums = [i for i in instructions if i.operation in ("all-reduce", "all-reduce-start") and "/layers/" in i.line]
+        found += [
+            f"{i.name} {array}" for i in sums for array, size in arrays(i.result) if size >= 2**20 and array.count(",") == 1
+        ]
     return found

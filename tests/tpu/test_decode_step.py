@@ -83,11 +83,13 @@ class Compiled(NamedTuple):
 
 
 @functools.cache
-def compiled(topology: str, bits: int | None = None, tensor: int = 1, donate: bool = True, **options) -> Compiled:
+def compiled(
+    topology: str, bits: int | None = None, tensor: int = 1, donate: bool = True, data: int = 1, **options
+) -> Compiled:
     """The loop compiled as `Programs` does it."""
     options = ModelOptions(dtype="bfloat16", **{"scan": False, **options})
     (params, progress, sampling, stops), steps = inputs(options, bits)
-    mesh = make_mesh(1, 1, tensor, devices(topology)) if tensor > 1 else None
+    mesh = make_mesh(data, 1, tensor, devices(topology)) if data * tensor > 1 else None
     whole = SingleDeviceSharding(devices(topology)[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
     heads = partition_spec(("batch", "kv_heads", "length", "width"), TRAINING)
     params = everywhere(params, whole) if mesh is None else sharded(params, mesh)
@@ -101,7 +103,7 @@ def compiled(topology: str, bits: int | None = None, tensor: int = 1, donate: bo
     result = lowered.compile()
     memory = result.memory_analysis()
     sizes = (memory.alias_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
-    return Compiled(Program(result.as_text()), parameter_bytes(layers) // tensor, *sizes)
+    return Compiled(Program(result.as_text()), parameter_bytes(layers) // (tensor * data), *sizes)
 
 
 def smallest(bits: int | None, tensor: int = 1) -> int:
@@ -122,9 +124,9 @@ def test_one_chip_copies_no_cache_and_no_weight_in_the_loop(topology, bits, cach
 
 @pytest.mark.parametrize(("topology", "bits", "cache"), ONE_CHIP)
 def test_one_chip_writes_a_row_of_the_cache_with_few_kernels(topology, bits, cache):
-    """At most two kernels a row and array; a scatter takes four."""
-    arrays_a_layer = 4 if cache == "int8" else 2
-    assert 0 < compiled(topology, bits, cache_dtype=cache).program.row_kernels() <= 2 * arrays_a_layer * CONFIG.layers
+    """At most one kernel a row and array, and a few for tokens; a loop of one row a round takes two, a scatter four."""
+    kernels = compiled(topology, bits, cache_dtype=cache).program.row_kernels()
+    assert ROWS * CONFIG.layers <= kernels <= ROWS * (4 if cache == "int8" else 2) * CONFIG.layers + 4
 
 
 @pytest.mark.parametrize(("topology", "bits", "cache"), ONE_CHIP)
@@ -143,6 +145,15 @@ def test_tensor_parallel_chips_gather_no_cache_and_no_weight(topology, bits):
     assert [array for array in found.program.written(smallest(bits, 4)) if logits not in array] == []
     assert [array for array in found.program.gathered(smallest(bits, 4)) if logits not in array] == []
     assert found.program.gathered(ROWS * CONFIG.dim)  # sums over the chips, of eight tokens
+
+
+@pytest.mark.parametrize("bits", [None, 8], ids=["bf16", "weights8"])
+def test_chips_that_share_rows_write_their_own(bits):
+    """Four copies of the model: no row is moved, nothing is but a few bytes that say whether all are done."""
+    found = compiled("v5e:2x2", bits, data=4)
+    assert found.alias >= found.cache
+    assert found.program.written(smallest(bits)) == []
+    assert found.program.gathered(ROWS * CONFIG.head_dim) == []
 
 
 def test_layers_run_by_a_scan_copy_nothing_either():
