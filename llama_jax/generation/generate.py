@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -10,7 +11,7 @@ from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole
-from llama_jax.generation.programs import ROOM, programs_of
+from llama_jax.generation.programs import ROOM, programs_of, with_kernel
 from llama_jax.generation.sampling import NOWHERE, Sampling, make_sampling
 from llama_jax.generation.session import NewTokens, Prefix, Request, Runner, Session, Tokens, prefilled
 from llama_jax.model.llama import model_for
@@ -56,7 +57,8 @@ class Generator:
         """
         self.params = params
         self.speculation = speculation
-        self.programs = programs_of(config, model_for(params, config, **options).options, mesh)
+        (device, *_) = jax.tree.leaves(params)[0].devices()
+        self.programs = programs_of(config, with_kernel(model_for(params, config, **options).options, config, device), mesh)
 
     @property
     def runner(self) -> Runner:

@@ -15,6 +15,7 @@ from llama_jax.generation.decode import Drawn, Progress, advance, begin, prefill
 from llama_jax.generation.logprobs import given_logprobs
 from llama_jax.generation.speculative import speculate
 from llama_jax.model.cache import Cache, LayerCache, grow, init_cache, take_rows
+from llama_jax.model.cudnn import fits_cudnn
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.context import whole_rows
@@ -125,6 +126,13 @@ class Programs:
     def _take_rows(self, cache: Cache, rows: Int[Array, " R"], slots: int) -> Cache:
         """Rows of a cache, copied, with capacity for at least `slots` tokens."""
         return pin(grow(take_rows(cache, rows), max(slots, cache.slots)), self.model.options.rules)
+
+
+def with_kernel(options: ModelOptions, config: LlamaConfig, device: jax.Device) -> ModelOptions:
+    """The options with `auto` attention resolved where a device has a kernel for prompts; else it goes by their lengths."""
+    if options.attention != "auto" or device.platform != "gpu" or not fits_cudnn(config.head_dim, options.dtype):
+        return options
+    return dataclasses.replace(options, attention="cudnn")
 
 
 @functools.cache

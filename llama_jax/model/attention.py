@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float, Num
 from llama_jax.errors import InputError
 from llama_jax.model.chunked import chunked_attention
+from llama_jax.model.cudnn import fits_cudnn
 from llama_jax.model.mask import NO_MASK, Mask, require_complete, visible
 from llama_jax.model.splash import fits_splash
 
@@ -50,41 +52,55 @@ def reference_attention(
     return out.astype(q.dtype).reshape(q.shape)
 
 
+def in_float(k: Array, v: Array, scales: Scales | None, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Keys and values as floats: as they are without scales, integers times their scale with them."""
+    if scales is None:
+        return k, v
+    return k.astype(dtype) * scales.keys[..., None].astype(dtype), v.astype(dtype) * scales.values[..., None].astype(dtype)
+
+
 def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None = None) -> Array:
-    if scales is not None:  # many queries share the keys, so writing out those of one layer is a small part of the work
-        k, v = (x.astype(q.dtype) * scale[..., None].astype(q.dtype) for x, scale in ((k, scales.keys), (v, scales.values)))
-    return chunked_attention(q, k, v, mask, causal)
+    # Many queries share the keys, so writing out those of one layer is a small part of the work.
+    return chunked_attention(q, *in_float(k, v, scales, q.dtype), mask, causal)
 
 
 BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked}
 
 # Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep anyway.
-_FEW_SCORES = 512 * 512
+FEW_SCORES = 512 * 512
 
 
-def choose_backend(name: str, queries: int, keys: int, platform: str = "", head_dim: int = 0, parts: int = 1) -> str:
+KERNELS = ("splash", "cudnn")  # of one kind of device, for rows that see themselves; see `llama_jax.model.context`
+
+
+def choose_backend(
+    name: str, queries: int, keys: int, platform: str = "", head_dim: int = 0, parts: int = 1, dtype: str = "float32"
+) -> str:
     """The backend that a name stands for.
 
-    `auto` is `splash` for the rows of a training on TPUs where its kernel takes them; else `reference` for few scores
-    (decoding, short rows) and `chunked` for many.
+    `auto` is, for whole rows, `splash` on TPUs and `cudnn` on GPUs where these kernels take them; else `reference` for few
+    scores (decoding, short rows) and `chunked` for many.
 
     Args:
       name: `auto` or a backend.
       queries: of a row.
       keys: that they see.
-      platform: `tpu` for a training there.
+      platform: `tpu` or `gpu` where rows see themselves.
       head_dim: width of a head, for the same.
       parts: devices that share a row, for the same.
+      dtype: of queries, keys and values, for the same.
 
     Raises:
       InputError: for an unknown name.
     """
     if name == "auto" and platform == "tpu" and fits_splash(queries, head_dim, parts):
         return "splash"
+    if name == "auto" and platform == "gpu" and fits_cudnn(head_dim, dtype, parts):
+        return "cudnn"
     if name == "auto":
-        return "reference" if queries * keys <= _FEW_SCORES else "chunked"
-    if name not in (*BACKENDS, "splash"):
-        raise InputError(f"attention backend {name!r} is unknown; auto, {', '.join(BACKENDS)}, splash expected")
+        return "reference" if queries * keys <= FEW_SCORES else "chunked"
+    if name not in (*BACKENDS, *KERNELS):
+        raise InputError(f"attention backend {name!r} is unknown; auto, {', '.join((*BACKENDS, *KERNELS))} expected")
     return name
 
 
@@ -102,9 +118,14 @@ def attend(
     With `scales`, keys and values are integers, each head's vector times its scale.
 
     Raises:
-      InputError: for an unknown backend, a document mask with other keys than the queries' own of which it does not say the
-        documents, and for positions beside a start.
+      InputError: for an unknown backend or one of `KERNELS`, a document mask with other keys than the queries' own of which
+        it does not say the documents, and for positions beside a start.
     """
     queries, keys = q.shape[2], k.shape[2]
     require_complete(mask, queries, keys)
-    return BACKENDS[choose_backend(backend, queries, keys)](q, k, v, mask, causal, scales)
+    backend = choose_backend(backend, queries, keys)
+    if backend in KERNELS:
+        raise InputError(
+            f"attention backend {backend} given for one call; an option of the model (`ModelOptions.attention`) expected"
+        )
+    return BACKENDS[backend](q, k, v, mask, causal, scales)

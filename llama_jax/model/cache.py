@@ -102,11 +102,8 @@ def quantise_heads(x: Float[Array, "B K T H"]) -> tuple[Int[Array, "B K T H"], F
     return jnp.round(steps).astype(jnp.int8), scale
 
 
-def _write_rows(rows_a_round: int, layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -> LayerCache:
-    """Puts the `T` slots of `new`, each array in the cache's own type, into each row from its length on.
-
-    A loop over rows, some of them a round, in place on every device; a scatter takes several kernels a row on TPU.
-    """
+def _write_in_turn(rows_a_round: int, layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -> LayerCache:
+    """A loop over rows, some of them a round, in place on every device; a scatter takes several kernels a row on TPU."""
 
     def write(row: Array, layer: LayerCache) -> LayerCache:
         """One row of every array."""
@@ -114,11 +111,30 @@ def _write_rows(rows_a_round: int, layer: LayerCache, new: LayerCache, lengths: 
         def place(slots: Array, pieces: Array) -> Array:
             """One array."""
             piece = lax.dynamic_slice_in_dim(pieces, row, 1)
-            return lax.dynamic_update_slice(slots, piece.astype(slots.dtype), (row, 0, lengths[row], 0)[: slots.ndim])
+            return lax.dynamic_update_slice(slots, piece, (row, 0, lengths[row], 0)[: slots.ndim])
 
         return jax.tree.map(place, layer, new)
 
     return lax.fori_loop(0, lengths.shape[0], write, layer, unroll=min(rows_a_round, lengths.shape[0]))
+
+
+def _write_at_once(layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -> LayerCache:
+    """All rows by one scatter an array: a GPU's loop would start several kernels for each of them."""
+
+    def place(slots: Array, pieces: Array, first: Array) -> Array:
+        """One array of one row."""
+        return lax.dynamic_update_slice_in_dim(slots, pieces, first, axis=1)
+
+    return jax.tree.map(lambda slots, pieces: jax.vmap(place)(slots, pieces, lengths), layer, new)
+
+
+def _write_rows(rows_a_round: int, layer: LayerCache, new: LayerCache, lengths: Int[Array, " B"]) -> LayerCache:
+    """Puts the `T` slots of `new`, each array in the cache's own type, into each row from its length on."""
+    new = jax.tree.map(lambda pieces, slots: pieces.astype(slots.dtype), new, layer)
+    in_turn = functools.partial(_write_in_turn, rows_a_round)
+    if lengths.shape[0] == 1:
+        return in_turn(layer, new, lengths)
+    return lax.platform_dependent(layer, new, lengths, cuda=_write_at_once, rocm=_write_at_once, default=in_turn)
 
 
 def append(

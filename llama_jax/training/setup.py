@@ -98,7 +98,8 @@ def make_recipe(config: TrainConfig, platform: str | None = None) -> Recipe:
     compute = config.compute
     platform = platform or jax.devices()[0].platform
     dtype, length = compute_dtype(compute, platform), config.data.length
-    attention = choose_backend(compute.attention, length, length, platform, config.model.head_dim, config.mesh.context)
+    head_dim, parts = config.model.head_dim, config.mesh.context
+    attention = choose_backend(compute.attention, length, length, platform, head_dim, parts, dtype)
     options = ModelOptions(
         dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention,
         context_attention=compute.context_attention,

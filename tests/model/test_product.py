@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.product import product
+from llama_jax.model.product import _multiplied_and_summed, _quantized_on_gpu, product
 from llama_jax.model.quantize import Quantized, dequantize, quantize
 
 ROWS = (1, 2, 5, 40)  # one row, few, and more than are split
@@ -47,6 +47,19 @@ def test_product_equals_float64(form, axis, rows, dtype):
     left = 0.5 * step * np.abs(matrix).sum(axis) if isinstance(held, Quantized) else 0.0
     assert (np.abs(got - expected) <= left + 2e-6 * np.abs(expected).max(-1, keepdims=True)).all()
     assert product(x, held, axis).dtype == x.dtype
+
+
+@pytest.mark.parametrize(("form", "axis"), [("bfloat16", 0), ("bfloat16", 1), ("int8", 0), ("int4", 0)])
+def test_one_row_in_the_form_for_gpus_equals_float64(form, axis):
+    held, matrix = weight(form, axis)
+    x = drawn(1, 96, seed=2)
+    run = (
+        _quantized_on_gpu
+        if isinstance(held, Quantized)
+        else functools.partial(_multiplied_and_summed, axis=axis, dtype=jnp.float32)
+    )
+    got = np.asarray(run(x, held), np.float64) * (np.asarray(held.scales)[:, 0] if isinstance(held, Quantized) else 1.0)
+    np.testing.assert_allclose(got, np.asarray(x, np.float64) @ (matrix.T if axis else matrix), rtol=2e-5, atol=2e-5)
 
 
 def test_a_row_of_zeros_gives_zeros():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_context_attention import float64_attention, seen_by
+from attention_oracle import float64_attention, seen_by
 
 from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend

@@ -1,0 +1,76 @@
+"""cuDNN's attention on a GPU against float64 written out, forward and backward: whole rows, documents, prompts of a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import float64_attention, seen_by
+
+from llama_jax.model.context import attend_over_mesh
+from llama_jax.model.cudnn import cudnn_attention
+from llama_jax.model.mask import Mask
+from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.sharding import TRAINING
+
+pytestmark = pytest.mark.gpu
+_ERROR = 1e-2  # of the norm: bfloat16 has 8 bits
+
+
+def draw(length, width, heads=8, kv_heads=2, batch=2, seed=0):
+    """q, k, v and the gradient of the output, bfloat16."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(batch, n, length, width)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads, heads)]
+
+
+def documents(kind, batch, length, rng=None):
+    """Document numbers of packed rows."""
+    rng = np.random.default_rng(1) if rng is None else rng
+    if kind == "one":
+        return np.ones((batch, length), np.int32)
+    if kind == "two places":  # a document goes on behind another
+        return np.tile(np.repeat([1, 2, 1], [length // 4, length // 4, length - length // 2]), (batch, 1)).astype(np.int32)
+    count = {"few": 5, "uneven": 2, "too many": length // 4}[kind]
+    rows = [np.sort(rng.integers(1, count + 1, length)) for _ in range(batch)]
+    rows = np.stack(rows).astype(np.int32)
+    if kind == "uneven":  # rows with one document and with many, and padding behind the last one
+        rows[0] = 1
+        rows[1, -7:] = 0
+    return rows
+
+
+def error(ours, theirs):
+    return np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+
+
+def check(run, arrays, seen):
+    out, pull = jax.vjp(jax.jit(run), *arrays[:3])
+    theirs = float64_attention(*arrays, seen)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), (out, *pull(arrays[3])), theirs):
+        assert error(a, b) < _ERROR, name
+
+
+@pytest.mark.parametrize(("length", "width"), [(512, 64), (1024, 128), (1000, 64)])
+def test_whole_rows_equal_float64(length, width):
+    arrays = draw(length, width)
+    check(lambda q, k, v: cudnn_attention(q, k, v, None, TRAINING), arrays, seen_by(np.arange(length), None))
+
+
+@pytest.mark.parametrize("kind", ["one", "few", "uneven", "too many", "two places"])
+@pytest.mark.parametrize(("length", "width"), [(512, 64), (1024, 128)])
+def test_documents_equal_float64(length, width, kind):
+    arrays, numbers = draw(length, width), documents(kind, 2, length)
+    seen = seen_by(np.arange(length), numbers)
+    check(lambda q, k, v: cudnn_attention(q, k, v, jnp.asarray(numbers), TRAINING), arrays, seen)
+
+
+@pytest.mark.parametrize("start", [0, 300])
+def test_prompts_behind_a_cache_equal_float64(start):
+    """A cache of 1,100 slots: the kernel takes prompts that begin at the first one, blocks take others."""
+    queries, slots = 700, 1100
+    q, _, _, _ = draw(queries, 64)
+    _, k, v, _ = draw(slots, 64, seed=1)
+    mask = Mask(start=jnp.full(2, start, jnp.int32))
+    out = jax.jit(lambda q, k, v: attend_over_mesh(q, k, v, mask, ModelOptions(dtype="bfloat16", attention="cudnn")))(q, k, v)
+    seen = np.broadcast_to(np.arange(slots)[None] <= start + np.arange(queries)[:, None], (2, queries, slots))
+    theirs, *_ = float64_attention(q, k, v, np.zeros(q.shape), seen)
+    assert error(out, theirs) < _ERROR
