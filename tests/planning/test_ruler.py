@@ -106,6 +106,20 @@ def test_one_branch_of_a_conditional_counts_in_one_round_of_the_loop():
     assert [(found.compute, found.simulated) for found in rounds] == [(ms(4), ms(4)), (ms(7), ms(7))]
 
 
+@pytest.mark.parametrize(("beside", "seconds"), [(1, 6), (8, 8)])
+def test_what_is_brought_on_ahead_takes_turns_on_the_memory(beside, seconds):
+    size = int(3 * V5P.chip.bandwidth / 1000)
+    fetches = [
+        f"  %c1 = (s8[{size}]{{0:S(1)}}, s8[{size}]{{0}}, u32[]) copy-start(%x)",
+        f"  %c2 = ((s8[{4 * size}]{{0}}), s8[{size}]{{0:S(1)}}, s32[]) slice-start(%x), slice={{[0:1]}}",
+        fused("y", beside),
+        *[f"  %d{i} = s8[{size}]{{0:S(1)}} {kind}-done(%c{i})" for i, kind in ((1, "copy"), (2, "slice"))],
+    ]
+    text = program("\n".join(fetches))
+    assert predict_round(text, V5P).simulated == ms(seconds)
+    assert predict(text, V5P, 0.0).simulated == ms(10 * beside)
+
+
 def test_kernels_of_attention_are_priced_by_their_products():
     kernels = [
         f'  %splash_{kind}.1 = bf16[8]{{0}} custom-call(%x), custom_call_target="tpu_custom_call"'
