@@ -42,7 +42,7 @@ test-312: $(VENV312)/installed-test ## all that depends on JAX, on Python 3.12 a
 	@$(call run_suite,$(VENV312),$(ON_312))
 
 test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding and training; Python 3.12, no TPU needed
-	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu
+	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu -n $(JOBS) --dist loadfile
 
 presets: $(VENV312TPU)/installed-test ## every config for TPU pods compiled: does it fit its chips? Hours on two cores; FILES=configs/pods/...
 	@$(VENV312TPU)/bin/python benchmarks/tpu_presets.py $(FILES)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 from tpu_presets import PODS, compile_preset, tpu_configs
 
 pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` installs it")
-pytestmark = pytest.mark.tpu
+pytestmark = [pytest.mark.tpu, pytest.mark.timeout(1800)]  # two and four minutes on a quiet machine
 
 BOUND = 0.1  # of the compiler's memory, by which the closed form may be wrong for two layers
 NAMES = ("llama-7b-v5p-32", "llama-7b-v5e-64")
