@@ -70,8 +70,8 @@ def over_devices(**options):
 
     def run(q, k, v, documents):
         """In the order of the row."""
-        mask = Mask(documents=None if documents is None else documents[:, order], positions=jnp.asarray(order),
-                    key_positions=jnp.asarray(order), key_documents=None if documents is None else documents[:, order])  # fmt: skip
+        places, numbers = jnp.asarray(order), None if documents is None else documents[:, order]
+        mask = Mask(documents=numbers, positions=places, key_positions=places, key_documents=numbers)
         moved = [x[:, :, order] for x in (q, k, v)]
         if options.get("attention") == "splash":
             return splash_attention(*moved, mask.documents, TRAINING, interpret=True)[:, :, back]
