@@ -7,6 +7,7 @@ average, which PyTorch is not told of. FLOPs are those of whole causal rows, so 
 """
 
 import argparse
+import os
 import pathlib
 import sys
 import time
@@ -137,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and speed of attention.")
     parser.add_argument("--lengths", default="4096,8192,16384")
     lengths = [int(length) for length in parser.parse_args().lengths.split(",")]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process leaves the card to the sides
     import jax
 
     from llama_jax.model.attention import BACKENDS
