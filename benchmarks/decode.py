@@ -51,8 +51,8 @@ def shortest(sides: dict, cases: list[tuple[int, int, int]], rounds: int) -> dic
     best = {name: [float("inf")] * len(cases) for name in sides}
     for attempt in range(rounds + 1):
         for i, case in enumerate(cases):
-            for name, (ask, _) in sides.items():
-                seconds = ask(*case)
+            for name, side in sides.items():
+                seconds = side.ask(*case)
                 best[name][i] = min(best[name][i], seconds) if attempt else float("inf")
     return best
 
@@ -113,8 +113,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             sides = sides_of(dtype, pathlib.Path(directory))
             table(sides, options)
-            for _, stop in sides.values():
-                stop()
+            for side in sides.values():
+                side.stop()
     print(f"\nload      {os.getloadavg()[0]:.2f} (at the end, this benchmark included)")
 
 

@@ -74,6 +74,22 @@ def packed(rows: int, length: int, mean: int) -> np.ndarray:
     return (1 + np.cumsum(ends, axis=1)).astype(np.int32)
 
 
+def drawn(module: Any) -> Any:
+    """Random bfloat16 parameters of a model, array by array: one small program for each shape."""
+    import jax
+    import jax.numpy as jnp
+
+    from llama_jax.training.step import fresh_parameters
+
+    shapes = jax.eval_shape(lambda: fresh_parameters(module, jax.random.key(0)))
+    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    leaves, tree = jax.tree.flatten(shapes)
+    ones = lambda shape: jnp.ones(shape, jnp.bfloat16)  # noqa: E731 - the scales of norms
+    arrays = [draw(jax.random.key(i), one.shape) if one.shape[-2:-1] and min(one.shape[-2:]) > 64 else ones(one.shape)
+              for i, one in enumerate(leaves)]  # fmt: skip
+    return jax.tree.unflatten(tree, arrays)
+
+
 def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, fraction: float, profile: bool) -> Callable:
     """A preset's own step: recipe, optimizer, guard and all.
 
@@ -88,12 +104,11 @@ def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, f
     use_memory(fraction)
     started = time.perf_counter()
     import jax
-    import jax.numpy as jnp
 
     from llama_jax.cli.arguments import parse_train
     from llama_jax.data.batch import Batch
     from llama_jax.training.setup import make_recipe, run_mesh
-    from llama_jax.training.step import batch_sharding, fresh_parameters, micro_batches, sharded_init, sharded_step
+    from llama_jax.training.step import batch_sharding, micro_batches, sharded_init, sharded_step
 
     config = parse_train(["--config", preset, *settings], pathlib.Path(preset))
     recipe, mesh = make_recipe(config), run_mesh(config)
@@ -106,8 +121,7 @@ def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, f
     with jax.set_mesh(mesh):
         frozen = ()
         if config.adapter.rank:
-            base = lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), fresh_parameters(recipe.model, key))  # noqa: E731
-            frozen = (jax.jit(base)(key),)
+            frozen = (drawn(recipe.model),)
         state = sharded_init(recipe, mesh)(key)
         step = sharded_step(recipe, mesh, *frozen)
         for _ in range(2):
@@ -220,7 +234,7 @@ class Answer(NamedTuple):
 def _timed(generate: Callable[[np.ndarray, int], Answer], cases: list[tuple[int, int, int]]) -> Callable[..., Answer]:
     """From rows, prompt length and new tokens to the shortest times of three; all cases are run once before."""
     rng = np.random.default_rng(0)
-    prompts = {(rows, length): rng.integers(0, 100_000, (rows, length)) for rows, length, _ in cases}
+    prompts = {(rows, length): rng.integers(0, 40_000, (rows, length)) for rows, length, _ in cases}
     for rows, length, new in cases:
         generate(prompts[rows, length], new)
 
@@ -234,22 +248,17 @@ def _timed(generate: Callable[[np.ndarray, int], Answer], cases: list[tuple[int,
 def generate_llama_jax(model: str, dtype: str, cases: list[tuple[int, int, int]], fraction: float, profile: bool) -> Callable:
     """`Generator` on bfloat16 weights, or on 8-bit ones, greedy, without stop tokens."""
     use_memory(fraction)
-    import jax
-    import jax.numpy as jnp
-
     from llama_jax.generation.generate import Generator
     from llama_jax.model.llama import Llama
     from llama_jax.model.options import ModelOptions
     from llama_jax.model.quantize import quantize
     from llama_jax.presets import preset
-    from llama_jax.training.step import fresh_parameters
 
     config = preset(model)
     module = Llama(config, ModelOptions(scan=False))
-    draw = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), fresh_parameters(module, key)))
-    params = draw(jax.random.key(0))
+    params = drawn(module)
     if dtype == "int8":
-        params = jax.jit(lambda params: quantize(params, 8), donate_argnums=0)(params)
+        params = quantize(params, 8)
     generator = Generator(params, config, dtype="bfloat16")
 
     def generate(prompts: np.ndarray, new: int) -> Answer:

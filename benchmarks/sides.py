@@ -11,14 +11,17 @@ class Side(NamedTuple):
     Attributes:
       ask: from a case to what the side's function answers.
       stop: ends the process.
+      ready: waits until the side is made.
     """
 
     ask: Callable[..., Any]
     stop: Callable[[], None]
+    ready: Callable[[], None]
 
 
 def _serve(make: Callable, arguments: tuple, link: Any) -> None:
     run = make(*arguments)
+    link.send(None)
     for case in iter(link.recv, None):
         link.send(run(*case))
 
@@ -31,8 +34,17 @@ def start(make: Callable[..., Callable], *arguments: object) -> Side:
     process.start()
     other.close()  # a side that dies ends the benchmark
 
+    waiting = [True]
+
+    def ready() -> None:
+        """Takes the word that the side is made, which comes once."""
+        if waiting:
+            link.recv()
+            waiting.clear()
+
     def ask(*case: object) -> Any:
         """What the side answers to a case."""
+        ready()
         link.send(case)
         return link.recv()
 
@@ -41,4 +53,4 @@ def start(make: Callable[..., Callable], *arguments: object) -> Side:
         link.send(None)
         process.join()
 
-    return Side(ask, stop)
+    return Side(ask, stop, ready)

@@ -66,15 +66,23 @@ class Rollout(NamedTuple):
 
 
 def prefill(
-    model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache
+    model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache, fresh: bool = False
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Runs prompts of unequal length, padded on the right with anything, behind what the cache holds.
+
+    Args:
+      model: the module.
+      params: its parameters.
+      tokens: of the prompts.
+      lengths: real tokens of each row.
+      cache: what came before.
+      fresh: nothing did; static.
 
     Returns:
       Logits after each row's last real token (float32; meaningless for a row without one), and the cache with each
       row's real tokens in it.
     """
-    features = apply(model, params, tokens, None, cache, method="features")
+    features = apply(model, params, tokens, None, cache, fresh=fresh, method="features")
     last = jnp.take_along_axis(features.last, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     logits = apply(model, params, last, method="unembed")[:, 0]
     return logits, Cache(features.cache.layers, cache.lengths + lengths)
@@ -217,7 +225,7 @@ def generate_tokens(
         return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
     options = model.options
     cache = init_cache(model.config, rows, length + max_new_tokens, options.resolved_cache_dtype, options.scan)
-    logits, cache = prefill(model, params, prompts, lengths, cache)
+    logits, cache = prefill(model, params, prompts, lengths, cache, fresh=True)
     history = None if sampling.penalties is None else begin_history(prompts, lengths, model.config.vocab_size)
     if samples > 1:
         origin = jnp.repeat(jnp.arange(rows), samples)

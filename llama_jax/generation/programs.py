@@ -14,6 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.generation.decode import Drawn, Progress, advance, begin, prefill, prefill_more
 from llama_jax.generation.logprobs import given_logprobs
 from llama_jax.generation.speculative import speculate
+from llama_jax.model.attention import KERNELS
 from llama_jax.model.cache import Cache, LayerCache, grow, init_cache, take_rows
 from llama_jax.model.cudnn import fits_cudnn
 from llama_jax.model.llama import Llama
@@ -23,6 +24,7 @@ from llama_jax.parallel.sharding import Rules, constrain
 
 ROOM = 32  # tokens a row that one call of the decoding loop can return at most
 _SMALLEST_BUCKET = 16
+_PIECE, _LARGE_PIECE, _MOST_TOKENS = 1024, 8192, 65536
 _HEADROOM = 192  # slots reserved at first beyond a short prompt
 
 
@@ -67,7 +69,9 @@ class Programs:
         self.model = model
         self.mesh = mesh
         self.compilations: dict[str, int] = {}
-        self.prefill = self._program("prefill", functools.partial(prefill, model), donate_argnums=(3,))
+        self.prefill = self._program(
+            "prefill", functools.partial(prefill, model), donate_argnums=(3,), static_argnames=("fresh",)
+        )
         self.prefill_more = self._program("prefill", functools.partial(prefill_more, model), donate_argnums=(3, 4))
         self._begin = self._program("begin", begin, static_argnames=("logprobs",))
         decoding = functools.partial(advance, model, room=ROOM)
@@ -84,6 +88,11 @@ class Programs:
         """`llama_jax.generation.decode.begin`, compiled once for all numbers of slots: it looks at the lengths alone."""
         progress, drawn = self._begin(logits, Cache((), cache.lengths), *args, logprobs=logprobs)
         return progress._replace(cache=cache), drawn
+
+    def piece(self, rows: int) -> int:
+        """Tokens of a prompt to be prefilled at a time; many where a kernel takes the first piece, as it takes no other."""
+        few = self.model.options.attention not in KERNELS
+        return _PIECE if few else max(_PIECE, min(_LARGE_PIECE, _MOST_TOKENS // rows))
 
     @property
     def row_multiple(self) -> int:

@@ -15,8 +15,6 @@ from llama_jax.generation.sampling import Sampling, begin_history
 from llama_jax.generation.speculative import Proposals
 from llama_jax.model.cache import Cache
 
-_PIECE = 1024  # tokens of a prompt that are prefilled at a time
-
 
 class Runner(NamedTuple):
     """Parameters, and the programs that run them."""
@@ -242,7 +240,8 @@ def prefilled(
     shared = [0 if prefix is None else prefix.shared(prompt) for prompt in prompts]
     rest = [prompt[start:] for prompt, start in zip(prompts, shared)]
     longest = max(map(len, rest))
-    widths = [_PIECE] * ((longest - 1) // _PIECE) + [bucket_size((longest - 1) % _PIECE + 1)]
+    piece = programs.piece(rows)
+    widths = [piece] * ((longest - 1) // piece) + [bucket_size((longest - 1) % piece + 1)]
     # Every piece is written whole, its padding included.
     needed = max(shared) + sum(widths)
     slots = max(bucket_size(needed), bucket_slots(max(map(len, prompts)), most_slots))
@@ -252,9 +251,9 @@ def prefilled(
         cache = programs.take_rows(prefix.cache, np.zeros((rows,), np.int32), slots)
         cache = cache._replace(lengths=jnp.asarray(shared + [0] * (rows - len(shared)), jnp.int32))
     tokens, lengths = padded_prompts([prompt[: widths[0]] for prompt in rest], rows, widths[0])
-    logits, cache = programs.prefill(params, tokens, lengths, cache)
+    logits, cache = programs.prefill(params, tokens, lengths, cache, fresh=prefix is None)
     for i, width in enumerate(widths[1:], start=1):
-        tokens, lengths = padded_prompts([prompt[i * _PIECE : i * _PIECE + width] for prompt in rest], rows, width)
+        tokens, lengths = padded_prompts([prompt[i * piece : i * piece + width] for prompt in rest], rows, width)
         logits, cache = programs.prefill_more(params, tokens, lengths, cache, logits)
     return logits, cache
 

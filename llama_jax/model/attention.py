@@ -67,7 +67,7 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Sca
 BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked}
 
 # Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep anyway.
-FEW_SCORES = 512 * 512
+_FEW_SCORES = 512 * 512
 
 
 KERNELS = ("splash", "cudnn")  # of one kind of device, for rows that see themselves; see `llama_jax.model.context`
@@ -98,7 +98,7 @@ def choose_backend(
     if name == "auto" and platform == "gpu" and fits_cudnn(head_dim, dtype, parts):
         return "cudnn"
     if name == "auto":
-        return "reference" if queries * keys <= FEW_SCORES else "chunked"
+        return "reference" if queries * keys <= _FEW_SCORES else "chunked"
     if name not in (*BACKENDS, *KERNELS):
         raise InputError(f"attention backend {name!r} is unknown; auto, {', '.join((*BACKENDS, *KERNELS))} expected")
     return name

@@ -15,14 +15,14 @@ from jax.ad_checkpoint import checkpoint_policies
 
 from llama_jax.axes import Array, Float, Int, Num
 from llama_jax.errors import InputError
-from llama_jax.model.attention import FEW_SCORES, Scales, attend, choose_backend, in_float
+from llama_jax.model.attention import KERNELS, Scales, attend, choose_backend, in_float
 from llama_jax.model.cudnn import cudnn_attention
 from llama_jax.model.mask import Mask
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.ring import Ring, block_size, ring_attention
 from llama_jax.model.splash import splash_attention
 from llama_jax.parallel.context import parts_of, require_divisible
-from llama_jax.parallel.sharding import Rules, partition_spec
+from llama_jax.parallel.sharding import partition_spec
 
 
 def attend_over_mesh(
@@ -40,21 +40,20 @@ def attend_over_mesh(
       k: keys, of the same tokens where rows are cut.
       v: values.
       mask: which keys a query sees; without positions, tokens are taken to be in the order of their row.
-      options: backend, rules, and how devices share keys.
+      options: backend, rules, and how devices share keys. A kernel takes rows that see themselves; `auto` stands beside it for
+        tokens behind a cache.
       scales: of integer keys and values.
 
     Raises:
       InputError: where rows are cut: for sizes that the mesh does not divide, and for a cache.
     """
-    if options.attention == "splash":
-        if scales is not None or mask.start is not None or mask.lengths is not None:
-            raise InputError("attention splash: a cache was given; rows that see themselves expected (auto suits both)")
-        return splash_attention(q, k, v, mask.documents, options.rules)
-    if options.attention == "cudnn":
-        return _by_cudnn(q, k, v, mask, options.rules, scales)
+    if options.attention in KERNELS and mask.start is None and mask.lengths is None:
+        kernel = splash_attention if options.attention == "splash" else cudnn_attention
+        return kernel(q, *in_float(k, v, scales, q.dtype), mask.documents, options.rules)
     parts = parts_of("length", options.rules)
     if parts == 1:
-        return attend(q, k, v, mask, backend=options.attention, scales=scales)
+        backend = "auto" if options.attention in KERNELS else options.attention
+        return attend(q, k, v, mask, backend=backend, scales=scales)
     length = q.shape[2]
     if scales is not None or mask.start is not None or mask.lengths is not None:
         raise InputError(
@@ -69,27 +68,6 @@ def attend_over_mesh(
     local = _local(options, parts, length)
     specs = (q_spec, k_spec, k_spec, *token_specs[: len(tokens)])
     return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(q, k, v, *tokens)
-
-
-def _by_cudnn(q: Array, k: Array, v: Array, mask: Mask, rules: Rules, scales: Scales | None) -> Array:
-    """The kernel where queries see their own row from its beginning on: in training, and for prompts behind an empty cache.
-
-    Where a cache begins is known while the program runs. All else goes the way of `auto`.
-    """
-    if mask.start is None and mask.lengths is None and scales is None:
-        return cudnn_attention(q, k, v, mask.documents, rules)
-    otherwise = functools.partial(attend, mask=mask, scales=scales)
-    length = q.shape[2]
-    if length * k.shape[2] <= FEW_SCORES or mask.start is None or mask.lengths is not None or mask.documents is not None:
-        return otherwise(q, k, v)
-
-    def from_the_beginning(q: Array, k: Array, v: Array) -> Array:
-        """Queries and keys in slots 0 to T - 1."""
-        own = None if scales is None else Scales(*(x[:, :, :length] for x in scales))
-        k, v = in_float(k[:, :, :length], v[:, :, :length], own, q.dtype)
-        return cudnn_attention(q, k, v, None, rules)
-
-    return jax.lax.cond(jnp.all(mask.start == 0), from_the_beginning, otherwise, q, k, v)
 
 
 def _local(options: ModelOptions, parts: int, length: int) -> Callable[..., Array]:

@@ -151,36 +151,34 @@ def _attention(
 def _attention_forward(q: Array, k: Array, v: Array, numbers: Array | None) -> tuple[Array, tuple]:
     batch, length, heads, _ = q.shape
     if numbers is None:
+        out, *kept = _forward(q, k, v, None)
         documents = None
-        out, statistics = _forward(q, k, v, None)
-        kept = (statistics,)
     else:
         documents = ranges(numbers, max(2, length // _TOKENS_A_DOCUMENT))
         empty = [jnp.zeros((rows, heads, length), jnp.float32) for rows in (batch, documents.lengths.size)]
 
-        def whole() -> tuple[Array, Array, Array]:
+        def whole() -> list[Array]:
             """Rows of one document."""
-            out, statistics = _forward(q, k, v, None)
-            return out, statistics, empty[1]
+            return [*_forward(q, k, v, None), empty[1]]
 
-        def packed() -> tuple[Array, Array, Array]:
+        def packed() -> list[Array]:
             """Rows of several."""
             out, statistics = _forward(q, k, v, documents)
-            return out, empty[0], statistics
+            return [out, empty[0], statistics]
 
-        def blocks() -> tuple[Array, Array, Array]:
+        def blocks() -> list[Array]:
             """Rows that the kernel does not take."""
-            return _in_blocks(q, k, v, numbers), *empty
+            return [_in_blocks(q, k, v, numbers), *empty]
 
         out, *kept = lax.switch(documents.way, (whole, packed, blocks))
     out, *kept = (checkpoint_name(x, "context") for x in (out, *kept))
-    return out, (q, k, v, numbers, documents, out, tuple(kept))
+    return out, (q, k, v, numbers, documents, out, kept)
 
 
 def _attention_backward(saved: tuple, d_out: Array) -> tuple:
     q, k, v, numbers, documents, out, kept = saved
     if documents is None:
-        return (*_backward(q, k, v, None, out, *kept, d_out), None)
+        return (*_backward(q, k, v, None, out, kept[0], d_out), None)
     ways = (
         lambda: _backward(q, k, v, None, out, kept[0], d_out),
         lambda: _backward(q, k, v, documents, out, kept[1], d_out),

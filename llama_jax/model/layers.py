@@ -127,7 +127,10 @@ class Attention(nn.Module):
         mask: Mask = NO_MASK,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Attends over `x` itself, or over the cache with `x` appended at `mask.start`; hands the cache back."""
+        """Attends over the cache with `x` appended at `mask.start`, or over `x` itself, which an empty cache then begins with.
+
+        Hands the cache back.
+        """
         config, rules = self.config, self.options.rules
         inner, outer = config.heads * config.head_dim, config.kv_heads * config.head_dim
         shapes = {"wq": (config.dim, inner), "wk": (config.dim, outer), "wv": (config.dim, outer), "wo": (inner, config.dim)}
@@ -146,9 +149,11 @@ class Attention(nn.Module):
         k = checkpoint_name(rotate(heads(wk, "kv_heads"), turn).swapaxes(1, 2), "k")
         v = checkpoint_name(heads(wv, "kv_heads").swapaxes(1, 2), "v")
         scales = None
-        if cache is not None and mask.start is not None:
-            cache = append(cache, k, v, mask.start, rules, 1 if self.options.scan else _ROWS_A_ROUND)
-            k, v, scales = cached(cache, q.dtype)
+        if cache is not None:
+            start = jnp.zeros(x.shape[0], jnp.int32) if mask.start is None else mask.start
+            cache = append(cache, k, v, start, rules, 1 if self.options.scan else _ROWS_A_ROUND)
+            held = cache if mask.start is not None else jax.tree.map(lambda slots: slots[:, :, : x.shape[1]], cache)
+            k, v, scales = cached(held, q.dtype)
         out = attend_over_mesh(q, k, v, mask, self.options, scales)
         return constrain_stream(join_heads(out, wo), rules), cache
 

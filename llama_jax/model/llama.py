@@ -57,7 +57,7 @@ class Llama(nn.Module):
 
     def features(
         self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None, cache: Cache | None = None,
-        positions: Int[Array, " T"] | None = None,
+        positions: Int[Array, " T"] | None = None, fresh: bool = False,
     ) -> Features:  # fmt: skip
         """The forward pass up to the head.
 
@@ -67,6 +67,7 @@ class Llama(nn.Module):
           cache: keys and values of the tokens before; the new tokens are written from `cache.lengths` on. The cache
             comes back with the new tokens in it and `lengths` as they were: the caller knows how many are real.
           positions: where in their rows the tokens stand, when they come in another order; not with a cache.
+          fresh: the cache is empty; then the tokens see themselves alone, whatever its capacity.
 
         Raises:
           InputError: for a length that the mesh does not divide.
@@ -75,7 +76,7 @@ class Llama(nn.Module):
         require_divisible("length", inputs.shape[1], parts_of("length", rules))
         x = self.embed(inputs)
         batch, length = x.shape[:2]
-        start = None if cache is None else cache.lengths
+        start = None if cache is None or fresh else cache.lengths
         first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
         turn = rotation(first + (jnp.arange(length, dtype=jnp.int32) if positions is None else positions), self.config)
         mask = Mask(start=start, documents=documents)

@@ -1,8 +1,7 @@
 """The one product of activations and weights, in the form that is fast where it runs.
 
-Accelerators widen narrow weights on their way to the product. One row on a GPU is a multiplication and a sum, which reads
-weights nearly as fast as a copy does where a matrix product does not; one of 8-bit weights is a product of eight rows, which
-widens them faster than a sum. XLA's CPU compiler writes the widened weights to memory first,
+Accelerators widen narrow weights on their way to the product. On GPUs one row is filled up to eight, for which there are faster
+programs. XLA's CPU compiler writes the widened weights to memory first,
 every time, with two exceptions that this module keeps to. One row times rows of channels (`[O, I]`, transposed in so many
 words) is a single loop that widens as it reads. And it multiplies rows of the weights' own type, two or more: so the
 activations are split into narrow parts that add up to them (`x = a + b + c`, exactly to rounding), which are rows of one
@@ -23,6 +22,7 @@ from llama_jax.model.adapters import Adapted, Matrix, dropped
 from llama_jax.model.quantize import Quantized, Weight, integers
 
 _FEW_ROWS = 16  # with more rows, widening the weights costs less than multiplying them by three parts
+_FULL_ROWS = 8  # the fewest that a GPU's matrix unit multiplies
 _BASE = 254  # the error of rounding to an 8-bit integer is at most 1/2, so 254 times it is an 8-bit integer again
 
 
@@ -61,18 +61,17 @@ def _one_row(x: Float[Array, "1 I"], weight: Weight) -> Float[Array, "1 O"]:
     return _plain(x, integers(weight) if isinstance(weight, Quantized) else weight, 1, jnp.float32)
 
 
-def _multiplied_and_summed(
-    x: Float[Array, "1 I"], matrix: Float[Array, "..."], axis: int, dtype: DTypeLike
-) -> Float[Array, "1 O"]:
-    """One row times a float matrix as one loop over it, summed in float32."""
-    row, matrix = (x[0] if axis else x[0][:, None]).astype(jnp.float32), matrix.astype(jnp.float32)
-    return jnp.sum(row * matrix, axis=axis)[None].astype(dtype)
+def _filled_up(x: Float[Array, "1 I"], matrix: Shaped[Array, "..."], axis: int, dtype: DTypeLike) -> Float[Array, "1 O"]:
+    """One row times a matrix as eight rows, of which seven are zeros: summed up, not cut off, or XLA would cut the product."""
+    rows = jnp.pad(x, ((0, _FULL_ROWS - 1), (0, 0)))
+    return jnp.sum(_dot(rows, matrix.astype(x.dtype), axis, jnp.float32), axis=0, keepdims=True).astype(dtype)
 
 
 def _quantized_on_gpu(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
     """`x` times the integers of a weight, float32."""
-    rows = jnp.pad(x, ((0, 7), (0, 0))) if x.shape[0] == 1 else x
-    return _dot(rows, integers(weight).astype(x.dtype), 1, jnp.float32)[: x.shape[0]]
+    if x.shape[0] == 1:
+        return _filled_up(x, integers(weight), 1, jnp.float32)
+    return _dot(x, integers(weight).astype(x.dtype), 1, jnp.float32)
 
 
 @jax.custom_jvp
@@ -161,7 +160,7 @@ def product(x: Float[Array, "*B I"], weight: Matrix, axis: int = 0, dtype: DType
         # As rows where they all lie on one device: for a weight's gradient XLA's CPU compiler would transpose `[B, T, O]`.
         x = rows if jax.sharding.get_abstract_mesh().size <= 1 else x
         return _plain(x, weight, axis, dtype).reshape(*shape, -1)
-    few = _multiplied_and_summed if rows.shape[0] == 1 else _plain
+    few = _filled_up if rows.shape[0] == 1 else _plain
     flat = lax.platform_dependent(
         rows,
         weight,

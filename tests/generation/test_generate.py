@@ -163,7 +163,7 @@ def test_long_prompts_are_prefilled_in_pieces(monkeypatch):
     config = dataclasses.replace(CONFIG, context_length=256)
     prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in (150, 5, 64, 65, 129)]
     whole = Generator(unstack(PARAMS), config).generate(prompts, 12)
-    monkeypatch.setattr("llama_jax.generation.session._PIECE", 64)
+    monkeypatch.setattr("llama_jax.generation.programs._PIECE", 64)
     generator = Generator(unstack(PARAMS), config, attention="reference")
     assert ids(generator.generate(prompts, 12)) == ids(whole)
     assert generator.programs.compilations["prefill"] == 3  # the first piece, one in the middle, the last

@@ -1,15 +1,17 @@
 """cuDNN's attention on a GPU against float64 written out, forward and backward: whole rows, documents, prompts of a cache."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import float64_attention, seen_by
+from support import TINY, random_parameters, random_tokens
 
-from llama_jax.model.context import attend_over_mesh
+from llama_jax.generation.generate import Generator
 from llama_jax.model.cudnn import cudnn_attention
-from llama_jax.model.mask import Mask
-from llama_jax.model.options import ModelOptions
+from llama_jax.model.llama import logits
 from llama_jax.parallel.sharding import TRAINING
 
 pytestmark = pytest.mark.gpu
@@ -63,14 +65,15 @@ def test_documents_equal_float64(length, width, kind):
     check(lambda q, k, v: cudnn_attention(q, k, v, jnp.asarray(numbers), TRAINING), arrays, seen)
 
 
-@pytest.mark.parametrize("start", [0, 300])
-def test_prompts_behind_a_cache_equal_float64(start):
-    """A cache of 1,100 slots: the kernel takes prompts that begin at the first one, blocks take others."""
-    queries, slots = 700, 1100
-    q, _, _, _ = draw(queries, 64)
-    _, k, v, _ = draw(slots, 64, seed=1)
-    mask = Mask(start=jnp.full(2, start, jnp.int32))
-    out = jax.jit(lambda q, k, v: attend_over_mesh(q, k, v, mask, ModelOptions(dtype="bfloat16", attention="cudnn")))(q, k, v)
-    seen = np.broadcast_to(np.arange(slots)[None] <= start + np.arange(queries)[:, None], (2, queries, slots))
-    theirs, *_ = float64_attention(q, k, v, np.zeros(q.shape), seen)
-    assert error(out, theirs) < _ERROR
+def test_prompts_and_new_tokens_equal_the_forward_pass_of_the_whole():
+    """The kernel fills the cache, sums read it: logits as from one pass over prompt and answer without any of them."""
+    config = dataclasses.replace(TINY, head_dim=64, context_length=1024)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_parameters(config))
+    prompts = random_tokens(config, (2, 700)).tolist()
+    generator = Generator(params, config, dtype="bfloat16")
+    assert generator.programs.model.options.attention == "cudnn"
+    for prompt, answer in zip(prompts, generator.generate(prompts, 5, logprobs=0)):
+        whole = jnp.asarray([prompt + answer.token_ids])
+        expected = jax.nn.log_softmax(logits(params, whole, config, dtype="bfloat16", attention="reference"))[0, 699:-1]
+        theirs = np.take_along_axis(np.asarray(expected), np.asarray(answer.token_ids)[:, None], 1)[:, 0]
+        np.testing.assert_allclose(answer.logprobs, theirs, atol=0.05)

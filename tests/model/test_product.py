@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.product import _multiplied_and_summed, _quantized_on_gpu, product
+from llama_jax.model.product import _filled_up, _quantized_on_gpu, product
 from llama_jax.model.quantize import Quantized, dequantize, quantize
 
 ROWS = (1, 2, 5, 40)  # one row, few, and more than are split
@@ -53,11 +53,7 @@ def test_product_equals_float64(form, axis, rows, dtype):
 def test_one_row_in_the_form_for_gpus_equals_float64(form, axis):
     held, matrix = weight(form, axis)
     x = drawn(1, 96, seed=2)
-    run = (
-        _quantized_on_gpu
-        if isinstance(held, Quantized)
-        else functools.partial(_multiplied_and_summed, axis=axis, dtype=jnp.float32)
-    )
+    run = _quantized_on_gpu if isinstance(held, Quantized) else functools.partial(_filled_up, axis=axis, dtype=jnp.float32)
     got = np.asarray(run(x, held), np.float64) * (np.asarray(held.scales)[:, 0] if isinstance(held, Quantized) else 1.0)
     np.testing.assert_allclose(got, np.asarray(x, np.float64) @ (matrix.T if axis else matrix), rtol=2e-5, atol=2e-5)
 

@@ -59,8 +59,13 @@ def test_what_the_kernel_does_not_take_is_refused():
     (q, k, v, _), _ = draw(200, 64)
     with pytest.raises(InputError, match="200 tokens a row in 1 parts and heads of 64 given; a multiple of 128"):
         splash_attention(q, k, v, None, TRAINING)
-    with pytest.raises(InputError, match="a cache was given"):
-        attend_over_mesh(q, k, v, Mask(start=jnp.zeros(2, jnp.int32)), ModelOptions(attention="splash"))
+
+
+def test_tokens_behind_a_cache_go_the_way_of_auto():
+    (q, k, v, _), _ = draw(200, 64)
+    mask = Mask(start=jnp.zeros(2, jnp.int32))
+    out = attend_over_mesh(q, k, v, mask, ModelOptions(attention="splash"))
+    np.testing.assert_array_equal(out, attend_over_mesh(q, k, v, mask, ModelOptions()))
 
 
 def test_auto_takes_it_for_training_on_tpus_only():
