@@ -32,6 +32,7 @@ from llama_jax.parallel.sharding import (
     constrain,
     gathered,
     gathered_part,
+    gathered_side,
 )
 
 # Standard deviation of fresh weights; those that write into the residual stream are narrower by sqrt(2 * layers), so that
@@ -81,7 +82,7 @@ def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
     """The weight `name` gathered for use; a plain one in the compute dtype, or its own where that is narrower."""
     if isinstance(weight, Quantized):
         return jax.tree.map(lambda part: gathered_part(part, channels_first(name), options.rules), weight)
-    return gathered(weight, PARAMETER_AXES[name], options.compute_dtype, options.rules, name)
+    return gathered(weight, PARAMETER_AXES[name], options.compute_dtype, options.rules, gathered_side(name))
 
 
 def gathered_matrix(matrix: Matrix, name: str, options: ModelOptions) -> Matrix:
@@ -117,7 +118,7 @@ def split_heads(
     """
     batch, length, dim = x.shape
     if length > 1 and jax.sharding.get_abstract_mesh().size > 1 and not isinstance(weight, Quantized | Adapted):
-        rows = gathered(weight.T, PARAMETER_AXES[name][::-1], options.compute_dtype, options.rules)
+        rows = gathered(weight.T, PARAMETER_AXES[name][::-1], options.compute_dtype, options.rules, side=-2)
         if _heads_apart(head_dim):
             return jnp.einsum("btd,nhd->bnth", x, rows.reshape(-1, head_dim, dim).astype(x.dtype))
         flat = product(x, rows, axis=1)

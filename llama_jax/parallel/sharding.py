@@ -82,20 +82,22 @@ def parameter_spec(path: tuple, ndim: int, rules: Rules) -> PartitionSpec:
 def stored_spec(path: tuple, shape: tuple[int, ...], rules: Rules, sizes: Mapping[str, int]) -> PartitionSpec:
     """`parameter_spec` on a mesh of these sizes, split along the side by which parts of the matrix are gathered."""
     name = str(getattr(path[-1], "key", "")) if path else ""
-    return _split_along(_side(name), parameter_spec(path, len(shape), rules), shape, sizes)
+    return _split_along(gathered_side(name), parameter_spec(path, len(shape), rules), shape, sizes)
 
 
-def _side(name: str) -> int:
-    """The dimension along which a matrix is split where it is stored: rows, or columns of those that are used transposed."""
+def gathered_side(name: str) -> int | None:
+    """The side along which a matrix is split where it is stored: -2 for rows, -1 for columns; `None` for what is no matrix."""
+    if len(PARAMETER_AXES.get(name, ())) < 2:
+        return None
     return -1 if name in USED_TRANSPOSED else -2
 
 
-def _split_along(side: int, spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+def _split_along(side: int | None, spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """The spec of a matrix, or of stacked ones, with one side split by what splits only what is stored, and not the other.
 
     Where the mesh does not divide that side, the spec stays as it is.
     """
-    if len(spec) < 2:
+    if side is None or len(spec) < 2:
         return spec
     entries = [_names(entry) for entry in spec]
     other = -3 - side
@@ -217,7 +219,7 @@ def _in_use(rules: Rules) -> Rules:
     return tuple((axis, tuple(m for m in mesh_axes if m not in _GATHERED)) for axis, mesh_axes in rules)
 
 
-def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules, name: str = "") -> Array:
+def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules, side: int | None = None) -> Array:
     """A weight shard in the compute dtype, or its own where that is narrower, gathered over `fsdp` and `context` for use.
 
     Cast first, so that the gather moves the narrow type; the transpose of the first constraint brings the gradient back
@@ -229,13 +231,13 @@ def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rule
       axes: axis names.
       dtype: to compute in.
       rules: axis name -> mesh axes.
-      name: of the parameter that it is; what is gathered along its first side needs none.
+      side: along which it is stored in parts, by `gathered_side`.
     """
     narrow = weight.astype(dtype) if weight.dtype.itemsize >= jnp.dtype(dtype).itemsize else weight
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return narrow
-    stored = _split_along(_side(name), partition_spec(axes, rules), narrow.shape, mesh.shape)
+    stored = _split_along(side, partition_spec(axes, rules), narrow.shape, mesh.shape)
     return constrain(jax.lax.with_sharding_constraint(narrow, stored), axes, _in_use(rules))
 
 

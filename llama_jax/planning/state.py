@@ -70,12 +70,10 @@ def adapter_arrays(config: LlamaConfig, rank: int, stored: int, tensor: int) -> 
     """The factors of adapters of a rank on all matrices of the layers."""
     found = []
     for name, (inputs, outputs) in matrices(config).items():
-        ways = ((stored, 1), (1, tensor))
-        if name in _ONTO_STREAM:
-            ways = ((tensor, 1), (1, stored) if rank % stored else (stored, 1))
+        first, second = (tensor, stored) if name in _ONTO_STREAM else (stored, tensor)
         found += [
-            Array(config.layers, (inputs, rank), ways[0], True),
-            Array(config.layers, (rank, outputs), ways[1], True),
+            Array(config.layers, (inputs, rank), (first, 1), True),
+            Array(config.layers, (rank, outputs), (1, second), True),
         ]
     return found
 
