@@ -3,9 +3,10 @@
 from llama_jax.accounting import matmul_parameters, parameter_count
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.flags import flags
-from llama_jax.planning.job import Job, MeshSizes
+from llama_jax.planning.job import ITEMSIZES, Job, MeshSizes
 from llama_jax.planning.memory import ACCURACY
 from llama_jax.planning.plan import Plan, Remedy
+from llama_jax.planning.remat import hosted_bytes
 from llama_jax.planning.search import Outlook
 from llama_jax.planning.speed import Speed
 
@@ -79,6 +80,12 @@ def _memory_lines(plan: Plan) -> Rows:
         if size > 0
     ]
     total = plan.memory.total
+    width = int(ITEMSIZES[job.compute_dtype])
+    hosted = job.chip_tokens * hosted_bytes(job.config, job.remat, width, job.mesh.tensor)
+    if hosted:
+        rows.append(
+            ("  host", f"{gb(hosted):>10}  of the host's memory, for each chip; the time of the transfers is not modelled")
+        )
     return [("memory", "a chip, GB of 1e9 bytes"), *rows, ("  in all", f"{gb(total):>10}  {total / plan.limit:6.1%}")]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from llama_jax.errors import InputError
-from llama_jax.model.remat import parse_remat, saved_names
+from llama_jax.model.remat import hosted_names, parse_remat, saved_names
 from llama_jax.parallel.sharding import TRAINING, Rules
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -26,7 +26,7 @@ class ModelOptions:
         over per-layer weights (faster decoding). The parameter tree has the matching form; see `llama_jax.weights.forms`.
       remat: what the backward pass keeps of each layer: a rung of `llama_jax.model.remat.LADDER`, from `none` (everything,
         nothing is recomputed) to `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`;
-        or a split of the layers, `20*all+attention`.
+        or a split of the layers, `20*all+attention`. `context@host` is kept by the host.
       attention: attention backend, see `llama_jax.model.attention`.
       context_attention: where the mesh cuts rows over `context`, whether a device gathers their keys and values (`gathered`) or
         the keys and values go round the devices (`ring`); see `llama_jax.model.context`.
@@ -58,7 +58,13 @@ class ModelOptions:
     @property
     def remat_policy(self) -> Callable[..., bool]:
         """The policy for `jax.checkpoint` of a layer, whose backward pass recomputes what is not kept; not of a split."""
-        return checkpoint_policies.save_only_these_names(*sorted(saved_names(self.remat)), "root")
+        hosted = sorted(hosted_names(self.remat))
+        here = [*sorted(saved_names(self.remat) - set(hosted)), "root"]
+        if not hosted:
+            return checkpoint_policies.save_only_these_names(*here)
+        return checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=here, names_which_can_be_offloaded=hosted, offload_src="device", offload_dst="pinned_host"
+        )
 
     @property
     def compute_dtype(self) -> jnp.dtype:

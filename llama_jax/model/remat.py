@@ -2,7 +2,7 @@
 
 What a rung takes in bytes and what it computes again are in `llama_jax.planning.remat`, and in a table in
 `docs/performance.md`. Memory that is enough for one rung in some layers and for another in the rest is used by a split:
-`20*all+attention`.
+`20*all+attention`. Names with `@host` behind them are kept in the memory of the host.
 """
 
 import re
@@ -23,7 +23,11 @@ RUNGS: Mapping[str, tuple[str, ...]] = {
     "full": (),
 }
 LADDER = ("none", *RUNGS)  # `none`: no rematerialisation, so that all is kept that differentiation asks for
-EXPECTED = f"{', '.join(LADDER)}, or some of {'+'.join(NAMES)}, or a split such as 20*all+attention"
+_HOST = "@host"
+EXPECTED = (
+    f"{', '.join(LADDER)}, or some of {'+'.join(NAMES)}, {_HOST} behind those to be kept by the host, "
+    "or a split such as 20*all+attention"
+)
 _SPLIT = re.compile(r"([1-9][0-9]{0,3})\*(\w+)\+(.+)")
 
 
@@ -38,11 +42,16 @@ def saved_names(remat: str) -> frozenset[str]:
     """
     if remat in LADDER:
         return frozenset(RUNGS.get(remat, NAMES))
-    names = remat.split("+")
+    names = [name.removesuffix(_HOST) for name in remat.split("+")]
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise InputError(f"remat {remat!r:.80}: {unknown[0]!r:.40} is unknown; {EXPECTED} expected")
     return frozenset(names)
+
+
+def hosted_names(remat: str) -> frozenset[str]:
+    """Those of `saved_names` that are kept in the memory of the host."""
+    return frozenset(name.removesuffix(_HOST) for name in remat.split("+") if name.endswith(_HOST))
 
 
 def parse_remat(remat: str) -> tuple[int, str, str]:

@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
     Attributes:
       arguments: bytes of state and batch.
       temporaries: bytes of everything else; the compiler checks only these against the chip's memory.
+      hosted: bytes in the memory of the host.
       aliased: bytes of results that take the place of arguments.
       seconds: that compiling took.
       prediction: of its time; `None` for chips whose clock is not known.
@@ -43,6 +44,7 @@ class Compiled(NamedTuple):
 
     arguments: int
     temporaries: int
+    hosted: int
     aliased: int
     seconds: float
     prediction: Prediction | None
@@ -120,6 +122,7 @@ def _compile(recipe: Recipe, job: Job) -> Compiled:
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.host_temp_size_in_bytes,
         memory.alias_size_in_bytes,
         seconds,
         predict(text, job.topology, product) if job.topology.chip.clock else None,

@@ -53,6 +53,7 @@ def compile_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dt
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.host_temp_size_in_bytes,
         memory.alias_size_in_bytes,
         seconds,
         predict_round(text, plan.topology) if plan.topology.chip.clock else None,

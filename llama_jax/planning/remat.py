@@ -1,7 +1,7 @@
 """What rematerialisation keeps of a layer for the backward pass, in bytes, and what it computes again, in FLOPs."""
 
 from llama_jax.config import LlamaConfig
-from llama_jax.model.remat import layer_parts, saved_names
+from llama_jax.model.remat import hosted_names, layer_parts, saved_names
 
 _SHORT_SCORES = 512 * 512  # up to here attention keeps its scores, see `llama_jax.model.attention`
 _ROOT_BYTES = 2 * 4  # of one token and layer: both norms keep the root of the mean square, float32, whatever else is kept
@@ -34,7 +34,8 @@ def saved_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1)
     """
     each = activation_bytes(config, itemsize, tensor)
     if remat != "none":
-        return (config.dim * itemsize + _ROOT_BYTES) / tensor + sum(each[name] for name in saved_names(remat))
+        here = saved_names(remat) - hosted_names(remat)
+        return (config.dim * itemsize + _ROOT_BYTES) / tensor + sum(each[name] for name in here)
     streams = config.dim * (4 * 4 / tensor + 2 * itemsize) + 16 / tensor  # blocks gather what they have normed
     return streams + each["q"] + each["k"] + each["v"] + each["context"] + 3 * (each["gate"] + each["up"])
 
@@ -43,6 +44,13 @@ def all_saved_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int 
     """Bytes that all layers keep of one token; the setting may be a split."""
     parts = layer_parts(remat, config.layers)
     return sum(count * saved_bytes(config, each, itemsize, tensor) for count, each in parts)
+
+
+def hosted_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1) -> float:
+    """Bytes that all layers keep of one token in the memory of the host, by `remat`, which may be a split."""
+    each = activation_bytes(config, itemsize, tensor)
+    parts = layer_parts(remat, config.layers)
+    return sum(count * sum(each[name] for name in hosted_names(part)) for count, part in parts)
 
 
 def recomputed_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1) -> float:

@@ -43,7 +43,7 @@ def test_rematerialisation_keeps_gradients(scan):
     params = params if scan else unstack(params)
     expected, *others = [
         gradient_program(params, tokens, TINY, remat)(params)
-        for remat in ("none", "full", "q+k+v+context+middle+gate+up", "1*all+context")
+        for remat in ("none", "full", "q+k+v+context+middle+gate+up", "1*all+context", "q+k+v+context@host+gate@host")
     ]
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     for other in others:

@@ -15,7 +15,7 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.remat import LADDER, layer_parts, saved_names
 from llama_jax.model.rope import rotation
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.planning.remat import all_saved_bytes, recomputed_flops, saved_bytes, score_bytes
+from llama_jax.planning.remat import all_saved_bytes, hosted_bytes, recomputed_flops, saved_bytes, score_bytes
 
 CONFIG = dataclasses.replace(TINY, dim=192, heads=6, kv_heads=2, head_dim=40, ffn_dim=448)
 ROWS, LENGTH = 4, 256  # no other axis has as many as there are rows
@@ -77,6 +77,15 @@ def test_a_split_is_the_sum_of_its_layers():
     assert all_saved_bytes(CONFIG, "attention", 2) == layers * each[1]
 
 
+def test_what_the_host_keeps_is_no_part_of_the_device():
+    """Neither kept there nor computed again."""
+    here, hosted = "1*all+q+k+v+gate", "1*all+q+k+v+context@host+gate+middle@host"
+    assert all_saved_bytes(CONFIG, hosted, 2) == all_saved_bytes(CONFIG, here, 2)
+    per_layer = 240 * 2 + 6 * 4 + 192 * 2  # context with its logsumexp, and middle
+    assert hosted_bytes(CONFIG, hosted, 2) == (CONFIG.layers - 1) * per_layer
+    assert recomputed_flops(CONFIG, hosted, 512) == (CONFIG.layers - 1) * 2 * CONFIG.dim * CONFIG.ffn_dim  # up
+
+
 @pytest.mark.parametrize(("remat", "words"), [
     ("2*none+full", "'none' in a split"), ("2*q+k", "'q' in a split"), ("2*all+none", "'none' in a split"),
     ("0*all+full", "'0.all' is unknown"), ("2*all", "'2.all' is unknown"), ("2*all+", "'2.all' is unknown"),
@@ -87,7 +96,7 @@ def test_what_is_no_split_is_refused(remat, words):
         layer_parts(remat, 3)
 
 
-@pytest.mark.parametrize("remat", ["q+w", "some", "", "none+q", "auto"])
+@pytest.mark.parametrize("remat", ["q+w", "some", "", "none+q", "auto", "all@host", "q@disk"])
 def test_unknown_names_are_refused(remat):
     with pytest.raises(InputError, match=r"remat .* is unknown; none, all, .*full, or some of q"):
         saved_names(remat)

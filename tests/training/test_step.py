@@ -123,10 +123,11 @@ def test_mesh_equals_one_device(mesh_sizes, remat):
     assert min(jax.tree.leaves(moved)) > 1e-4  # every parameter took part
 
 
-def test_a_split_of_the_layers_changes_nothing_on_a_mesh():
+@pytest.mark.parametrize("remat", ["1*all+context", "q+k+v+context@host+gate@host"])
+def test_a_split_and_the_memory_of_the_host_change_nothing_on_a_mesh(remat):
     params, batch = random_parameters(CONFIG), random_batch()
     expected, metrics = run_step((1, 1, 1), sgd_recipe(rate=1.0), params, batch)
-    got, split_metrics = run_step((2, 2, 2), sgd_recipe(rate=1.0, remat="1*all+context"), params, batch)
+    got, split_metrics = run_step((2, 2, 2), sgd_recipe(rate=1.0, remat=remat), params, batch)
     np.testing.assert_allclose(jax.tree.leaves(split_metrics), jax.tree.leaves(metrics), rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, expected)
 

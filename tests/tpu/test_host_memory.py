@@ -1,0 +1,25 @@
+"""Activations kept by the host, compiled for four chips of v5e: what leaves the memory of a chip is in that of the host."""
+
+import dataclasses
+
+import pytest
+
+from llama_jax.planning.ahead import compile_training
+from llama_jax.planning.chips import parse_topology
+from llama_jax.planning.job import Job, MeshSizes
+from llama_jax.planning.remat import hosted_bytes
+from llama_jax.presets import preset
+
+pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` installs it")
+pytestmark = pytest.mark.tpu
+
+
+def test_what_the_host_keeps_leaves_the_chip():
+    config = dataclasses.replace(preset("llama3.2-1b"), layers=4, vocab_size=8192)
+    job = Job(config, parse_topology("v5e:2x2"), MeshSizes(fsdp=4), 2048, 4, remat="q+k+v+context+middle+gate+up")
+    hosted = "q+k+v+context+middle+gate@host+up@host"
+    here, there = compile_training(job), compile_training(dataclasses.replace(job, remat=hosted))
+    moved = job.chip_tokens * hosted_bytes(config, hosted, 2)
+    assert here.hosted == 0
+    assert moved <= there.hosted <= 1.1 * moved
+    assert here.temporaries - there.temporaries > 0.7 * moved  # less what is on its way
