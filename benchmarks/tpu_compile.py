@@ -3,7 +3,8 @@
     python benchmarks/tpu_compile.py [--cases llama3-8b@v5p:4x4x4,llama3-8b@v6e:8x8/remat=q+k+v] [--layers N] [--keep DIR]
 
 A case is MODEL@TOPOLOGY, then settings NAME=VALUE behind slashes: `remat`, `mesh` (such as fsdp=32;tensor=2), `rows` a chip,
-`length`, `moments`. Nothing is run: times are predictions from the compiler's estimates (`llama_jax/planning/ruler.py`).
+`length`, `moments` and `params` (their types), `chunk` (tokens of the loss). Nothing is run: times are predictions from the
+compiler's estimates (`llama_jax/planning/ruler.py`).
 Needs the extra `tpu`; on two cores a case takes minutes. With --layers only so many are compiled, to look at the program.
 """
 
@@ -25,7 +26,7 @@ from llama_jax.planning.chips import parse_topology
 from llama_jax.planning.job import Job, parse_mesh
 from llama_jax.presets import preset
 
-_ALL = "q+k+v+context+middle+gate+up"
+_SETTINGS = ("remat", "mesh", "rows", "length", "moments", "params", "chunk")
 _COLUMNS = ("case", "arguments + temporaries GB", "of GB", "predicted s", "MFU compute / exposed / simulated", "compiled in s",
             "attention forward : backward", "collectives", "copies in loops")  # fmt: skip
 
@@ -35,16 +36,17 @@ def parse_case(text: str, layers: int) -> Job:
     where, *settings = text.split("/")
     model, _, topology_name = where.partition("@")
     given = dict(setting.partition("=")[::2] for setting in settings)
-    unknown = set(given) - {"remat", "mesh", "rows", "length", "moments"}
+    unknown = set(given) - set(_SETTINGS)
     if unknown:
-        sys.exit(f"error: case {text!r}: {unknown.pop()!r} is unknown; remat, mesh, rows, length or moments expected")
+        sys.exit(f"error: case {text!r}: {unknown.pop()!r} is unknown; some of {', '.join(_SETTINGS)} expected")
     config, topology = preset(model), parse_topology(topology_name)
     config = dataclasses.replace(config, layers=layers) if layers else config
     mesh = parse_mesh(given.get("mesh", "").replace(";", ",") or None, topology)
     rows, length = int(given.get("rows", 1)) * mesh.rows, int(given.get("length", 8192))
     return Job(
-        config, topology, mesh, length, rows, remat=given.get("remat", _ALL), moment_dtype=given.get("moments", "float32")
-    )
+        config, topology, mesh, length, rows, remat=given.get("remat", "all"), moment_dtype=given.get("moments", "float32"),
+        param_dtype=given.get("params", "float32"), loss_chunk=int(given.get("chunk", Job.loss_chunk)),
+    )  # fmt: skip
 
 
 def row(text: str, job: Job, compiled: Compiled) -> str:

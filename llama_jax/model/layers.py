@@ -23,6 +23,7 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.product import product, with_adapter
 from llama_jax.model.quantize import Quantized, Weight
 from llama_jax.model.rope import Rotation, rotate
+from llama_jax.parallel.compiler import matrix_unit
 from llama_jax.parallel.context import constrain_stream, enter_block
 from llama_jax.parallel.sharding import (
     PARAMETER_AXES,
@@ -31,6 +32,7 @@ from llama_jax.parallel.sharding import (
     constrain,
     gathered,
     gathered_part,
+    gathered_side,
 )
 
 _ROWS_A_ROUND = 8  # of the cache, where layers are unrolled; see `append`
@@ -43,7 +45,8 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
     """X / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in the dtype of `x` (arXiv:1910.07467)."""
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+    root = checkpoint_name(jax.lax.rsqrt(mean_square + eps), "root")
+    return (wide * root * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
@@ -80,7 +83,7 @@ def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
     """The weight `name` gathered for use; a plain one in the compute dtype, or its own where that is narrower."""
     if isinstance(weight, Quantized):
         return jax.tree.map(lambda part: gathered_part(part, channels_first(name), options.rules), weight)
-    return gathered(weight, PARAMETER_AXES[name], options.compute_dtype, options.rules)
+    return gathered(weight, PARAMETER_AXES[name], options.compute_dtype, options.rules, gathered_side(name))
 
 
 def gathered_matrix(matrix: Matrix, name: str, options: ModelOptions) -> Matrix:
@@ -101,12 +104,38 @@ def _weights(
     return [gathered_matrix(declare(module, name, stds[name], shape), name, options) for name, shape in shapes.items()]
 
 
+def _heads_apart(head_dim: int) -> bool:
+    """Whether a product may have heads as an axis of their own: not where a head fills only a part of the matrix unit."""
+    return matrix_unit() <= head_dim
+
+
+def split_heads(
+    x: Float[Array, "B T D"], weight: Matrix, name: str, head_dim: int, options: ModelOptions
+) -> Float[Array, "B n T H"]:
+    """The stream times `weight [D, n*H]`, not gathered yet, as heads.
+
+    A plain weight that is gathered is used transposed, as `[n, H, D]`: on TPUs the product then gives the heads of all tokens
+    one after the other, as attention takes them, and neither heads nor weight are copied into another layout.
+    """
+    batch, length, dim = x.shape
+    if length > 1 and jax.sharding.get_abstract_mesh().size > 1 and not isinstance(weight, Quantized | Adapted):
+        rows = gathered(weight.T, PARAMETER_AXES[name][::-1], options.compute_dtype, options.rules, side=-2)
+        if _heads_apart(head_dim):
+            return jnp.einsum("btd,nhd->bnth", x, rows.reshape(-1, head_dim, dim).astype(x.dtype))
+        flat = product(x, rows, axis=1)
+    else:
+        flat = product(x, gathered_matrix(weight, name, options))
+    # XLA for TPU would split the weight instead of one token's few channels: a second copy of it, laid out by heads.
+    flat = jax.lax.optimization_barrier(flat) if length == 1 else flat
+    return flat.reshape(batch, length, -1, head_dim).swapaxes(1, 2)
+
+
 def join_heads(heads: Float[Array, "B N T H"], weight: Matrix) -> Float[Array, "B T D"]:
     """The heads of each token side by side, times `weight [N*H, D]`."""
     if isinstance(weight, Adapted):
         return with_adapter(heads, weight, join_heads)
     batch, count, length, head_dim = heads.shape
-    if length == 1 or isinstance(weight, Quantized):
+    if length == 1 or isinstance(weight, Quantized) or not _heads_apart(head_dim):
         return product(heads.swapaxes(1, 2).reshape(batch, length, count * head_dim), weight)
     # Heads stay apart in the contraction: flattening them first costs a copy of `heads` on TPU.
     apart = weight.reshape(count, head_dim, -1).astype(heads.dtype)
@@ -135,19 +164,20 @@ class Attention(nn.Module):
         inner, outer = config.heads * config.head_dim, config.kv_heads * config.head_dim
         shapes = {"wq": (config.dim, inner), "wk": (config.dim, outer), "wv": (config.dim, outer), "wo": (inner, config.dim)}
         stds = {"wq": _INIT_STD, "wk": _INIT_STD, "wv": _INIT_STD, "wo": _INIT_STD * (2 * config.layers) ** -0.5}
-        wq, wk, wv, wo = _weights(self, self.options, stds, shapes)
+        wq, wk, wv, wo = (declare(self, name, stds[name], shape) for name, shape in shapes.items())
         x = enter_block(x, rules)
 
-        def heads(w: Matrix, axis: str) -> Array:
-            """Projects the stream to heads `[B, T, n, H]`."""
-            flat = constrain(product(x, w), ("batch", "length", axis), rules)
-            # XLA for TPU would split the weight instead of one token's few channels: a second copy of it, laid out by heads.
-            flat = jax.lax.optimization_barrier(flat) if x.shape[1] == 1 else flat
-            return flat.reshape(*x.shape[:2], -1, config.head_dim)
+        def heads(name: str, matrix: Matrix) -> Array:
+            """Projects the stream to heads `[B, n, T, H]`."""
+            return constrain(
+                split_heads(x, matrix, name, config.head_dim, self.options),
+                ("batch", PARAMETER_AXES[name][1], "length", "width"),
+                rules,
+            )
 
-        q = checkpoint_name(rotate(heads(wq, "heads"), turn).swapaxes(1, 2), "q")
-        k = checkpoint_name(rotate(heads(wk, "kv_heads"), turn).swapaxes(1, 2), "k")
-        v = checkpoint_name(heads(wv, "kv_heads").swapaxes(1, 2), "v")
+        q = checkpoint_name(rotate(heads("wq", wq), turn, heads=1), "q")
+        k = checkpoint_name(rotate(heads("wk", wk), turn, heads=1), "k")
+        v = checkpoint_name(heads("wv", wv), "v")
         scales = None
         if cache is not None:
             start = jnp.zeros(x.shape[0], jnp.int32) if mask.start is None else mask.start
@@ -155,7 +185,7 @@ class Attention(nn.Module):
             held = cache if mask.start is not None else jax.tree.map(lambda slots: slots[:, :, : x.shape[1]], cache)
             k, v, scales = cached(held, q.dtype)
         out = attend_over_mesh(q, k, v, mask, self.options, scales)
-        return constrain_stream(join_heads(out, wo), rules), cache
+        return constrain_stream(join_heads(out, gathered_matrix(wo, "wo", self.options)), rules), cache
 
 
 class FeedForward(nn.Module):
@@ -172,8 +202,8 @@ class FeedForward(nn.Module):
         stds = {"gate": _INIT_STD, "up": _INIT_STD, "down": _INIT_STD * (2 * self.config.layers) ** -0.5}
         w_gate, w_up, w_down = _weights(self, self.options, stds, shapes)
         x = enter_block(x, rules)
-        gate = checkpoint_name(constrain(product(x, w_gate), ("batch", "length", "ffn"), rules), "gate")
-        up = checkpoint_name(constrain(product(x, w_up), ("batch", "length", "ffn"), rules), "up")
+        gate, up = (row_major(constrain(product(x, w), ("batch", "length", "ffn"), rules)) for w in (w_gate, w_up))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return constrain_stream(product(swiglu(gate, up), w_down), rules)
 
 
@@ -201,8 +231,8 @@ class Layer(nn.Module):
         return x, cache
 
 
-def row_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The stream with its last axis innermost in memory: XLA for TPU would stack what a scan keeps of it the other way around.
+def row_major(x: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
+    """With its last axis innermost in memory: XLA for TPU would stack what a scan keeps the other way around.
 
     That costs two copies a layer. Elsewhere there is no other layout.
     """
@@ -218,8 +248,8 @@ def layer_class(options: ModelOptions) -> Callable[..., nn.Module]:
     return nn.remat(Layer, policy=options.remat_policy, prevent_cse=not options.scan)
 
 
-def scanned_layers(config: LlamaConfig, options: ModelOptions, name: str) -> nn.Module:
-    """All layers as one body scanned over weights (and cache) stacked on a leading axis."""
+def scanned_layers(config: LlamaConfig, options: ModelOptions) -> nn.Module:
+    """All layers as one body scanned over weights (and cache) stacked on a leading axis; in no module yet."""
     body = nn.scan(
         layer_class(options),
         variable_axes={"params": 0, "residual": 0},
@@ -227,4 +257,4 @@ def scanned_layers(config: LlamaConfig, options: ModelOptions, name: str) -> nn.
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=config.layers,
     )
-    return body(config, options, name=name)
+    return body(config, options, parent=None)

@@ -1,5 +1,6 @@
 """LLaMA: embedding, layers, final norm, head. One forward pass; training is decoding without a cache."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gathered_weight,
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.product import product
 from llama_jax.model.quantize import Quantized, Weight, dequantize, take_embeddings
+from llama_jax.model.remat import layer_parts
 from llama_jax.model.rope import Rotation, rotation
 from llama_jax.parallel.context import constrain_stream, enter_block, parts_of, require_divisible
 from llama_jax.parallel.sharding import constrain
@@ -41,10 +43,10 @@ class Llama(nn.Module):
         config = self.config
         self.embedding: Any = declare(self, "embedding", _INIT_STD, (config.vocab_size, config.dim))
         if self.options.scan:
-            self.layers: Any = scanned_layers(config, self.options, "layers")
+            self.layers: Any = scanned_layers(config, self._parts()[-1][1])
         else:
-            make = layer_class(self.options)
-            self.layers = [make(config, self.options, name=f"layers_{i}") for i in range(config.layers)]
+            each = [options for count, options in self._parts() for _ in range(count)]
+            self.layers = [layer_class(options)(config, options, name=f"layers_{i}") for i, options in enumerate(each)]
         self.final_norm = RMSNorm(config)
         if not config.tied_head:
             self.head = declare(self, "head", _INIT_STD, (config.dim, config.vocab_size))
@@ -87,14 +89,32 @@ class Llama(nn.Module):
         x, layers = self._run_layers(x, cache.layers, turn, mask)
         return Features(self.final_norm(x), Cache(layers, cache.lengths))
 
+    def _parts(self) -> list[tuple[int, ModelOptions]]:
+        """Consecutive layers with the same options, as how many and which."""
+        parts = layer_parts(self.options.remat, self.config.layers)
+        return [(count, dataclasses.replace(self.options, remat=remat)) for count, remat in parts]
+
     def _run_layers(self, x: Array, caches: Any, turn: Rotation, mask: Mask) -> tuple[Array, Any]:
         if self.options.scan:
-            return self.layers(x, caches, turn, mask)
+            return self._scan_layers(x, caches, turn, mask)
         new = []
         for i, layer in enumerate(self.layers):
             x, cache = layer(x, None if caches is None else caches[i], turn, mask)
             new.append(cache)
         return x, tuple(new)
+
+    def _scan_layers(self, x: Array, caches: Any, turn: Rotation, mask: Mask) -> tuple[Array, Any]:
+        """One scan over all layers; where their backward passes keep different things, one for each part of the one stack."""
+        parts = self._parts()
+        if len(parts) == 1 or caches is not None or self.is_initializing() or self.is_mutable_collection("residual"):
+            return self.layers(x, caches, turn, mask)
+        start, stacked = 0, self.layers.variables["params"]
+        for count, options in parts:
+            part = jax.tree.map(lambda leaf, here=slice(start, start + count): leaf[here], stacked)
+            layers = scanned_layers(dataclasses.replace(self.config, layers=count), options)
+            x, _ = layers.apply({"params": part}, x, None, turn, mask)
+            start += count
+        return x, None
 
     def _head(self) -> tuple[Weight, int]:
         """The output head gathered for use, and the axis of it that meets the features: a tied table has rows for columns."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from llama_jax.errors import InputError
-from llama_jax.model.remat import saved_names
+from llama_jax.model.remat import parse_remat, saved_names
 from llama_jax.parallel.sharding import TRAINING, Rules
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -25,7 +25,8 @@ class ModelOptions:
       scan: run the layers as one scanned body over stacked weights (compile time does not grow with depth), or unrolled
         over per-layer weights (faster decoding). The parameter tree has the matching form; see `llama_jax.weights.forms`.
       remat: what the backward pass keeps of each layer: a rung of `llama_jax.model.remat.LADDER`, from `none` (everything,
-        nothing is recomputed) to `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`.
+        nothing is recomputed) to `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`;
+        or a split of the layers, `20*all+attention`.
       attention: attention backend, see `llama_jax.model.attention`.
       context_attention: where the mesh cuts rows over `context`, whether a device gathers their keys and values (`gathered`) or
         the keys and values go round the devices (`ring`); see `llama_jax.model.context`.
@@ -52,12 +53,12 @@ class ModelOptions:
             raise InputError(f"cache_dtype {self.cache_dtype!r} given; one of {', '.join(_CACHE_DTYPES)} expected")
         if self.context_attention not in _CONTEXT_ATTENTION:
             raise InputError(f"context_attention {self.context_attention!r} given; {' or '.join(_CONTEXT_ATTENTION)} expected")
-        saved_names(self.remat)
+        parse_remat(self.remat)
 
     @property
     def remat_policy(self) -> Callable[..., bool]:
-        """The policy for `jax.checkpoint`, where the backward pass recomputes what it does not keep."""
-        return checkpoint_policies.save_only_these_names(*sorted(saved_names(self.remat)))
+        """The policy for `jax.checkpoint` of a layer, whose backward pass recomputes what is not kept; not of a split."""
+        return checkpoint_policies.save_only_these_names(*sorted(saved_names(self.remat)), "root")
 
     @property
     def compute_dtype(self) -> jnp.dtype:

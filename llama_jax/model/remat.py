@@ -1,9 +1,11 @@
 """What the backward pass keeps of each layer: one ladder of named rungs, for the model, its configs and its plans; without JAX.
 
 What a rung takes in bytes and what it computes again are in `llama_jax.planning.remat`, and in a table in
-`docs/performance.md`.
+`docs/performance.md`. Memory that is enough for one rung in some layers and for another in the rest is used by a split:
+`20*all+attention`.
 """
 
+import re
 from collections.abc import Mapping
 
 from llama_jax.errors import InputError
@@ -21,14 +23,15 @@ RUNGS: Mapping[str, tuple[str, ...]] = {
     "full": (),
 }
 LADDER = ("none", *RUNGS)  # `none`: no rematerialisation, so that all is kept that differentiation asks for
-EXPECTED = f"{', '.join(LADDER)}, or some of {'+'.join(NAMES)}"
+EXPECTED = f"{', '.join(LADDER)}, or some of {'+'.join(NAMES)}, or a split such as 20*all+attention"
+_SPLIT = re.compile(r"([1-9][0-9]{0,3})\*(\w+)\+(.+)")
 
 
 def saved_names(remat: str) -> frozenset[str]:
     """The activations of a layer that are kept beside its input; all of them for `none`, which keeps more than these.
 
     Args:
-      remat: a rung of the ladder, or names joined by `+`.
+      remat: a rung of the ladder, or names joined by `+`; no split.
 
     Raises:
       InputError: for what is neither.
@@ -40,3 +43,33 @@ def saved_names(remat: str) -> frozenset[str]:
     if unknown:
         raise InputError(f"remat {remat!r:.80}: {unknown[0]!r:.40} is unknown; {EXPECTED} expected")
     return frozenset(names)
+
+
+def parse_remat(remat: str) -> tuple[int, str, str]:
+    """The number of first layers with a setting of their own, theirs, and that of the others; 0 and one twice for no split.
+
+    Args:
+      remat: a rung, names joined by `+`, or a split: `20*all+attention`, where what stands before the `+` is a rung.
+
+    Raises:
+      InputError: for anything else.
+    """
+    split = _SPLIT.fullmatch(remat)
+    count, first, rest = (int(split[1]), split[2], split[3]) if split else (0, remat, remat)
+    if split and (first not in RUNGS or rest == "none"):  # what `none` keeps is not a layer's alone
+        wrong = rest if first in RUNGS else first
+        raise InputError(f"remat {remat!r:.80}: {wrong!r:.40} in a split; {', '.join(RUNGS)} expected")
+    saved_names(rest)
+    return count, first, rest
+
+
+def layer_parts(remat: str, layers: int) -> tuple[tuple[int, str], ...]:
+    """Consecutive layers of one setting each, as how many and which: two for a split, else one.
+
+    Raises:
+      InputError: for a split that leaves no layers for its second setting, and as `parse_remat`.
+    """
+    count, first, rest = parse_remat(remat)
+    if count >= layers:
+        raise InputError(f"remat {remat!r:.80}: {count} of {layers} layers given; fewer than all of them expected")
+    return ((count, first), (layers - count, rest)) if count else ((layers, rest),)

@@ -1,5 +1,6 @@
 """Rotary position embedding (arXiv:2104.09864), in the half layout: channel `i` of a head turns with channel `i + H/2`."""
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -57,23 +58,30 @@ def _quarter_turn(head_dim: int, dtype: DTypeLike) -> Float[Array, "H H"]:
     return jnp.asarray(matrix, dtype)
 
 
-def _by_halves(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
+def _by_halves(x: Float[Array, "B T n H"], turn: Rotation, heads: int = 2) -> Float[Array, "B T n H"]:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
+    cos, sin = (jnp.expand_dims(part, heads) for part in turn)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _by_product(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
+def _by_product(x: Float[Array, "B T n H"], turn: Rotation, heads: int = 2) -> Float[Array, "B T n H"]:
     """The same without arrays of half a head, which fill half of a TPU's lanes, and which CPUs are slow to put together."""
     matrix = _quarter_turn(x.shape[-1], x.dtype)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # or a TPU would round `x` to bfloat16
     turned = jnp.dot(x, matrix, preferred_element_type=jnp.float32, precision=precision)
-    cos, sin = (jnp.concatenate([part, part], axis=-1)[:, :, None] for part in turn)
+    cos, sin = (jnp.expand_dims(jnp.concatenate([part, part], axis=-1), heads) for part in turn)
     return x.astype(jnp.float32) * cos + turned * sin
 
 
-def rotate(x: Float[Array, "B T n H"], turn: Rotation) -> Float[Array, "B T n H"]:
-    """Turns the heads of queries or keys to their positions; computed in float32, returned in the dtype of `x`."""
-    if x.shape[1] == 1:
-        return _by_halves(x, turn).astype(x.dtype)
-    return lax.platform_dependent(x, turn, cuda=_by_halves, rocm=_by_halves, default=_by_product).astype(x.dtype)
+def rotate(x: Float[Array, "B T n H"], turn: Rotation, heads: int = 2) -> Float[Array, "B T n H"]:
+    """Turns the heads of queries or keys to their positions; computed in float32, returned in the dtype of `x`.
+
+    Args:
+      x: queries or keys.
+      turn: the rotation of each position.
+      heads: the axis of `x` that has the heads: 2, or 1 for `[B, n, T, H]`.
+    """
+    if x.shape[3 - heads] == 1:
+        return _by_halves(x, turn, heads).astype(x.dtype)
+    halves, product = (functools.partial(form, heads=heads) for form in (_by_halves, _by_product))
+    return lax.platform_dependent(x, turn, cuda=halves, rocm=halves, default=product).astype(x.dtype)

@@ -36,7 +36,7 @@ def _block(length: int) -> int:
 
 
 def _kernel(heads: int, length: int, parts: int, interpret: bool) -> Any:
-    """Causal attention of one row: q `[N, T, H]`, already scaled, k and v `[K, T, H]`; output and its logsumexp are `context`.
+    """Causal attention of one row: q `[N, T, H]`, k, already scaled, and v `[K, T, H]`; output and its logsumexp are `context`.
 
     Args:
       heads: of one device.
@@ -66,7 +66,6 @@ def _rows(kernel: Any, q: Array, k: Array, v: Array, documents: Array | None, ke
     """Attention of the rows and heads of one device."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
-    q = q * q.shape[-1] ** -0.5
     if documents is None:
         return jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     return jax.vmap(lambda q, k, v, own, theirs: kernel(q, k, v, SegmentIds(own, theirs)))(q, k, v, documents, key_documents)
@@ -116,6 +115,7 @@ def splash_attention(
             f"attention splash: {length} tokens a row in {parts} parts and heads of {head_dim} given; "
             f"a multiple of {2 * parts * _LANES if parts > 1 else _LANES} and of 64 expected"
         )
+    k = k * head_dim**-0.5  # not the queries: there are several times as many
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return _over_whole_rows(_kernel(heads, length, 1, interpret), q, k, v, *tokens)

@@ -30,6 +30,14 @@ _TRAINING: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("TPU v6", {**_LOOPS, **_MEMORY, **_SCATTERS, _OFFLOAD + "2d_all_gather": "true"}),
     ("TPU", _LOOPS),
 )
+_MATRIX_UNITS = (("TPU v6", 256), ("TPU", 128))
+
+
+def matrix_unit() -> int:
+    """Side of the matrix unit of the TPUs of the mesh set by `jax.set_mesh`; 0 without a mesh or TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device else ""
+    return next((side for name, side in _MATRIX_UNITS if kind.startswith(name)), 0)
 
 
 def training_options(mesh: Mesh) -> dict[str, str]:

@@ -51,6 +51,11 @@ TRAINING: Rules = (
     ("width", ()),
 )
 
+_GATHERED = ("fsdp", "context")  # mesh axes that hold parts of the weights and compute with whole ones
+# Parts that are gathered should follow each other in memory: of others a TPU makes a copy, every time. So matrices are split by
+# rows where they are stored, and these three, whose columns are gathered, are used transposed (`Attention`).
+USED_TRANSPOSED = ("wq", "wk", "wv")
+
 
 def partition_spec(axes: tuple[str, ...], rules: Rules) -> PartitionSpec:
     """The mesh axes of an array whose dimensions carry these axis names."""
@@ -74,6 +79,40 @@ def parameter_spec(path: tuple, ndim: int, rules: Rules) -> PartitionSpec:
     return partition_spec(("layers",) * (ndim - len(axes)) + axes, rules)
 
 
+def stored_spec(path: tuple, shape: tuple[int, ...], rules: Rules, sizes: Mapping[str, int]) -> PartitionSpec:
+    """`parameter_spec` on a mesh of these sizes, split along the side by which parts of the matrix are gathered."""
+    name = str(getattr(path[-1], "key", "")) if path else ""
+    return _split_along(gathered_side(name), parameter_spec(path, len(shape), rules), shape, sizes)
+
+
+def gathered_side(name: str) -> int | None:
+    """The side along which a matrix is split where it is stored: -2 for rows, -1 for columns; `None` for what is no matrix."""
+    if len(PARAMETER_AXES.get(name, ())) < 2:
+        return None
+    return -1 if name in USED_TRANSPOSED else -2
+
+
+def _split_along(side: int | None, spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The spec of a matrix, or of stacked ones, with one side split by what splits only what is stored, and not the other.
+
+    Where the mesh does not divide that side, the spec stays as it is.
+    """
+    if side is None or len(spec) < 2:
+        return spec
+    entries = [_names(entry) for entry in spec]
+    other = -3 - side
+    moved = tuple(name for name in entries[other] if name in _GATHERED)
+    if shape[side] % math.prod(sizes[name] for name in entries[side] + moved):
+        return spec
+    entries[side], entries[other] = entries[side] + moved, tuple(name for name in entries[other] if name not in moved)
+    return PartitionSpec(*[names or None for names in entries])
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in an entry of a spec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def adapter_axes(name: str, part: str) -> tuple[str, str]:
     """Axis names of an adapter's factors: `a` has the inputs of the weight, `b` its outputs, and the rank is never split."""
     inputs, outputs = PARAMETER_AXES[name]
@@ -87,7 +126,7 @@ def channels_first(name: str) -> tuple[str, ...]:
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """The spec of a part of a quantised weight: scales and groups stay whole along an axis that the mesh does not divide."""
-    counts = [math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names or ())) for names in spec]
+    counts = [math.prod(sizes[name] for name in _names(names)) for names in spec]
     return PartitionSpec(*[names if size % count == 0 else None for names, size, count in zip(spec, shape, counts)])
 
 
@@ -103,7 +142,7 @@ def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
         """That of one array; a part of a quantised weight has the weight's name just before its own."""
         name = str(getattr(path[-2], "key", "")) if len(path) > 1 and isinstance(path[-1], GetAttrKey) else ""
         if name not in PARAMETER_AXES:
-            return NamedSharding(mesh, parameter_spec(path, leaf.ndim, rules))
+            return NamedSharding(mesh, stored_spec(path, leaf.shape, rules, mesh.shape))
         spec = partition_spec(("layers",) * (leaf.ndim - 2) + channels_first(name), rules)
         return NamedSharding(mesh, _fitting(spec, leaf.shape, mesh.shape))
 
@@ -130,7 +169,7 @@ def optimizer_shardings(state: PyTree, params: PyTree, mesh: Mesh, rules: Rules)
         if owner is None:
             return replicated(mesh)
         shape = places[owner].shape
-        axes = parameter_spec(owner, len(shape), rules)
+        axes = stored_spec(owner, shape, rules, mesh.shape)
         axes = PartitionSpec(*axes, *[None] * (len(shape) - len(axes)))
         return NamedSharding(mesh, _part_spec(leaf.shape, shape, axes))
 
@@ -175,25 +214,31 @@ def constrain(x: Array, axes: tuple[str, ...], rules: Rules) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
 
 
-_GATHERED = ("fsdp", "context")  # mesh axes that hold parts of the weights and compute with whole ones
-
-
 def _in_use(rules: Rules) -> Rules:
     """The rules of weights in use: gathered over the axes that only store parts of them."""
     return tuple((axis, tuple(m for m in mesh_axes if m not in _GATHERED)) for axis, mesh_axes in rules)
 
 
-def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules) -> Array:
+def gathered(weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules, side: int | None = None) -> Array:
     """A weight shard in the compute dtype, or its own where that is narrower, gathered over `fsdp` and `context` for use.
 
     Cast first, so that the gather moves the narrow type; the transpose of the first constraint brings the gradient back
     sharded (reduce-scattered), which the compiler does not do by itself. On one device there is nothing to gather, and a
     constraint would be one more copy of the weights of all layers, kept by the scan for the backward pass.
+
+    Args:
+      weight: as it is stored.
+      axes: axis names.
+      dtype: to compute in.
+      rules: axis name -> mesh axes.
+      side: along which it is stored in parts, by `gathered_side`.
     """
     narrow = weight.astype(dtype) if weight.dtype.itemsize >= jnp.dtype(dtype).itemsize else weight
-    if jax.sharding.get_abstract_mesh().size == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
         return narrow
-    return constrain(constrain(narrow, axes, rules), axes, _in_use(rules))
+    stored = _split_along(side, partition_spec(axes, rules), narrow.shape, mesh.shape)
+    return constrain(jax.lax.with_sharding_constraint(narrow, stored), axes, _in_use(rules))
 
 
 def gathered_part(part: Array, axes: tuple[str, ...], rules: Rules) -> Array:

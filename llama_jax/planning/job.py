@@ -8,6 +8,7 @@ from typing import NamedTuple
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.model.remat import layer_parts
 from llama_jax.planning.chips import Topology
 from llama_jax.training.config import ComputeConfig
 
@@ -89,6 +90,7 @@ class Job:
         if math.prod(mesh) != chips:
             raise InputError(f"mesh {mesh} makes {math.prod(mesh)} chips, {self.topology.name} has {chips}; set one axis to -1")
         require_divisible(self.config, mesh, self.length)
+        layer_parts(self.remat, self.config.layers)
         if self.rows % (mesh.rows * self.microbatches):
             raise InputError(f"{self.rows} rows a step given; a multiple of data * fsdp * microbatches "
                              f"({mesh.rows * self.microbatches}) expected")  # fmt: skip

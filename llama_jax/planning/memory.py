@@ -7,7 +7,7 @@ of 8B, 70B and 405B for TPUs, where the closed form lies 0 to 5 % above, and of 
 from typing import NamedTuple
 
 from llama_jax.planning.job import ITEMSIZES, Job, matrices
-from llama_jax.planning.remat import recomputed_bytes, saved_bytes, score_bytes
+from llama_jax.planning.remat import all_saved_bytes, recomputed_bytes, score_bytes
 from llama_jax.planning.state import frozen_bytes, optimizer_bytes, parameter_bytes, trained_arrays, trained_size
 
 ACCURACY = (
@@ -81,11 +81,10 @@ def _width(job: Job) -> int:
 
 def _activations(job: Job) -> float:
     config, tensor, width = job.config, job.mesh.tensor, _width(job)
-    each = saved_bytes(config, job.remat, width, tensor)
+    each = 0.0
     if job.remat == "none":
-        each += score_bytes(config, job.length, tensor)
-    low_rank = width * job.rank * len(matrices(config)) if job.rank and job.remat == "none" else 0
-    return job.chip_tokens * config.layers * (each + low_rank)
+        each = score_bytes(config, job.length, tensor) + width * job.rank * len(matrices(config))
+    return job.chip_tokens * (all_saved_bytes(config, job.remat, width, tensor) + config.layers * each)
 
 
 def _gathered(job: Job) -> float:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_jax.model.remat import LADDER, saved_names
+from llama_jax.model.remat import LADDER, parse_remat, saved_names
 from llama_jax.planning.chips import Topology, common_topologies
 from llama_jax.planning.job import Job, MeshSizes
 from llama_jax.planning.memory import training_memory
@@ -98,7 +98,9 @@ def _choices(job: Job) -> list[Sequence[Change | None]]:
 def _keeps_less(remat: str, than: str) -> bool:
     if than == "none":
         return remat != "none"
-    return remat != "none" and saved_names(remat) < saved_names(than)
+    _, first, rest = parse_remat(than)
+    names = saved_names(remat)
+    return remat != "none" and names <= saved_names(rest) and names < saved_names(first)
 
 
 def _more_microbatches(job: Job) -> list[int]:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from llama_jax.accounting import matmul_parameters, training_flops_per_token
-from llama_jax.model.remat import saved_names
+from llama_jax.model.remat import layer_parts, saved_names
 from llama_jax.planning.job import ITEMSIZES, Job, matrices
 from llama_jax.planning.remat import recomputed_bytes, recomputed_flops
 from llama_jax.planning.state import model_arrays, optimizer_bytes, trained_size
@@ -144,10 +144,11 @@ def _tensor_traffic(job: Job) -> float:
     not.
     """
     mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
-    again = 0.0 if job.remat == "none" else 1.0 if "middle" in saved_names(job.remat) else 1.5
-    sums = 4 + again
+    sums = 0.0
+    for layers, remat in layer_parts(job.remat, job.config.layers):
+        sums += layers * (4 + (0.0 if remat == "none" else 1.0 if "middle" in saved_names(remat) else 1.5))
     stream = job.chip_tokens * job.config.dim * width
-    return job.microbatches * job.config.layers * sums * 2 * (mesh.tensor - 1) / mesh.tensor * stream
+    return job.microbatches * sums * 2 * (mesh.tensor - 1) / mesh.tensor * stream
 
 
 def _context_traffic(job: Job) -> float:

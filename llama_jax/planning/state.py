@@ -12,6 +12,9 @@ from llama_jax.config import LlamaConfig
 from llama_jax.planning.job import ITEMSIZES, Job, matrices
 
 _FACTORED = 128  # Adafactor keeps sums of rows and columns where both sides have so many; optax's min_dim_size_to_factor
+# The side along which a matrix is gathered, where it is not the one on the residual stream: 0 for rows, 1 for columns.
+_GATHERED_SIDE = {"embedding": 0, "wo": 0, "down": 0, "wq": 1, "wk": 1, "wv": 1}
+_ONTO_STREAM = ("embedding", "wo", "down")  # matrices whose columns are the residual stream
 
 
 class Array(NamedTuple):
@@ -42,24 +45,32 @@ def model_arrays(config: LlamaConfig, stored: int, tensor: int) -> list[Array]:
     """The arrays of a whole model."""
     layer = parameter_shapes(config)["layers"]
     layers = config.layers
-    outer = {"embedding": (tensor, stored)} | ({} if config.tied_head else {"head": (stored, tensor)})
+    outer = ("embedding",) if config.tied_head else ("embedding", "head")
     norms = [Array(layers, (config.dim,), (1,), False)] * 2 + [Array(1, (config.dim,), (1,), False)]
-    found = [Array(1, parameter_shapes(config)[name], ways, False) for name, ways in outer.items()]
+    found = [Array(1, shape, _ways(name, shape, stored, tensor), False) for name, shape in parameter_shapes(config).items()
+             if name in outer]  # fmt: skip
     for name, shape in {**layer["attention"], **layer["feed_forward"]}.items():
-        found.append(Array(layers, shape[1:], _ways(name, stored, tensor), True))
+        found.append(Array(layers, shape[1:], _ways(name, shape[1:], stored, tensor), True))
     return found + norms
 
 
-def _ways(name: str, stored: int, tensor: int) -> tuple[int, int]:
-    """How a matrix of a layer is split: its side on the residual stream by `fsdp` and `context`, the other by `tensor`."""
-    return (tensor, stored) if name in ("wo", "down") else (stored, tensor)
+def _ways(name: str, shape: tuple[int, int], stored: int, tensor: int) -> tuple[int, int]:
+    """How a matrix is split: its side on the residual stream by `fsdp` and `context`, the other by `tensor`.
+
+    What is split only to be stored goes to the side by which the parts are gathered, where the mesh divides that.
+    """
+    ways = (tensor, stored) if name in _ONTO_STREAM else (stored, tensor)
+    side = _GATHERED_SIDE.get(name)
+    if side is None or shape[side] % (stored * tensor):
+        return ways
+    return (1, stored * tensor) if side else (stored * tensor, 1)
 
 
 def adapter_arrays(config: LlamaConfig, rank: int, stored: int, tensor: int) -> list[Array]:
     """The factors of adapters of a rank on all matrices of the layers."""
     found = []
     for name, (inputs, outputs) in matrices(config).items():
-        first, second = _ways(name, stored, tensor)
+        first, second = (tensor, stored) if name in _ONTO_STREAM else (stored, tensor)
         found += [
             Array(config.layers, (inputs, rank), (first, 1), True),
             Array(config.layers, (rank, outputs), (1, second), True),

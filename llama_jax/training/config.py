@@ -12,7 +12,7 @@ from typing import Literal
 from llama_jax.accounting import parameter_shapes
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.model.remat import EXPECTED, saved_names
+from llama_jax.model.remat import EXPECTED, parse_remat
 from llama_jax.training.config_checks import check_fields, require
 from llama_jax.training.config_data import DataConfig
 from llama_jax.training.config_distributed import DistributedConfig
@@ -94,8 +94,9 @@ class ComputeConfig:
       dtype: of activations and of weights in matrix products; `auto` is float32 on a CPU and bfloat16 elsewhere.
       remat: what the forward pass keeps for the backward pass, from `none` (nothing is recomputed) over `all`, `no_up`,
         `attention`, `outputs` and `context` to `full` (each layer is recomputed); or names joined by + of what to keep: `q k v
-        context middle gate up`; or `auto`: the first of these rungs that fits the devices by closed form, `none` on a CPU, kept
-        in the run's config. `docs/performance.md` has a table.
+        context middle gate up`; or `20*all+attention`: a rung for the first layers and a setting for the others; or `auto`: the
+        first of these rungs that fits the devices by closed form, `none` on a CPU, kept in the run's config.
+        `docs/performance.md` has a table.
       scan_layers: run the layers as one compiled loop (compile time does not grow with depth) instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
       context_attention: where mesh.context is above 1: each device gathers the keys and values of whole rows (`gathered`), or
@@ -121,7 +122,7 @@ class ComputeConfig:
         check_fields("compute", self)
         if self.remat != "auto":
             try:
-                saved_names(self.remat)
+                parse_remat(self.remat)
             except InputError:
                 require(False, "compute.remat", self.remat, f"auto, {EXPECTED}")
 
@@ -194,6 +195,9 @@ class TrainConfig:
         trained = self.data.tokenizer is None and self.run.init is None and not self.data.sources
         fits = not trained or self.data.vocab_size <= vocabulary
         require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")
+        layers, remat = self.model.layers, self.compute.remat
+        split = 0 if remat == "auto" else parse_remat(remat)[0]
+        require(split < layers, "compute.remat", remat, f"a split after fewer than model.layers ({layers})")
         self._check_tuning()
 
     def _check_tuning(self) -> None:

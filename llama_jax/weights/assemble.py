@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Parameters, PyTree
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible, parameter_spec
+from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible, stored_spec
 from llama_jax.weights.source import Source, flat_shapes, shown
 
 Form = Literal["stacked", "unrolled"]
@@ -88,21 +88,21 @@ def _shardings(source: Source, mesh: Mesh | None, rules: Rules) -> dict[str, Nam
     if mesh is None:
         return {}
     check_divisible(source.config, mesh, rules)
-    ranks = {path: len(shape) - _layered(path) for path, shape in flat_shapes(source.config).items()}
-    return {path: parameter_sharding(path, rank, mesh, rules) for path, rank in ranks.items()}
+    shapes = {path: shape[1:] if _layered(path) else shape for path, shape in flat_shapes(source.config).items()}
+    return {path: parameter_sharding(path, shape, mesh, rules) for path, shape in shapes.items()}
 
 
-def parameter_sharding(path: str, ndim: int, mesh: Mesh, rules: Rules) -> NamedSharding:
+def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
     """Where a parameter lives by the table of `parallel.sharding`.
 
     Args:
       path: of the parameter, such as `layers/attention/wq`.
-      ndim: dimensions of the array; with one more than a matrix has, layers are stacked on the leading axis.
+      shape: of the array; with one dimension more than a matrix has, layers are stacked on the leading axis.
       mesh: the devices.
       rules: axis name -> mesh axes.
     """
     keys = tuple(map(DictKey, path.split("/")))
-    return NamedSharding(mesh, parameter_spec(keys, ndim, rules))
+    return NamedSharding(mesh, stored_spec(keys, shape, rules, mesh.shape))
 
 
 def _one_by_one(

@@ -88,7 +88,7 @@ def _restore(
     like = {}
     for name in (f"{_PARAMETERS}/{path}" for path in paths):
         record = manifest.arrays[name]
-        where = parameter_sharding(name, len(record.shape), mesh, rules) if mesh else jnp.zeros(()).sharding
+        where = parameter_sharding(name, record.shape, mesh, rules) if mesh else jnp.zeros(()).sharding
         like[name] = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=where)
     leaves = by_path(read_arrays(directory, manifest, nest(like)))
     cast = {name: leaf if dtype is None else leaf.astype(dtype) for name, leaf in leaves.items()}

@@ -42,7 +42,8 @@ def test_rematerialisation_keeps_gradients(scan):
     params, tokens = random_parameters(TINY), random_tokens(TINY, (2, 24))
     params = params if scan else unstack(params)
     expected, *others = [
-        gradient_program(params, tokens, TINY, remat)(params) for remat in ("none", "full", "q+k+v+context+middle+gate+up")
+        gradient_program(params, tokens, TINY, remat)(params)
+        for remat in ("none", "full", "q+k+v+context+middle+gate+up", "1*all+context")
     ]
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     for other in others:

@@ -12,13 +12,13 @@ from llama_jax.errors import InputError
 from llama_jax.model.attention import Mask
 from llama_jax.model.layers import layer_class
 from llama_jax.model.options import ModelOptions
-from llama_jax.model.remat import LADDER, saved_names
+from llama_jax.model.remat import LADDER, layer_parts, saved_names
 from llama_jax.model.rope import rotation
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.planning.remat import recomputed_flops, saved_bytes, score_bytes
+from llama_jax.planning.remat import all_saved_bytes, recomputed_flops, saved_bytes, score_bytes
 
 CONFIG = dataclasses.replace(TINY, dim=192, heads=6, kv_heads=2, head_dim=40, ffn_dim=448)
-ROWS, LENGTH = 2, 256
+ROWS, LENGTH = 4, 256  # no other axis has as many as there are rows
 
 
 def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
@@ -66,6 +66,25 @@ def test_full_recomputes_all_products_but_the_last():
     query, key, dim, ffn = 240, 80, 192, 448
     one = 2 * (dim * query + 2 * dim * key + query * dim + 2 * dim * ffn) + 2 * (2 * query * 1000 / 2)
     assert recomputed_flops(CONFIG, "full", 1000) == CONFIG.layers * one
+
+
+def test_a_split_is_the_sum_of_its_layers():
+    rungs, layers = ("all", "attention"), CONFIG.layers
+    each = [saved_bytes(CONFIG, rung, 2) for rung in rungs]
+    again = [recomputed_flops(CONFIG, rung, 512) // layers for rung in rungs]
+    assert all_saved_bytes(CONFIG, "1*all+attention", 2) == each[0] + (layers - 1) * each[1]
+    assert recomputed_flops(CONFIG, "1*all+attention", 512) == again[0] + (layers - 1) * again[1]
+    assert all_saved_bytes(CONFIG, "attention", 2) == layers * each[1]
+
+
+@pytest.mark.parametrize(("remat", "words"), [
+    ("2*none+full", "'none' in a split"), ("2*q+k", "'q' in a split"), ("2*all+none", "'none' in a split"),
+    ("0*all+full", "'0.all' is unknown"), ("2*all", "'2.all' is unknown"), ("2*all+", "'2.all' is unknown"),
+    ("3*all+full", "3 of 3 layers"),
+])  # fmt: skip
+def test_what_is_no_split_is_refused(remat, words):
+    with pytest.raises(InputError, match=words):
+        layer_parts(remat, 3)
 
 
 @pytest.mark.parametrize("remat", ["q+w", "some", "", "none+q", "auto"])

@@ -40,7 +40,8 @@ def test_the_table_has_every_rung_in_order():
 @pytest.mark.parametrize("rung", LADDER)
 def test_a_row_is_what_the_plan_reckons_with(rung, config):
     kept, numbers, again, kilobytes, share = rows()[rung]
-    beside = 4 * config.heads * ("context" in saved_names(rung)) + 16 * (rung == "none")  # logsumexp; roots of mean squares
+    roots = 16 if rung == "none" else 8  # of the mean squares in two norms
+    beside = 4 * config.heads * ("context" in saved_names(rung)) + roots  # logsumexp
     assert saved_bytes(config, rung, 2) == 2 * value(numbers, config) + beside
     assert recomputed_flops(config, rung, LENGTH) == config.layers * value(again, config)
     if rung != "none":

@@ -5,6 +5,7 @@ Compiled ahead of time on the CPU, never run. The shapes are those of the whole 
 
 import dataclasses
 import functools
+import re
 
 import pytest
 
@@ -44,25 +45,33 @@ def test_attention_runs_forward_once_a_layer():
 
 
 def test_gradients_of_layers_are_scattered_beside_the_products():
-    """All-reduces are left for embedding and head, the norms and sums of a few numbers."""
+    """All-reduces are left for the head, the norms and sums of a few numbers."""
     times = compiled().prediction
     assert times is not None
     scattered = sum(size for kind, size in times.moved.items() if "reduce-scatter" in kind)
     summed = sum(size for kind, size in times.moved.items() if "all-reduce" in kind)
     assert scattered >= 2 * LAYER
-    assert summed < 1.1 * 2 * (2 * CONFIG.vocab_size * CONFIG.dim)
+    assert summed < 1.1 * 2 * CONFIG.vocab_size * CONFIG.dim
 
 
-def copied(shape: str) -> list[str]:
+def copied() -> list[tuple[int, ...]]:
+    """The shapes that are copied in loops, without sides of 1, as often as they are."""
     times = compiled().prediction
     assert times is not None
-    return [what for what in times.copies if shape in what]
+    found = [(what, count) for what, count in times.copies.items()]
+    assert all(" bf16[" in what for what, _ in found), found
+    sides = [(re.findall(r"\d+", what.partition("[")[2].partition("]")[0]), count) for what, count in found]
+    return [tuple(int(side) for side in shape if side != "1") for shape, count in sides for _ in range(count)]
 
 
-def test_the_stream_is_not_copied_in_the_loop_over_layers():
-    assert copied(f"[1,8192,{CONFIG.dim}]") == []
+def test_neither_stream_nor_weights_are_copied_in_the_loop_over_layers():
+    dim, ffn, keys = CONFIG.dim, CONFIG.ffn_dim, CONFIG.kv_heads * CONFIG.head_dim
+    weights = {(dim, dim), (dim, keys), (keys, dim), (dim, ffn), (ffn, dim)}
+    assert not weights & set(copied())
+    assert (JOB.length, dim) not in copied()
 
 
-@pytest.mark.xfail(reason="`wo` is laid out anew after it is gathered along its outputs", strict=False)
-def test_no_weight_is_copied_in_the_loop_over_layers():
-    assert copied(f"[1,{CONFIG.dim},") == []
+def test_heads_are_copied_only_for_the_gradients_of_weights():
+    """The output of attention and the gradients of q, k and v, which those products sum over all tokens."""
+    heads = [(count, CONFIG.head_dim, JOB.length) for count in (CONFIG.heads, CONFIG.kv_heads)]
+    assert sorted(copied()) == sorted(2 * CONFIG.layers * heads)

@@ -123,6 +123,14 @@ def test_mesh_equals_one_device(mesh_sizes, remat):
     assert min(jax.tree.leaves(moved)) > 1e-4  # every parameter took part
 
 
+def test_a_split_of_the_layers_changes_nothing_on_a_mesh():
+    params, batch = random_parameters(CONFIG), random_batch()
+    expected, metrics = run_step((1, 1, 1), sgd_recipe(rate=1.0), params, batch)
+    got, split_metrics = run_step((2, 2, 2), sgd_recipe(rate=1.0, remat="1*all+context"), params, batch)
+    np.testing.assert_allclose(jax.tree.leaves(split_metrics), jax.tree.leaves(metrics), rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, expected)
+
+
 def test_accumulation_weights_tokens_not_micro_batches():
     params, batch = random_parameters(CONFIG), random_batch()
     recipe = sgd_recipe(rate=1.0)

@@ -26,7 +26,7 @@ def _without_type_checks(monkeypatch):
 @pytest.mark.parametrize(("key", "value"), [
     ("run.steps", 0), ("run.steps", 1.5), ("run.steps", True), ("run.seed", -1), ("run.dir", ""), ("run.eval_every", -1),
     ("run.log_every", 0), ("run.checkpoint_every", 0), ("run.keep_checkpoints", 0), ("run.overwrite", 1),
-    ("compute.dtype", "float16"), ("compute.remat", ""),
+    ("compute.dtype", "float16"), ("compute.remat", ""), ("compute.remat", "2*none+full"),
     ("compute.remat", "some"), ("compute.remat", "auto+q"), ("compute.loss_chunk", 0), ("compute.scan_layers", "no"),
     ("compute.attention", None), ("compute.context_attention", "spiral"),
     ("data.length", 0), ("data.batch_rows", 0), ("data.accumulation", 3), ("data.paths", "text"),
@@ -55,6 +55,7 @@ def test_a_wrong_value_is_refused_by_name(key, value):
 @pytest.mark.parametrize(("key", "other"), [
     ("data.length", {"data": DataConfig(length=257)}),
     ("data.vocab_size", {"data": DataConfig(vocab_size=4097)}),
+    ("compute.remat", {"compute": ComputeConfig(remat="99*all+full")}),
 ])  # fmt: skip
 def test_sections_that_contradict_each_other(key, other):
     with pytest.raises(InputError, match=f"^{key}: "):
