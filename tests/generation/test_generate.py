@@ -179,7 +179,7 @@ def test_a_prefix_is_not_run_again(generator, monkeypatch):
     assert ids(generator.generate(prompts, 12, prefix=prefix)) == ids(plain)
     seen = []
     real = generator.programs.prefill
-    monkeypatch.setattr(generator.programs, "prefill", lambda *args: seen.append(args[2].tolist()) or real(*args))
+    monkeypatch.setattr(generator.programs, "prefill", lambda *args, **how: seen.append(args[2].tolist()) or real(*args, **how))
     assert ids(generator.generate([prompts[0]] * 2, 12, prefix=prefix)) == ids(plain[:1] * 2)
     assert seen == [[2, 2]]
 
