@@ -40,6 +40,10 @@ def make_mesh(
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = resolve_sizes([data, fsdp, context, tensor], len(devices))
+    try:
+        arranged = mesh_utils.create_device_mesh(sizes, devices=devices)
+    except NotImplementedError:  # an axis smaller than those of the torus, such as tensor=2 in 8x8x8
+        arranged = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     # Automatic axes: the compiler partitions, the two tables only pin parameters and activations. (Explicit axes,
     # the default of jax.make_mesh, do not work inside linen's scan.)
-    return Mesh(mesh_utils.create_device_mesh(sizes, devices=devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
