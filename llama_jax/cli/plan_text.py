@@ -72,6 +72,7 @@ def _memory_lines(plan: Plan) -> Rows:
         "working": "one layer: gradients of its activations, what is computed again",
         "logits": "a chunk of the loss and its gradient",
         "head": "head and embedding gathered" + ("" if job.rank else ", the head's gradient in float32"),
+        "beside": "what a GPU was seen to take more, statistics of packed documents in it",
         "update": "of the optimizer, when the passes' memory is free again",
     }
     rows = [

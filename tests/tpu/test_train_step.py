@@ -9,7 +9,8 @@ import re
 
 import pytest
 
-from llama_jax.planning.ahead import Compiled, compile_training
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.planning.ahead import Compiled, compile_training, topology_devices
 from llama_jax.planning.chips import parse_topology
 from llama_jax.planning.job import Job, MeshSizes
 from llama_jax.planning.plan import make_plan
@@ -75,3 +76,8 @@ def test_heads_are_copied_only_for_the_gradients_of_weights():
     """The output of attention and the gradients of q, k and v, which those products sum over all tokens."""
     heads = [(count, CONFIG.head_dim, JOB.length) for count in (CONFIG.heads, CONFIG.kv_heads)]
     assert sorted(copied()) == sorted(2 * CONFIG.layers * heads)
+
+
+def test_a_mesh_axis_may_be_smaller_than_those_of_the_torus():
+    mesh = make_mesh(1, 256, 2, topology_devices(parse_topology("v5p:8x8x8")))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 256, "context": 1, "tensor": 2}
