@@ -19,7 +19,7 @@ PODS = pathlib.Path(__file__).parents[2] / "configs" / "pods"
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # each is itself: a mesh compares them with other devices
 class Chip:
     """A device as far as a mesh looks at it; checks of types take it for one."""
 

@@ -64,7 +64,7 @@ def test_a_job_that_fits_has_no_remedies_but_may_be_faster():
 
 
 def test_another_optimizer_is_a_last_resort():
-    """1B on one v5e of 16.9 GB: AdamW's 12 bytes a parameter alone are 14.8 GB, before gradients. With bfloat16 moments in the config, those go too."""
+    """1B on one v5e: with AdamW's 12 bytes a parameter it is full. With bfloat16 moments in the config, those go too."""
     plan = plan_of("llama3.2-1b", "v5e:1x1", 1, "full")
     assert [flags(remedy, plan.job) for remedy in remedies(plan)] == ["--optimizer.name adafactor"]
     narrow = make_plan(dataclasses.replace(plan.job, moment_dtype="bfloat16"))
