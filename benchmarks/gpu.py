@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--cases train-1b,lora-8b,full-8b,generate-8b,generate-8b-int8,generate-1b] [--together]
 
 Training is that of the presets in configs/pods for one H100, in 75 GiB. Decoding speed is that of all new tokens after the
-first. Each side runs in a process of its own and is asked while nothing else runs; speeds are set against what this card's own
-copies and products reach in the same run.
+first. Each side runs in a process of its own, one after the other unless --together, and is asked while nothing else runs;
+speeds are set against the card's nominal figures and what its own copies and products reach in the same run.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from report import heading
 from sides import Side, start
 
 if TYPE_CHECKING:
+    from llama_jax.planning.chips import Chip
     from llama_jax.training.config import TrainConfig
 
 _MANY = 8192  # tokens at a time from which a prefill is more than a wait for memory
-_PEAK = 989.5e12  # bfloat16, of the data sheet of H100 and H200 (SXM), without sparsity
 Card = tuple[str, float, float, int]  # name, bytes a second of a copy, FLOP/s of a product, bytes of memory
 
 
@@ -69,7 +69,7 @@ CASES = {
     "generate-1b": Generation("llama3.2-1b", "bfloat16", [(1, 1024, 129)]),
 }
 _TRAINING_COLUMNS = [
-    *("case", "tokens/s", "transformers", "ratio", "causal MFU of 989.5", "of the product measured", "GB", "GB transformers"),
+    *("case", "tokens/s", "transformers", "ratio", "causal MFU", "of the product measured", "GB", "GB transformers"),
     *("loss", "prepared in s"),
 ]
 _GENERATION_COLUMNS = ["case", "what", "tokens/s", "transformers", "ratio", "share"]
@@ -83,8 +83,8 @@ def settings_of(case: Training, options: argparse.Namespace) -> list[str]:
     return [*case.settings, *options.set]
 
 
-def begin(case: Training | Generation, options: argparse.Namespace, card: Card) -> list[Side]:
-    """Starts the sides of a case: ours, then the peer."""
+def makers(case: Training | Generation, options: argparse.Namespace, card: Card) -> list[tuple]:
+    """The functions that make the sides of a case, ours and the peer, with their arguments."""
     fraction = min(0.92, options.memory * 2**30 / card[3])
     if isinstance(case, Training):
         rows = config_of(case, options).data.batch_rows
@@ -95,8 +95,19 @@ def begin(case: Training | Generation, options: argparse.Namespace, card: Card) 
         cases = cases_of(case, options)
         ours = (gpu_sides.generate_llama_jax, case.model, case.dtype, cases, fraction, options.profile)
         peer = (gpu_sides.generate_transformers, case.model, cases)
-    wanted = {"ours": [ours], "peer": [peer], "both": [ours, peer]}[options.sides]
-    return [start(*side) for side in wanted]
+    return {"ours": [ours], "peer": [peer], "both": [ours, peer]}[options.sides]
+
+
+def answers(sides: list[Side] | list[tuple], questions: list[tuple]) -> list[list]:
+    """What each side answers to each question: sides that are ready, or one after the other, made when the one before ended."""
+    found = []
+    for side in sides:
+        one = side if isinstance(side, Side) else start(*side)
+        try:
+            found.append([one.ask(*question) for question in questions])
+        finally:
+            one.stop()
+    return found
 
 
 def cases_of(case: Generation, options: argparse.Namespace) -> list[tuple[int, int, int]]:
@@ -113,25 +124,32 @@ def cell(value: float | None, form: str = ",.0f") -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def train(name: str, case: Training, sides: list[Side], options: argparse.Namespace, card: Card) -> None:
+def train(name: str, case: Training, sides: list[Side] | list[tuple], options: argparse.Namespace, card: Card) -> None:
     """A line of the table of trainings."""
     from llama_jax.planning.of_config import devices_of, job_of
     from llama_jax.planning.speed import flops_per_token
 
     config = config_of(case, options)
-    answers = [side.ask() for side in sides]
+    found = [one for (one,) in answers(sides, [()])]
     tokens = config.data.batch_rows * config.data.length
     flops = flops_per_token(job_of(config, devices_of(card[0], 1)))
-    (speed, other), (ours, theirs) = padded([tokens / one.seconds for one in answers], options), padded(answers, options)
-    first = answers[0]
+    (speed, other), (ours, theirs) = padded([tokens / one.seconds for one in found], options), padded(found, options)
+    peak = chip(card).peak
     cells = [
-        name, cell(speed), cell(other), ratio(speed, other), cell(speed and 100 * speed * flops / _PEAK, ".1f") + " %",
+        name, cell(speed), cell(other), ratio(speed, other), cell(speed and 100 * speed * flops / peak, ".1f") + " %",
         cell(speed and 100 * speed * flops / card[2], ".1f") + " %", cell(ours and ours.memory / 1e9, ".1f"),
-        cell(theirs and theirs.memory / 1e9, ".1f"), f"{first.loss:.2f}", " / ".join(f"{one.prepared:.0f}" for one in answers),
+        cell(theirs and theirs.memory / 1e9, ".1f"), f"{found[0].loss:.2f}", " / ".join(f"{one.prepared:.0f}" for one in found),
     ]  # fmt: skip
     print(f"| {' | '.join(cells)} |", flush=True)
-    if first.kernels:
-        print(first.kernels, flush=True)
+    if found[0].kernels:
+        print(found[0].kernels, flush=True)
+
+
+def chip(card: Card) -> "Chip":
+    """The nominal figures of the card, or those of an H100."""
+    from llama_jax.planning.chips import chip_of, parse_topology
+
+    return chip_of(card[0]) or parse_topology("h100:1").chip
 
 
 def padded(values: list, options: argparse.Namespace) -> list:
@@ -139,25 +157,27 @@ def padded(values: list, options: argparse.Namespace) -> list:
     return values if options.sides == "both" else [*values, None] if options.sides == "ours" else [None, *values]
 
 
-def generate(name: str, case: Generation, sides: list[Side], options: argparse.Namespace, card: Card) -> None:
+def generate(name: str, case: Generation, sides: list[Side] | list[tuple], options: argparse.Namespace, card: Card) -> None:
     """A line of the table of generations for each number of rows, and for the prefill of many tokens."""
     from llama_jax.accounting import training_flops_per_token
     from llama_jax.planning.chips import parse_topology
     from llama_jax.planning.decode import make_decode_plan
     from llama_jax.presets import preset
 
-    config = preset(case.model)
-    for rows, length, new in cases_of(case, options):
-        answers = [one.ask(rows, length, new) for one in sides]
+    config, questions = preset(case.model), cases_of(case, options)
+    for (rows, length, new), found in zip(questions, zip(*answers(sides, list(questions)))):
         plan = make_decode_plan(config, parse_topology("h100:1"), rows, length + new // 2, case.dtype)
-        flops = training_flops_per_token(config, length) / 3
-        decoded, other = padded([rows * (new - 1) / answer.decode for answer in answers], options)
+        # Forward, with the head for the last token of a row alone.
+        flops = training_flops_per_token(config, length) / 3 - 2 * config.vocab_size * config.dim * (1 - 1 / length)
+        decoded, other = padded([rows * (new - 1) / answer.decode for answer in found], options)
         moved = (decoded or 0) / rows * plan.moved
-        share = f"{moved / 1e12:.2f} TB/s, {100 * moved / card[1]:.0f} % of a copy"
+        share = f"{moved / 1e12:.2f} TB/s, {100 * moved / chip(card).bandwidth:.0f} % of nominal"
         lines = [(f"decode, {rows} rows behind {length}", decoded, other, share)]
         if rows * length >= _MANY:
-            read, other = padded([rows * length / answer.prefill for answer in answers], options)
-            lines.append((f"prefill, {rows} rows of {length}", read, other, f"{100 * (read or 0) * flops / _PEAK:.1f} % MFU"))
+            read, other = padded([rows * length / answer.prefill for answer in found], options)
+            lines.append(
+                (f"prefill, {rows} rows of {length}", read, other, f"{100 * (read or 0) * flops / chip(card).peak:.1f} % MFU")
+            )
         for what, ours, other, share in lines:
             print(f"| {' | '.join([name, what, cell(ours), cell(other), ratio(ours, other), share])} |", flush=True)
 
@@ -186,20 +206,19 @@ def main() -> None:
     side.stop()
     print(heading("transformers", "torch", device=card[0]))
     print(f"measured  copy {card[1] / 1e12:.2f} TB/s, bfloat16 product of 8192^3 {card[2] / 1e12:.0f} TFLOP/s", flush=True)
+    print("peer      whole rows where ours are packed (lora-8b), bfloat16 where our weights have 8 bits", flush=True)
     chosen = [(name, CASES[name]) for name in options.cases.split(",")]
-    started = {name: begin(case, options, card) for name, case in chosen} if options.together else {}
+    started: dict[str, list[Side]] = {}
+    if options.together:
+        started = {name: [start(*side) for side in makers(case, options, card)] for name, case in chosen}
+        wait(started)
     for kind, run, columns in ((Training, train, _TRAINING_COLUMNS), (Generation, generate, _GENERATION_COLUMNS)):
         of_kind = [(name, case) for name, case in chosen if isinstance(case, kind)]
         if of_kind:
             table(columns)
         for name, case in of_kind:
-            sides = started.get(name) or begin(case, options, card)
             try:
-                if options.together:
-                    wait(started)
-                run(name, case, sides, options, card)
-                for one in sides:
-                    one.stop()
+                run(name, case, started.get(name) or makers(case, options, card), options, card)
             except (EOFError, OSError):  # a side has died; what it said stands above
                 print(f"| {name} | failed |", flush=True)
 

@@ -1,5 +1,6 @@
 """The sides of a comparison, each in a process of its own with all cores, asked in turn."""
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,8 +50,11 @@ def start(make: Callable[..., Callable], *arguments: object) -> Side:
         return link.recv()
 
     def stop() -> None:
-        """Ends the process."""
-        link.send(None)
+        """Ends the process, whatever it is doing."""
+        with contextlib.suppress(OSError):
+            link.send(None)
+            process.join(timeout=10)
+        process.terminate()
         process.join()
 
     return Side(ask, stop, ready)

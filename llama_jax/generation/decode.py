@@ -13,6 +13,7 @@ from llama_jax.generation.checks import Unchecked, whole
 from llama_jax.generation.sampling import History, Sampling, adjust, begin_history, remember, sample
 from llama_jax.model.cache import Cache, init_cache, take_rows
 from llama_jax.model.llama import Llama, apply
+from llama_jax.model.splash import fits_splash
 
 NOTHING = -1  # stands in the output where a row was already done
 
@@ -63,6 +64,11 @@ class Rollout(NamedTuple):
 
     tokens: Int[Array, "R new"]
     logprobs: Float[Array, "R new"]
+
+
+def sees_itself(model: Llama, length: int) -> bool:
+    """Whether so many tokens behind an empty cache may be run as a row of its own: not if the kernel asked for takes others."""
+    return model.options.attention != "splash" or fits_splash(length, model.config.head_dim)
 
 
 def prefill(
@@ -225,7 +231,7 @@ def generate_tokens(
         return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
     options = model.options
     cache = init_cache(model.config, rows, length + max_new_tokens, options.resolved_cache_dtype, options.scan)
-    logits, cache = prefill(model, params, prompts, lengths, cache, fresh=True)
+    logits, cache = prefill(model, params, prompts, lengths, cache, fresh=sees_itself(model, length))
     history = None if sampling.penalties is None else begin_history(prompts, lengths, model.config.vocab_size)
     if samples > 1:
         origin = jnp.repeat(jnp.arange(rows), samples)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.axes import Array, Parameters
-from llama_jax.generation.decode import NOTHING, Drawn
+from llama_jax.generation.decode import NOTHING, Drawn, sees_itself
 from llama_jax.generation.programs import ROOM, Programs, bucket_rows, bucket_size, bucket_slots
 from llama_jax.generation.sampling import Sampling, begin_history
 from llama_jax.generation.speculative import Proposals
@@ -251,7 +251,9 @@ def prefilled(
         cache = programs.take_rows(prefix.cache, np.zeros((rows,), np.int32), slots)
         cache = cache._replace(lengths=jnp.asarray(shared + [0] * (rows - len(shared)), jnp.int32))
     tokens, lengths = padded_prompts([prompt[: widths[0]] for prompt in rest], rows, widths[0])
-    logits, cache = programs.prefill(params, tokens, lengths, cache, fresh=prefix is None)
+    logits, cache = programs.prefill(
+        params, tokens, lengths, cache, fresh=prefix is None and sees_itself(programs.model, widths[0])
+    )
     for i, width in enumerate(widths[1:], start=1):
         tokens, lengths = padded_prompts([prompt[i * piece : i * piece + width] for prompt in rest], rows, width)
         logits, cache = programs.prefill_more(params, tokens, lengths, cache, logits)

@@ -39,7 +39,8 @@ def attend_over_mesh(
       q: queries.
       k: keys, of the same tokens where rows are cut.
       v: values.
-      mask: which keys a query sees; without positions, tokens are taken to be in the order of their row.
+      mask: which keys a query sees; without positions, tokens are taken to be in the order of their row. A kernel on devices
+        that share rows takes them in the order of `balanced_positions`, whatever the mask says.
       options: backend, rules, and how devices share keys. A kernel takes rows that see themselves; `auto` stands beside it for
         tokens behind a cache.
       scales: of integer keys and values.
@@ -47,10 +48,11 @@ def attend_over_mesh(
     Raises:
       InputError: where rows are cut: for sizes that the mesh does not divide, and for a cache.
     """
-    if options.attention in KERNELS and mask.start is None and mask.lengths is None:
+    parts = parts_of("length", options.rules)
+    in_order = mask.positions is None or parts > 1  # over devices that of `balanced_positions`
+    if options.attention in KERNELS and mask.start is None and mask.lengths is None and in_order:
         kernel = splash_attention if options.attention == "splash" else cudnn_attention
         return kernel(q, *in_float(k, v, scales, q.dtype), mask.documents, options.rules)
-    parts = parts_of("length", options.rules)
     if parts == 1:
         backend = "auto" if options.attention in KERNELS else options.attention
         return attend(q, k, v, mask, backend=backend, scales=scales)

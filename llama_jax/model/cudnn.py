@@ -7,7 +7,7 @@ ask for anything unknown counts as one without cuDNN.
 
 How many documents a row may have is fixed when the kernel is compiled. Rows with more, or with a document in two places, are
 found while the program runs and take the slower way in blocks, as rows of one document take the faster one: the result is the
-same.
+same. GPUs before Hopper have the kernel for whole rows alone.
 """
 
 import functools
@@ -72,6 +72,7 @@ class Kernel(NamedTuple):
     backward: Callable[..., Any]
     arrays: tuple[str, ...]  # arguments before the static ones; the rules keep them in this order
     static: dict[str, Any]
+    packs: bool  # whether the GPU has the form for packed rows: from compute capability 9.0 on
 
 
 @functools.cache
@@ -83,6 +84,7 @@ def _kernel() -> Kernel | None:
         version = cudnn.check_cudnn_version()
         forward, backward = cudnn._dot_product_attention_fwd_rule, cudnn._dot_product_attention_bwd_rule
         layout = cudnn.AttentionLayout.BTNH.value
+        takes, packs = cudnn.check_compute_capability("8.0"), cudnn.check_compute_capability("9.0")
     except (ImportError, AttributeError, RuntimeError):
         return None
     static = {"seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False), "layout": layout, "sliding_window_length": None,
@@ -93,7 +95,7 @@ def _kernel() -> Kernel | None:
     arrays = tuple(name for name in names if name in given | empty)
     others = set(names[len(arrays) :]) | set(inspect.signature(backward).parameters) - {"res", "grad_output"}
     known = names[: len(arrays)] == arrays and given <= set(arrays) and others <= {*static, "scale", "mask_type"}
-    return Kernel(forward, backward, arrays, static) if known else None
+    return Kernel(forward, backward, arrays, static, packs) if known and takes else None
 
 
 def _arguments(kernel: Kernel, q: Array, k: Array, v: Array, documents: Documents | None) -> dict[str, Any]:
@@ -134,6 +136,14 @@ def _backward(
     return dq, dk, dv
 
 
+def _one_of(documents: Documents, whole: Callable, packed: Callable, blocks: Callable) -> Any:
+    """What the way of these documents gives, on GPUs without the form for packed rows too."""
+    kernel = _kernel()
+    if kernel is not None and kernel.packs:
+        return lax.switch(documents.way, (whole, packed, blocks))
+    return lax.cond(documents.way == 0, whole, blocks)
+
+
 def _in_blocks(q: Array, k: Array, v: Array, numbers: Array | None) -> Array:
     """The same without cuDNN, `[B, T, n, H]` in and out."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -170,7 +180,7 @@ def _attention_forward(q: Array, k: Array, v: Array, numbers: Array | None) -> t
             """Rows that the kernel does not take."""
             return [_in_blocks(q, k, v, numbers), *empty]
 
-        out, *kept = lax.switch(documents.way, (whole, packed, blocks))
+        out, *kept = _one_of(documents, whole, packed, blocks)
     out, *kept = (checkpoint_name(x, "context") for x in (out, *kept))
     return out, (q, k, v, numbers, documents, out, kept)
 
@@ -184,7 +194,7 @@ def _attention_backward(saved: tuple, d_out: Array) -> tuple:
         lambda: _backward(q, k, v, documents, out, kept[1], d_out),
         lambda: jax.vjp(functools.partial(_in_blocks, numbers=numbers), q, k, v)[1](d_out),
     )
-    return (*lax.switch(documents.way, ways), None)
+    return (*_one_of(documents, *ways), None)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -205,9 +205,14 @@ def _cross_entropy_forward(
             return (_add(totals, scores, weight, z_loss), d_head), d_part.astype(part.dtype)
 
         start = (_zero_sums(), jnp.zeros(head.shape, jnp.float32))
-        ((loss, z), d_head), parts = lax.scan(add, start, _cut(features, targets, weights, chunk))
+        pieces = _cut(features, targets, weights, chunk)
+        # The last chunk by itself: the cast of the head's gradient is then a part of its product, not another pass over it.
+        before, last = (jax.tree.map(lambda x, part=part: x[part], pieces) for part in (slice(-1), -1))
+        carry, parts = lax.scan(add, start, before) if len(pieces[1]) > 1 else (start, pieces[0][:0])
+        ((loss, z), d_head), part = add(carry, last)
         d_head = _whole_head_gradient(d_head.astype(head.dtype), axes)
-        return _sum(loss, axes.tokens), _sum(z, axes.tokens), _joined(parts, features), d_head
+        d_features = _joined(jnp.concatenate([parts, part[None]]), features)
+        return _sum(loss, axes.tokens), _sum(z, axes.tokens), d_features, d_head
 
     loss, z, d_features, d_head = _over_devices(sweep, rules, "ssxh", features, head, targets, weights)
     return (loss, z), (d_features, d_head)

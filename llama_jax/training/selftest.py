@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
-from llama_jax.model.attention import BACKENDS
+from llama_jax.model.attention import BACKENDS, KERNELS, choose_backend
 from llama_jax.parallel.mesh import MESH_AXES, make_mesh
 from llama_jax.training.config import ComputeConfig, RunConfig, TrainConfig
 from llama_jax.training.config_data import DataConfig
@@ -116,9 +116,24 @@ class SelfTest:
         computed += [("attention", backend, {"attention": backend}) for backend in BACKENDS if backend != _PLAIN_ATTENTION]
         for group, name, change in computed:
             yield group, name, self._bound, functools.partial(self._against_plain, self._computed(**change), self._one)
+        kernel = self._kernel()
+        if kernel:
+            yield "attention", f"{kernel}, bfloat16", BOUNDS["bfloat16"], functools.partial(self._kernel_against_plain, kernel)
         for backend in BACKENDS:
             yield "documents", f"packed or alone, {backend}", self._bound, functools.partial(self._documents, backend)
         yield "resume", f"{_UPDATES} + {_UPDATES} updates, bit for bit", 0.0, self._resume
+
+    def _kernel(self) -> str:
+        """The attention that the devices at hand have a kernel for, in the type that it takes; nothing where there is none."""
+        length, head_dim = self.config.data.length, self.config.model.head_dim
+        chosen = choose_backend("auto", length, length, self._devices[0].platform, head_dim, 1, "bfloat16")
+        return chosen if chosen in KERNELS else ""
+
+    def _kernel_against_plain(self, kernel: str) -> float:
+        """Both in bfloat16, packed rows."""
+        ways = (self._computed(dtype="bfloat16", attention=attention) for attention in (kernel, _PLAIN_ATTENTION))
+        ours, plain = (self._run(config, self._one, self._batches[:_UPDATES]).values for config in ways)
+        return relative_difference(ours, plain)
 
     def _computed(self, **change: Any) -> TrainConfig:
         return dataclasses.replace(self.config, compute=dataclasses.replace(self.config.compute, **change))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import float64_attention, seen_by
+from model.test_conformance import EQUAL, LENGTH, MASKS, ROWS, documents_of
 from support import TINY, random_parameters, random_tokens
 
 from llama_jax.generation.generate import Generator
@@ -63,6 +64,15 @@ def test_documents_equal_float64(length, width, kind):
     arrays, numbers = draw(length, width), documents(kind, 2, length)
     seen = seen_by(np.arange(length), numbers)
     check(lambda q, k, v: cudnn_attention(q, k, v, jnp.asarray(numbers), TRAINING), arrays, seen)
+
+
+@pytest.mark.parametrize("mask", MASKS[:4])
+def test_the_row_of_the_table_is_right(mask):
+    """`tests/model/test_conformance.py` shows it."""
+    assert ROWS["cudnn"][MASKS.index(mask)] == EQUAL
+    arrays, numbers = draw(LENGTH, 128), documents_of(mask)
+    given = None if numbers is None else jnp.asarray(numbers)
+    check(lambda q, k, v: cudnn_attention(q, k, v, given, TRAINING), arrays, seen_by(np.arange(LENGTH), numbers))
 
 
 def test_prompts_and_new_tokens_equal_the_forward_pass_of_the_whole():

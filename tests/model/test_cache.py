@@ -9,7 +9,7 @@ from support import TINY, random_parameters, random_tokens
 from llama_jax.errors import InputError
 from llama_jax.generation.decode import decode, prefill
 from llama_jax.model.attention import Mask, Scales, attend
-from llama_jax.model.cache import Cache, append, grow, init_cache, quantise_heads, take_rows
+from llama_jax.model.cache import Cache, _write_at_once, _write_in_turn, append, grow, init_cache, quantise_heads, take_rows
 from llama_jax.model.llama import logits, model_for
 from llama_jax.model.options import ModelOptions
 from llama_jax.weights.forms import unstack
@@ -126,3 +126,16 @@ def test_cache_dtype_follows_the_activations_unless_named():
     assert ModelOptions(dtype="bfloat16", cache_dtype="int8").resolved_cache_dtype == jnp.int8
     with pytest.raises(InputError, match="'int4' given"):
         ModelOptions(cache_dtype="int4")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_two_ways_to_write_rows_write_the_same(dtype):
+    """GPUs write all rows at once, others in turn; rows of unequal length, several tokens."""
+    cache, rng = init_cache(TINY, 3, 12, dtype), np.random.default_rng(0)
+    lengths = jnp.asarray([0, 5, 9], jnp.int32)
+    new = jax.tree.map(lambda x: jnp.asarray(rng.integers(-9, 9, (*x.shape[:2], 3, *x.shape[3:])), x.dtype), cache.layers[0])
+    ways = _write_at_once(cache.layers[0], new, lengths), _write_in_turn(2, cache.layers[0], new, lengths)
+    for at_once, in_turn in zip(*map(jax.tree.leaves, ways)):
+        np.testing.assert_array_equal(at_once, in_turn)
+        for row, start in enumerate(lengths.tolist()):
+            assert not np.asarray(at_once)[row, :, :start].any()

@@ -134,6 +134,15 @@ def test_a_cache_on_devices_that_share_rows_is_refused(options):
         attend_over_mesh(q, k, v, Mask(start=jnp.zeros(BATCH, jnp.int32)), ModelOptions(**options))
 
 
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_tokens_in_another_order_go_the_way_of_auto(kernel):
+    q, k, v, _ = drawn()
+    order = jnp.asarray(np.random.default_rng(0).permutation(LENGTH), jnp.int32)
+    out = attend_over_mesh(q, k, v, Mask(positions=order, key_positions=order), ModelOptions(attention=kernel))
+    seen = np.broadcast_to(order[None, :] <= order[:, None], (BATCH, LENGTH, LENGTH))
+    np.testing.assert_allclose(out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5)
+
+
 def test_the_table_is_shown():
     assert table() in (pathlib.Path(__file__).parents[2] / "docs/performance.md").read_text()
 

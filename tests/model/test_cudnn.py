@@ -12,14 +12,19 @@ from llama_jax.model.mask import Mask
 from llama_jax.parallel.sharding import TRAINING
 
 
-@pytest.fixture
-def present(monkeypatch):
-    """JAX takes cuDNN to be there, on a GPU that has the kernel for packed rows."""
+def pretend(monkeypatch, capability: float) -> None:
+    """JAX takes cuDNN to be there, on a GPU of a compute capability."""
     from jax._src.cudnn import fused_attention_stablehlo as module
 
     monkeypatch.setattr(module, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(module, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(module, "check_compute_capability", lambda least: capability >= float(least))
     cudnn._kernel.cache_clear()
+
+
+@pytest.fixture
+def present(monkeypatch):
+    """A Hopper GPU, which has the kernel for packed rows."""
+    pretend(monkeypatch, 9.0)
     yield
     cudnn._kernel.cache_clear()
 
@@ -62,13 +67,25 @@ def test_documents_are_ranges_with_a_way_out(present):
     assert text.count("PADDING_CAUSAL") == text.count("stablehlo.case") == 2
 
 
+def test_gpus_before_hopper_take_documents_in_blocks(present, monkeypatch):
+    pretend(monkeypatch, 8.0)
+    text = lowered(jax.ShapeDtypeStruct((2, 512), jnp.int32))
+    assert text.count("__cudnn$fmhaSoftmax(") == text.count("__cudnn$fmhaSoftmaxBackward") == 1
+    assert "PADDING_CAUSAL" not in text
+    pretend(monkeypatch, 7.5)
+    assert not cudnn.fits_cudnn(64, "bfloat16")
+
+
 @pytest.mark.parametrize("kept", [True, False])
-def test_kept_statistics_save_the_kernel_from_running_again(present, kept):
+@pytest.mark.parametrize("packed", [False, True])
+def test_kept_statistics_save_the_kernel_from_running_again(present, kept, packed):
+    numbers = jnp.ones((2, 512), jnp.int32) if packed else None
+    ways = 2 if packed else 1  # for whole rows, and for packed ones
     policy = jax.checkpoint_policies.save_only_these_names(*(["context"] if kept else []))
     shapes = [jax.ShapeDtypeStruct((2, n, 512, 64), jnp.bfloat16) for n in (8, 2, 2)]
-    run = jax.checkpoint(lambda q, k, v: cudnn.cudnn_attention(q, k, v, None, TRAINING), policy=policy)
+    run = jax.checkpoint(lambda q, k, v: cudnn.cudnn_attention(q, k, v, numbers, TRAINING), policy=policy)
     program = jax.make_jaxpr(jax.grad(lambda *x: run(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2)))(*shapes)
-    assert str(program).count("dot_product_attention_fwd_wrapper[") == (1 if kept else 2)
+    assert str(program).count("dot_product_attention_fwd_wrapper[") == (ways if kept else 2 * ways)
 
 
 def test_rules_that_ask_for_anything_unknown_are_not_used(present, monkeypatch):
