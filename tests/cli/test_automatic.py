@@ -31,7 +31,7 @@ def test_on_a_cpu_it_is_none_and_the_run_says_so(tmp_path, capsys):
 @pytest.fixture
 def h100(monkeypatch):
     """Eight devices that say that they are H100s; the memory that one has for a program."""
-    memory = {"bytes_limit": 0.75 * 79e9}
+    memory = {"bytes_limit": 0.9 * 79e9}
     device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: memory)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "device_count", lambda: 8)

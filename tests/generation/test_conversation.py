@@ -36,9 +36,9 @@ def run_tokens(monkeypatch):
         programs, counts = conversation.generator.programs, []
 
         def counted(original):
-            def run(params, tokens, lengths, *rest):
+            def run(params, tokens, lengths, *rest, **named):
                 counts.append(int(np.sum(lengths)))
-                return original(params, tokens, lengths, *rest)
+                return original(params, tokens, lengths, *rest, **named)
 
             return run
 

@@ -1,6 +1,6 @@
 """Backends of attention against float64, mask by mask, forward and backward; docs/performance.md shows the same table.
 
-`python tests/model/test_conformance.py` prints the table. Its row of GPUs is what tests/gpu/test_cudnn.py checks on one.
+`python tests/model/test_conformance.py` prints the table. Its row of GPUs is checked on one by tests/gpu/test_gpu_attention.py.
 """
 
 import pathlib

@@ -50,7 +50,7 @@ def test_moments_live_where_their_parameters_do(name):
     shapes = state_shapes(recipe_of(name, "whole"), make_mesh(*SIZES))
     wanted = {jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.spec)
               for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}  # fmt: skip
-    assert wanted["['layers']['attention']['wq']"][1] == PartitionSpec(None, ("fsdp", "context"), ("tensor",))
+    assert wanted["['layers']['attention']['wq']"][1] == PartitionSpec(None, None, ("tensor", "fsdp", "context"))
     repeated = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.optimizer):
         owner = next((key for key in wanted if jax.tree_util.keystr(path).endswith(key)), None)
@@ -70,14 +70,14 @@ def test_factored_moments_are_split_as_the_dimension_that_is_left():
         if leaf.ndim and max(leaf.shape) >= 128 and ("v_row" in key or "v_col" in key):
             found[key.rpartition(".")[2]] = (leaf.shape, leaf.sharding.spec)
     # Which of the two is called a row depends on the longer side; what counts is that each dimension goes where it went.
-    fsdp, tensor = ("fsdp", "context"), ("tensor",)
+    fsdp, tensor, both = ("fsdp", "context"), "tensor", ("tensor", "fsdp", "context")
     assert found == {
-        "v_row['embedding']": ((144,), PartitionSpec(fsdp)), "v_col['embedding']": ((160,), PartitionSpec(tensor)),
+        "v_row['embedding']": ((144,), PartitionSpec(None)), "v_col['embedding']": ((160,), PartitionSpec(both)),
         "v_row['head']": ((144,), PartitionSpec(fsdp)), "v_col['head']": ((160,), PartitionSpec(tensor)),
-        "v_row['layers']['attention']['wq']": ((3, 132), PartitionSpec(None, tensor)),
-        "v_col['layers']['attention']['wq']": ((3, 144), PartitionSpec(None, fsdp)),
-        "v_row['layers']['feed_forward']['down']": ((3, 136), PartitionSpec(None, tensor)),
-        "v_col['layers']['feed_forward']['down']": ((3, 144), PartitionSpec(None, fsdp)),
+        "v_row['layers']['attention']['wq']": ((3, 132), PartitionSpec(None, both)),
+        "v_col['layers']['attention']['wq']": ((3, 144), PartitionSpec(None, None)),
+        "v_row['layers']['feed_forward']['down']": ((3, 136), PartitionSpec(None, both)),
+        "v_col['layers']['feed_forward']['down']": ((3, 144), PartitionSpec(None, None)),
     }  # fmt: skip
 
 

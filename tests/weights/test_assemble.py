@@ -116,9 +116,11 @@ def test_trees_outlive_the_file(write_gguf, tensors):
 
 
 # Which mesh axes cut which dimension of a matrix in training: parallel.sharding's table, written out.
-CUTS = {"embedding": ("tensor", "fsdp"), "head": ("fsdp", "tensor"), "wq": ("fsdp", "tensor"), "wk": ("fsdp", "tensor"),
-        "wv": ("fsdp", "tensor"), "wo": ("tensor", "fsdp"), "gate": ("fsdp", "tensor"), "up": ("fsdp", "tensor"),
-        "down": ("tensor", "fsdp"), "scale": (None,)}  # fmt: skip
+# Rows and columns by mesh axes; matrices that are gathered for use are split along one side, by rows or by columns.
+BOTH = ("tensor", "fsdp")
+CUTS = {"embedding": (BOTH, ()), "head": (("fsdp",), ("tensor",)), "wq": ((), BOTH), "wk": ((), BOTH), "wv": ((), BOTH),
+        "wo": (BOTH, ()), "gate": (("fsdp",), ("tensor",)), "up": (("fsdp",), ("tensor",)), "down": (BOTH, ()),
+        "scale": ((),)}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["stacked", "unrolled"])
@@ -131,12 +133,13 @@ def test_shards_land_where_the_table_says(write_gguf, form):
     assert sharded.keys() == whole.keys()
     places = {device: dict(zip(mesh.axis_names, place)) for place, device in np.ndenumerate(mesh.devices)}
     for path, array in sharded.items():
-        cuts = (None,) * path.startswith("layers/") + CUTS[path.split("/")[-1]]
+        cuts = ((),) * path.startswith("layers/") + CUTS[path.split("/")[-1]]
         assert len(array.addressable_shards) == 8
         for shard in array.addressable_shards:
             expected = np.asarray(whole[path])
             for axis, cut in enumerate(cuts):
-                expected = np.split(expected, 2, axis)[places[shard.device][cut]] if cut else expected
+                for name in cut:
+                    expected = np.split(expected, 2, axis)[places[shard.device][name]]
             np.testing.assert_array_equal(shard.data, expected)
 
 
