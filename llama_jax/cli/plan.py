@@ -164,10 +164,23 @@ def _training(options: argparse.Namespace, name: str, job: Job, config: TrainCon
     return rows + more, figures | {"compiled": compiled}
 
 
+def require_decode(options: argparse.Namespace) -> None:
+    """Refuses choices of decoding beside a training, which has no use for them.
+
+    Raises:
+      InputError: naming the option.
+    """
+    given = {"--batch": options.batch, "--quantize": options.quantize, "--cache-dtype": options.cache_dtype != "bfloat16"}
+    used = next((name for name, value in given.items() if value), None)
+    if used and not options.decode:
+        raise InputError(f"{used} given without --decode, which it belongs to; add --decode, or leave it out")
+
+
 def main(arguments: list[str], prog: str = "plan") -> int:
     """Runs `plan` and returns its exit status: 0 also where a job does not fit, which is an answer."""
     options = make_parser(prog).parse(arguments)
     topology = parse_topology(options.topology)
+    require_decode(options)
     if options.config is not None:
         require_alone(arguments)
         name, run = str(options.config), read_config(options.config)

@@ -73,8 +73,8 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         )
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"topology {topology.name}: no compiler for TPUs here ({str(error).splitlines()[0]:.80}); install it, without a "
-            "TPU, by pip install 'llama_jax[tpu]', or leave out --compile"
+            f"topology {topology.name}: no compiler for TPUs here ({str(error).partition('.')[0]:.80}); install it, no TPU is "
+            "needed, by pip install 'jax[tpu]', or leave out --compile"
         ) from None
     return description.devices
 

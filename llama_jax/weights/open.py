@@ -115,8 +115,9 @@ def _found(path: pathlib.Path) -> str:
     if path.is_dir() and RUN_CHECKPOINTS in (path.absolute().name, path.absolute().parent.name):
         run = path if path.absolute().name == RUN_CHECKPOINTS else path.parent
         return f"the checkpoints of a run given; give the directory of the run, {run.parent}"
-    found = "nothing" if not path.exists() else "a directory without a model" if path.is_dir() else "another file"
-    return f"{found} given; {_KINDS} expected"
+    if not path.exists():
+        return f"no such file or directory; {_KINDS} expected"
+    return f"{'a directory without a model' if path.is_dir() else 'another file'} given; {_KINDS} expected"
 
 
 def _open_gguf(path: pathlib.Path) -> Opened:

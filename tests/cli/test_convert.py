@@ -178,7 +178,7 @@ def test_what_is_there_is_left_alone(form, message, tiny_directory, tmp_path, ca
 
 def test_no_model_given(tmp_path, capsys):
     assert convert(tmp_path / "nothing", tmp_path / "out", "--format", "hugging_face") == 2
-    assert "nothing given" in capsys.readouterr().err
+    assert "no such file or directory" in capsys.readouterr().err
 
 
 def test_without_a_tokenizer(tiny_directory, tmp_path, capsys):

@@ -278,7 +278,7 @@ def test_a_terminal_takes_no_commands_from_a_model(tiny_directory, capsys):
     assert "\x1b[2mThe cat\x1b[0m" in seen
 
 
-@pytest.mark.parametrize(("kind", "words"), [("missing", "nothing given"), ("text file", "another file given")])
+@pytest.mark.parametrize(("kind", "words"), [("missing", "no such file or directory"), ("text file", "another file given")])
 def test_no_model(kind, words, tmp_path, capsys):
     path = tmp_path / "model"
     if kind == "text file":

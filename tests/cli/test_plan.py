@@ -137,7 +137,7 @@ def test_without_the_compiler_for_tpus_it_says_what_to_install(capsys, more):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: topology v5e:4x4: no compiler for TPUs here")
-    assert "pip install 'llama_jax[tpu]'" in captured.err
+    assert "pip install 'jax[tpu]'" in captured.err
     assert captured.err.count("\n") == 1
 
 
@@ -147,3 +147,9 @@ def test_it_starts_without_jax():
     done = subprocess.run([sys.executable, "-c", code, *POD.split()], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - begin < 30
+
+
+@pytest.mark.parametrize("words", [["--quantize", "int8"], ["--batch", "4"], ["--cache-dtype", "int8"]])
+def test_choices_of_decoding_are_refused_beside_a_training(capsys, words):
+    assert run_program(lambda: main(["--model", "llama3.2-1b", "--topology", "h100:1", *words])) == 2
+    assert f"{words[0]} given without --decode" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_it_goes_on(run, tiny_directory):
 
 @pytest.mark.parametrize(("more", "words"), [
     (["--model.layers", "5"], "another architecture than that of run.init"),
-    (["--run.init", "nowhere"], "nowhere: nothing given"),
+    (["--run.init", "nowhere"], "nowhere: no such file or directory"),
 ])  # fmt: skip
 def test_what_does_not_fit(tmp_path, tiny_directory, more, words):
     result = train([*arguments(tmp_path, tiny_directory), *more], status=2)

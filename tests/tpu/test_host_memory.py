@@ -15,11 +15,12 @@ pytestmark = pytest.mark.tpu
 
 
 def test_what_the_host_keeps_leaves_the_chip():
-    config = dataclasses.replace(preset("llama3.2-1b"), layers=4, vocab_size=8192)
-    job = Job(config, parse_topology("v5e:2x2"), MeshSizes(fsdp=4), 2048, 4, remat="q+k+v+context+middle+gate+up")
+    small = {"dim": 512, "heads": 8, "kv_heads": 8, "ffn_dim": 4096, "vocab_size": 1024, "layers": 8}
+    config = dataclasses.replace(preset("llama3.2-1b"), **small)
+    job = Job(config, parse_topology("v5e:2x2"), MeshSizes(fsdp=4), 8192, 4, remat="q+k+v+context+middle+gate+up")
     hosted = "q+k+v+context+middle+gate@host+up@host"
     here, there = compile_training(job), compile_training(dataclasses.replace(job, remat=hosted))
     moved = job.chip_tokens * hosted_bytes(config, hosted, 2)
     assert here.hosted == 0
     assert moved <= there.hosted <= 1.1 * moved
-    assert here.temporaries - there.temporaries > 0.7 * moved  # less what is on its way
+    assert here.temporaries - there.temporaries > moved * (config.layers - 2) / config.layers  # two layers' are on their way
