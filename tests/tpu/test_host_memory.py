@@ -11,7 +11,7 @@ from llama_jax.planning.remat import hosted_bytes
 from llama_jax.presets import preset
 
 pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` installs it")
-pytestmark = pytest.mark.tpu
+pytestmark = [pytest.mark.tpu, pytest.mark.timeout(1800)]  # minutes where cores are shared
 
 
 def test_what_the_host_keeps_leaves_the_chip():
