@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -11,7 +10,7 @@ from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole
-from llama_jax.generation.programs import ROOM, programs_of, with_kernel
+from llama_jax.generation.programs import ROOM, platform_of, programs_of, with_kernel
 from llama_jax.generation.sampling import NOWHERE, Sampling, make_sampling
 from llama_jax.generation.session import NewTokens, Prefix, Request, Runner, Session, Tokens, prefilled
 from llama_jax.model.llama import model_for
@@ -57,8 +56,8 @@ class Generator:
         """
         self.params = params
         self.speculation = speculation
-        (device, *_) = jax.tree.leaves(params)[0].devices()
-        self.programs = programs_of(config, with_kernel(model_for(params, config, **options).options, config, device), mesh)
+        resolved = with_kernel(model_for(params, config, **options).options, config, platform_of(params, mesh))
+        self.programs = programs_of(config, resolved, mesh)
 
     @property
     def runner(self) -> Runner:

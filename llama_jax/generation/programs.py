@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llama_jax.axes import Array, Int
+from llama_jax.axes import Array, Int, Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.generation.decode import Drawn, Progress, advance, begin, prefill, prefill_more
 from llama_jax.generation.logprobs import given_logprobs
@@ -137,9 +137,19 @@ class Programs:
         return pin(grow(take_rows(cache, rows), max(slots, cache.slots)), self.model.options.rules)
 
 
-def with_kernel(options: ModelOptions, config: LlamaConfig, device: jax.Device) -> ModelOptions:
-    """The options with `auto` attention resolved where a device has a kernel for prompts; else it goes by their lengths."""
-    if options.attention != "auto" or device.platform != "gpu" or not fits_cudnn(config.head_dim, options.dtype):
+def platform_of(params: Parameters, mesh: Mesh | None) -> str:
+    """Of the devices that run a model: the mesh's, else where its parameters are, else where JAX puts what is nowhere yet."""
+    if mesh is not None:
+        return mesh.devices.flat[0].platform
+    first = next(iter(jax.tree.leaves(params)), None)
+    if isinstance(first, jax.Array) and not isinstance(first, jax.core.Tracer):
+        return next(iter(first.devices())).platform
+    return jax.default_backend()
+
+
+def with_kernel(options: ModelOptions, config: LlamaConfig, platform: str) -> ModelOptions:
+    """The options with `auto` attention resolved where a platform has a kernel for prompts; else it goes by their lengths."""
+    if options.attention != "auto" or platform != "gpu" or not fits_cudnn(config.head_dim, options.dtype):
         return options
     return dataclasses.replace(options, attention="cudnn")
 

@@ -366,3 +366,9 @@ def test_stop_reason():
 def test_a_chunk_is_a_number(generator):
     with pytest.raises(InputError, match="chunk: 'a' given; a whole number expected"):
         list(generator.stream(PROMPTS[:1], 3, chunk="a"))
+
+
+def test_parameters_may_be_arrays_of_numpy():
+    prompts = [[5, 9, 2, 7]]
+    expected = Generator(PARAMS, CONFIG).generate(prompts, 6)
+    assert Generator(jax.tree.map(np.asarray, PARAMS), CONFIG).generate(prompts, 6) == expected
