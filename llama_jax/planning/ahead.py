@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from llama_jax.data.batch import Batch
 from llama_jax.errors import InputError
@@ -112,29 +113,43 @@ def _compile(recipe: Recipe, job: Job) -> Compiled:
     batch = Batch(
         *[jax.ShapeDtypeStruct(rows, dtype, sharding=place) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32)]
     )
-    with jax.set_mesh(mesh):
-        compiled, seconds = timed_compile(sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch))
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None
-    assert memory is not None
     config, tokens = job.config, job.tokens / job.topology.chips
     product = config.layers * tokens * job.length * config.heads * config.head_dim  # half of the square, two FLOPs each
+    with jax.set_mesh(mesh):
+        lowered = sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch)
+    return timed_compile(
+        lowered, mesh, job.topology, lambda text: predict(text, job.topology, product), flops_per_token(job) * tokens
+    )
+
+
+def timed_compile(
+    lowered: jax.stages.Lowered, mesh: Mesh, topology: Topology, prediction: Callable[[str], Prediction], flops: float
+) -> Compiled:
+    """A program compiled for a mesh of a topology, with what the compiler says of its memory.
+
+    Args:
+      lowered: the program.
+      mesh: of the topology's chips.
+      topology: the chips.
+      prediction: of its time, from its text; not asked where the clock of the chips is not known.
+      flops: of the model, one chip's part.
+    """
+    started = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled = lowered.compile()
+    seconds, text, memory = time.monotonic() - started, compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.host_temp_size_in_bytes,
         memory.alias_size_in_bytes,
         seconds,
-        predict(text, job.topology, product) if job.topology.chip.clock else None,
-        flops_per_token(job) * tokens,
+        prediction(text) if topology.chip.clock else None,
+        flops,
         text,
     )
-
-
-def timed_compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
-    """A program compiled, and the seconds that it took."""
-    started = time.monotonic()
-    return lowered.compile(), time.monotonic() - started
 
 
 def _require_whole(job: Job) -> None:

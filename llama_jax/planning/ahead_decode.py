@@ -46,20 +46,9 @@ def compile_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dt
     inputs = _placed(*_shapes(config, options, plan, _BITS.get(dtype)), mesh)
     loop = Programs(Llama(config, options), mesh).advance.__wrapped__  # type: ignore[attr-defined]
     with jax.set_mesh(mesh):
-        compiled, seconds = timed_compile(loop.lower(*inputs, logprobs=None))
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None
-    assert memory is not None
-    return Compiled(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.host_temp_size_in_bytes,
-        memory.alias_size_in_bytes,
-        seconds,
-        predict_round(text, plan.topology) if plan.topology.chip.clock else None,
-        2.0 * matmul_parameters(config) * plan.batch / plan.topology.chips,
-        text,
-    )
+        lowered = loop.lower(*inputs, logprobs=None)
+    flops = 2.0 * matmul_parameters(config) * plan.batch / plan.topology.chips
+    return timed_compile(lowered, mesh, plan.topology, lambda text: predict_round(text, plan.topology), flops)
 
 
 def _shapes(config: LlamaConfig, options: ModelOptions, plan: DecodePlan, bits: int | None) -> tuple[PyTree, Progress, PyTree]:
