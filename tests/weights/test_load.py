@@ -300,17 +300,17 @@ def test_sharded_and_whole_models_agree(tiny_directory):
     np.testing.assert_allclose(got, logits(whole.params, tokens, whole.config), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["nothing", "another file", "a directory without a model"])
+@pytest.mark.parametrize("kind", ["no such file or directory", "another file given", "a directory without a model given"])
 def test_a_path_that_is_none_of_these(kind, tmp_path):
     path = tmp_path / "model"
-    if kind == "another file":
+    if kind == "another file given":
         path.write_text("Some text.")
-    if kind == "a directory without a model":
+    if kind == "a directory without a model given":
         path.mkdir()
     with pytest.raises(InputError) as refused:
         load(path)
     assert str(refused.value) == (
-        f"{path}: {kind} given; a run directory, a directory with config.json (Hugging Face) or params.json (Meta), "
+        f"{path}: {kind}; a run directory, a directory with config.json (Hugging Face) or params.json (Meta), "
         "a .gguf file, or a name on the Hub expected"
     )
 
