@@ -2,13 +2,17 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.cli.arguments import parse_train
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
+from llama_jax.planning.advice import is_out_of_memory
 from llama_jax.planning.job import Job
-from llama_jax.planning.of_config import automatic_remat, devices_of, job_of
+from llama_jax.planning.of_config import devices_of, job_of, leaves_room, remat_candidates
 from llama_jax.training.config import TrainConfig
 
 
@@ -27,29 +31,78 @@ def job_here(config: TrainConfig) -> tuple[Job, float | None]:
     return job, (device.memory_stats() or {}).get("bytes_limit")
 
 
-def with_remat(config: TrainConfig, hosts: Hosts, going_on: bool) -> TrainConfig:
-    """The config with `compute.remat: auto` resolved, on all processes alike: the memory of their devices may differ a little.
+def with_remat(config: TrainConfig, remat: str) -> TrainConfig:
+    """The config with a setting of remat in place of its own."""
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
+
+
+def candidates(config: TrainConfig, hosts: Hosts, going_on: bool) -> tuple[str, ...]:
+    """What `compute.remat` may stand for, in the order in which to try; on all processes alike.
 
     Args:
       config: of the run.
       hosts: its processes.
-      going_on: whether there are checkpoints to go on from: what the run has had so far is kept where it fits.
+      going_on: whether there are checkpoints to go on from: what the run has had so far is tried first.
 
     Raises:
       InputError: for a mesh that does not fit devices, model or batch.
     """
     if config.compute.remat != "auto":
-        return config
-    remat = hosts.agree("remat", _choose(config, going_on))
-    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
+        return (config.compute.remat,)
+    # Another process may read another amount of memory off its devices.
+    return tuple(hosts.agree("remat", " ".join(_candidates(config, going_on))).split())
 
 
-def _choose(config: TrainConfig, going_on: bool) -> str:
+def first_that_fits(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, say: Callable[[str], None]) -> str:
+    """The first setting of remat with which the compiled step leaves 5 % of the memory of every device; else the last.
+
+    The last is not compiled here. What is compiled lies in JAX's cache when the run comes to it.
+
+    Args:
+      config: of the run, complete.
+      remats: to be tried in turn.
+      hosts: its processes; all compile the same.
+      say: what is told where one does not fit.
+    """
+    for remat, following in itertools.pairwise(remats):
+        tried = with_remat(config, remat)
+        job, memory = job_here(tried)
+        limit, needed = memory or job.topology.chip.memory, compiled_bytes(tried)
+        if "no" not in hosts.gather(f"remat {remat}", "yes" if leaves_room(needed, limit) else "no"):
+            return remat
+        takes = f"takes {needed / 1e9:.1f} of" if math.isfinite(needed) else "does not fit into the"
+        say(f"remat {remat}: the compiled step {takes} {limit / 1e9:.1f} GB of a device; {following} is next")
+    return remats[-1]
+
+
+def compiled_bytes(config: TrainConfig) -> float:
+    """Bytes that the compiled step of a run needs on one of the devices at hand; infinite where the compiler gives it up."""
+    import jax
+
+    from llama_jax.training.config_data import micro_rows
+    from llama_jax.training.setup import frozen_shapes, make_recipe, run_mesh
+    from llama_jax.training.step import lowered_step
+
+    recipe, mesh = make_recipe(config), run_mesh(config)
+    shape = (config.data.accumulation, micro_rows(config.data), config.data.length)
+    lowered = lowered_step(recipe, mesh, shape, *frozen_shapes(config, recipe, mesh))
+    try:
+        with jax.set_mesh(mesh):
+            memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(str(error)):
+            raise
+        return math.inf
+    assert memory is not None
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _candidates(config: TrainConfig, going_on: bool) -> tuple[str, ...]:
     import jax
 
     if jax.local_devices()[0].platform == "cpu":
-        return "none"  # there is no table of what memory a CPU's program can have
-    return automatic_remat(*job_here(config), _recorded(config) if going_on else None)
+        return ("none",)  # there is no table of what memory a CPU's program can have
+    return remat_candidates(*job_here(config), _recorded(config) if going_on else None)
 
 
 def _recorded(config: TrainConfig) -> str | None:

@@ -9,7 +9,7 @@ import threading
 import time
 
 from llama_jax.cli.arguments import parse_train, to_yaml
-from llama_jax.cli.automatic import job_here, with_remat
+from llama_jax.cli.automatic import candidates, first_that_fits, job_here, with_remat
 from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.distributed import several_processes
 from llama_jax.cli.program import DAMAGED
@@ -112,17 +112,10 @@ def _go_on(config: TrainConfig, hosts: Hosts, started: float) -> int:
             print(finished_line(config, step))
         return 0
     keep_compiled_programs()
-    config = with_remat(config, hosts, going_on=step > 0)
-    try:
-        return _train(config, hosts, started)
-    except RuntimeError as error:  # the runtime's own errors are of this kind
-        lines = memory_lines(config, error)
-        if not lines:
-            raise
-        raise DeviceMemoryError(*lines) from None
+    return _train(config, candidates(config, hosts, going_on=step > 0), hosts, started)
 
 
-def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
+def _train(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, started: float) -> int:
     from llama_jax.training.aside import Aside
     from llama_jax.training.display import Display, open_display
     from llama_jax.training.hosts import preempted
@@ -139,11 +132,19 @@ def _train(config: TrainConfig, hosts: Hosts, started: float) -> int:
     display: Display = open_display(sys.stdout, interactive) if hosts.first else aside
     rows: dict[str, str] = {}
     try:
-        run = Run(config, display, hosts)
+        run = Run(with_remat(config, remats[0]), display, hosts)
+        remat = first_that_fits(run.config, remats, hosts, display.event)  # all is checked, compiling may take minutes
+        if remat != remats[0]:
+            run = Run(with_remat(config, remat), display, hosts)
         hosts.first_does("config", lambda: write_config(run.config, directory / RUN_CONFIG))
         summary = run.train(stop)
         rows = summary_lines(summary, time.monotonic() - started)
         stop.close()
+    except RuntimeError as error:  # the runtime's own errors are of this kind
+        lines = memory_lines(run.config, error)
+        if not lines:
+            raise
+        raise DeviceMemoryError(*lines) from None
     finally:
         display.finish(rows)
     status = 0 if summary.saved else DAMAGED

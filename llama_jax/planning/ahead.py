@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from llama_jax.data.batch import Batch
 from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
@@ -26,7 +24,7 @@ from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
 from llama_jax.training.setup import make_recipe
-from llama_jax.training.step import Recipe, batch_sharding, sharded_step, state_shapes
+from llama_jax.training.step import Recipe, lowered_step
 
 
 class Compiled(NamedTuple):
@@ -108,15 +106,10 @@ def compile_config(config: TrainConfig, job: Job) -> Compiled:
 
 def _compile(recipe: Recipe, job: Job) -> Compiled:
     mesh = make_mesh(job.mesh.data, job.mesh.fsdp, job.mesh.tensor, topology_devices(job.topology), job.mesh.context)
-    place = batch_sharding(recipe, mesh)
-    rows = (job.microbatches, job.rows // job.microbatches, job.length)
-    batch = Batch(
-        *[jax.ShapeDtypeStruct(rows, dtype, sharding=place) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32)]
-    )
+    shape = (job.microbatches, job.rows // job.microbatches, job.length)
     config, tokens = job.config, job.tokens / job.topology.chips
     product = config.layers * tokens * job.length * config.heads * config.head_dim  # half of the square, two FLOPs each
-    with jax.set_mesh(mesh):
-        lowered = sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch)
+    lowered = lowered_step(recipe, mesh, shape)
     return timed_compile(
         lowered, mesh, job.topology, lambda text: predict(text, job.topology, product), flops_per_token(job) * tokens
     )

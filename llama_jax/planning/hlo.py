@@ -45,6 +45,18 @@ class Instruction(NamedTuple):
         return found.group(1) if found else ""
 
     @property
+    def chain(self) -> str:
+        """Of a part of a transfer that goes on inside of several kernels, the number of the transfer; else empty."""
+        found = re.search(r'chain_id="(\d+)"', self.line)
+        return found.group(1) if found else ""
+
+    @property
+    def target(self) -> str:
+        """What a custom call runs; else empty."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.line)
+        return found.group(1) if found else ""
+
+    @property
     def group(self) -> int:
         """Devices of one group of a collective operation; 0 where the line does not say."""
         named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.line)

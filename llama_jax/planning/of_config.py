@@ -11,7 +11,7 @@ from llama_jax.training.config import TrainConfig
 
 # Any chip whose figures are not known: its memory is what the job seems to need, so that it has to need less.
 _UNKNOWN = Chip("unknown", "TPU v5e", 0.0, 1e12, 1e11, 1e10, 0.5, "", 0, 1, 8)
-_SHARE = 0.95  # of the memory that `auto` plans with: fragmentation is not in the closed form
+_SHARE = 0.95  # of the memory that `auto` plans with: fragmentation is in no figure
 
 
 def devices_of(device_kind: str, devices: int) -> Topology:
@@ -67,16 +67,24 @@ def first_fitting_remat(job: Job, memory: float | None = None) -> str:
     return next(fitting, LADDER[-1])
 
 
-def automatic_remat(job: Job, memory: float | None = None, before: str | None = None) -> str:
-    """What `compute.remat: auto` stands for: what the run has had before if that fits, else `first_fitting_remat`.
+def remat_candidates(job: Job, memory: float | None = None, before: str | None = None) -> tuple[str, ...]:
+    """What `compute.remat: auto` may stand for, in the order in which to ask the compiler; the last need not be asked.
+
+    What the run has had before, then the rungs that fit by the closed form, into the whole memory: it may be some percent too
+    large. Where the memory is not known, what was before, else `full`.
 
     Args:
       job: the training.
       memory: bytes of one chip, where they are known.
       before: setting of remat with which the run was trained so far, if it was.
     """
-    if before is not None:
-        again = make_plan(dataclasses.replace(job, remat=before), memory or job.topology.chip.memory)
-        if again.fits or again.limit == 0:
-            return before
-    return first_fitting_remat(job, memory)
+    limit, earlier = memory or job.topology.chip.memory, [before] if before else []
+    if not limit:
+        return (before or LADDER[-1],)
+    fitting = [remat for remat in (*earlier, *LADDER) if make_plan(dataclasses.replace(job, remat=remat), limit).fits]
+    return tuple(dict.fromkeys((*fitting, LADDER[-1])))
+
+
+def leaves_room(needed: float, limit: float) -> bool:
+    """Whether what a compiled step needs, in bytes of one chip, is at most 95 % of them."""
+    return needed <= _SHARE * limit

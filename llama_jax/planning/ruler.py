@@ -62,12 +62,13 @@ class Prediction(NamedTuple):
 
 
 class _Transfer(NamedTuple):
-    """A collective operation: its kind, whether it runs beside the products, and its seconds."""
+    """A collective operation: its kind, whether it runs beside the products, its time in seconds, and the name of its end."""
 
     kind: str
     asynchronous: bool
     bytes: float
     seconds: float
+    name: str
 
 
 class _Clock:
@@ -111,7 +112,7 @@ class _Clock:
                 pending[step.name] = None, transfer.seconds
             elif transfer:
                 links_free = max(links_free, now) + transfer.seconds
-                pending[step.name] = links_free, 0.0
+                pending[transfer.name] = links_free, 0.0
             if step.operation == "send" and step.meeting:
                 network_free = between[step.meeting] = max(network_free, now) + self._sent(step, times)
             elif step.operation == "recv" and step.meeting:
@@ -119,8 +120,8 @@ class _Clock:
             elif self._fetches and step.operation in _FETCHES:
                 memory_free = max(memory_free, now) + min(sizes(step.result)[:2]) / self.chip.bandwidth
                 pending[step.name] = memory_free, 0.0
-            waited = next((operand for operand in step.operands if operand in pending), None)
-            if waited and step.operation.endswith(("-update", "-done")):
+            waited = next((operand for operand in (*step.operands, self._ended(step)) if operand in pending), None)
+            if waited and (step.operation.endswith(("-update", "-done")) or waited == self._ended(step)):
                 ready, seconds = pending.pop(waited)
                 if ready is None:
                     ready = links_free = max(links_free, now) + seconds
@@ -182,6 +183,9 @@ class _Clock:
             return None
         kind = inner.operation.removesuffix("-start")
         fused = step.operation == "fusion"
+        if fused and inner.chain:  # goes on inside of products, piece by piece, from where it is begun
+            begun = "AsyncCollectiveStart" in self._targets(step)
+            return self._priced(kind, inner, step, True)._replace(name=_chain(inner)) if begun else None
         return self._priced("fused reduce-scatter" if fused and kind == "all-reduce" else kind, inner, step, not fused)
 
     def _largest(self, step: Instruction) -> Instruction | None:
@@ -195,6 +199,17 @@ class _Clock:
                     found += [deeper for deeper in [self._largest(inner)] if deeper]
         return max(found, key=lambda inner: sum(sizes(inner.result)), default=None)
 
+    def _targets(self, step: Instruction) -> set[str]:
+        """What the custom calls in a fusion run."""
+        return {inner.target for name in step.called("calls") for inner in self.program.computations.get(name, [])}
+
+    def _ended(self, step: Instruction) -> str:
+        """The name of the transfer inside of products that an instruction waits for; empty for others."""
+        if step.operation != "fusion" or "AsyncCollectiveDone" not in self._targets(step):
+            return ""
+        inner = self._largest(step)
+        return _chain(inner) if inner else ""
+
     def _priced(self, kind: str, inner: Instruction, step: Instruction, asynchronous: bool) -> _Transfer:
         found = sizes(inner.result)
         whole = (
@@ -204,7 +219,11 @@ class _Clock:
             whole *= max(inner.group, 1)
         speed = self.chip.link if kind == "collective-permute" else self._links
         seconds = whole * (2 if kind == "all-reduce" else 1) / speed
-        return _Transfer(f"{'asynchronous' if asynchronous else 'synchronous'} {kind}", asynchronous, whole, seconds)
+        return _Transfer(f"{'asynchronous' if asynchronous else 'synchronous'} {kind}", asynchronous, whole, seconds, step.name)
+
+
+def _chain(inner: Instruction) -> str:
+    return f"chain {inner.chain}"
 
 
 def predict(text: str, topology: Topology, attention_product: float) -> Prediction:

@@ -57,6 +57,13 @@ def base_dtype(config: AdapterConfig, model: Llama) -> str:
     return {"auto": model.options.dtype, "int8": "bfloat16", "int4": "bfloat16"}.get(config.base, config.base)
 
 
+def held(params: Parameters, config: AdapterConfig, model: Llama) -> Parameters:
+    """The weights of a base as `config.base` says that they are held in training."""
+    bits, dtype = _BITS.get(config.base), base_dtype(config, model)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return quantize(params, bits) if bits else params
+
+
 def frozen_parameters(params: Parameters, config: AdapterConfig, model: Llama, mesh: Mesh) -> Parameters:
     """The base as it is held in training, on its shards.
 
@@ -66,7 +73,5 @@ def frozen_parameters(params: Parameters, config: AdapterConfig, model: Llama, m
       model: the module that will run them.
       mesh: the devices.
     """
-    bits = _BITS.get(config.base)
-    dtype = base_dtype(config, model)
-    frozen = quantize(params, bits) if bits else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    frozen = held(params, config, model)
     return jax.device_put(frozen, tree_shardings(frozen, mesh, model.options.rules))

@@ -15,17 +15,17 @@ from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.sharding import TRAINING, check_divisible
+from llama_jax.parallel.sharding import TRAINING, check_divisible, tree_shardings
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
-from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters
+from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters, held
 from llama_jax.training.config import ComputeConfig, TrainConfig
 from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import require_same_tokenizer
 from llama_jax.training.loss import next_token
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
-from llama_jax.training.step import Recipe
+from llama_jax.training.step import Recipe, fresh_parameters
 from llama_jax.weights.load import Form, load
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import report
@@ -135,6 +135,15 @@ def frozen_base(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Parame
     form: Form = "stacked" if recipe.model.options.scan else "unrolled"
     base = load(config.run.init, base_dtype(config.adapter, recipe.model), form, mesh)
     return (frozen_parameters(base.params, config.adapter, recipe.model, mesh),)
+
+
+def frozen_shapes(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Parameters, ...]:
+    """Shapes and shardings of what `frozen_base` gives; nothing is read."""
+    if not config.adapter.rank or config.run.init is None:
+        return ()
+    base = jax.eval_shape(lambda: held(fresh_parameters(recipe.model, jax.random.key(0)), config.adapter, recipe.model))
+    places = tree_shardings(base, mesh, recipe.model.options.rules)
+    return (jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), base, places),)
 
 
 def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict | None]:

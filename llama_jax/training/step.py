@@ -197,13 +197,35 @@ def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> jax.stage
     """
     shardings = jax.tree.map(lambda x: x.sharding, state_shapes(recipe, mesh))
     fixed = () if frozen is None else (tree_shardings(frozen, mesh, recipe.model.options.rules),)
+
+    def step(state: TrainState, batch: Batch, *frozen: PyTree) -> tuple[TrainState, StepMetrics]:
+        """By this name it is found in profiles."""
+        return train_step(recipe, state, batch, *frozen)
+
     return jax.jit(
-        lambda state, batch, *frozen: train_step(recipe, state, batch, *frozen),
+        step,
         in_shardings=(shardings, batch_sharding(recipe, mesh), *fixed),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=(0,),
         compiler_options=training_options(mesh) or None,
     )
+
+
+def lowered_step(recipe: Recipe, mesh: Mesh, shape: tuple[int, int, int], frozen: PyTree = None) -> jax.stages.Lowered:
+    """`sharded_step`, ready to be compiled for arrays that are not there yet.
+
+    Args:
+      recipe: what an update is.
+      mesh: the devices, or descriptions of them.
+      shape: of the micro-batches, `[A, B, T]`.
+      frozen: shapes of what is frozen, with shardings.
+    """
+    place = batch_sharding(recipe, mesh)
+    dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32)
+    batch = Batch(*[jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes])
+    fixed = () if frozen is None else (frozen,)
+    with jax.set_mesh(mesh):
+        return sharded_step(recipe, mesh, frozen).lower(state_shapes(recipe, mesh), batch, *fixed)
 
 
 def micro_batches(batch: Batch, accumulation: int) -> Batch:

@@ -1,22 +1,29 @@
 """`compute.remat: auto`: resolved before the run, told in its heading, kept in its config; on accelerators by the plan."""
 
 import dataclasses
+import math
 import pathlib
 import types
 
 import jax
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import tiny_config, write_corpus, write_yaml
 
 from llama_jax.cli import automatic
-from llama_jax.cli.automatic import with_remat
+from llama_jax.cli.automatic import candidates, first_that_fits, with_remat
 from llama_jax.cli.train import main, write_config
+from llama_jax.data.batch import empty_batch
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.presets import preset
 from llama_jax.training.config import ComputeConfig, MeshConfig, RunConfig, TrainConfig
 from llama_jax.training.config_data import DataConfig
+from llama_jax.training.config_method import AdapterConfig
+from llama_jax.training.setup import frozen_base, frozen_shapes, make_recipe, run_mesh
+from llama_jax.training.step import batch_sharding, micro_batches, sharded_init, sharded_step
+from llama_jax.weights.open import open_model
 
 
 def test_on_a_cpu_it_is_none_and_the_run_says_so(tmp_path, capsys):
@@ -44,37 +51,134 @@ def config_in(directory: pathlib.Path, remat: str = "auto") -> TrainConfig:
     )  # fmt: skip
 
 
-def resolved(config: TrainConfig, going_on: bool = False) -> str:
-    return with_remat(config, Hosts(), going_on).compute.remat
+def first_of(config: TrainConfig, going_on: bool = False) -> str:
+    return candidates(config, Hosts(), going_on)[0]
 
 
 def test_it_follows_the_memory_that_a_device_has_for_the_program(h100, tmp_path):
     config = config_in(tmp_path)
-    assert resolved(config) == "attention"
+    assert first_of(config) == "attention"
     h100["bytes_limit"] = 30e9
-    assert resolved(config) == "full"
+    assert first_of(config) == "full"
     h100["bytes_limit"] = 1e12
-    assert resolved(config) == "none"
-    assert resolved(config_in(tmp_path, "q+k")) == "q+k"
+    assert first_of(config) == "none"
+    assert candidates(config_in(tmp_path, "q+k"), Hosts(), False) == ("q+k",)
 
 
-def test_a_run_that_goes_on_keeps_what_it_had(h100, tmp_path):
+def test_a_run_that_goes_on_tries_what_it_had_first(h100, tmp_path):
     config = config_in(tmp_path)
-    assert resolved(config, going_on=True) == "attention"  # nothing is written down
+    assert first_of(config, going_on=True) == "attention"  # nothing is written down
     write_config(config_in(tmp_path, "outputs"), tmp_path / "config.yaml")
-    assert resolved(config, going_on=True) == "outputs"
-    assert resolved(config, going_on=False) == "attention"
+    assert first_of(config, going_on=True) == "outputs"
+    assert first_of(config, going_on=False) == "attention"
     (tmp_path / "config.yaml").write_text("compute: [")
-    assert resolved(config, going_on=True) == "attention"
+    assert first_of(config, going_on=True) == "attention"
 
 
-def test_process_0_decides_for_all(h100, tmp_path, monkeypatch):
-    monkeypatch.setattr(Hosts, "agree", lambda self, name, value: "attention" if name == "remat" else value)
-    assert resolved(config_in(tmp_path)) == "attention"
+def test_process_0_decides_what_is_tried(h100, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hosts, "agree", lambda self, name, value: "outputs full" if name == "remat" else value)
+    assert candidates(config_in(tmp_path), Hosts(), False) == ("outputs", "full")
+
+
+@pytest.fixture
+def small_devices(monkeypatch):
+    """Devices that say that they have so many bytes; programs are compiled for those at hand. Set `memory["bytes"]`."""
+    memory: dict[str, float] = {}
+    here = automatic.job_here
+    monkeypatch.setattr(automatic, "job_here", lambda config: (here(config)[0], memory["bytes"]))
+    return memory
+
+
+def small_config(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> TrainConfig:
+    """A tiny run whose activations weigh more than its state."""
+    long = {"model": {"context_length": 256}, "data": {"length": 256, "batch_rows": 8}, "mesh": {"data": 2, "fsdp": 4}}
+    return tiny_config(directory, corpus, **long, **changes)
+
+
+def needs(config: TrainConfig) -> dict[str, float]:
+    """Bytes of the compiled step by setting of remat, of real arrays, as JAX tells them."""
+    found = {}
+    for remat in ("none", "outputs", "full"):
+        whole = with_remat(config, remat)
+        recipe, mesh = make_recipe(whole), run_mesh(whole)
+        with jax.set_mesh(mesh):
+            state = sharded_init(recipe, mesh)(jax.random.key(0))
+            rows = micro_batches(empty_batch(config.data.batch_rows, config.data.length), 1)
+            batch = jax.device_put(rows, batch_sharding(recipe, mesh))
+            memory = sharded_step(recipe, mesh).lower(state, batch).compile().memory_analysis()
+        found[remat] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return found
+
+
+def test_the_compiled_step_decides_what_fits(small_devices, tmp_path):
+    config = small_config(tmp_path / "run", tmp_path)
+    needed, said = needs(config), []
+    assert needed["none"] > 1.2 * needed["outputs"] > 1.2 * needed["full"]
+    for memory, expected in ((1.1 * needed["none"], "none"), (needed["none"], "outputs"), (0.5 * needed["full"], "full")):
+        small_devices["bytes"] = memory
+        assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == expected
+    assert len(said) == 3
+    assert all("the compiled step takes" in line for line in said)
+    assert said[0].startswith("remat none: ")
+    assert said[0].endswith("outputs is next")
+
+
+def test_one_process_that_lacks_memory_decides_for_all(small_devices, tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run", tmp_path)
+    small_devices["bytes"] = 1e12
+    monkeypatch.setattr(Hosts, "gather", lambda self, name, value: [value, "no" if name == "remat none" else "yes"])
+    assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), lambda line: None) == "outputs"
+
+
+def test_a_step_that_the_compiler_gives_up_does_not_fit(small_devices, tmp_path, monkeypatch):
+    config, said = small_config(tmp_path / "run", tmp_path), []
+    small_devices["bytes"] = 1e12
+    monkeypatch.setattr(automatic, "compiled_bytes", lambda config: math.inf if config.compute.remat == "none" else 1.0)
+    assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == "outputs"
+    assert said == ["remat none: the compiled step does not fit into the 1000.0 GB of a device; outputs is next"]
+
+
+def test_a_run_takes_what_fits_and_finds_its_program_compiled(small_devices, tmp_path, monkeypatch, capsys):
+    """The program that was compiled to see whether it fits is the one that is run: JAX's cache has it."""
+    config = small_config(tmp_path / "run", write_corpus(tmp_path / "text"), run={"steps": 2}, compute={"remat": "auto"})
+    small_devices["bytes"] = needs(config)["none"]
+    monkeypatch.setattr(automatic, "_candidates", lambda config, going_on: ("none", "outputs", "full"))
+    path, cache = write_yaml(tmp_path / "config.yaml", config), tmp_path / "cache"
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    compilation_cache.reset_cache()
+    try:
+        assert main(["--config", str(path)]) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("outputs is next") for line in lines)
+    assert next(line for line in lines if line.startswith("model ")).endswith("float32 compute, remat outputs")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compute"]["remat"] == "outputs"
+    assert len(list(cache.glob("jit_step-*-cache"))) == 2  # of none and of outputs; no third one
+
+
+@pytest.mark.parametrize("base", ["auto", "float32", "int8"])
+def test_what_is_frozen_under_adapters_is_known_before_it_is_read(base, tiny_directory):
+    """Shapes, types and places of the base, on a mesh."""
+    config = TrainConfig(
+        run=RunConfig(init=str(tiny_directory)),
+        model=open_model(tiny_directory).source.config,
+        mesh=MeshConfig(2, 2, 2),
+        data=DataConfig(length=32, batch_rows=4, tokenizer="base"),
+        adapter=AdapterConfig(rank=4, base=base),
+    )
+    recipe, mesh = make_recipe(config), run_mesh(config)
+    (expected,), (found,) = frozen_base(config, recipe, mesh), frozen_shapes(config, recipe, mesh)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert one.sharding.is_equivalent_to(other.sharding, other.ndim)
 
 
 def test_a_mesh_that_does_not_fit_is_one_line(h100, tmp_path):
     config = dataclasses.replace(config_in(tmp_path), mesh=MeshConfig(data=3, fsdp=1))
     with pytest.raises(InputError, match="set one axis to -1"):
-        resolved(config)
+        candidates(config, Hosts(), False)
     assert automatic.job_here(config_in(tmp_path))[1] == h100["bytes_limit"]

@@ -10,7 +10,7 @@ from llama_jax.model.remat import LADDER
 from llama_jax.planning.chips import parse_topology
 from llama_jax.planning.flags import TRAIN_KEYS, flags
 from llama_jax.planning.job import Job, MeshSizes, parse_mesh
-from llama_jax.planning.of_config import automatic_remat, devices_of, first_fitting_remat, job_of
+from llama_jax.planning.of_config import devices_of, first_fitting_remat, job_of, remat_candidates
 from llama_jax.planning.plan import Change, make_plan
 from llama_jax.planning.search import outlook
 from llama_jax.presets import preset
@@ -69,11 +69,18 @@ def test_the_first_rung_that_fits_is_the_highest():
     assert first_fitting_remat(job, memory=1e9) == "full"
 
 
-def test_a_run_keeps_what_it_had_where_that_fits():
+def test_auto_is_what_was_before_then_every_rung_that_may_fit():
+    """The compiler is asked of those alone that the closed form does not refuse; `full` is what is left."""
     job = job_on("v5p:4x4x4", rows=4)
-    assert automatic_remat(job) == automatic_remat(job, before="none") == first_fitting_remat(job)
-    assert automatic_remat(job, before="full") == "full"
-    assert automatic_remat(job, before="q+k") == "q+k"
+    possible = tuple(remat for remat in LADDER if make_plan(dataclasses.replace(job, remat=remat)).fits)
+    assert remat_candidates(job) == possible
+    assert 1 < len(possible) < len(LADDER)
+    assert possible[-1] == "full"
+    assert remat_candidates(job, before="none") == possible  # too large
+    assert remat_candidates(job, before="q+k") == ("q+k", *possible)
+    assert remat_candidates(job, before="full") == ("full", *possible[:-1])
+    assert remat_candidates(job, memory=1e9) == ("full",)
+    assert remat_candidates(job, memory=1e12) == LADDER
 
 
 def test_a_kind_of_device_that_is_not_known_keeps_least():
@@ -81,9 +88,9 @@ def test_a_kind_of_device_that_is_not_known_keeps_least():
                          data=DataConfig(length=4096, batch_rows=8))  # fmt: skip
     job = job_of(config, devices_of("a device of next year", 8))
     assert job.remat == "full"
-    assert automatic_remat(job) == "full"
-    assert automatic_remat(job, before="context") == "context"
-    assert automatic_remat(job, memory=1e12) == "none"
+    assert remat_candidates(job) == ("full",)
+    assert remat_candidates(job, before="context") == ("context",)
+    assert remat_candidates(job, memory=1e12) == LADDER
 
 
 def test_the_mesh_of_a_job_stores_weights_over_context_too():

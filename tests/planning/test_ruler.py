@@ -79,6 +79,28 @@ def test_an_asynchronous_gather_hides_behind_products(beside, waited):
     assert (found.compute, found.exposed, found.simulated) == (ms(10 * beside), 0, ms(10 * (beside + waited)))
 
 
+@pytest.mark.parametrize(("beside", "waited"), [(3, 0), (0.25, 0.75)])
+def test_a_gather_that_goes_on_inside_of_products_hides_behind_them(beside, waited):
+    """As on TPUs without a core for transfers: begun, gone on with in a product, awaited, with the gather in each of them."""
+    gather = (
+        f'  %g = bf16[{GATHERED // 2}]{{0}} all-gather(%p), replica_groups=[1,64]<=[64], frontend_attributes={{chain_id="3"}}'
+    )
+    inside = {
+        "begin": '  ROOT %c = (bf16[8]) custom-call(%g), custom_call_target="AsyncCollectiveStart"',
+        "go_on": "  ROOT %c = (f32[8], bf16[8]) tuple(%convolution, %g)",
+        "end": '  ROOT %c = bf16[8] custom-call(%g), custom_call_target="AsyncCollectiveDone"',
+    }
+    called = "\n".join(f"%{name} (p: bf16[8]) -> bf16[8] {{\n{gather}\n{root}\n}}\n" for name, root in inside.items())
+    lines = [
+        "  %s = (bf16[8]{0}, u32[]) fusion(%x), kind=kCustom, calls=%begin",
+        fused("y", beside).replace("calls=%f", "calls=%go_on"),
+        "  %d = bf16[8]{0} fusion(%get-tuple-element.1), kind=kCustom, calls=%end",
+    ]
+    found = predict(f"{called}\n{program(chr(10).join(lines))}", V5P, 0.0)
+    assert (found.compute, found.exposed, found.simulated) == (ms(10 * beside), 0, ms(10 * (beside + waited)))
+    assert found.collectives == {"asynchronous all-gather": 10}
+
+
 @pytest.mark.parametrize(("beside", "waited"), [(0, 4), (3, 1), (5, 0)])
 def test_slices_add_up_beside_the_products(beside, waited):
     """Of two slices each sends its part once there and once back; the network has no time for anything else meanwhile."""
