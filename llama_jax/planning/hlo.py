@@ -86,18 +86,31 @@ class Program:
                 current.append(Instruction(body.group(1), body.group(2), body.group(3), line))
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often the body of a `while` runs, `None` where the text does not say."""
+        """How often the body of a `while` runs, `None` where the text does not say; it is taken to count from 0."""
         known = re.search(r'known_trip_count["\s:={]+n["\s:]+"?(\d+)', loop.line)
         if known:
             return int(known.group(1))
         condition = self.computations.get(loop.called("condition")[0], [])
         fused = [inner for line in condition for name in line.called("calls") for inner in self.computations.get(name, [])]
-        for lines in (condition, fused):
-            constants = [re.search(r"s32\[\]\S* constant\((\d+)\)", instruction.line) for instruction in lines]
-            found = [int(constant.group(1)) for constant in constants if constant]
-            if found:
-                return max(found)
-        return None
+        bounds = next((found for found in map(_constants, (condition, fused)) if found), None)
+        return math.ceil(max(bounds.values()) / self._stride(loop, condition)) if bounds else None
+
+    def _stride(self, loop: Instruction, condition: list[Instruction]) -> int:
+        """By how much a round of a loop moves the counter that its condition compares; 1 where the text does not say."""
+        counters = [re.search(r"\), index=(\d+)", line.line) for line in condition if line.operation == "get-tuple-element"]
+        body = self.computations.get(loop.called("body")[0], [])
+        constants, by_name = _constants(body), {line.name: line for line in body}
+        if len(counters) != 1 or counters[0] is None or not body or body[-1].operation != "tuple":
+            return 1
+        moved = by_name.get(body[-1].operands[int(counters[0].group(1))])
+        steps = [constants[name] for name in moved.operands if name in constants] if moved and moved.operation == "add" else []
+        return steps[0] if steps and steps[0] > 0 else 1
+
+
+def _constants(lines: list[Instruction]) -> dict[str, int]:
+    """Whole numbers that stand in a computation, by name."""
+    found = {line.name: re.search(r"[su]32\[\]\S* constant\((\d+)\)", line.line) for line in lines}
+    return {name: int(constant.group(1)) for name, constant in found.items() if constant}
 
 
 def sizes(result: str) -> list[float]:

@@ -55,6 +55,16 @@ def test_loops_count_as_often_as_they_run():
     assert (found.compute, found.simulated, found.unknown_loops) == (ms(35), ms(35), 0)
 
 
+@pytest.mark.parametrize(("kind", "stride", "rounds"), [("s32", 2, 5), ("u32", 4, 3), ("s32", 1, 10)])
+def test_a_loop_may_count_in_strides(kind, stride, rounds):
+    """As those that add up a gradient around a ring of chips, two pieces a round."""
+    counted = f"  %by = {kind}[] constant({stride})\n  %i = {kind}[] add(%before, %by)"
+    text = program(f"{fused('x', 3)}\n{counted}").replace("%ten = s32[]", f"%ten = {kind}[]")
+    text = text.replace("  ROOT %lt", f"  %i = {kind}[] get-tuple-element(%c), index=0\n  ROOT %lt")
+    found = predict(text, V5P, 0.0)
+    assert (found.compute, found.unknown_loops) == (ms(3 * rounds), 0)
+
+
 def test_a_loop_of_unknown_length_is_told():
     text = program(fused("x", 3)).replace("%ten = s32[] constant(10)", "%ten = s32[] parameter(1)")
     assert predict(text, V5P, 0.0).unknown_loops == 1
