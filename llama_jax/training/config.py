@@ -95,7 +95,7 @@ class ComputeConfig:
       remat: what the forward pass keeps for the backward pass, from `none` (nothing is recomputed) over `all`, `no_up`,
         `attention`, `outputs` and `context` to `full` (each layer is recomputed); or names joined by + of what to keep: `q k v
         context middle gate up`, `@host` behind those that the host is to keep; or `20*all+attention`: a rung for the first
-        layers and a setting for the others; or `auto`: the first of these rungs that fits the devices by closed form, `none` on
+        layers and a setting for the others; or `auto`: the first of these rungs whose compiled step fits the devices, `none` on
         a CPU, kept in the run's config. `docs/performance.md` has a table.
       scan_layers: run the layers as one compiled loop (compile time does not grow with depth) instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
