@@ -157,7 +157,8 @@ def _decoding(options: argparse.Namespace, config: LlamaConfig, topology: Topolo
 def _training(options: argparse.Namespace, name: str, job: Job, config: TrainConfig | None = None) -> tuple[list, dict]:
     plan = make_plan(job)
     around = outlook(plan)
-    rows, figures = training_lines(name, plan, around, options.tokens), training_json(plan, around, options.tokens)
+    given = (plan, around, options.tokens, options.batch_tokens)
+    rows, figures = training_lines(name, *given), training_json(*given)
     if not options.compile:
         return rows, figures
     more, compiled = compiled_training(plan, config)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from llama_jax.cli.counts import count
 from llama_jax.cli.plan import main
 from llama_jax.cli.program import run_program
 
@@ -90,6 +91,20 @@ def test_a_config_is_planned_as_it_stands(capsys):
     assert (got["mesh"]["fsdp"], got["microbatches"], got["remat"]) == (8, 128, "all")
     assert got["fits"]
     assert f"model         {EIGHT}: 8,030,261,248 parameters" in output(capsys, f"--config {EIGHT} --topology h100:8")
+
+
+@pytest.mark.parametrize(("asked", "tokens", "said"), [
+    ("100k", 524_288, "100,000 asked for; an update is a multiple of 524,288"),
+    ("1M", 1_048_576, "1,000,000 asked for; an update is a multiple of 524,288"), ("525k", 524_288, None),
+])  # fmt: skip
+def test_whole_rows_that_are_not_what_was_asked_for_are_told(capsys, asked, tokens, said):
+    arguments = f"--model llama3.1-8b --topology v5p:4x4x4 --length 8192 --batch-tokens {asked}"
+    text = output(capsys, arguments)
+    assert f"{tokens:,} an update" in text
+    assert said in text if said else "asked for; an update" not in text
+    got = figures(capsys, arguments)
+    assert (got["tokens_per_step"], got["tokens_asked"]) == (tokens, count(asked))
+    assert "tokens_asked" not in figures(capsys, "--model llama3.1-8b --topology v5p:4x4x4")
 
 
 def test_decoding(capsys):
