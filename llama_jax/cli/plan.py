@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.cli.counts import count
-from llama_jax.cli.options import OptionParser
+from llama_jax.cli.options import OptionParser, given_options
 from llama_jax.cli.plan_compiled import compiled_decoding, compiled_training
 from llama_jax.cli.plan_json import decode_json, training_json
 from llama_jax.cli.plan_text import decode_lines, training_lines
@@ -24,6 +24,7 @@ from llama_jax.presets import preset
 from llama_jax.training.config import ComputeConfig, TrainConfig
 
 _FLOATS = ("float32", "bfloat16")
+_TRAINING, _DECODING = "the training", "decoding in place of training"  # groups of options
 _WITH_CONFIG = ("config", "topology", "tokens", "json", "compile")  # options that go with a config, which says all the others
 
 
@@ -49,7 +50,7 @@ def make_parser(prog: str) -> OptionParser:
     )
     parser.add_argument("--compile", action="store_true", help=ahead)
     add_training_options(parser)
-    group = parser.add_argument_group("decoding in place of training")
+    group = parser.add_argument_group(_DECODING)
     group.add_argument("--decode", action="store_true", help="plan the generation of text")
     group.add_argument("--batch", type=count, metavar="B", help="rows at a time, all chips together; 1 a copy of the model")
     group.add_argument("--quantize", choices=("int8", "int4"), help="narrow weights")
@@ -65,7 +66,7 @@ def _add(group: argparse._ActionsContainer, field: str, **given: Any) -> None:
 
 def add_training_options(parser: OptionParser) -> None:
     """What a training's memory and time depend on, under short names and under those of its config."""
-    group = parser.add_argument_group("the training")
+    group = parser.add_argument_group(_TRAINING)
     rounded = "of an update, such as 4M, rounded to whole rows a chip; one row a chip and micro-batch"
     group.add_argument("--batch-tokens", type=count, metavar="N", help=rounded)
     _add(group, "microbatches", type=count, default=1, metavar="A", help="into which an update is cut")
@@ -136,10 +137,25 @@ def require_alone(arguments: list[str]) -> None:
     Raises:
       InputError: naming the first.
     """
-    words = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    other = next((word for word in words if word.removeprefix("--") not in _WITH_CONFIG), None)
+    other = next((word for word in given_options(arguments) if word.removeprefix("--") not in _WITH_CONFIG), None)
     if other is not None:
         raise InputError(f"{other} given beside --config; change the file, or give --model and all choices")
+
+
+def require_used(parser: OptionParser, arguments: list[str]) -> None:
+    """Refuses choices of decoding beside a training, and those of a training beside `--decode`: there is no use for them.
+
+    Raises:
+      InputError: naming the first.
+    """
+    given = given_options(arguments)
+    if "--decode" in given:
+        useless, words = _TRAINING, "beside --decode, which has no use for it; leave out one of them"
+    else:
+        useless, words = _DECODING, "without --decode, which it belongs to; add --decode, or leave it out"
+    used = next((word for word in given if word in parser.options_of(useless)), None)
+    if used is not None:
+        raise InputError(f"{used} given {words}")
 
 
 def _decoding(options: argparse.Namespace, config: LlamaConfig, topology: Topology) -> tuple[list, dict]:
@@ -165,23 +181,11 @@ def _training(options: argparse.Namespace, name: str, job: Job, config: TrainCon
     return rows + more, figures | {"compiled": compiled}
 
 
-def require_decode(options: argparse.Namespace) -> None:
-    """Refuses choices of decoding beside a training, which has no use for them.
-
-    Raises:
-      InputError: naming the option.
-    """
-    given = {"--batch": options.batch, "--quantize": options.quantize, "--cache-dtype": options.cache_dtype != "bfloat16"}
-    used = next((name for name, value in given.items() if value), None)
-    if used and not options.decode:
-        raise InputError(f"{used} given without --decode, which it belongs to; add --decode, or leave it out")
-
-
 def main(arguments: list[str], prog: str = "plan") -> int:
     """Runs `plan` and returns its exit status: 0 also where a job does not fit, which is an answer."""
-    options = make_parser(prog).parse(arguments)
+    parser = make_parser(prog)
+    options = parser.parse(arguments)
     topology = parse_topology(options.topology)
-    require_decode(options)
     if options.config is not None:
         require_alone(arguments)
         name, run = str(options.config), read_config(options.config)
@@ -189,6 +193,7 @@ def main(arguments: list[str], prog: str = "plan") -> int:
     elif options.model is None:
         raise InputError("the following arguments are required: --model (or --config); see --help")
     else:
+        require_used(parser, arguments)
         name, config = options.model, preset(options.model)
         length = options.length or min(config.context_length, 8192)
         rows, figures = (

@@ -131,6 +131,7 @@ def test_decoding(capsys):
     ("--model llama3-8b --topology h100:8 --decode --mesh fsdp=8", "decoding takes data and tensor"),
     ("--config configs/none.yaml --topology h100:8", "cannot be read"),
     (f"--config {EIGHT} --topology h100:8 --remat full", "--remat given beside --config"),
+    (f"--config {EIGHT} --topology h100:8 --batch 2", "--batch given beside --config"),
     ("--model llama3-8b --topology h100:8 --compile", "programs are compiled ahead for TPUs"),
     ("--model llama3-8b --topology v5p:4x4x4 --rank 8 --compile", "only the training of whole models is compiled"),
     (f"--config {EIGHT} --topology h100:16", "set one axis to -1"),
@@ -164,7 +165,30 @@ def test_it_starts_without_jax():
     assert time.perf_counter() - begin < 30
 
 
-@pytest.mark.parametrize("words", [["--quantize", "int8"], ["--batch", "4"], ["--cache-dtype", "int8"]])
+def refusal(capsys, arguments: str) -> str:
+    assert run_program(lambda: main(arguments.split())) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    return error
+
+
+@pytest.mark.parametrize("words", [
+    "--quantize int8", "--batch 4", "--cache-dtype int8", "--cache-dtype bfloat16", "--cache-dtype=bfloat16",
+])  # fmt: skip
 def test_choices_of_decoding_are_refused_beside_a_training(capsys, words):
-    assert run_program(lambda: main(["--model", "llama3.2-1b", "--topology", "h100:1", *words])) == 2
-    assert f"{words[0]} given without --decode" in capsys.readouterr().err
+    name = words.replace("=", " ").split()[0]
+    assert f"{name} given without --decode" in refusal(capsys, f"--model llama3.2-1b --topology h100:1 {words}")
+
+
+@pytest.mark.parametrize("words", [
+    "--batch-tokens 4M", "--tokens 15T", "--microbatches 1", "--data.accumulation 2", "--remat auto", "--compute.remat=full",
+    "--optimizer adamw", "--optimizer.name lion", "--moment-dtype float32", "--optimizer.moments_dtype bfloat16",
+    "--param-dtype float32", "--optimizer.param_dtype bfloat16", "--loss-chunk 2048", "--compute.loss_chunk 1024",
+    "--rank 8", "--adapter.rank 8", "--base int8", "--adapter.base bfloat16",
+])  # fmt: skip
+def test_choices_of_a_training_are_refused_beside_decoding(capsys, words):
+    """Also where they say what holds by default."""
+    name = words.replace("=", " ").split()[0]
+    decoding = "--model llama3.2-1b --topology h100:1 --batch 2 --length 512 --decode"
+    assert f"{name} given beside --decode" in refusal(capsys, f"{decoding} {words}")
+    assert f"{name} given beside --decode" in refusal(capsys, f"{words} {decoding}")
