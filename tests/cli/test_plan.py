@@ -157,6 +157,24 @@ def test_without_the_compiler_for_tpus_it_says_what_to_install(capsys, more):
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("more", ["", " --json", " --decode", " --decode --json"])
+def test_what_takes_minutes_is_told_before_it_begins_apart_from_the_answer(capsys, monkeypatch, more):
+    said = []
+
+    def compile_nothing(compile_step):
+        said.append(capsys.readouterr())
+        return 50e9  # bytes of temporaries: too many
+
+    monkeypatch.setattr("llama_jax.planning.ahead.topology_devices", lambda topology: [])
+    monkeypatch.setattr("llama_jax.cli.plan_compiled._prepare", lambda: None)
+    monkeypatch.setattr("llama_jax.cli.plan_compiled._attempt", compile_nothing)
+    assert run_program(lambda: main(f"--model llama3-8b --topology v5e:4x4 --compile{more}".split())) == 0
+    assert said == [("", "compiling the step for v5e:4x4, which takes minutes\n")]
+    answer = capsys.readouterr()
+    assert answer.err == ""
+    assert json.loads(answer.out)["compiled"]["temporaries"] == 50e9 if "--json" in more else "compiled" in answer.out
+
+
 def test_it_starts_without_jax():
     begin = time.perf_counter()
     code = "import sys; from llama_jax.cli.plan import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
