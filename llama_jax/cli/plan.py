@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from llama_jax.cli.options import OptionParser, given_options
 from llama_jax.cli.plan_compiled import compiled_decoding, compiled_training
 from llama_jax.cli.plan_json import decode_json, training_json
 from llama_jax.cli.plan_text import decode_lines, training_lines
-from llama_jax.cli.writing import as_json, prepare_output
+from llama_jax.cli.writing import as_json, note, prepare_output
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.planning.chips import CHIPS, Topology, parse_topology
@@ -25,16 +27,16 @@ from llama_jax.training.config import ComputeConfig, TrainConfig
 
 _FLOATS = ("float32", "bfloat16")
 _TRAINING, _DECODING = "the training", "decoding in place of training"  # groups of options
-_WITH_CONFIG = ("config", "topology", "tokens", "json", "compile")  # options that go with a config, which says all the others
+_OVERRIDES = ("model", "run.init")  # of a config
+_WITH_CONFIG = ("config", *_OVERRIDES, "topology", "tokens", "json", "compile")  # a config says all the others
 
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `plan`."""
     parser = OptionParser(prog, "Memory and time of a training or of decoding in closed form, before anything is rented.")
     parser.add_argument("--model", metavar="PRESET", help="a published architecture, such as llama3.1-70b")
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a training's YAML file in place of --model and all choices"
-    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a training's YAML file in place of all choices")
+    parser.add_argument("--run.init", metavar="PATH", help="with --config: the model on disk with which the training begins")
     names = ", ".join(chip.name for chip in CHIPS)
     parser.add_argument(
         "--topology", required=True, metavar="CHIPS", help=f"v5p:4x4x8, 2xv5p:4x4x8 (two slices), h100:8; of {names}"
@@ -110,15 +112,40 @@ def make_job(options: argparse.Namespace, config: LlamaConfig, topology: Topolog
     return dataclasses.replace(job, remat=best_remat(job)) if options.remat == "auto" else job
 
 
-def read_config(path: Path) -> TrainConfig:
-    """The training that a YAML file describes.
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The training that a YAML file describes, with the architecture of the model that it begins with, where that is here.
+
+    Nothing is fetched: where that model is not here, a line on stderr says so, and the numbers under `model` are taken.
+
+    Args:
+      path: of the file.
+      overrides: as `train.py` takes them.
 
     Raises:
-      InputError: for a file that is no config.
+      InputError: for a file that is no config, or gives no model.
     """
     from llama_jax.cli.arguments import parse_train
 
-    return parse_train(["--config", str(path)], path)
+    absent: list[str] = []
+
+    def architecture(init: str) -> LlamaConfig | None:
+        """Of the model at a path, its weights unread."""
+        if not os.path.exists(init):
+            absent.append(f"run.init: {init} is not here")
+            return None
+        from llama_jax.weights.open import open_model
+
+        return open_model(init).source.config
+
+    try:
+        config = parse_train(["--config", str(path), *overrides], path, architecture)
+    except InputError as error:
+        if not absent:
+            raise
+        raise InputError(f"{absent[0]}; {error}") from None
+    for words in absent:
+        note(f"{words}; the architecture is that of the key model")
+    return config
 
 
 def config_job(config: TrainConfig, topology: Topology) -> Job:
@@ -139,16 +166,18 @@ def require_alone(arguments: list[str]) -> None:
     """
     other = next((word for word in given_options(arguments) if word.removeprefix("--") not in _WITH_CONFIG), None)
     if other is not None:
-        raise InputError(f"{other} given beside --config; change the file, or give --model and all choices")
+        raise InputError(f"{other} given beside --config; change the file, or give --model and all choices without it")
 
 
 def require_used(parser: OptionParser, arguments: list[str]) -> None:
-    """Refuses choices of decoding beside a training, and those of a training beside `--decode`: there is no use for them.
+    """Refuses choices that there is no use for: of decoding beside a training, the other way round, of a config.
 
     Raises:
       InputError: naming the first.
     """
     given = given_options(arguments)
+    if "--run.init" in given:
+        raise InputError("--run.init given without --config, which it belongs to; add --config FILE, or leave it out")
     if "--decode" in given:
         useless, words = _TRAINING, "beside --decode, which has no use for it; leave out one of them"
     else:
@@ -188,7 +217,8 @@ def main(arguments: list[str], prog: str = "plan") -> int:
     topology = parse_topology(options.topology)
     if options.config is not None:
         require_alone(arguments)
-        name, run = str(options.config), read_config(options.config)
+        changes = [f"--{key}={value}" for key in _OVERRIDES if (value := getattr(options, key)) is not None]
+        name, run = str(options.config), read_config(options.config, changes)
         rows, figures = _training(options, name, config_job(run, topology), run)
     elif options.model is None:
         raise InputError("the following arguments are required: --model (or --config); see --help")

@@ -132,6 +132,7 @@ def test_decoding(capsys):
     ("--config configs/none.yaml --topology h100:8", "cannot be read"),
     (f"--config {EIGHT} --topology h100:8 --remat full", "--remat given beside --config"),
     (f"--config {EIGHT} --topology h100:8 --batch 2", "--batch given beside --config"),
+    ("--model llama3-8b --topology h100:8 --run.init model", "--run.init given without --config"),
     ("--model llama3-8b --topology h100:8 --compile", "programs are compiled ahead for TPUs"),
     ("--model llama3-8b --topology v5p:4x4x4 --rank 8 --compile", "only the training of whole models is compiled"),
     (f"--config {EIGHT} --topology h100:16", "set one axis to -1"),
