@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from report import heading
-from sides import start
+from sides import call_seconds, start
 
 _ROWS, _LENGTH, _HEADS, _KV_HEADS, _TIMES = 4, 4096, 32, 8, 20
 
@@ -43,7 +43,7 @@ def documents(mean: int) -> np.ndarray:
 
 
 def cudnn(width: int, mean: int) -> Callable[[], tuple[float, float]]:
-    """Seconds of forward, and of forward and backward; so many in one program that its start does not count."""
+    """Seconds of forward, and of forward and backward."""
     import jax
     import jax.numpy as jnp
 
@@ -65,18 +65,7 @@ def cudnn(width: int, mean: int) -> Callable[[], tuple[float, float]]:
         dq, dk, dv = jax.vjp(attention, q, k, v)[1](q)
         return dq + (dk.sum() + dv.sum()).astype(dq.dtype)
 
-    def seconds(function: Callable) -> float:
-        """Of one call, the best of three."""
-        run = jax.jit(lambda q, k, v: jax.lax.fori_loop(0, _TIMES, lambda _, q: function(q, k, v), q))
-        jax.block_until_ready(run(*given))
-        spent = []
-        for _ in range(3):
-            started = time.perf_counter()
-            jax.block_until_ready(run(*given))
-            spent.append(time.perf_counter() - started)
-        return min(spent) / _TIMES
-
-    return lambda: (seconds(attention), seconds(gradients))
+    return lambda: (call_seconds(attention, _TIMES, *given), call_seconds(gradients, _TIMES, *given))
 
 
 def pytorch(width: int, mean: int) -> Callable[[], tuple[float, float]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from sides import call_seconds
 
 _SMALL = 0.3  # of the card
 
@@ -321,25 +322,15 @@ def hardware() -> Callable:
     import jax
     import jax.numpy as jnp
 
-    def rate(function: Callable, amount: float, *given: Any) -> float:
-        """Amount a second, the best of three; ten in a row each time, so that the start of a program does not count."""
-        run = jax.jit(lambda first, *rest: jax.lax.fori_loop(0, 10, lambda _, x: function(x, *rest), first))
-        jax.block_until_ready(run(*given))
-        spent = []
-        for _ in range(3):
-            started = time.perf_counter()
-            jax.block_until_ready(run(*given))
-            spent.append(time.perf_counter() - started)
-        return 10 * amount / min(spent)
-
     def measure() -> tuple[str, float, float, int]:
         """The card's name, both rates, and its memory."""
         keys = jax.random.split(jax.random.key(0))
         numbers = jax.random.normal(keys[0], (2**30,), jnp.bfloat16)
         a, b = (jax.random.normal(key, (8192, 8192), jnp.bfloat16) for key in keys)
-        copied = rate(lambda x: -x, 2 * numbers.nbytes, numbers)
+        copied = 2 * numbers.nbytes / call_seconds(lambda x: -x, 10, numbers)
+        multiplied = 2 * 8192**3 / call_seconds(lambda a, b: (a @ b) * jnp.bfloat16(0.01), 10, a, b)
         (device, *_) = jax.devices()
         memory = (device.memory_stats() or {}).get("bytes_limit", 0) / _SMALL
-        return device.device_kind, copied, rate(lambda a, b: (a @ b) * jnp.bfloat16(0.01), 2 * 8192**3, a, b), int(memory)
+        return device.device_kind, copied, multiplied, int(memory)
 
     return measure

@@ -25,6 +25,7 @@ from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_data import SourceConfig
 
 Pair = tuple[str, object]  # a dotted key and its value; the value {} opens a section
+Architecture = Callable[[str], LlamaConfig | None]  # of the model at a path
 
 _LARGEST_FILE = 1 << 20  # bytes: a run needs a few kilobytes
 _SWITCHES = ("help", "print_config")
@@ -39,14 +40,15 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def parse_train(arguments: list[str], default: Path, architecture: Callable[[str], LlamaConfig] | None = None) -> TrainConfig:
+def parse_train(arguments: list[str], default: Path, architecture: Architecture | None = None) -> TrainConfig:
     """The run that a command line describes.
 
     Args:
       arguments: words after the program's name: `--config FILE` (several are merged, later ones win) and overrides
         `--section.key VALUE`, `--section.key=VALUE` or `section.key=VALUE`, which win over all files.
       default: the YAML file taken when no `--config` is given.
-      architecture: from the path of a model on disk (`run.init`) to its numbers, which take the place of the files' model.
+      architecture: from the path of a model on disk (`run.init`) to its numbers, which take the place of the files' model;
+        `None` leaves that.
 
     Raises:
       InputError: one line naming the key or the file, for an unknown key (with the nearest known one), a value of the
@@ -185,12 +187,13 @@ def _check_key(key: str, where: str) -> None:
     raise InputError(f"{where}key {key!r} is unknown; {advice}")
 
 
-def _adopted(pairs: list[Pair], overrides: list[Pair], architecture: Callable[[str], LlamaConfig] | None) -> list[Pair]:
+def _adopted(pairs: list[Pair], overrides: list[Pair], architecture: Architecture | None) -> list[Pair]:
     """The pairs of files and command line; with `run.init`, the numbers of that model in place of the files'."""
     init = next((value for key, value in reversed(pairs + overrides) if key == "run.init"), None)
-    if not isinstance(init, str) or architecture is None or init == "null":
+    numbers = architecture(init) if isinstance(init, str) and architecture and init != "null" else None
+    if numbers is None:
         return pairs + overrides
-    model: list[Pair] = list(_flatten({"model": dataclasses.asdict(architecture(init))}, f"{init}: "))
+    model: list[Pair] = list(_flatten({"model": dataclasses.asdict(numbers)}, f"{init}: "))
     return model + [pair for pair in pairs if pair[0].partition(".")[0] != "model"] + overrides
 
 
@@ -245,7 +248,8 @@ def _explain(message: str, values: dict) -> str:
     """One line for an error of jsonargparse: the key, the value given, the kind expected."""
     missing = re.search(r"arguments are required: (.*)", message)
     if missing and "Parser key" not in message:
-        return f"{_one_line(missing[1])} missing; give every number of the model, or a preset as in --model llama3.2-1b"
+        ways = "every number of the model, a preset as in --model llama3.2-1b, or a model on disk as in --run.init PATH"
+        return f"{_one_line(missing[1])} missing; give {ways}"
     ours = re.search(r"^ *- (\S+: .* given, .* expected.*)$", message, re.MULTILINE)
     if ours:  # an InputError of a nested dataclass, among the alternatives that jsonargparse has tried
         return _with_section(ours[1])

@@ -42,6 +42,16 @@ class OptionParser(argparse.ArgumentParser):
                 raise InputError(f"argument {option!r} is unknown; " + (f"the nearest is {near[0]}" if near else "see --help"))
         return self.parse_args(arguments)
 
+    def options_of(self, title: str) -> set[str]:
+        """All names of the options of a group."""
+        groups = [group for group in self._action_groups if group.title == title]
+        return {name for group in groups for action in group._group_actions for name in action.option_strings}
+
+
+def given_options(arguments: list[str]) -> list[str]:
+    """Options of a command line by their names, as they are written."""
+    return [word.partition("=")[0] for word in arguments if word.startswith("--")]
+
 
 def add_model_options(parser: OptionParser) -> None:
     """`--model` and `--dtype`, which every verb that runs a model has."""

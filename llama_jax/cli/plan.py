@@ -2,15 +2,17 @@
 
 import argparse
 import dataclasses
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.cli.counts import count
-from llama_jax.cli.options import OptionParser
+from llama_jax.cli.options import OptionParser, given_options
 from llama_jax.cli.plan_compiled import compiled_decoding, compiled_training
 from llama_jax.cli.plan_json import decode_json, training_json
 from llama_jax.cli.plan_text import decode_lines, training_lines
-from llama_jax.cli.writing import as_json, prepare_output
+from llama_jax.cli.writing import as_json, note, prepare_output
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.planning.chips import CHIPS, Topology, parse_topology
@@ -24,16 +26,17 @@ from llama_jax.presets import preset
 from llama_jax.training.config import ComputeConfig, TrainConfig
 
 _FLOATS = ("float32", "bfloat16")
-_WITH_CONFIG = ("config", "topology", "tokens", "json", "compile")  # options that go with a config, which says all the others
+_TRAINING, _DECODING = "the training", "decoding in place of training"  # groups of options
+_OVERRIDES = ("model", "run.init")  # of a config
+_WITH_CONFIG = ("config", *_OVERRIDES, "topology", "tokens", "json", "compile")  # a config says all the others
 
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `plan`."""
     parser = OptionParser(prog, "Memory and time of a training or of decoding in closed form, before anything is rented.")
     parser.add_argument("--model", metavar="PRESET", help="a published architecture, such as llama3.1-70b")
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a training's YAML file in place of --model and all choices"
-    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a training's YAML file in place of all choices")
+    parser.add_argument("--run.init", metavar="PATH", help="with --config: the model on disk with which the training begins")
     names = ", ".join(chip.name for chip in CHIPS)
     parser.add_argument(
         "--topology", required=True, metavar="CHIPS", help=f"v5p:4x4x8, 2xv5p:4x4x8 (two slices), h100:8; of {names}"
@@ -49,7 +52,7 @@ def make_parser(prog: str) -> OptionParser:
     )
     parser.add_argument("--compile", action="store_true", help=ahead)
     add_training_options(parser)
-    group = parser.add_argument_group("decoding in place of training")
+    group = parser.add_argument_group(_DECODING)
     group.add_argument("--decode", action="store_true", help="plan the generation of text")
     group.add_argument("--batch", type=count, metavar="B", help="rows at a time, all chips together; 1 a copy of the model")
     group.add_argument("--quantize", choices=("int8", "int4"), help="narrow weights")
@@ -65,7 +68,7 @@ def _add(group: argparse._ActionsContainer, field: str, **given: Any) -> None:
 
 def add_training_options(parser: OptionParser) -> None:
     """What a training's memory and time depend on, under short names and under those of its config."""
-    group = parser.add_argument_group("the training")
+    group = parser.add_argument_group(_TRAINING)
     rounded = "of an update, such as 4M, rounded to whole rows a chip; one row a chip and micro-batch"
     group.add_argument("--batch-tokens", type=count, metavar="N", help=rounded)
     _add(group, "microbatches", type=count, default=1, metavar="A", help="into which an update is cut")
@@ -109,15 +112,40 @@ def make_job(options: argparse.Namespace, config: LlamaConfig, topology: Topolog
     return dataclasses.replace(job, remat=best_remat(job)) if options.remat == "auto" else job
 
 
-def read_config(path: Path) -> TrainConfig:
-    """The training that a YAML file describes.
+def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The training that a YAML file describes, with the architecture of the model that it begins with, where that is here.
+
+    Nothing is fetched: where that model is not here, a line on stderr says so, and the numbers under `model` are taken.
+
+    Args:
+      path: of the file.
+      overrides: as `train.py` takes them.
 
     Raises:
-      InputError: for a file that is no config.
+      InputError: for a file that is no config, or gives no model.
     """
     from llama_jax.cli.arguments import parse_train
 
-    return parse_train(["--config", str(path)], path)
+    absent: list[str] = []
+
+    def architecture(init: str) -> LlamaConfig | None:
+        """Of the model at a path, its weights unread."""
+        if not os.path.exists(init):
+            absent.append(f"run.init: {init} is not here")
+            return None
+        from llama_jax.weights.open import open_model
+
+        return open_model(init).source.config
+
+    try:
+        config = parse_train(["--config", str(path), *overrides], path, architecture)
+    except InputError as error:
+        if not absent:
+            raise
+        raise InputError(f"{absent[0]}; {error}") from None
+    for words in absent:
+        note(f"{words}; the architecture is that of the key model")
+    return config
 
 
 def config_job(config: TrainConfig, topology: Topology) -> Job:
@@ -136,10 +164,27 @@ def require_alone(arguments: list[str]) -> None:
     Raises:
       InputError: naming the first.
     """
-    words = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    other = next((word for word in words if word.removeprefix("--") not in _WITH_CONFIG), None)
+    other = next((word for word in given_options(arguments) if word.removeprefix("--") not in _WITH_CONFIG), None)
     if other is not None:
-        raise InputError(f"{other} given beside --config; change the file, or give --model and all choices")
+        raise InputError(f"{other} given beside --config; change the file, or give --model and all choices without it")
+
+
+def require_used(parser: OptionParser, arguments: list[str]) -> None:
+    """Refuses choices that there is no use for: of decoding beside a training, the other way round, of a config.
+
+    Raises:
+      InputError: naming the first.
+    """
+    given = given_options(arguments)
+    if "--run.init" in given:
+        raise InputError("--run.init given without --config, which it belongs to; add --config FILE, or leave it out")
+    if "--decode" in given:
+        useless, words = _TRAINING, "beside --decode, which has no use for it; leave out one of them"
+    else:
+        useless, words = _DECODING, "without --decode, which it belongs to; add --decode, or leave it out"
+    used = next((word for word in given if word in parser.options_of(useless)), None)
+    if used is not None:
+        raise InputError(f"{used} given {words}")
 
 
 def _decoding(options: argparse.Namespace, config: LlamaConfig, topology: Topology) -> tuple[list, dict]:
@@ -157,37 +202,28 @@ def _decoding(options: argparse.Namespace, config: LlamaConfig, topology: Topolo
 def _training(options: argparse.Namespace, name: str, job: Job, config: TrainConfig | None = None) -> tuple[list, dict]:
     plan = make_plan(job)
     around = outlook(plan)
-    rows, figures = training_lines(name, plan, around, options.tokens), training_json(plan, around, options.tokens)
+    given = (plan, around, options.tokens, options.batch_tokens)
+    rows, figures = training_lines(name, *given), training_json(*given)
     if not options.compile:
         return rows, figures
     more, compiled = compiled_training(plan, config)
     return rows + more, figures | {"compiled": compiled}
 
 
-def require_decode(options: argparse.Namespace) -> None:
-    """Refuses choices of decoding beside a training, which has no use for them.
-
-    Raises:
-      InputError: naming the option.
-    """
-    given = {"--batch": options.batch, "--quantize": options.quantize, "--cache-dtype": options.cache_dtype != "bfloat16"}
-    used = next((name for name, value in given.items() if value), None)
-    if used and not options.decode:
-        raise InputError(f"{used} given without --decode, which it belongs to; add --decode, or leave it out")
-
-
 def main(arguments: list[str], prog: str = "plan") -> int:
     """Runs `plan` and returns its exit status: 0 also where a job does not fit, which is an answer."""
-    options = make_parser(prog).parse(arguments)
+    parser = make_parser(prog)
+    options = parser.parse(arguments)
     topology = parse_topology(options.topology)
-    require_decode(options)
     if options.config is not None:
         require_alone(arguments)
-        name, run = str(options.config), read_config(options.config)
+        changes = [f"--{key}={value}" for key in _OVERRIDES if (value := getattr(options, key)) is not None]
+        name, run = str(options.config), read_config(options.config, changes)
         rows, figures = _training(options, name, config_job(run, topology), run)
     elif options.model is None:
         raise InputError("the following arguments are required: --model (or --config); see --help")
     else:
+        require_used(parser, arguments)
         name, config = options.model, preset(options.model)
         length = options.length or min(config.context_length, 8192)
         rows, figures = (

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from llama_jax.cli.plan_json import remedies_json
 from llama_jax.cli.plan_text import Rows, duration, gb, remedy_lines
+from llama_jax.cli.writing import note
 from llama_jax.config import LlamaConfig
+from llama_jax.planning.chips import Topology
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.hlo import sizes
 from llama_jax.planning.plan import Plan
@@ -34,9 +36,11 @@ def compiled_training(plan: Plan, config: TrainConfig | None) -> tuple[Rows, dic
       InputError: for what cannot be compiled here.
     """
     _prepare()
-    from llama_jax.planning.ahead import compile_config, compile_training
+    from llama_jax.planning.ahead import compile_config, compile_training, require_whole
 
     job = plan.job
+    require_whole(job)
+    _announce(job.topology)
     step = _attempt(lambda: compile_training(job) if config is None else compile_config(config, job))
     if isinstance(step, float):
         return _too_large(plan, step)
@@ -71,6 +75,7 @@ def compiled_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_d
     _prepare()
     from llama_jax.planning.ahead_decode import compile_decoding
 
+    _announce(plan.topology)
     step = _attempt(lambda: compile_decoding(config, plan, dtype, cache_dtype))
     if isinstance(step, float):
         words = f"does not fit: {gb(step)} of temporaries alone, of {gb(plan.limit)} a chip"
@@ -102,6 +107,14 @@ def _prepare() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def _announce(topology: Topology) -> None:
+    """Says what is going to take so long, once it is known that programs can be compiled for these chips here."""
+    from llama_jax.planning.ahead import topology_devices
+
+    topology_devices(topology)
+    note(f"compiling the step for {topology.name}, which takes minutes")
 
 
 def _attempt(compile_step: Callable[[], "Compiled"]) -> "Compiled | float":

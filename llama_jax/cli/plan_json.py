@@ -8,8 +8,8 @@ from llama_jax.planning.search import Outlook
 from llama_jax.planning.speed import Speed
 
 
-def training_json(plan: Plan, around: Outlook, tokens: int | None) -> dict:
-    """A training's plan; with `days` where the tokens to be trained on are given."""
+def training_json(plan: Plan, around: Outlook, tokens: int | None, asked: int | None) -> dict:
+    """A training's plan; `days` where the tokens to be trained on are given, `tokens_asked` where those of an update are."""
     job = plan.job
     figures = {
         "chips": job.topology.chips, "mesh": job.mesh._asdict(), "rows": job.rows, "tokens_per_step": job.tokens,
@@ -23,7 +23,8 @@ def training_json(plan: Plan, around: Outlook, tokens: int | None) -> dict:
         "share_of_peak": job.topology.chip.share,
     }  # fmt: skip
     days = {} if tokens is None else {"days": tokens / plan.speed.tokens_per_second / 86400}
-    return figures | _speed_json(plan.speed) | days
+    update = {} if asked is None else {"tokens_asked": asked}
+    return figures | update | _speed_json(plan.speed) | days
 
 
 def _speed_json(speed: Speed) -> dict:

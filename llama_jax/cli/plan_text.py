@@ -13,10 +13,18 @@ from llama_jax.planning.speed import Speed
 Rows = list[tuple[str, str]]  # a name, or "" for more of the row before, and its text
 
 
-def training_lines(model: str, plan: Plan, around: Outlook, tokens: int | None) -> Rows:
-    """The plan of a training; with days where the tokens to be trained on are given."""
+def training_lines(model: str, plan: Plan, around: Outlook, tokens: int | None, asked: int | None) -> Rows:
+    """The plan of a training.
+
+    Args:
+      model: what it is called.
+      plan: of the job as it is.
+      around: other settings.
+      tokens: to be trained on, for a row of days.
+      asked: tokens of an update that were asked for, of which whole rows were made.
+    """
     return [
-        *_job_lines(model, plan.job),
+        *_job_lines(model, plan.job, asked),
         *_memory_lines(plan),
         ("by remat", ", ".join(f"{_rung(other)} {gb(other.memory.total)}" for other in around.ladder) + " (* fits)"),
         *_verdict_lines(plan, around),
@@ -42,7 +50,7 @@ def _mesh(mesh: MeshSizes) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in mesh._asdict().items() if size > 1 or axis == "fsdp")
 
 
-def _job_lines(model: str, job: Job) -> Rows:
+def _job_lines(model: str, job: Job, asked: int | None) -> Rows:
     config, chip, topology = job.config, job.topology.chip, job.topology
     pieces = "1 micro-batch" if job.microbatches == 1 else f"{job.microbatches} micro-batches"
     tokens = f"{job.chip_tokens:,.0f} tokens a chip at a time"
@@ -52,9 +60,18 @@ def _job_lines(model: str, job: Job) -> Rows:
         ("chips", f"{topology.name}: {topology.chips} x {chip.name}, {gb(chip.memory)} and {chip.peak / 1e12:g} TFLOP/s each; "
                   f"mesh {_mesh(job.mesh)}"),
         ("batch", f"{job.rows:,} rows of {job.length:,} tokens, {job.tokens:,} an update, in {pieces}: {tokens}"),
+        *_asked_lines(job, asked),
         ("training", f"{learner}, parameters {job.param_dtype}, compute {job.compute_dtype}, remat {job.remat}, loss chunk "
                      f"of {job.chunk_tokens:,.0f} tokens a chip"),
     ]  # fmt: skip
+
+
+def _asked_lines(job: Job, asked: int | None) -> Rows:
+    """What was asked for, where an update of whole rows differs by more than 1 %."""
+    if asked is None or abs(job.tokens - asked) <= 0.01 * asked:
+        return []
+    unit = job.mesh.rows * job.microbatches * job.length
+    return [("", f"{asked:,} asked for; an update is a multiple of {unit:,}, one row a chip and micro-batch")]
 
 
 def _memory_lines(plan: Plan) -> Rows:

@@ -99,7 +99,7 @@ def compile_config(config: TrainConfig, job: Job) -> Compiled:
       InputError: for what cannot be compiled here.
       jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
     """
-    _require_whole(job)
+    require_whole(job)
     compute = dataclasses.replace(config.compute, remat=job.remat)
     return _compile(make_recipe(dataclasses.replace(config, compute=compute), "tpu"), job)
 
@@ -145,8 +145,12 @@ def timed_compile(
     )
 
 
-def _require_whole(job: Job) -> None:
-    """Refuses adapters, whose step needs a model."""
+def require_whole(job: Job) -> None:
+    """Refuses adapters, whose step needs a model.
+
+    Raises:
+      InputError: for them.
+    """
     if job.rank:
         raise InputError("--rank (adapter.rank) and --compile given; only the training of whole models is compiled ahead")
 
@@ -157,7 +161,7 @@ def job_recipe(job: Job) -> Recipe:
     Raises:
       InputError: for adapters, whose step needs a model.
     """
-    _require_whole(job)
+    require_whole(job)
     attention = choose_backend("auto", job.length, job.length, "tpu", job.config.head_dim, job.mesh.context)
     options = ModelOptions(dtype=job.compute_dtype, scan=True, remat=job.remat, attention=attention)
     dtypes = {"moments_dtype": job.moment_dtype, "param_dtype": job.param_dtype}

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from llama_jax.cli.counts import count
 from llama_jax.cli.plan import main
 from llama_jax.cli.program import run_program
 
@@ -92,6 +93,20 @@ def test_a_config_is_planned_as_it_stands(capsys):
     assert f"model         {EIGHT}: 8,030,261,248 parameters" in output(capsys, f"--config {EIGHT} --topology h100:8")
 
 
+@pytest.mark.parametrize(("asked", "tokens", "said"), [
+    ("100k", 524_288, "100,000 asked for; an update is a multiple of 524,288"),
+    ("1M", 1_048_576, "1,000,000 asked for; an update is a multiple of 524,288"), ("525k", 524_288, None),
+])  # fmt: skip
+def test_whole_rows_that_are_not_what_was_asked_for_are_told(capsys, asked, tokens, said):
+    arguments = f"--model llama3.1-8b --topology v5p:4x4x4 --length 8192 --batch-tokens {asked}"
+    text = output(capsys, arguments)
+    assert f"{tokens:,} an update" in text
+    assert said in text if said else "asked for; an update" not in text
+    got = figures(capsys, arguments)
+    assert (got["tokens_per_step"], got["tokens_asked"]) == (tokens, count(asked))
+    assert "tokens_asked" not in figures(capsys, "--model llama3.1-8b --topology v5p:4x4x4")
+
+
 def test_decoding(capsys):
     arguments = "--model llama3.1-8b --topology h100:1 --decode --batch 8 --length 1024"
     got = figures(capsys, arguments)
@@ -116,6 +131,8 @@ def test_decoding(capsys):
     ("--model llama3-8b --topology h100:8 --decode --mesh fsdp=8", "decoding takes data and tensor"),
     ("--config configs/none.yaml --topology h100:8", "cannot be read"),
     (f"--config {EIGHT} --topology h100:8 --remat full", "--remat given beside --config"),
+    (f"--config {EIGHT} --topology h100:8 --batch 2", "--batch given beside --config"),
+    ("--model llama3-8b --topology h100:8 --run.init model", "--run.init given without --config"),
     ("--model llama3-8b --topology h100:8 --compile", "programs are compiled ahead for TPUs"),
     ("--model llama3-8b --topology v5p:4x4x4 --rank 8 --compile", "only the training of whole models is compiled"),
     (f"--config {EIGHT} --topology h100:16", "set one axis to -1"),
@@ -141,6 +158,24 @@ def test_without_the_compiler_for_tpus_it_says_what_to_install(capsys, more):
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("more", ["", " --json", " --decode", " --decode --json"])
+def test_what_takes_minutes_is_told_before_it_begins_apart_from_the_answer(capsys, monkeypatch, more):
+    said = []
+
+    def compile_nothing(compile_step):
+        said.append(capsys.readouterr())
+        return 50e9  # bytes of temporaries: too many
+
+    monkeypatch.setattr("llama_jax.planning.ahead.topology_devices", lambda topology: [])
+    monkeypatch.setattr("llama_jax.cli.plan_compiled._prepare", lambda: None)
+    monkeypatch.setattr("llama_jax.cli.plan_compiled._attempt", compile_nothing)
+    assert run_program(lambda: main(f"--model llama3-8b --topology v5e:4x4 --compile{more}".split())) == 0
+    assert said == [("", "compiling the step for v5e:4x4, which takes minutes\n")]
+    answer = capsys.readouterr()
+    assert answer.err == ""
+    assert json.loads(answer.out)["compiled"]["temporaries"] == 50e9 if "--json" in more else "compiled" in answer.out
+
+
 def test_it_starts_without_jax():
     begin = time.perf_counter()
     code = "import sys; from llama_jax.cli.plan import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
@@ -149,7 +184,30 @@ def test_it_starts_without_jax():
     assert time.perf_counter() - begin < 30
 
 
-@pytest.mark.parametrize("words", [["--quantize", "int8"], ["--batch", "4"], ["--cache-dtype", "int8"]])
+def refusal(capsys, arguments: str) -> str:
+    assert run_program(lambda: main(arguments.split())) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    return error
+
+
+@pytest.mark.parametrize("words", [
+    "--quantize int8", "--batch 4", "--cache-dtype int8", "--cache-dtype bfloat16", "--cache-dtype=bfloat16",
+])  # fmt: skip
 def test_choices_of_decoding_are_refused_beside_a_training(capsys, words):
-    assert run_program(lambda: main(["--model", "llama3.2-1b", "--topology", "h100:1", *words])) == 2
-    assert f"{words[0]} given without --decode" in capsys.readouterr().err
+    name = words.replace("=", " ").split()[0]
+    assert f"{name} given without --decode" in refusal(capsys, f"--model llama3.2-1b --topology h100:1 {words}")
+
+
+@pytest.mark.parametrize("words", [
+    "--batch-tokens 4M", "--tokens 15T", "--microbatches 1", "--data.accumulation 2", "--remat auto", "--compute.remat=full",
+    "--optimizer adamw", "--optimizer.name lion", "--moment-dtype float32", "--optimizer.moments_dtype bfloat16",
+    "--param-dtype float32", "--optimizer.param_dtype bfloat16", "--loss-chunk 2048", "--compute.loss_chunk 1024",
+    "--rank 8", "--adapter.rank 8", "--base int8", "--adapter.base bfloat16",
+])  # fmt: skip
+def test_choices_of_a_training_are_refused_beside_decoding(capsys, words):
+    """Also where they say what holds by default."""
+    name = words.replace("=", " ").split()[0]
+    decoding = "--model llama3.2-1b --topology h100:1 --batch 2 --length 512 --decode"
+    assert f"{name} given beside --decode" in refusal(capsys, f"{decoding} {words}")
+    assert f"{name} given beside --decode" in refusal(capsys, f"{words} {decoding}")

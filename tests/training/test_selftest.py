@@ -23,6 +23,7 @@ def test_the_program_passes_and_says_so(capsys):
     found = [json.loads(line) for line in out.splitlines()]
     assert [case["group"] for case in found] == ["mesh"] * 5 + ["resume"]  # tensor, context gathered and ring, fsdp, data
     assert all(case["ok"] for case in found)
+    assert "about a minute on one device" in err.splitlines()[0]
     assert "6 of 6 within their bounds" in err
 
 
@@ -81,6 +82,12 @@ def test_documents_alone_are_the_same_documents():
     pairs = lambda batch: sorted(zip(batch.tokens[batch.weights > 0], batch.targets[batch.weights > 0]))  # noqa: E731
     assert pairs(single) == pairs(packed)
     assert set(np.unique(single.documents)) == {0, 1}
+
+
+def test_the_help_says_how_long_it_takes(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "about a minute on one device" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
