@@ -15,12 +15,13 @@ from llama_jax.cli.plan_text import decode_lines, training_lines
 from llama_jax.cli.writing import as_json, note, prepare_output
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.model.remat import LADDER
 from llama_jax.planning.chips import CHIPS, Topology, parse_topology
 from llama_jax.planning.decode import make_decode_plan
 from llama_jax.planning.flags import TRAIN_KEYS
 from llama_jax.planning.job import OPTIMIZERS, Job, MeshSizes, parse_mesh
-from llama_jax.planning.of_config import first_fitting_remat, job_of
-from llama_jax.planning.plan import best_remat, make_plan
+from llama_jax.planning.of_config import first_fitting_remat, job_of, remat_candidates
+from llama_jax.planning.plan import Plan, best_remat, make_plan
 from llama_jax.planning.search import outlook
 from llama_jax.presets import preset
 from llama_jax.training.config import ComputeConfig, TrainConfig
@@ -199,6 +200,19 @@ def _decoding(options: argparse.Namespace, config: LlamaConfig, topology: Topolo
     return rows + more, figures | {"compiled": compiled}
 
 
+def compiled_in_turn(job: Job, auto: bool, config: TrainConfig | None) -> list[Plan]:
+    """The plans to compile until one fits: for `remat: auto` every setting that it may stand for, else the one.
+
+    Args:
+      job: whose `remat` is what `auto` stands for by closed form.
+      auto: whether it was to be found.
+      config: of the run, where there is one: then those that `train.py` tries, else `job` and what keeps less.
+    """
+    below = LADDER[LADDER.index(job.remat) :] if auto else ()
+    remats = below if config is None else remat_candidates(job) if auto else ()
+    return [make_plan(dataclasses.replace(job, remat=remat)) for remat in remats or (job.remat,)]
+
+
 def _training(options: argparse.Namespace, name: str, job: Job, config: TrainConfig | None = None) -> tuple[list, dict]:
     plan = make_plan(job)
     around = outlook(plan)
@@ -206,7 +220,8 @@ def _training(options: argparse.Namespace, name: str, job: Job, config: TrainCon
     rows, figures = training_lines(name, *given), training_json(*given)
     if not options.compile:
         return rows, figures
-    more, compiled = compiled_training(plan, config)
+    auto = (options.remat if config is None else config.compute.remat) == "auto"
+    more, compiled = compiled_training(compiled_in_turn(job, auto, config), config)
     return rows + more, figures | {"compiled": compiled}
 
 

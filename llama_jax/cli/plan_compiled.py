@@ -1,8 +1,9 @@
 """`plan --compile`: the step compiled for chips that are not here, in words and as JSON."""
 
+import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llama_jax.cli.plan_json import remedies_json
@@ -12,6 +13,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.planning.chips import Topology
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.hlo import sizes
+from llama_jax.planning.job import Job
+from llama_jax.planning.of_config import leaves_room
 from llama_jax.planning.plan import Plan
 from llama_jax.planning.ruler import CALIBRATION, Prediction, predict_round
 from llama_jax.planning.search import outlook
@@ -25,25 +28,45 @@ _SHOWN = 3  # copies that are told one by one
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compiled_training(plan: Plan, config: TrainConfig | None) -> tuple[Rows, dict]:
-    """Compiles the training step of a plan; rows of text, and the same as figures.
+def compiled_training(plans: Sequence[Plan], config: TrainConfig | None) -> tuple[Rows, dict]:
+    """Compiles the training steps of plans in turn until one leaves 5 % of the memory; rows of text, and the same as figures.
 
     Args:
-      plan: in closed form.
+      plans: in closed form: one, or those of the settings that `remat: auto` may stand for.
       config: of the run, where there is one: the step is then the one that `train.py` would run.
 
     Raises:
       InputError: for what cannot be compiled here.
     """
     _prepare()
-    from llama_jax.planning.ahead import compile_config, compile_training, require_whole
+    from llama_jax.planning.ahead import require_whole
 
-    job = plan.job
-    require_whole(job)
-    _announce(job.topology)
-    step = _attempt(lambda: compile_training(job) if config is None else compile_config(config, job))
+    require_whole(plans[0].job)
+    _announce(plans[0].job.topology)
+    tried: Rows = []
+    for plan, following in itertools.zip_longest(plans, plans[1:]):
+        step = _compile(plan.job, config)
+        needed = _state(plan) + step if isinstance(step, float) else step.arguments + step.temporaries
+        if following is None or leaves_room(needed, plan.limit):
+            break
+        words = f"remat {plan.job.remat} takes {gb(needed)} of {gb(plan.limit)} a chip; {following.job.remat} is next"
+        tried.append(("compiled", words))
+    tried += [("remat", f"{plan.job.remat}, as compiled")] if len(plans) > 1 else []
+    rows, figures = _told(plan, step)
+    return tried + rows, {"remat": plan.job.remat, **figures}
+
+
+def _compile(job: Job, config: TrainConfig | None) -> "Compiled | float":
+    from llama_jax.planning.ahead import compile_config, compile_training
+
+    return _attempt(lambda: compile_training(job) if config is None else compile_config(config, job))
+
+
+def _told(plan: Plan, step: "Compiled | float") -> tuple[Rows, dict]:
+    """What the compiler made of a plan."""
     if isinstance(step, float):
         return _too_large(plan, step)
+    job = plan.job
     rows, figures = _memory(step, plan.limit, "state and batch", plan.memory.total)
     if not figures["fits"]:
         more, remedies = _instead(plan, figures["total"])
@@ -144,9 +167,13 @@ def _memory(step: "Compiled", limit: float, what: str, closed: float) -> tuple[R
     ], figures
 
 
+def _state(plan: Plan) -> float:
+    return plan.memory.parameters + plan.memory.optimizer
+
+
 def _too_large(plan: Plan, temporaries: float) -> tuple[Rows, dict]:
     """A step that the compiler gave up: its temporaries are known, its state in closed form."""
-    state = plan.memory.parameters + plan.memory.optimizer
+    state = _state(plan)
     total = state + temporaries
     row = ("compiled", f"does not fit: {gb(state)} of state + {gb(temporaries)} of temporaries = "
                        f"{gb(total)}; a chip has {gb(plan.limit)}")  # fmt: skip

@@ -158,6 +158,34 @@ def test_without_the_compiler_for_tpus_it_says_what_to_install(capsys, more):
     assert captured.err.count("\n") == 1
 
 
+@pytest.fixture
+def pretended(monkeypatch):
+    """The bytes of temporaries that a compiler says are too many, one program after the other."""
+    found: list[float] = []
+    monkeypatch.setattr("llama_jax.planning.ahead.topology_devices", lambda topology: [])
+    monkeypatch.setattr("llama_jax.cli.plan_compiled._prepare", lambda: None)
+    monkeypatch.setattr("llama_jax.cli.plan_compiled._attempt", lambda compile_step: found.pop(0))
+    return found
+
+
+def test_remat_auto_is_what_fits_as_compiled(capsys, pretended):
+    """As `train.py` decides: the settings that may fit in turn, the last of all as it comes."""
+    line = "--model llama3-8b --topology v5p:4x4x4 --batch-tokens 512k --compile"
+    pretended[:] = [120e9, 110e9, 10e9, 10e9]
+    assert run_program(lambda: main(line.split())) == 0
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith(("compiled", "remat "))]
+    assert [row.split()[1:4] for row in rows[-4:-2]] == [["remat", "all", "takes"], ["remat", "no_up", "takes"]]
+    assert rows[-4].endswith("of 102.8 GB a chip; no_up is next")
+    assert rows[-2].split() == ["remat", "attention,", "as", "compiled"]
+    pretended[:] = [10e9]
+    assert run_program(lambda: main(f"{line} --remat full --json".split())) == 0
+    assert json.loads(capsys.readouterr().out)["compiled"]["remat"] == "full"
+    pretended[:] = [120e9] * 7
+    assert run_program(lambda: main(f"{line} --json".split())) == 0
+    compiled = json.loads(capsys.readouterr().out)["compiled"]
+    assert (compiled["remat"], compiled["fits"]) == ("full", False)
+
+
 @pytest.mark.parametrize("more", ["", " --json", " --decode", " --decode --json"])
 def test_what_takes_minutes_is_told_before_it_begins_apart_from_the_answer(capsys, monkeypatch, more):
     said = []
