@@ -45,8 +45,8 @@ test-312: $(VENV312)/installed-test ## all that depends on JAX, on Python 3.12 a
 test-tpu: $(VENV312TPU)/installed-test ## what the compiler for TPUs makes of decoding and training; Python 3.12, no TPU needed
 	@$(VENV312TPU)/bin/python -m pytest tests/tpu -m tpu -n $(JOBS) --dist loadfile
 
-presets: $(VENV312TPU)/installed-test ## every config for TPU pods compiled: does it fit its chips? Hours on two cores; FILES=configs/pods/...
-	@$(VENV312TPU)/bin/python benchmarks/tpu_presets.py $(FILES)
+presets: $(VENV312TPU)/installed-test ## every config for TPU pods compiled: does it fit its chips? Hours on two cores (QUICK=--quick: one); FILES=configs/pods/...
+	@$(VENV312TPU)/bin/python benchmarks/tpu_presets.py $(QUICK) $(FILES)
 
 test-gpu: $(VENVGPU)/installed-test ## attention and products on an NVIDIA GPU, and cuDNN's kernel for packed documents
 	@JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false $(VENVGPU)/bin/python -m pytest tests/gpu -m gpu

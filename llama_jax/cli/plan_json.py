@@ -30,8 +30,8 @@ def training_json(plan: Plan, around: Outlook, tokens: int | None, asked: int | 
 def _speed_json(speed: Speed) -> dict:
     return {
         "flops_per_token": speed.flops_per_token, "recomputed": speed.recomputed,
-        "seconds": {"compute_at_peak": speed.compute, "compute": speed.expected_compute, "memory": speed.memory,
-                    "links": speed.links, "network": speed.network, "step": speed.step},
+        "seconds": {"compute_at_peak": speed.compute, "compute": speed.expected_compute, "streams": speed.streams,
+                    "memory": speed.memory, "links": speed.links, "network": speed.network, "step": speed.step},
         "bound": speed.bound, "tokens_per_second": speed.tokens_per_second, "mfu": speed.mfu,
     }  # fmt: skip
 

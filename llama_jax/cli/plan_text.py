@@ -146,12 +146,13 @@ def duration(seconds: float) -> str:
 def _speed_lines(plan: Plan, tokens: int | None) -> Rows:
     speed, chip = plan.speed, plan.job.topology.chip
     rate = speed.tokens_per_second
+    waits = f" and {duration(speed.streams)} of waits for the stream over tensor" if speed.streams else ""
     rule = f"at {chip.share:.1%} of peak" if speed.bound == "compute" else f"by {speed.bound} at nominal bandwidth"
     rows = [
         ("FLOPs", f"{speed.flops_per_token:.4g} a token ({_formula(plan.job)}, causal); "
                   f"{speed.recomputed:.1%} computed again"),
         ("roofline", f"compute {duration(speed.compute)} at peak, {duration(speed.expected_compute)} at {chip.share:.1%} "
-                     f"of it; memory {duration(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
+                     f"of it{waits}; memory {duration(speed.memory)}; {_links(speed)}: bound by {speed.bound}"),
         ("step", f"{duration(speed.step)}: expected, closed form, {rule}"),
         ("speed", f"{rate:,.0f} tokens/s, {rate / speed.chips:,.0f} a chip; causal MFU {speed.mfu:.1%}"),
     ]  # fmt: skip

@@ -23,6 +23,7 @@ class Speed(NamedTuple):
       compute: seconds at the chip's peak.
       expected_compute: seconds at the share of the peak that is to be expected.
       memory: seconds to move weights, activations and state between chip and memory, at its nominal bandwidth.
+      streams: seconds in which the products wait for the stream between blocks to come over `tensor`, at nominal bandwidth.
       links: seconds of all transfers between chips of a slice or node, at nominal bandwidth.
       network: seconds of all transfers between slices or nodes.
       tokens: of the update.
@@ -35,6 +36,7 @@ class Speed(NamedTuple):
     compute: float
     expected_compute: float
     memory: float
+    streams: float
     links: float
     network: float
     tokens: int
@@ -43,13 +45,18 @@ class Speed(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Seconds to be expected: those of the slowest of the four, which work at the same time."""
-        return max(self.expected_compute, self.memory, self.links, self.network)
+        """Seconds to be expected: of the slowest of four that work at the same time, products and their waits being one."""
+        return max(self.expected_compute + self.streams, self.memory, self.links, self.network)
 
     @property
     def bound(self) -> str:
         """Which of the four that is."""
-        times = {"compute": self.expected_compute, "memory": self.memory, "links": self.links, "network": self.network}
+        times = {
+            "compute": self.expected_compute + self.streams,
+            "memory": self.memory,
+            "links": self.links,
+            "network": self.network,
+        }
         return max(times, key=lambda name: times[name])
 
     @property
@@ -85,6 +92,7 @@ def training_speed(job: Job) -> Speed:
         compute=compute,
         expected_compute=compute / chip.share,
         memory=_memory_traffic(job) / chip.bandwidth,
+        streams=_tensor_traffic(job) / (chip.link if job.mesh.tensor <= job.topology.near else chip.network),
         links=near / job.topology.link,
         network=far / chip.network,
         tokens=job.tokens,

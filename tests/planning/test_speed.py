@@ -71,6 +71,19 @@ def test_a_step_is_the_slowest_of_its_parts():
     assert 0.2 < full.recomputed < 1 / 3  # all of the forward pass but `down` and the head
 
 
+def test_products_wait_for_what_comes_over_tensor():
+    """8B over 4 chips: of the stream of 8,192 tokens 3/4, in and out, five times a layer (four in all and one again)."""
+    whole, cut = (
+        training_speed(job("llama3.1-8b", "v5p:4x4x4")),
+        training_speed(job("llama3.1-8b", "v5p:4x4x4", mesh="tensor=4")),
+    )
+    bytes_in = 32 * 5 * 2 * 0.75 * 8192 * 4096 * 2
+    assert whole.streams == 0
+    assert cut.streams == pytest.approx(bytes_in / 180e9, rel=0.01)  # one axis of the torus
+    assert cut.step == cut.expected_compute + cut.streams
+    assert cut.bound == "compute"
+
+
 def test_narrow_chunks_of_the_loss_are_bound_by_memory():
     """A chunk of few tokens reads the head for them alone."""
     wide, narrow = job("llama3.1-8b", "v5p:4x4x4"), job("llama3.1-8b", "v5p:4x4x4", loss_chunk=1)
