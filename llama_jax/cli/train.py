@@ -131,17 +131,19 @@ def _train(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, started: 
     aside = Aside(sys.stderr, f"process {hosts.process}: ")
     display: Display = open_display(sys.stdout, interactive) if hosts.first else aside
     rows: dict[str, str] = {}
+    tried = with_remat(config, remats[0])
     try:
-        run = Run(with_remat(config, remats[0]), display, hosts)
+        run = Run(tried, display, hosts)
         remat = first_that_fits(run.config, remats, hosts, display.event)  # all is checked, compiling may take minutes
         if remat != remats[0]:
-            run = Run(with_remat(config, remat), display, hosts)
+            tried = with_remat(config, remat)
+            run = Run(tried, display, hosts)
         hosts.first_does("config", lambda: write_config(run.config, directory / RUN_CONFIG))
         summary = run.train(stop)
         rows = summary_lines(summary, time.monotonic() - started)
         stop.close()
     except RuntimeError as error:  # the runtime's own errors are of this kind
-        lines = memory_lines(run.config, error)
+        lines = memory_lines(tried, error)
         if not lines:
             raise
         raise DeviceMemoryError(*lines) from None
