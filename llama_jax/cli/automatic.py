@@ -10,10 +10,12 @@ from pathlib import Path
 from llama_jax.cli.arguments import parse_train
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
-from llama_jax.planning.advice import is_out_of_memory
 from llama_jax.planning.job import Job
 from llama_jax.planning.of_config import devices_of, job_of, leaves_room, remat_candidates
 from llama_jax.training.config import TrainConfig
+
+# Seconds that the processes wait for each other's compilation: one may have found the program in its cache, others not.
+_COMPILING = 4 * 3600.0
 
 
 def job_here(config: TrainConfig) -> tuple[Job, float | None]:
@@ -67,30 +69,40 @@ def first_that_fits(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, 
     for remat, following in itertools.pairwise(remats):
         tried = with_remat(config, remat)
         job, memory = job_here(tried)
-        limit, needed = memory or job.topology.chip.memory, compiled_bytes(tried)
-        if "no" not in hosts.gather(f"remat {remat}", "yes" if leaves_room(needed, limit) else "no"):
+        figures = f"{compiled_bytes(tried)} {memory or job.topology.chip.memory}"
+        everywhere = [tuple(map(float, words.split())) for words in hosts.gather(f"remat {remat}", figures, _COMPILING)]
+        needed, limit = max(everywhere, key=lambda each: each[0] / each[1])
+        if leaves_room(needed, limit):
             return remat
-        takes = f"takes {needed / 1e9:.1f} of" if math.isfinite(needed) else "does not fit into the"
-        say(f"remat {remat}: the compiled step {takes} {limit / 1e9:.1f} GB of a device; {following} is next")
+        if math.isfinite(needed):
+            takes = f"takes {needed / 1e9:.1f} of {limit / 1e9:.1f} GB of a device, more than 95 %"
+        else:
+            takes = f"does not fit into the {limit / 1e9:.1f} GB of a device"
+        say(f"remat {remat}: the compiled step {takes}; {following} is next")
     return remats[-1]
 
 
 def compiled_bytes(config: TrainConfig) -> float:
-    """Bytes that the compiled step of a run needs on one of the devices at hand; infinite where the compiler gives it up."""
+    """Bytes that the compiled step of a run needs on one of the devices at hand; infinite where the compiler gives it up.
+
+    The step is that of the run's largest batch: what several micro-batches are added up in takes memory, too.
+    """
     import jax
 
+    from llama_jax.data.steps import Steps
+    from llama_jax.planning.ahead import too_large
     from llama_jax.training.config_data import micro_rows
     from llama_jax.training.setup import frozen_shapes, make_recipe, run_mesh
     from llama_jax.training.step import lowered_step
 
-    recipe, mesh = make_recipe(config), run_mesh(config)
-    shape = (config.data.accumulation, micro_rows(config.data), config.data.length)
-    lowered = lowered_step(recipe, mesh, shape, *frozen_shapes(config, recipe, mesh))
+    recipe, mesh, rows = make_recipe(config), run_mesh(config), micro_rows(config.data)
+    most = Steps(config.data.batch_rows, config.data.batch_ramp, config.data.skip_steps).most_rows
+    lowered = lowered_step(recipe, mesh, (most // rows, rows, config.data.length), *frozen_shapes(config, recipe, mesh))
     try:
         with jax.set_mesh(mesh):
             memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(str(error)):
+        if too_large(error) is None:
             raise
         return math.inf
     assert memory is not None

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _ESTIMATE = "from the compiler's own estimates, not measured"
 _SHOWN = 3  # copies that are told one by one
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def compiled_training(plans: Sequence[Plan], config: TrainConfig | None) -> tuple[Rows, dict]:
@@ -49,7 +48,8 @@ def compiled_training(plans: Sequence[Plan], config: TrainConfig | None) -> tupl
         needed = _state(plan) + step if isinstance(step, float) else step.arguments + step.temporaries
         if following is None or leaves_room(needed, plan.limit):
             break
-        words = f"remat {plan.job.remat} takes {gb(needed)} of {gb(plan.limit)} a chip; {following.job.remat} is next"
+        takes = f"remat {plan.job.remat} takes {gb(needed)} of {gb(plan.limit)} a chip, more than 95 %"
+        words = f"{takes}; {following.job.remat} is next"
         tried.append(("compiled", words))
     tried += [("remat", f"{plan.job.remat}, as compiled")] if len(plans) > 1 else []
     rows, figures = _told(plan, step)
@@ -144,14 +144,16 @@ def _attempt(compile_step: Callable[[], "Compiled"]) -> "Compiled | float":
     """The compiled step; or bytes of its temporaries, where the compiler says that they are too many."""
     import jax
 
+    from llama_jax.planning.ahead import too_large
+
     jax.config.update("jax_enable_compilation_cache", False)  # it could be written, but not read without a device
     try:
         return compile_step()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        temporaries = too_large(error)
+        if temporaries is None:
             raise
-        return float(found[1]) * _UNITS[found[2]]
+        return temporaries
 
 
 def _memory(step: "Compiled", limit: float, what: str, closed: float) -> tuple[Rows, dict]:

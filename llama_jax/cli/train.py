@@ -131,19 +131,21 @@ def _train(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, started: 
     aside = Aside(sys.stderr, f"process {hosts.process}: ")
     display: Display = open_display(sys.stdout, interactive) if hosts.first else aside
     rows: dict[str, str] = {}
-    tried = with_remat(config, remats[0])
+    run: Run | None = None
+
+    def settle(config: TrainConfig) -> TrainConfig:
+        """The config with the setting of remat that fits, written down."""
+        settled = with_remat(config, first_that_fits(config, remats, hosts, display.event))
+        hosts.first_does("config", lambda: write_config(settled, directory / RUN_CONFIG))
+        return settled
+
     try:
-        run = Run(tried, display, hosts)
-        remat = first_that_fits(run.config, remats, hosts, display.event)  # all is checked, compiling may take minutes
-        if remat != remats[0]:
-            tried = with_remat(config, remat)
-            run = Run(tried, display, hosts)
-        hosts.first_does("config", lambda: write_config(run.config, directory / RUN_CONFIG))
-        summary = run.train(stop)
+        run = Run(with_remat(config, remats[0]), display, hosts)
+        summary = run.train(stop, settle)
         rows = summary_lines(summary, time.monotonic() - started)
         stop.close()
     except RuntimeError as error:  # the runtime's own errors are of this kind
-        lines = memory_lines(tried, error)
+        lines = memory_lines(run.config if run else with_remat(config, remats[0]), error)
         if not lines:
             raise
         raise DeviceMemoryError(*lines) from None

@@ -56,28 +56,29 @@ class Hosts:
         self._store, self._seconds = store, seconds
         self._met: collections.Counter[str] = collections.Counter()  # meetings by name: all hold them in the same order
 
-    def gather(self, name: str, value: str) -> list[str]:
+    def gather(self, name: str, value: str, seconds: float | None = None) -> list[str]:
         """What every process says, by its number; all get the same.
 
         Args:
           name: of this meeting, the same for all.
           value: what this process says.
+          seconds: that one waits for the others here; what `Hosts` was given by default.
 
         Raises:
           AgreedStop: if another process has failed; if one does not come in time, with its number.
         """
         if self.count == 1:
             return [value]
-        name = self._meeting(name)
+        name, seconds = self._meeting(name), seconds or self._seconds
         self._set(f"{name}/{self.process}", value)
         if self.first:  # asks everyone, and tells everyone: n + n requests instead of n * n
-            end = time.monotonic() + self._seconds
+            end = time.monotonic() + seconds
             said = [self._get(f"{name}/{number}", end) for number in range(self.count)]
             missing = [number for number, words in enumerate(said) if words is None]
             if missing:
-                self.fail(f"{numbers(missing, self.count)} did not come to {name!r} within {self._seconds:g} s")
+                self.fail(f"{numbers(missing, self.count)} did not come to {name!r} within {seconds:g} s")
             self._set(f"{name}/all", json.dumps(said))
-        return json.loads(self._hear(f"{name}/all"))
+        return json.loads(self._hear(f"{name}/all", seconds))
 
     def agree(self, name: str, value: str) -> str:
         """What process 0 says; arguments and errors as for `gather`."""
@@ -133,11 +134,12 @@ class Hosts:
             if key != _FAILED or "ALREADY_EXISTS" not in str(error):  # two that fail at once: the first is heard
                 raise
 
-    def _hear(self, key: str) -> str:
+    def _hear(self, key: str, seconds: float | None = None) -> str:
         """A value, waited for; the failure of another process in its place."""
-        value = self._get(key, time.monotonic() + self._seconds + _GRACE)
+        seconds = seconds or self._seconds
+        value = self._get(key, time.monotonic() + seconds + _GRACE)
         if value is None:
-            raise AgreedStop(f"process 0 did not come to {key!r} within {self._seconds:g} s")
+            raise AgreedStop(f"process 0 did not come to {key!r} within {seconds:g} s")
         return value
 
     def _get(self, key: str, end: float) -> str | None:

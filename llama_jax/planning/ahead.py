@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
 from llama_jax.training.setup import make_recipe
 from llama_jax.training.step import Recipe, lowered_step
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Compiled(NamedTuple):
@@ -143,6 +146,14 @@ def timed_compile(
         flops,
         text,
     )
+
+
+def too_large(error: Exception) -> float | None:
+    """Bytes of temporaries, where an error of the compiler says that the memory of a device does not hold them; else `None`."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        return None
+    return float(found[1]) * _UNITS[found[2]]
 
 
 def require_whole(job: Job) -> None:

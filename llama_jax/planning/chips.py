@@ -120,6 +120,11 @@ class Topology(NamedTuple):
         rings = [1.0 if size % self.chip.ring == 0 else 0.5 for size in self.shape if size > 1]
         return self.chip.link * max(sum(rings), 0.5)
 
+    def along(self, count: int) -> float:
+        """Bytes a second that a chip takes in from so many neighbours in a row: one way only, unless they are a whole ring."""
+        is_ring = not self.chip.axes or (count in self.shape and count % self.chip.ring == 0)
+        return self.chip.link * (1.0 if is_ring else 0.5)
+
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip with a `device_kind` of JAX; `None` for one that is not in the table.

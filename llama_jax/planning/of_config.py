@@ -71,7 +71,7 @@ def remat_candidates(job: Job, memory: float | None = None, before: str | None =
     """What `compute.remat: auto` may stand for, in the order in which to ask the compiler; the last need not be asked.
 
     What the run has had before, then the rungs that fit by the closed form, into the whole memory: it may be some percent too
-    large. Where the memory is not known, what was before, else `full`.
+    large. `full` is always the last. Where the memory is not known, what was before, else `full`.
 
     Args:
       job: the training.
@@ -82,7 +82,8 @@ def remat_candidates(job: Job, memory: float | None = None, before: str | None =
     if not limit:
         return (before or LADDER[-1],)
     fitting = [remat for remat in (*earlier, *LADDER) if make_plan(dataclasses.replace(job, remat=remat), limit).fits]
-    return tuple(dict.fromkeys((*fitting, LADDER[-1])))
+    once = list(dict.fromkeys((*fitting, LADDER[-1])))
+    return tuple(once[: once.index(LADDER[-1]) + 1])
 
 
 def leaves_room(needed: float, limit: float) -> bool:

@@ -92,13 +92,19 @@ def training_speed(job: Job) -> Speed:
         compute=compute,
         expected_compute=compute / chip.share,
         memory=_memory_traffic(job) / chip.bandwidth,
-        streams=_tensor_traffic(job) / (chip.link if job.mesh.tensor <= job.topology.near else chip.network),
+        streams=_tensor_traffic(job) / _along_tensor(job),
         links=near / job.topology.link,
         network=far / chip.network,
         tokens=job.tokens,
         chips=chips,
         peak=chip.peak,
     )
+
+
+def _along_tensor(job: Job) -> float:
+    """Bytes a second that a chip takes in from those that share a layer's products with it."""
+    ways, topology = job.mesh.tensor, job.topology
+    return topology.along(ways) if ways <= topology.near else topology.chip.network
 
 
 def _memory_traffic(job: Job) -> float:

@@ -71,7 +71,7 @@ class Run:
         self.hosts = hosts = hosts or Hosts()
         self.directory = Path(config.run.dir)
         self.mesh = run_mesh(config)
-        self.recipe = make_recipe(config)
+        make_recipe(config)  # refuses what cannot be run here, before anything is read
         require_vocabulary(config)
         require_trackers(config.run.trackers)
         hosts.first_does("directory", lambda: make_directory(self.directory))
@@ -91,23 +91,33 @@ class Run:
         self.batches = make_batches(self.data, config.data)
         require_fitting_objective(config, self.batches.unit)
         self._corpus_losses: dict[str, float | int | None] = {}  # of the last evaluation, where there are several corpora
-        self._samples = Samples(config.run, self.recipe.model, self.mesh, self.data.tokenizer_path, display.event)
-        self._evaluator = batch_evaluator(self.recipe.model, self.recipe.loss_chunk)
+        self._take(config)
 
-    def train(self, should_stop: Stop = lambda step: False) -> Summary:
+    def _take(self, config: TrainConfig) -> None:
+        """Builds what depends on how the model is run."""
+        self.config, self.recipe = config, make_recipe(config)
+        model, mesh = self.recipe.model, self.mesh
+        self._samples = Samples(config.run, model, mesh, self.data.tokenizer_path, self.display.event)
+        self._evaluator = batch_evaluator(model, self.recipe.loss_chunk)
+
+    def train(
+        self, should_stop: Stop = lambda step: False, settle: Callable[[TrainConfig], TrainConfig] = lambda config: config
+    ) -> Summary:
         """Trains until `run.steps` updates are done in all, from the newest checkpoint of the directory if there is one.
 
         Args:
           should_stop: asked after every update; when it says so, the state is saved and the run ends early.
+          settle: asked once, with the state in its place and nobody else in the directory, for the config with which to go
+            on; what differs may be how the model is run, such as `compute.remat`.
 
         Raises:
           InputError: if another process trains in the directory.
         """
         with contextlib.ExitStack() as held:
             self.hosts.first_does("lock", lambda: held.enter_context(only_run(self.directory)))
-            return self._train(should_stop)
+            return self._train(should_stop, settle)
 
-    def _train(self, should_stop: Stop) -> Summary:
+    def _train(self, should_stop: Stop, settle: Callable[[TrainConfig], TrainConfig]) -> Summary:
         config, mesh = self.config, self.mesh
         self.hosts.first_does("files", self._write_files)
         unigram = unigram_cross_entropy(self.data.train, list(self.data.held_out.values()))
@@ -118,10 +128,12 @@ class Run:
             frozen = frozen_base(config, self.recipe, mesh)
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
-            self.display.start(self._heading(first, unigram), config.run.steps)
-            self._samples.begin(first)
             kinds = [device.device_kind for device in mesh.devices.flat]
             books = Books(config, lambda step: self.batches.tokens_before(step), kinds, first, say, self.hosts.first)
+            with books.clock("compile"):
+                self._take(settle(config))
+            self.display.start(self._heading(first, unigram), config.run.steps)
+            self._samples.begin(first)
             saver = Saver(checkpoints, self.directory, config.run.checkpoint_every, self._saved_metadata, say)
             with books.watchdog:
                 state, evaluation = self._steps(state, frozen, checkpoints, saver, books, should_stop)

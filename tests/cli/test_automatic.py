@@ -1,7 +1,7 @@
 """`compute.remat: auto`: resolved before the run, told in its heading, kept in its config; on accelerators by the plan."""
 
 import dataclasses
-import math
+import json
 import pathlib
 import types
 
@@ -12,12 +12,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import tiny_config, write_corpus, write_yaml
 
 from llama_jax.cli import automatic
-from llama_jax.cli.automatic import candidates, first_that_fits, with_remat
+from llama_jax.cli.automatic import candidates, compiled_bytes, first_that_fits, with_remat
 from llama_jax.cli.train import main, write_config
 from llama_jax.data.batch import empty_batch
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.presets import preset
+from llama_jax.training import step
 from llama_jax.training.config import ComputeConfig, MeshConfig, RunConfig, TrainConfig
 from llama_jax.training.config_data import DataConfig
 from llama_jax.training.config_method import AdapterConfig
@@ -126,16 +127,44 @@ def test_the_compiled_step_decides_what_fits(small_devices, tmp_path):
 def test_one_process_that_lacks_memory_decides_for_all(small_devices, tmp_path, monkeypatch):
     config = small_config(tmp_path / "run", tmp_path)
     small_devices["bytes"] = 1e12
-    monkeypatch.setattr(Hosts, "gather", lambda self, name, value: [value, "no" if name == "remat none" else "yes"])
-    assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), lambda line: None) == "outputs"
+    monkeypatch.setattr(Hosts, "gather", lambda self, name, value, seconds: [value, other[name]])
+    other, said = {"remat none": "60e9 61e9", "remat outputs": "50e9 61e9"}, []
+    assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == "outputs"
+    assert said == ["remat none: the compiled step takes 60.0 of 61.0 GB of a device, more than 95 %; outputs is next"]
+
+
+class Refused:
+    """A program that the compiler gives up with some words."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def compile(self) -> None:
+        raise jax.errors.JaxRuntimeError(self.words)
 
 
 def test_a_step_that_the_compiler_gives_up_does_not_fit(small_devices, tmp_path, monkeypatch):
-    config, said = small_config(tmp_path / "run", tmp_path), []
+    config, said, lowered = small_config(tmp_path / "run", tmp_path), [], step.lowered_step
     small_devices["bytes"] = 1e12
-    monkeypatch.setattr(automatic, "compiled_bytes", lambda config: math.inf if config.compute.remat == "none" else 1.0)
+    words = "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (26.46G) exceeds available HBM (15.75G)."
+
+    def lower(recipe, *given):
+        return Refused(words) if recipe.model.options.remat == "none" else lowered(recipe, *given)
+
+    monkeypatch.setattr(step, "lowered_step", lower)
     assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == "outputs"
     assert said == ["remat none: the compiled step does not fit into the 1000.0 GB of a device; outputs is next"]
+    words = "RESOURCE_EXHAUSTED: a kernel wants more memory of the chip than it may have"  # is no reason to keep less
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel wants"):
+        first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append)
+
+
+def test_the_largest_batch_of_a_ramp_counts(tmp_path):
+    """Several micro-batches are added up in float32, one is not."""
+    config = small_config(tmp_path / "run", tmp_path)
+    growing = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_ramp=((5, 16),)))
+    large = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_rows=16, accumulation=2))
+    assert compiled_bytes(growing) == compiled_bytes(large) > compiled_bytes(config)
 
 
 def test_a_run_takes_what_fits_and_finds_its_program_compiled(small_devices, tmp_path, monkeypatch, capsys):
@@ -157,6 +186,8 @@ def test_a_run_takes_what_fits_and_finds_its_program_compiled(small_devices, tmp
     assert next(line for line in lines if line.startswith("model ")).endswith("float32 compute, remat outputs")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compute"]["remat"] == "outputs"
     assert len(list(cache.glob("jit_step-*-cache"))) == 2  # of none and of outputs; no third one
+    first = (tmp_path / "run" / "goodput.jsonl").read_text().splitlines()[1]
+    assert json.loads(first)["seconds"]["compile"] > 0  # what was compiled before the first update is booked
 
 
 @pytest.mark.parametrize("base", ["auto", "float32", "int8"])

@@ -175,7 +175,7 @@ def test_remat_auto_is_what_fits_as_compiled(capsys, pretended):
     assert run_program(lambda: main(line.split())) == 0
     rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith(("compiled", "remat "))]
     assert [row.split()[1:4] for row in rows[-4:-2]] == [["remat", "all", "takes"], ["remat", "no_up", "takes"]]
-    assert rows[-4].endswith("of 102.8 GB a chip; no_up is next")
+    assert rows[-4].endswith("of 102.8 GB a chip, more than 95 %; no_up is next")
     assert rows[-2].split() == ["remat", "attention,", "as", "compiled"]
     pretended[:] = [10e9]
     assert run_program(lambda: main(f"{line} --remat full --json".split())) == 0

@@ -82,6 +82,8 @@ def test_products_wait_for_what_comes_over_tensor():
     assert cut.streams == pytest.approx(bytes_in / 180e9, rel=0.01)  # one axis of the torus
     assert cut.step == cut.expected_compute + cut.streams
     assert cut.bound == "compute"
+    line = training_speed(job("llama3.1-8b", "v5e:16x16", mesh="tensor=4"))
+    assert line.streams == pytest.approx(bytes_in / 45e9, rel=0.01)  # four of sixteen in a row: one way
 
 
 def test_narrow_chunks_of_the_loss_are_bound_by_memory():
