@@ -1,7 +1,7 @@
 """Memory of one chip in a training step, part by part, in closed form.
 
 What the compiler needs beyond what is kept was fitted to what XLA says of compiled steps (see `tests/planning/test_memory.py`):
-of 8B, 70B and 405B for TPUs, where the closed form lies 6 % below (with micro-batches) to 5 % above, and of a small model for
+of 8B, 70B and 405B for TPUs (of the configs for pods it lies 16 % below to 7 % above: `docs/pods.md`), and of a small model for
 CPUs; for GPUs to one training that was seen and to what another asked for (`benchmarks/results/gpu_h200.txt`).
 """
 
@@ -13,7 +13,7 @@ from llama_jax.planning.remat import all_saved_bytes, recomputed_bytes, score_by
 from llama_jax.planning.state import frozen_bytes, optimizer_bytes, parameter_bytes, trained_arrays, trained_size
 
 ACCURACY = (
-    "6 % below to 5 % above what XLA reports of compiled TPU steps of 8B, 70B and 405B, 12 % below of one of 1B; "
+    "within 7 % of what XLA reports of most compiled TPU steps, up to 16 % below on v5e; "
     "within 10 % of small ones on CPUs; "
     "GPUs: fitted to one training that was seen and what another asked for, within 4 % of both; fragmentation is not modelled"
 )
