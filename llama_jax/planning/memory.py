@@ -1,8 +1,8 @@
 """Memory of one chip in a training step, part by part, in closed form.
 
 What the compiler needs beyond what is kept was fitted to what XLA says of compiled steps (see `tests/planning/test_memory.py`):
-of 8B, 70B and 405B for TPUs (of the configs for pods it lies 16 % below to 10 % above: `docs/pods.md`), and of a small model for
-CPUs; for GPUs to one training that was seen and to what another asked for (`benchmarks/results/gpu_h200.txt`).
+of 8B, 70B and 405B for TPUs (of the configs for pods it lies 16 % below to 10 % above: `docs/pods.md`), and of a small model
+for CPUs; for GPUs to one training that was seen and to what another asked for (`benchmarks/results/gpu_h200.txt`).
 """
 
 from typing import NamedTuple
