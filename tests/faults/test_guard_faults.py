@@ -348,7 +348,7 @@ def test_a_copy_that_differs_in_one_bit_is_named_with_its_device(state, number):
     attention = params["layers"]["attention"]
     layers = {**params["layers"], "attention": {**attention, "wo": perturbed(attention["wo"], device)}}
     (found,) = differing_replicas({**params, "layers": layers}, mesh)
-    partner = mesh.devices[1 - number // 2, number % 2, 0]
+    partner = mesh.devices[1 - number // 2, number % 2, 0, 0]
     assert found.path == "layers/attention/wo"
     assert {*found.devices, *found.others} == {device, partner}
 
