@@ -6,7 +6,7 @@ The topology stands in the first comment of a file, in the command of the plan. 
 are predictions from its estimates (`llama_jax/planning/ruler.py`). Ends with status 1 if a step does not fit or does not
 compile. Needs the extra `tpu`; on two cores a config takes minutes, whatever its depth, as layers are one body of a loop. With
 --quick kernels are given the memory that the compiler gives them by default, and attention goes by smaller blocks: compiled in
-a third of the time, for the same memory of the chip; the predicted times are longer than those of a run.
+a third of the time, for nearly the same memory of the chip; the predicted times are longer than those of a run.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Configs for TPU pods, compiled.")
     parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--layers", type=int, default=0, help="of the model; 0 for all")
-    parser.add_argument("--quick", action="store_true", help="smaller kernels: the same memory, times longer than a run's")
+    parser.add_argument("--quick", action="store_true", help="smaller kernels: nearly the same memory, times longer than a run's")
     options = parser.parse_args()
     print(heading("libtpu"))
     depth = f"{options.layers} layers of each model" if options.layers else "whole models"
