@@ -94,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Configs for TPU pods, compiled.")
     parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--layers", type=int, default=0, help="of the model; 0 for all")
-    parser.add_argument("--quick", action="store_true", help="smaller kernels: nearly the same memory, times longer than a run's")
+    parser.add_argument("--quick", action="store_true", help="smaller kernels: about the same memory, longer times")
     options = parser.parse_args()
     print(heading("libtpu"))
     depth = f"{options.layers} layers of each model" if options.layers else "whole models"
