@@ -16,6 +16,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import importlib.util  # noqa: E402
 
 import pytest  # noqa: E402
+from matrix import ALL  # noqa: E402
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is marked `slow`, unless everything is asked for (`make test-all`)."""
+    slow = [] if ALL else [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(autouse=True, scope="module")
