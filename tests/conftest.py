@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 # Before jax is imported: virtual devices for the mesh tests, and a cache of compiled programs that outlives the session.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,9 @@ _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that: those of the tests hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import importlib.util  # noqa: E402
 

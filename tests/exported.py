@@ -24,9 +24,9 @@ def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
 def expected_tensors(params) -> dict[str, np.ndarray]:
     """A parameter tree under transformers' names, `[out, in]`."""
     tensors = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(unstack(params))[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(unstack(jax.device_get(params)))[0]:
         names = tuple(part.key for part in path)
-        tensors[torch_name(names)] = np.asarray(leaf).T if leaf.ndim == 2 and names[0] != "embedding" else np.asarray(leaf)
+        tensors[torch_name(names)] = leaf.T if leaf.ndim == 2 and names[0] != "embedding" else leaf
     return tensors
 
 

@@ -37,7 +37,7 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
 def _tensors(params) -> dict[str, np.ndarray]:
     """A parameter tree under transformers' names, `[out, in]`."""
     tensors = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(unstack(params))[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(unstack(jax.device_get(params)))[0]:
         names = tuple(part.key for part in path)
         array = np.asarray(leaf)
         tensors[torch_name(names)] = np.ascontiguousarray(array.T if array.ndim == 2 and names[0] != "embedding" else array)

@@ -6,6 +6,7 @@ import pathlib
 import sys
 import types
 
+import jax
 import numpy as np
 
 from llama_jax.config import LlamaConfig, RopeScaling
@@ -52,6 +53,7 @@ def pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def meta_tensors(config: LlamaConfig, params) -> dict[str, np.ndarray]:
     """A stacked tree under Meta's names, `[out, in]`, in adjacent pairs."""
+    params = jax.device_get(params)
     tensors = {"tok_embeddings.weight": params["embedding"], "norm.weight": params["final_norm"]["scale"]}
     if not config.tied_head:
         tensors["output.weight"] = params["head"].T
@@ -63,13 +65,13 @@ def meta_tensors(config: LlamaConfig, params) -> dict[str, np.ndarray]:
             ("wv", "wv", 0),
             ("wo", "wo", 0),
         ):
-            rows = np.asarray(attention[ours][layer].T)
+            rows = attention[ours][layer].T
             tensors[f"layers.{layer}.attention.{theirs}.weight"] = pairs(rows, heads) if heads else rows
         for ours, theirs in {"gate": "w1", "down": "w2", "up": "w3"}.items():
             tensors[f"layers.{layer}.feed_forward.{theirs}.weight"] = feed_forward[ours][layer].T
         tensors[f"layers.{layer}.attention_norm.weight"] = params["layers"]["attention_norm"]["scale"][layer]
         tensors[f"layers.{layer}.ffn_norm.weight"] = params["layers"]["feed_forward_norm"]["scale"][layer]
-    return {name: np.array(tensor, np.float32) for name, tensor in tensors.items()}
+    return {name: np.array(tensor, np.float32, order="C") for name, tensor in tensors.items()}
 
 
 def part(name: str, tensor: np.ndarray, number: int, count: int, config: LlamaConfig) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""What several tests share: tiny architectures, and the same weights in transformers."""
+"""What several tests share: tiny architectures, the same weights in transformers, and the model written out in float64."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.model.llama import Llama
-from llama_jax.weights.forms import stack
+from llama_jax.weights.forms import unstack
 
 LLAMA3_SCALING = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
 TINY = LlamaConfig(vocab_size=97, dim=48, layers=3, heads=6, kv_heads=2, head_dim=10, ffn_dim=64, norm_eps=1e-5,
@@ -30,20 +32,130 @@ VARIANTS = {
 }
 
 
-def random_parameters(config: LlamaConfig, seed: int = 0, std: float = 0.15):
-    """A stacked tree of weights large enough that every part of the model shows in the logits."""
-    shapes = jax.eval_shape(lambda: Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+@functools.cache
+def _shapes(config: LlamaConfig):
+    return jax.eval_shape(lambda: Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+
+
+def _drawn(config: LlamaConfig, seed: int, std: float):
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         center = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(rng.normal(center, std, leaf.shape), jnp.float32)
+        return rng.normal(center, std, leaf.shape).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, _shapes(config))
+
+
+def random_parameters(config: LlamaConfig, seed: int = 0, std: float = 0.15):
+    """A stacked tree of weights large enough that every part of the model shows in the logits."""
+    return jax.tree.map(jnp.asarray, _drawn(config, seed, std))
+
+
+def unrolled_parameters(config: LlamaConfig, seed: int = 0, std: float = 0.15):
+    """`unstack(random_parameters(...))`, without a compiled program for each slice."""
+    return jax.tree.map(jnp.asarray, unstack(_drawn(config, seed, std)))
+
+
+def shallow(model, layers: int = 1):
+    """What `load` gave, without the later layers."""
+    kept = {name: leaf for name, leaf in model.params.items() if int(name.partition("layers_")[2] or 0) < layers}
+    return model._replace(config=dataclasses.replace(model.config, layers=layers), params=kept)
 
 
 def random_tokens(config: LlamaConfig, shape: tuple[int, ...], seed: int = 0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
+
+
+# --- the model in float64 ---
+
+
+def _frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians a position of each pair of channels; `llama3` pair by pair, as in Meta's llama-models."""
+    plain = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.rope_type == "linear":
+        return plain / scaling.factor
+    found = []
+    for frequency in plain:
+        turns = scaling.original_context * frequency / (2 * np.pi)
+        if turns > scaling.high_freq_factor:
+            found.append(frequency)
+        elif turns < scaling.low_freq_factor:
+            found.append(frequency / scaling.factor)
+        else:
+            smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+            found.append((1 - smooth) * frequency / scaling.factor + smooth * frequency)
+    return np.asarray(found)
+
+
+def _norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def _self_attention(x: np.ndarray, weights, config: LlamaConfig, seen: np.ndarray) -> np.ndarray:
+    def heads(name: str, count: int, turn: bool) -> np.ndarray:
+        """`[B, count, T, H]`; keys and queries as complex numbers turned by their positions."""
+        out = (x @ weights[name]).reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
+        if not turn:
+            return out
+        half = config.head_dim // 2
+        angles = np.arange(x.shape[1])[:, None] * _frequencies(config)
+        turned = (out[..., :half] + 1j * out[..., half:]) * np.exp(1j * angles)
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    group = config.heads // config.kv_heads
+    q, k, v = heads("wq", config.heads, True), heads("wk", config.kv_heads, True), heads("wv", config.kv_heads, False)
+    scores = q @ np.repeat(k, group, 1).swapaxes(2, 3) / np.sqrt(config.head_dim)
+    scores = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0.0)
+    out = scores / scores.sum(-1, keepdims=True) @ np.repeat(v, group, 1)
+    return out.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ weights["wo"]
+
+
+def float64_states(params, inputs, config: LlamaConfig, documents=None) -> np.ndarray:
+    """The residual stream before the first layer and after each layer, in NumPy; `inputs` are tokens or embeddings."""
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), unstack(jax.tree.map(np.asarray, params)))
+    inputs = np.asarray(inputs)
+    x = wide["embedding"][inputs] if inputs.ndim == 2 else inputs.astype(np.float64)
+    length = x.shape[1]
+    seen = np.tril(np.ones((length, length), bool))[None, None]
+    if documents is not None:
+        seen = seen & (np.asarray(documents)[:, None, :, None] == np.asarray(documents)[:, None, None, :])
+    states = [x]
+    for i in range(config.layers):
+        layer = wide[f"layers_{i}"]
+        x = x + _self_attention(_norm(x, layer["attention_norm"]["scale"], config.norm_eps), layer["attention"], config, seen)
+        inner, feed = _norm(x, layer["feed_forward_norm"]["scale"], config.norm_eps), layer["feed_forward"]
+        gate = inner @ feed["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (inner @ feed["up"])) @ feed["down"]
+        states.append(x)
+    return np.stack(states)
+
+
+def float64_logits(params, inputs, config: LlamaConfig, documents=None) -> np.ndarray:
+    """Logits of the next token at every position, in NumPy: nothing is compiled, and no code of the model is used."""
+    last = _norm(
+        float64_states(params, inputs, config, documents)[-1], np.asarray(params["final_norm"]["scale"]), config.norm_eps
+    )
+    head = np.asarray(params["embedding"]).T if config.tied_head else np.asarray(params["head"])
+    return last @ head.astype(np.float64)
+
+
+def float64_logprobs(params, tokens: Sequence[int], config: LlamaConfig) -> np.ndarray:
+    """`[T, V]`: log-probabilities of what follows each token of one text."""
+    logits = float64_logits(params, [list(tokens)], config)[0]
+    peak = logits.max(-1, keepdims=True)
+    return logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+
+
+def greedy_continues(params, prompt: Sequence[int], answer: Sequence[int], config: LlamaConfig) -> bool:
+    """Whether each token of an answer is the most probable one after all before it."""
+    if not answer:
+        return True
+    best = float64_logits(params, [[*prompt, *answer][:-1]], config)[0].argmax(-1)
+    return best[len(prompt) - 1 :].tolist() == list(answer)
 
 
 def transformers_config(config: LlamaConfig):
@@ -80,10 +192,8 @@ def torch_state(params) -> dict:
     """A parameter tree (either form) as a state dict of transformers' LlamaForCausalLM, `[out, in]` float32."""
     import torch
 
-    from llama_jax.weights.forms import unstack
-
     state = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(unstack(stack(params)))[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(unstack(jax.tree.map(np.asarray, params)))[0]:
         names = tuple(part.key for part in path)
         array = np.array(leaf, np.float32)
         state[torch_name(names)] = torch.from_numpy(array.T.copy() if array.ndim == 2 and names[0] != "embedding" else array)

@@ -5,6 +5,7 @@ crafted bad sources, where it must complain.
 """
 
 import ast
+import collections
 import functools
 import graphlib
 import importlib
@@ -253,22 +254,43 @@ def fields(cls: ast.ClassDef) -> list[tuple[str, ast.expr]]:
     return [(s.target.id, s.annotation) for s in cls.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
 
 
-def attribute_reads(node: ast.AST, *, outside: ast.ClassDef) -> Iterator[str]:
-    """Every `x.name` that is read, except inside one class."""
-    if node is outside:
-        return
-    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        yield node.attr
-    for child in ast.iter_child_nodes(node):
-        yield from attribute_reads(child, outside=outside)
+def attribute_reads(node: ast.AST) -> collections.Counter[str]:
+    """How often each `x.name` is read."""
+    found = (n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
+    return collections.Counter(found)
 
 
 def unread_fields(sources: Sources) -> list[str]:
     """Config fields that nothing outside their own class looks at: an option without an effect."""
-    complaints = []
+    complaints, everywhere = [], sum(map(attribute_reads, sources.values()), collections.Counter())
     for cls in config_classes(sources):
-        read = {name for tree in sources.values() for name in attribute_reads(tree, outside=cls)}
+        read = everywhere - attribute_reads(cls)  # what is read in the class alone is gone
         complaints += [f"{cls.name}.{name} is never read" for name, _ in fields(cls) if name not in read]
+    return complaints
+
+
+def always_slow(function: ast.FunctionDef) -> bool:
+    """Whether all of a test is marked slow: the function, or every case of one of its lists of parameters."""
+    for decorator in function.decorator_list:
+        if dotted(decorator) == "pytest.mark.slow":
+            return True
+        if isinstance(decorator, ast.Call) and dotted(decorator.func) == "pytest.mark.parametrize" and len(decorator.args) > 1:
+            cases = decorator.args[1]
+            if isinstance(cases, ast.List | ast.Tuple) and cases.elts and all("slow" in ast.unparse(c) for c in cases.elts):
+                return True
+    return False
+
+
+def slow_alone(sources: Sources) -> list[str]:
+    """Files of tests of which `make test` runs none: what they promise would be tested by nothing that runs for a change."""
+    complaints = []
+    for name, tree in sources.items():
+        tests = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+        marks = [
+            ast.unparse(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n).startswith("pytestmark")
+        ]
+        if any("mark.slow" in mark for mark in marks) or all(map(always_slow, tests)):
+            complaints.append(f"{name} has no test that is not slow")
     return complaints
 
 
@@ -288,6 +310,16 @@ def test_package_keeps(rule):
 def test_package_is_read_whole():
     assert {"", "config", "presets", "accounting", "model", "text"} <= set(package())
     assert {c.name for c in config_classes(package())} >= {"LlamaConfig", "RopeScaling"}
+
+
+def test_every_file_of_tests_has_a_quick_one():
+    """Those of other machines run apart."""
+    tests = PACKAGE.parent / "tests"
+    files = [path for path in sorted(tests.rglob("test_*.py")) if path.parent.name not in ("gpu", "tpu")]
+    assert len(files) > 150
+    texts = {str(path.relative_to(tests)): path.read_text("utf8") for path in files}
+    assert [name for name, text in texts.items() if "\ndef test_" not in text] == []
+    assert slow_alone({name: ast.parse(text) for name, text in texts.items() if "slow" in text}) == []
 
 
 # --- the rules notice ---
@@ -341,6 +373,10 @@ BAD = [
     (unread_fields, {"config": "@dataclass\nclass TinyConfig:\n  dim: int", "model": "x.dim = 3"}),
     (unread_fields, {"training__config": "@dataclass(frozen=True)\nclass Mesh:\n  data: int\n"
                                          "@dataclasses.dataclass\nclass RunConfig:\n  mesh: Mesh | None", "model": "c.mesh"}),
+    (slow_alone, {"test_a": "def helper(): pass"}),
+    (slow_alone, {"test_a": "@pytest.mark.slow\n@pytest.mark.parametrize('x', [1])\ndef test_b(x): pass"}),
+    (slow_alone, {"test_a": "pytestmark = [pytest.mark.slow]\ndef test_b(): pass"}),
+    (slow_alone, {"test_a": "@pytest.mark.parametrize('x', [pytest.param(1, marks=pytest.mark.slow)])\ndef test_b(x): pass"}),
 ]  # fmt: skip
 
 
@@ -363,6 +399,11 @@ GOOD = {
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_lets_pass(rule):
     assert rule(parsed(**GOOD)) == []
+
+
+def test_a_file_with_one_quick_test_is_enough():
+    half = "@pytest.mark.parametrize('x', [1, pytest.param(2, marks=pytest.mark.slow)])\ndef test_b(x): pass"
+    assert slow_alone(parsed(test_a=f"@pytest.mark.slow\ndef test_a(): pass\n{half}")) == []
 
 
 # --- and what is imported in earnest ---

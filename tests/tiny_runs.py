@@ -71,14 +71,14 @@ def child_environment(devices: int = 1) -> dict[str, str]:
 def start_train(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen:
     """train.py as a process of its own, its output piped."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=child_environment(devices), **(pipes | options))
+    usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": child_environment(devices)}
+    return subprocess.Popen(command, **(usual | options))
 
 
 def train(arguments: list[str], devices: int = 1, status: int = 0, **options) -> subprocess.CompletedProcess:
     """train.py from beginning to end, which is to exit with `status`."""
     with start_train(arguments, devices, **options) as process:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
     assert process.returncode == status, f"exit {process.returncode}\n{output}\n{errors}"
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 

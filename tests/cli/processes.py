@@ -11,11 +11,12 @@ import time
 
 INFER = pathlib.Path(__file__).parents[2] / "infer.py"
 
+# Programs compiled by one child are there for the next.
+KEEP = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # The terminal becomes the controlling one, as a shell does it, so that Ctrl-C typed there is a signal.
 _IN_TERMINAL = (
-    "import os, runpy, signal, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); "
-    "signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], "
-    "run_name='__main__')"
+    "import os, runpy, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
 
@@ -23,7 +24,7 @@ def infer(*arguments, stdin: bytes = b"", **environment) -> subprocess.Completed
     """`python infer.py ARGUMENTS` as a user runs it, on pipes."""
     return subprocess.run(
         [sys.executable, INFER, *map(str, arguments)],
-        input=stdin, capture_output=True, timeout=300, env=os.environ | environment,
+        input=stdin, capture_output=True, timeout=300, env=os.environ | KEEP | environment,
     )  # fmt: skip
 
 
@@ -33,7 +34,7 @@ class Terminal:
     def __init__(self, *arguments, stdout=None) -> None:
         self._master, slave = pty.openpty()
         command = [sys.executable, "-c", _IN_TERMINAL, INFER, *map(str, arguments)]
-        environment = os.environ | {"TERM": "dumb", "INPUTRC": "/dev/null"}
+        environment = os.environ | KEEP | {"TERM": "dumb", "INPUTRC": "/dev/null"}
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave if stdout is None else stdout, stderr=slave, start_new_session=True,
             env=environment,
@@ -45,7 +46,7 @@ class Terminal:
         """Types a text; `\\x03` is Ctrl-C, `\\x04` Ctrl-D."""
         os.write(self._master, text.encode())
 
-    def read_until(self, words: str, seconds: float = 120) -> str:
+    def read_until(self, words: str, seconds: float = 300) -> str:
         """What is written up to and including some words, from where the last call ended."""
         end = time.monotonic() + seconds
         while words not in self.seen:
@@ -71,7 +72,7 @@ class Terminal:
     def close(self) -> int:
         """Waits for the end of the program; its exit status."""
         try:
-            return self.process.wait(timeout=60)
+            return self.process.wait(timeout=300)
         finally:
             self.process.kill()
             os.close(self._master)

@@ -251,18 +251,17 @@ def test_help_shows_every_key_with_meaning_and_default(default, capsys, flag):
 
 def test_help_imports_no_jax(default):
     code = f"""
-import sys, time
-start = time.perf_counter()
+import sys
 from pathlib import Path
 from llama_jax.cli.arguments import parse_train
 try:
     parse_train(["--help"], Path({str(default)!r}))
 finally:
     heavy = [name for name in ("jax", "orbax", "flax", "torch") if name in sys.modules]
-    print(time.perf_counter() - start, heavy, file=sys.stderr)
+    print(len(sys.modules), heavy, file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    seconds, modules = done.stderr.split(maxsplit=1)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    count, modules = done.stderr.split(maxsplit=1)
     assert done.returncode == 0
     assert modules.strip() == "[]"
-    assert float(seconds) < 1
+    assert int(count) < 600

@@ -1,6 +1,7 @@
 """`compute.remat: auto`: resolved before the run, told in its heading, kept in its config; on accelerators by the plan."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import types
@@ -27,10 +28,12 @@ from llama_jax.training.step import batch_sharding, micro_batches, sharded_init,
 from llama_jax.weights.open import open_model
 
 
-def test_on_a_cpu_it_is_none_and_the_run_says_so(tmp_path, capsys):
-    config = tiny_config(tmp_path / "run", write_corpus(tmp_path / "text"), run={"steps": 2}, compute={"remat": "auto"})
+def test_on_a_cpu_it_is_none_and_the_run_says_so(tmp_path, capsys, on_devices):
+    on_devices(1)
+    changes = {"run": {"steps": 1, "eval_every": 0}, "model": {"layers": 1}, "compute": {"remat": "auto"}}
+    config = tiny_config(tmp_path / "run", write_corpus(tmp_path / "text"), **changes)
     path = write_yaml(tmp_path / "config.yaml", config)
-    assert main(["--config", str(path), "--mesh.data", "4", "--mesh.tensor", "2"]) == 0
+    assert main(["--config", str(path)]) == 0
     heading = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model "))
     assert heading.endswith("float32 compute, remat none")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compute"]["remat"] == "none"
@@ -96,24 +99,39 @@ def small_config(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> Tr
     return tiny_config(directory, corpus, **long, **changes)
 
 
-def needs(config: TrainConfig) -> dict[str, float]:
-    """Bytes of the compiled step by setting of remat, of real arrays, as JAX tells them."""
-    found = {}
+# Nothing of it is read or written.
+SMALL = small_config(pathlib.Path("run"), pathlib.Path("text"))
+
+
+@pytest.fixture(scope="module")
+def needed() -> dict[str, float]:
+    """Bytes of the compiled step of `SMALL` by setting of remat, of real arrays, as JAX tells them."""
+    found, state, batch = {}, None, None
     for remat in ("none", "outputs", "full"):
-        whole = with_remat(config, remat)
+        whole = with_remat(SMALL, remat)
         recipe, mesh = make_recipe(whole), run_mesh(whole)
         with jax.set_mesh(mesh):
-            state = sharded_init(recipe, mesh)(jax.random.key(0))
-            rows = micro_batches(empty_batch(config.data.batch_rows, config.data.length), 1)
-            batch = jax.device_put(rows, batch_sharding(recipe, mesh))
+            if state is None:  # the same with all of them
+                state = sharded_init(recipe, mesh)(jax.random.key(0))
+                rows = micro_batches(empty_batch(SMALL.data.batch_rows, SMALL.data.length), 1)
+                batch = jax.device_put(rows, batch_sharding(recipe, mesh))
             memory = sharded_step(recipe, mesh).lower(state, batch).compile().memory_analysis()
         found[remat] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return found
 
 
-def test_the_compiled_step_decides_what_fits(small_devices, tmp_path):
-    config = small_config(tmp_path / "run", tmp_path)
-    needed, said = needs(config), []
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """No step is compiled twice to see what it takes."""
+    monkeypatch.setattr(automatic, "compiled_bytes", COMPILED_BYTES)
+
+
+COMPILED_BYTES = functools.cache(compiled_bytes)
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_the_compiled_step_decides_what_fits(small_devices, needed):
+    config, said = SMALL, []
     assert needed["none"] > 1.2 * needed["outputs"] > 1.2 * needed["full"]
     for memory, expected in ((1.1 * needed["none"], "none"), (needed["none"], "outputs"), (0.5 * needed["full"], "full")):
         small_devices["bytes"] = memory
@@ -124,8 +142,9 @@ def test_the_compiled_step_decides_what_fits(small_devices, tmp_path):
     assert said[0].endswith("outputs is next")
 
 
-def test_one_process_that_lacks_memory_decides_for_all(small_devices, tmp_path, monkeypatch):
-    config = small_config(tmp_path / "run", tmp_path)
+@pytest.mark.usefixtures("compiled_once")
+def test_one_process_that_lacks_memory_decides_for_all(small_devices, monkeypatch):
+    config = SMALL
     small_devices["bytes"] = 1e12
     monkeypatch.setattr(Hosts, "gather", lambda self, name, value, seconds: [value, other[name]])
     other, said = {"remat none": "60e9 61e9", "remat outputs": "50e9 61e9"}, []
@@ -143,8 +162,8 @@ class Refused:
         raise jax.errors.JaxRuntimeError(self.words)
 
 
-def test_a_step_that_the_compiler_gives_up_does_not_fit(small_devices, tmp_path, monkeypatch):
-    config, said, lowered = small_config(tmp_path / "run", tmp_path), [], step.lowered_step
+def test_a_step_that_the_compiler_gives_up_does_not_fit(small_devices, monkeypatch):
+    config, said, lowered = SMALL, [], step.lowered_step
     small_devices["bytes"] = 1e12
     words = "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (26.46G) exceeds available HBM (15.75G)."
 
@@ -159,18 +178,19 @@ def test_a_step_that_the_compiler_gives_up_does_not_fit(small_devices, tmp_path,
         first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append)
 
 
-def test_the_largest_batch_of_a_ramp_counts(tmp_path):
+def test_the_largest_batch_of_a_ramp_counts():
     """Several micro-batches are added up in float32, one is not."""
-    config = small_config(tmp_path / "run", tmp_path)
+    config = SMALL
     growing = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_ramp=((5, 16),)))
     large = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_rows=16, accumulation=2))
-    assert compiled_bytes(growing) == compiled_bytes(large) > compiled_bytes(config)
+    assert compiled_bytes(growing) == compiled_bytes(large) > COMPILED_BYTES(config)
 
 
-def test_a_run_takes_what_fits_and_finds_its_program_compiled(small_devices, tmp_path, monkeypatch, capsys):
+def test_a_run_takes_what_fits_and_finds_its_program_compiled(small_devices, needed, tmp_path, monkeypatch, capsys):
     """The program that was compiled to see whether it fits is the one that is run: JAX's cache has it."""
-    config = small_config(tmp_path / "run", write_corpus(tmp_path / "text"), run={"steps": 2}, compute={"remat": "auto"})
-    small_devices["bytes"] = needs(config)["none"]
+    config = small_config(tmp_path / "run", write_corpus(tmp_path / "text"), run={"steps": 2, "eval_every": 0},
+                          compute={"remat": "auto"})  # fmt: skip
+    small_devices["bytes"] = needed["none"]
     monkeypatch.setattr(automatic, "_candidates", lambda config, going_on: ("none", "outputs", "full"))
     path, cache = write_yaml(tmp_path / "config.yaml", config), tmp_path / "cache"
     before = jax.config.jax_compilation_cache_dir

@@ -50,8 +50,15 @@ def test_the_longest_beginning():
     assert saved(None, [3, 4]) == 0
 
 
-@pytest.mark.parametrize("flags", [(), ("--temperature", 1, "--seed", 3, "--samples", 2)], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("many", [False, True], ids=["prompts", "input"])
+DRAWN = ("--temperature", 1, "--seed", 3, "--samples", 2)
+
+
+@pytest.mark.parametrize(("many", "flags"), [
+    pytest.param(False, (), id="prompts-greedy"),
+    pytest.param(True, DRAWN, id="input-drawn"),
+    pytest.param(False, DRAWN, id="prompts-drawn", marks=pytest.mark.slow),
+    pytest.param(True, (), id="input-greedy", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_shared_system_message_is_run_once(tiny_directory, tmp_path, capsys, monkeypatch, prefilled, many, flags):
     if many:
         (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": word}) + "\n" for word in WORDS))

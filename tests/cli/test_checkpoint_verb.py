@@ -129,6 +129,6 @@ def test_an_empty_directory(tmp_path, capsys):
 
 def test_as_a_process(run):
     command = [sys.executable, "-m", "llama_jax", "checkpoint", "verify", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[-1] for line in done.stdout.splitlines()] == ["state", "ok", "ok", "ok"]

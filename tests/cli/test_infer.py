@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import pytest
-from processes import INFER, Terminal, infer
+from processes import INFER, KEEP, Terminal, infer
 from safetensors.numpy import load_file, save_file
 
 from llama_jax.cli.infer import main
@@ -84,7 +84,7 @@ def test_the_real_model_answers(smollm2_gguf):
 def test_json_of_lines(tiny_directory, expected, typed, capsys):
     """One object a prompt, in the order of the lines; empty lines are none, and only a line feed ends one."""
     typed("The cat\n\n你好 🎉\r\n  \na\u2028b\x0cc".encode())
-    assert run("--model", tiny_directory, "--json", "--max-new-tokens", 8) == 0
+    assert run("--model", tiny_directory, "--json", "--max-new-tokens", 8, "--batch-size", 2) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
     assert [list(answer) for answer in answers] == [KEYS] * 3
     assert [answer["prompt"] for answer in answers] == ["The cat", "你好 🎉", "a\u2028b\x0cc"]
@@ -110,15 +110,12 @@ def test_chat_and_seeds(tiny_directory, expected, capsys):
 
 def test_interrupted(tiny_directory):
     """Ctrl-C in the middle of a text: what was written stays, the status says it, nothing else is printed."""
-    code = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += f"sys.argv[0] = 'infer.py'; runpy.run_path({str(INFER)!r}, run_name='__main__')"
-    arguments = ["--model", tiny_directory, "--prompt", "The cat", "--max-new-tokens", "60000"]
-    command = [sys.executable, "-c", code, *arguments]
-    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, INFER, "--model", tiny_directory, "--prompt", "The cat", "--max-new-tokens", "60000"]
+    buffered = {key: value for key, value in (os.environ | KEEP).items() if key != "PYTHONUNBUFFERED"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as program:
         begun = program.stdout.read(8)
         program.send_signal(signal.SIGINT)
-        rest, errors = program.communicate(timeout=120)
+        rest, errors = program.communicate(timeout=300)
     assert program.returncode == 130
     assert begun
     assert len(begun + rest) < 2048  # written as it came, not when a buffer (of 4096 bytes or more) was full
@@ -317,14 +314,20 @@ def test_wrong_use_as_a_process(tmp_path):
     assert done.stderr == b"error: argument '--promt' is unknown; the nearest is --prompt\n"
 
 
-def test_output_that_takes_no_emoji(tiny_directory, expected):
+def test_output_that_takes_no_emoji(tiny_directory, expected, monkeypatch):
     """A terminal in an old encoding shows a mark in place of the character; the program goes on."""
     arguments = ("--model", tiny_directory, "--prompt", "你好 🎉", "--max-new-tokens", 8)
-    done = infer(*arguments, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode("ascii") == expected[1].text.encode("ascii", "replace").decode() + "\n"
+
+    def written(*more: str) -> bytes:
+        """As Python's own streams are with PYTHONIOENCODING=ascii."""
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert run(*arguments, *more) == 0
+        sys.stdout.flush()
+        return sys.stdout.buffer.getvalue()
+
+    assert written().decode("ascii") == expected[1].text.encode("ascii", "replace").decode() + "\n"
     assert "?" in expected[1].text.encode("ascii", "replace").decode()
-    assert json.loads(infer(*arguments, "--json", PYTHONIOENCODING="ascii").stdout) == as_dict(expected[1])
+    assert json.loads(written("--json")) == as_dict(expected[1])
 
 
 def test_help(capsys):

@@ -3,15 +3,19 @@
 Short runs without faults, with time for machines that are busy; what is ended, killed and frozen is in `tests/faults`.
 """
 
+import functools
 import pathlib
-import socket
 from collections.abc import Sequence
 
+import jax
 import pytest
 from faults import harness
-from faults.harness import Child, Spawner, free_port, host_words, make_run, spawner
+from faults.harness import Child, Spawner, config_file, free_port, host_words, make_run, spawner, wait_for_knocks
 from tiny_runs import read_lines, write_corpus
 
+from llama_jax.cli.train import main
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.training import setup
 from llama_jax.training.config import TrainConfig
 
 STEPS, SECONDS = 3, 300  # of a run; until it has to be over
@@ -34,11 +38,12 @@ def short_run(directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig |
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> TrainConfig:
-    """The run of one process, which the others are compared with."""
+    """The run of one process, this one, which the others are compared with."""
     directory = tmp_path_factory.mktemp("alone")
     config = short_run(directory / "run", write_corpus(directory / "text"))
-    with spawner(directory) as children:
-        children.train(config).expect(0, SECONDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        assert main(["--config", str(config_file(config))]) == 0
     return config
 
 
@@ -71,18 +76,12 @@ def assert_one_line(children: Sequence[Child], config: TrainConfig, *words: str)
     assert not (pathlib.Path(config.run.dir) / "metrics.jsonl").exists()
 
 
-def wait_for_knocks(port: int, words: set[str]) -> None:
-    """Waits in the place of process 0 until others have said who they are, and leaves them: they come again."""
-    with socket.create_server(("127.0.0.1", port)) as server:
-        server.settimeout(SECONDS)
-        while words:
-            with server.accept()[0] as connection:
-                words = words - {connection.recv(200).decode().strip()}
-
-
-@pytest.mark.parametrize(
-    ("count", "mesh"), [(2, {"data": 2, "fsdp": 1}), (4, {"data": 2, "fsdp": 2}), (4, {"fsdp": 2, "tensor": 2})]
-)
+@pytest.mark.parametrize(("count", "mesh"), [
+    (2, {"fsdp": 2}),  # each holds half of the parameters, and trains on half of the rows
+    pytest.param(2, {"data": 2, "fsdp": 1}, marks=pytest.mark.slow),
+    pytest.param(4, {"data": 2, "fsdp": 2}, marks=pytest.mark.slow),
+    pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_processes_train_as_one(tmp_path, spawn, alone, count, mesh):
     run = of_same_data(tmp_path / "run", alone, **{"data": 1} | mesh)
     first, *others = [child.expect(0, SECONDS) for child in start(spawn, run, count)]
@@ -95,6 +94,7 @@ def test_processes_train_as_one(tmp_path, spawn, alone, count, mesh):
     assert all("steps" not in child.output for child in others)
 
 
+@pytest.mark.slow
 def test_four_that_are_not_alike_are_told_apart(tmp_path, spawn, alone):
     run = of_same_data(tmp_path / "run", alone, data=4, fsdp=1)
     more = [[], ["--optimizer.learning_rate", "0.5"], [], []]
@@ -103,7 +103,14 @@ def test_four_that_are_not_alike_are_told_apart(tmp_path, spawn, alone):
                     "process 3 of 4 has llama_jax 0.0.9, the others ")  # fmt: skip
 
 
-def test_other_text_under_the_same_name_is_told(tmp_path, spawn, alone):
+def test_one_that_is_not_like_the_other_is_told(tmp_path, spawn, alone):
+    run = of_same_data(tmp_path / "run", alone, data=2, fsdp=1)
+    children = start(spawn, run, 2, [[], ["--optimizer.learning_rate", "0.5"]], [{}, {"HOST_VERSION": "0.0.9"}])
+    assert_one_line(children, run, "process 1 of 2 has config optimizer.learning_rate 0.5, the others 0.01",
+                    "process 1 of 2 has llama_jax 0.0.9, the others ")  # fmt: skip
+
+
+def test_other_text_under_the_same_name_is_told(tmp_path, spawn):
     folders = [tmp_path / "one", tmp_path / "two"]
     for number, folder in enumerate(folders):
         folder.mkdir()

@@ -5,16 +5,18 @@ import stat
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import llama_jax
+from llama_jax.cli.compilation import keep_compiled_programs
 from llama_jax.cli.main import run_verb
 from llama_jax.cli.program import run_program
 
 
 def as_module(*arguments, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llama_jax", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -52,31 +54,32 @@ def test_help_names_the_options_and_needs_no_jax(verb):
         finally:
             assert "jax" not in sys.modules
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "--model" in done.stdout
 
 
-KEEP = """if True:
-    import os, pathlib
-    if "NOBODY" in os.environ:  # as a container's user whom the system does not know
-        pathlib.os.path.expanduser = lambda path: path
-    from llama_jax.cli.compilation import keep_compiled_programs
-    keep_compiled_programs()
-    import jax
-    print(jax.config.jax_compilation_cache_dir)
-"""
+@pytest.fixture
+def cache_directory(monkeypatch):
+    """Where a program of an environment keeps what it compiled: a function of the variables."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+
+    def found(**environment: str) -> str | None:
+        for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        jax.config.update("jax_compilation_cache_dir", None)  # as JAX is without JAX_COMPILATION_CACHE_DIR
+        keep_compiled_programs()
+        return jax.config.jax_compilation_cache_dir
+
+    yield found
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
-def cache_directory(**environment) -> str:
-    """Where a program of this environment keeps what it compiled."""
-    given = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"} | environment
-    done = subprocess.run([sys.executable, "-c", KEEP], capture_output=True, text=True, timeout=60, env=given)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_compiled_programs_are_kept_for_their_owner_only(tmp_path):
+def test_compiled_programs_are_kept_for_their_owner_only(tmp_path, cache_directory):
     kept = tmp_path / "llama_jax" / "compiled"
     assert cache_directory(XDG_CACHE_HOME=str(tmp_path)) == str(kept)
     assert stat.S_IMODE(kept.stat().st_mode) == 0o700
@@ -87,11 +90,17 @@ def test_compiled_programs_are_kept_for_their_owner_only(tmp_path):
 
 
 def test_a_choice_of_the_user_wins(tmp_path):
-    assert cache_directory(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == str(tmp_path / "mine")
+    """As a process, whose JAX reads it."""
+    code = "from llama_jax.cli.compilation import keep_compiled_programs as keep; keep(); import jax; "
+    code += "print(jax.config.jax_compilation_cache_dir)"
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "mine")), done.stderr
 
 
-def test_nowhere_to_keep_them(tmp_path):
-    """A home that is no directory: compile anew each time."""
+def test_nowhere_to_keep_them(tmp_path, cache_directory, monkeypatch):
+    """A home that is no directory, or a user whom the system does not know, as in a container: compile anew each time."""
     (tmp_path / "file").touch()
-    assert cache_directory(XDG_CACHE_HOME=str(tmp_path / "file")) == "None"
-    assert cache_directory(XDG_CACHE_HOME="", NOBODY="1") == "None"
+    assert cache_directory(XDG_CACHE_HOME=str(tmp_path / "file")) is None
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert cache_directory(XDG_CACHE_HOME="") is None

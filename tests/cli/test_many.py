@@ -1,5 +1,6 @@
 """Many prompts: answers equal those asked one by one, in the order of the input, and an interrupted run goes on."""
 
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import sys
 import time
 
 import pytest
-from processes import INFER, infer
+from processes import INFER, KEEP
 
 from llama_jax.cli.infer import main
 from llama_jax.cli.many import Job, batches
@@ -211,7 +212,7 @@ def test_killed_in_the_middle(tiny_directory, tmp_path):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run(*common, "--output", whole) == 0
     command = [sys.executable, INFER, *map(str, common), "--output", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | KEEP) as process:
         while process.poll() is None and not (out.exists() and out.stat().st_size):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -222,13 +223,16 @@ def test_killed_in_the_middle(tiny_directory, tmp_path):
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_pipes_as_a_process(tiny, tiny_directory):
-    """Standard output holds JSON and nothing else; standard error tells the rest."""
+def test_pipes(tiny_directory, monkeypatch, capfd):
+    """Standard output, of libraries too, holds JSON and nothing else; standard error tells the rest."""
     lines = b"".join(json.dumps(line).encode() + b"\n" for line in LINES[:2])
-    done = infer("--model", tiny_directory, "--input", "-", "--output", "-", "--max-new-tokens", 4, stdin=lines)
-    assert done.returncode == 0, done.stderr
-    assert [answer["index"] for answer in objects(done.stdout.decode())] == [0, 1]
-    assert b"programs compiled" in done.stderr.splitlines()[-1]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    with os.fdopen(os.dup(1), "w") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        assert run("--model", tiny_directory, "--input", "-", "--output", "-", "--max-new-tokens", 12) == 0
+    out, err = capfd.readouterr()
+    assert [answer["index"] for answer in objects(out)] == [0, 1]
+    assert "programs compiled" in err.splitlines()[-1]
 
 
 def test_two_processes_do_not_write_one_file(tiny_directory, tmp_path, capsys):

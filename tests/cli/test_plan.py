@@ -207,7 +207,7 @@ def test_what_takes_minutes_is_told_before_it_begins_apart_from_the_answer(capsy
 def test_it_starts_without_jax():
     begin = time.perf_counter()
     code = "import sys; from llama_jax.cli.plan import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *POD.split()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *POD.split()], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - begin < 30
 

@@ -46,7 +46,7 @@ def test_a_reader_that_goes_away(lines):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdout.close()
         assert program.stderr.read() == b""
-        assert program.wait(timeout=30) == 141
+        assert program.wait(timeout=300) == 141
 
 
 def test_a_full_disk_is_one_line(capsys):

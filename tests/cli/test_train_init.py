@@ -8,6 +8,8 @@ import pytest
 from tiny_runs import read_lines, tiny_config, train, write_corpus, write_yaml
 
 import llama_jax
+from llama_jax.cli.program import run_program
+from llama_jax.cli.train import main
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.loop import RUN_CHECKPOINTS
 from llama_jax.weights.checkpoint_files import read_metadata
@@ -55,18 +57,21 @@ def test_checkpoints_say_where_they_come_from(run, tiny_directory):
     assert made_from["path"] == str(tiny_directory)
 
 
-def test_it_goes_on(run, tiny_directory):
+def test_it_goes_on(run, tiny_directory, capsys, on_devices):
     """From its own checkpoint, in its own words."""
-    result = train([*arguments(run.parent, tiny_directory), "--run.steps", "4"])
+    on_devices(1)
+    assert main([*arguments(run.parent, tiny_directory), "--run.steps", "4"]) == 0
     assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
-    assert "going on from step 3" in result.stdout
+    assert "going on from step 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("more", "words"), [
     (["--model.layers", "5"], "another architecture than that of run.init"),
     (["--run.init", "nowhere"], "nowhere: no such file or directory"),
 ])  # fmt: skip
-def test_what_does_not_fit(tmp_path, tiny_directory, more, words):
-    result = train([*arguments(tmp_path, tiny_directory), *more], status=2)
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_what_does_not_fit(tmp_path, tiny_directory, more, words, capsys, on_devices):
+    on_devices(1)
+    assert run_program(lambda: main([*arguments(tmp_path, tiny_directory), *more])) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("\n") == 1

@@ -205,7 +205,7 @@ def main() -> int:
     from llama_jax.cli.program import run_program
 
     # Should a test wait for ever, it is seen where.
-    faulthandler.dump_traceback_later(float(os.environ.get("LLAMA_JAX_CHILD_SECONDS", "100")), exit=True)
+    faulthandler.dump_traceback_later(float(os.environ.get("LLAMA_JAX_CHILD_SECONDS", "280")), exit=True)
     if os.environ.get("LLAMA_JAX_NO_NETWORK"):
         forbid_network()
     faults = [Fault(text) for text in re.split(r"[,\s]+", os.environ.get("LLAMA_JAX_FAULT", "")) if text]

@@ -43,7 +43,7 @@ class Child:
     def errors(self) -> str:
         return self._err.read_text()
 
-    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match:
+    def wait_for(self, pattern: str, seconds: float = 300) -> re.Match:
         """Waits until a line of output or errors matches; a process that ends without one is a failure."""
         end = time.monotonic() + seconds
         while True:
@@ -64,7 +64,7 @@ class Child:
         self.wait_for(rf"^ *{step}/")
         self.send(number)
 
-    def end(self, seconds: float = 90) -> int:
+    def end(self, seconds: float = 300) -> int:
         """Waits for the end; the exit status, negative for a signal."""
         try:
             return self.process.wait(timeout=seconds)
@@ -72,7 +72,7 @@ class Child:
             self.kill()
             raise AssertionError(f"no end within {seconds} s\n{self}") from None
 
-    def expect(self, status: int, seconds: float = 90) -> "Child":
+    def expect(self, status: int, seconds: float = 300) -> "Child":
         """Waits for the end, which is to be with this status."""
         found = self.end(seconds)
         assert found == status, f"exit {found}, {status} expected\n{self}"
@@ -128,6 +128,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_for_knocks(port: int, words: set[str], seconds: float = 300) -> None:
+    """Waits in the place of process 0 until others have said who they are, and leaves them: they come again."""
+    with socket.create_server(("127.0.0.1", port)) as server:
+        server.settimeout(seconds)
+        while words:
+            with server.accept()[0] as connection:
+                words = words - {connection.recv(200).decode().strip()}
 
 
 def host_words(port: int, process: int, count: int, heartbeat: int = HEARTBEAT, startup: int = 60) -> list[str]:

@@ -56,7 +56,7 @@ def disturb(kind: str, source: random.Random, spawn: Spawner, run: TrainConfig) 
     assert child.end() == KINDS[kind], f"{kind}\n{child}"
 
 
-@pytest.mark.timeout(120 + 20 * FAULTS)
+@pytest.mark.timeout(600 + 60 * FAULTS)
 def test_chaos(spawn, tmp_path, corpus, reference, capsys):
     """Killed, ended, short of disk, damaged, in any order: whatever is listed is whole, and the end is the same bit by bit."""
     changes = {"run": {"steps": STEPS, "checkpoint_every": EVERY}}

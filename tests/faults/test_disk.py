@@ -91,4 +91,4 @@ def test_a_thread_that_waits_for_ever_does_not_keep_the_program():
     """11: as one of a save that has failed may."""
     wait = "threading.Thread(target=threading.Event().wait).start()"
     code = f"import threading; from llama_jax.cli.train import end_within; {wait}; end_within(0.5, 5)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 5
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 5

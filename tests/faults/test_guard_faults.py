@@ -279,7 +279,7 @@ def start(config, what: str, where: str, status: int) -> subprocess.CompletedPro
     path = write_yaml(directory(config).with_suffix(".yaml"), config)
     command = [sys.executable, str(POISON), what, where, "train", "--config", str(path)]
     environment = child_environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

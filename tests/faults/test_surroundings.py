@@ -32,7 +32,7 @@ def test_without_a_network(spawn, run, reference):
 def run_child(config, stdout, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, str(CHILD), "train", "--config", str(config_file(config))]
     variables = child_environment() | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, env=variables, stdout=stdout, stderr=subprocess.PIPE, timeout=90)
+    return subprocess.run(command, env=variables, stdout=stdout, stderr=subprocess.PIPE, timeout=300)
 
 
 def test_a_terminal_of_another_age(run):
@@ -47,7 +47,7 @@ def test_no_standard_output_at_all(run, reference):
     """40: started with its output closed, as by `>&-`, a run trains as ever."""
     script = f'exec "{sys.executable}" "{CHILD}" train --config "{config_file(run)}" >&-'
     variables = child_environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["sh", "-c", script], env=variables, stderr=subprocess.PIPE, timeout=90)
+    done = subprocess.run(["sh", "-c", script], env=variables, stderr=subprocess.PIPE, timeout=300)
     assert (done.returncode, done.stderr) == (0, b"")
     assert_bitwise(run, reference)
 

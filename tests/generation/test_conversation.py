@@ -4,11 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support import shallow
 
 from llama_jax.errors import InputError
 from llama_jax.generation.conversation import Conversation
 from llama_jax.generation.text import encode_user, generate
 from llama_jax.text.chat import ChatTemplate
+from llama_jax.weights.forms import stack
 from llama_jax.weights.load import Pretrained, load
 
 # As templates of reasoning models do: thoughts of earlier turns are left out, and the number of messages is in front.
@@ -21,7 +23,7 @@ REWRITES = (
 
 @pytest.fixture(scope="module")
 def tiny(tiny_directory) -> Pretrained:
-    return load(tiny_directory)
+    return shallow(load(tiny_directory))
 
 
 def small(model: Pretrained, context: int) -> Pretrained:
@@ -226,11 +228,12 @@ def test_a_model_without_a_template(tiny):
 
 @pytest.mark.smollm2
 def test_the_real_model_remembers(smollm2_model):
-    """Two turns of the real model: the second question needs the first answer, and costs a few new tokens."""
-    conversation = Conversation(smollm2_model)
-    assert said(conversation, "What is the capital of France?", max_new_tokens=24) == "The capital of France is Paris."
+    """Two turns of the real model, its layers stacked: the second needs the first answer, and costs a few new tokens."""
+    model = smollm2_model._replace(params=stack(smollm2_model.params))
+    conversation = Conversation(model)
+    assert said(conversation, "What is the capital of France?", max_new_tokens=48) == "The capital of France is Paris."
     messages = [*conversation.messages, user("Which river flows through it?")]
-    (alone,) = generate(smollm2_model, [messages], max_new_tokens=24)
+    (alone,) = generate(model, [messages], max_new_tokens=24)
     *_, last = conversation.ask("Which river flows through it?", max_new_tokens=24)
     assert last.completion == alone
     assert "Paris" in alone.text

@@ -3,16 +3,14 @@
 import json
 import types
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import float64_logprobs, shallow
 
 from llama_jax.errors import InputError
 from llama_jax.generation.harness import HarnessMethods, harness_model
 from llama_jax.generation.score import score
 from llama_jax.generation.text import generate
-from llama_jax.model.llama import logits
 from llama_jax.weights.load import load
 
 TASK = """
@@ -32,7 +30,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_directory):
-    return load(tiny_directory)
+    return shallow(load(tiny_directory))
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +57,7 @@ def shortened(model, context: int) -> HarnessMethods:
 
 def logprobs(model, ids: list[int]) -> np.ndarray:
     """log p of every token but the first."""
-    scores = logits(model.params, jnp.asarray([ids]), model.config)[0]
-    return np.asarray(jax.nn.log_softmax(scores, axis=-1))[np.arange(len(ids) - 1), ids[1:]]
+    return float64_logprobs(model.params, ids, model.config)[np.arange(len(ids) - 1), ids[1:]]
 
 
 def test_long_contexts_lose_their_beginning(tiny):

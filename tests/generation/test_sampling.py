@@ -30,6 +30,9 @@ def distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: floa
     return weights / weights.sum()
 
 
+_sample, _restrict = jax.jit(sample), jax.jit(restrict)
+
+
 def settings(mixture) -> Sampling:
     return make_sampling(len(mixture), *(list(column) for column in zip(*mixture)))
 
@@ -37,8 +40,9 @@ def settings(mixture) -> Sampling:
 @pytest.mark.parametrize("vocab", [5, 300, 50_000])
 def test_restrict_equals_the_definitions(vocab):
     logits = np.random.default_rng(vocab).normal(0, 3, (len(MIXTURE), vocab)).astype(np.float32)
-    restricted = restrict(jnp.asarray(logits), settings(MIXTURE))
-    got = np.asarray(jax.nn.softmax(restricted, axis=-1))
+    restricted = np.asarray(_restrict(logits, settings(MIXTURE)))
+    got = np.exp(restricted - restricted.max(-1, keepdims=True))
+    got /= got.sum(-1, keepdims=True)
     for row, setting in enumerate(MIXTURE):
         expected = distribution(logits[row], *setting)
         if vocab < 1000:  # in a large vocabulary neighbours may lie closer than float32 tells apart
@@ -48,22 +52,22 @@ def test_restrict_equals_the_definitions(vocab):
 
 def test_top_p_of_1_keeps_every_token():
     """However the rounding of 50,000 small numbers adds up."""
-    logits = jnp.asarray(np.random.default_rng(0).normal(0, 6, (4, 50_000)), jnp.float32)
-    assert np.isfinite(restrict(logits, make_sampling(4, temperature=1.0, top_p=1.0))).all()
+    logits = np.random.default_rng(0).normal(0, 6, (len(MIXTURE), 50_000)).astype(np.float32)
+    assert np.isfinite(_restrict(logits, make_sampling(len(MIXTURE), temperature=1.0, top_p=1.0))).all()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37])
 def test_a_tiny_temperature_is_nearly_greedy(temperature):
-    logits = jnp.asarray(np.random.default_rng(0).normal(0, 30, (3, 100)), jnp.float32)
-    restricted = np.asarray(restrict(logits, make_sampling(3, temperature=temperature)))
+    logits = np.random.default_rng(0).normal(0, 30, (3, 100)).astype(np.float32)
+    restricted = np.asarray(_restrict(logits, make_sampling(3, temperature=temperature)))
     assert not np.isnan(restricted).any()
-    drawn = sample(logits, make_sampling(3, temperature=temperature), jnp.zeros(3, jnp.int32))
+    drawn = _sample(logits, make_sampling(3, temperature=temperature), np.zeros(3, np.int32))
     assert drawn.tolist() == np.argmax(logits, axis=-1).tolist()
 
 
 def test_ties_with_the_last_token_kept_stay():
-    logits = jnp.asarray([[3.0, 1.0, 2.0, 2.0, 0.0]])
-    assert np.isfinite(restrict(logits, make_sampling(1, temperature=1.0, top_k=2))).tolist() == [
+    logits = np.asarray([[3.0, 1.0, 2.0, 2.0, 0.0]], np.float32)
+    assert np.isfinite(_restrict(logits, make_sampling(1, temperature=1.0, top_k=2))).tolist() == [
         [True, False, True, True, False]
     ]
 
@@ -78,13 +82,10 @@ LOGITS = np.array([0.3, -1.0, 2.0, 1.5, 0.0, -3.0, 1.0, 1.9], np.float32)
 DRAWS = 20_000
 
 
-_sample = jax.jit(sample)
-
-
 def draw(seeds, positions, temperature=1.0, top_k=0, top_p=1.0) -> np.ndarray:
     """A token of every seed and position, all from the same logits."""
     sampling = make_sampling(len(seeds), temperature, top_k, top_p, seed=seeds)
-    return np.asarray(_sample(jnp.broadcast_to(LOGITS, (len(seeds), 8)), sampling, jnp.asarray(positions)))
+    return np.asarray(_sample(np.broadcast_to(LOGITS, (len(seeds), 8)), sampling, positions))
 
 
 @pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.7), (2.0, 6, 0.9)], ids=str)
@@ -108,13 +109,13 @@ def test_neighbouring_draws_are_independent(seed, position):
 
 def test_mixed_batch():
     """Greedy rows take the most probable token, sampled rows draw as they would in any other batch."""
-    logits = jnp.asarray(np.random.default_rng(1).normal(size=(6, 50)), jnp.float32)
-    positions = jnp.arange(6)
-    mixed = sample(logits, make_sampling(6, [0.0, 1.0] * 3, seed=list(range(6))), positions)
-    sampled = sample(logits, make_sampling(6, 1.0, seed=list(range(6))), positions)
+    logits = np.random.default_rng(1).normal(size=(6, 50)).astype(np.float32)
+    positions = np.arange(6, dtype=np.int32)
+    mixed = _sample(logits, make_sampling(6, [0.0, 1.0] * 3, seed=list(range(6))), positions)
+    sampled = _sample(logits, make_sampling(6, 1.0, seed=list(range(6))), positions)
     greedy = np.argmax(logits, axis=-1)
     assert mixed.tolist() == np.where([True, False] * 3, greedy, sampled).tolist()
-    assert sample(logits, make_sampling(6), positions).tolist() == greedy.tolist()
+    assert _sample(logits, make_sampling(6), positions).tolist() == greedy.tolist()
 
 
 def test_one_seed_for_all_rows_draws_differently():
@@ -155,10 +156,15 @@ def test_every_step_equals_transformers():
     answers = rng.integers(0, vocab, (rows, 6))
     bias, repetition, temperature, top_k, top_p, min_p = (list(column) for column in zip(*settings))
     sampling = make_sampling(rows, temperature, top_k, top_p, min_p, repetition_penalty=repetition, logit_bias=bias)
-    history = begin_history(jnp.asarray(prompts), jnp.asarray(lengths), vocab)
-    for token in answers.T:
-        history = remember(history, jnp.asarray(token), jnp.ones(rows, bool))
-    got = np.asarray(jax.nn.softmax(restrict(adjust(jnp.asarray(logits), sampling, history), sampling)))
+
+    @jax.jit
+    def run(logits, sampling, prompts, lengths, answers):
+        history = begin_history(prompts, lengths, vocab)
+        for at in range(answers.shape[1]):
+            history = remember(history, answers[:, at], jnp.ones(rows, bool))
+        return jax.nn.softmax(restrict(adjust(logits, sampling, history), sampling))
+
+    got = np.asarray(run(logits, sampling, prompts, lengths, answers))
     for row, setting in enumerate(settings):
         ids = torch.tensor([[*prompts[row, : lengths[row]], *answers[row]]])
         biases = {(token,): value for token, value in setting[0].items()}
@@ -177,15 +183,15 @@ def test_every_step_equals_transformers():
 def test_presence_and_frequency():
     """Off the tokens of the answer, not of the prompt: once, and once for each time."""
     sampling = make_sampling(2, presence_penalty=[0.5, 0.0], frequency_penalty=[0.25, 0.0])
-    history = begin_history(jnp.asarray([[4, 1, 9], [4, 1, 9]]), jnp.asarray([2, 2]), 10)
+    history = jax.jit(begin_history, static_argnums=2)(np.asarray([[4, 1, 9], [4, 1, 9]]), np.asarray([2, 2]), 10)
     for token, drawn in (([1, 1], [True, True]), ([2, 2], [True, True]), ([1, 3], [True, False])):
-        history = remember(history, jnp.asarray(token), jnp.asarray(drawn))
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 10)), jnp.float32)
-    expected = np.asarray(logits).copy()
+        history = jax.jit(remember)(history, np.asarray(token), np.asarray(drawn))
+    logits = np.random.default_rng(0).normal(size=(2, 10)).astype(np.float32)
+    expected = logits.copy()
     expected[0, 1] -= 0.5 + 2 * 0.25
     expected[0, 2] -= 0.5 + 0.25
-    np.testing.assert_allclose(adjust(logits, sampling, history), expected, atol=1e-6)
-    assert history.counts.sum(axis=1).tolist() == [3, 2]
+    np.testing.assert_allclose(jax.jit(adjust)(logits, sampling, history), expected, atol=1e-6)
+    assert np.asarray(history.counts).sum(axis=1).tolist() == [3, 2]
 
 
 def test_settings_that_do_nothing_cost_nothing():
@@ -195,9 +201,11 @@ def test_settings_that_do_nothing_cost_nothing():
 
 
 def test_a_bias_can_force_and_ban():
-    logits = jnp.asarray(np.random.default_rng(1).normal(size=(3, 50)), jnp.float32)
+    logits = np.random.default_rng(1).normal(size=(3, 50)).astype(np.float32)
     sampling = make_sampling(3, [0.0, 1.0, 0.0], logit_bias=[{7: 1e4}, {7: 1e4}, {int(np.argmax(logits[2])): -1e4}])
-    drawn = sample(adjust(logits, sampling, None), sampling, jnp.arange(3))
+    drawn = jax.jit(lambda logits, sampling, at: sample(adjust(logits, sampling, None), sampling, at))(
+        logits, sampling, np.arange(3)
+    )
     assert drawn.tolist() == [7, 7, int(np.argsort(-logits[2])[1])]
 
 

@@ -1,34 +1,38 @@
 """Scores of continuations: against the full pass, against transformers, and split as the tokenizer splits."""
 
-import jax
-import jax.numpy as jnp
+import dataclasses
+
 import numpy as np
 import pytest
-from support import TINY, random_parameters
+from support import TINY, float64_logprobs, shallow, unrolled_parameters
 
 from llama_jax.errors import InputError
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.score import encode_pair, score, score_tokens
-from llama_jax.model.llama import logits
-from llama_jax.weights.forms import unstack
 from llama_jax.weights.load import load
 
-PARAMS = random_parameters(TINY)
+CONFIG = dataclasses.replace(TINY, layers=2)
+PARAMS = unrolled_parameters(CONFIG)
 RNG = np.random.default_rng(4)
 PAIRS = [(RNG.integers(0, 97, a).tolist(), RNG.integers(0, 97, b).tolist()) for a, b in [(5, 3), (40, 1), (1, 60), (9, 9)]]
 
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(unstack(PARAMS), TINY)
+    return Generator(PARAMS, CONFIG)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.fixture(scope="module")
+def tiny(tiny_directory):
+    return shallow(load(tiny_directory))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_scores_equal_the_full_pass(generator, monkeypatch, batch_size):
     monkeypatch.setattr("llama_jax.generation.logprobs._BLOCK", 16)
     got = score_tokens(generator, *zip(*PAIRS), batch_size=batch_size)
     for (prompt, continuation), result in zip(PAIRS, got):
-        every = jax.nn.log_softmax(logits(PARAMS, jnp.asarray([prompt + continuation]), TINY)[0], axis=-1)[len(prompt) - 1 : -1]
+        every = float64_logprobs(PARAMS, prompt + continuation, CONFIG)[len(prompt) - 1 : -1]
         expected = every[np.arange(len(continuation)), np.asarray(continuation)]
         np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
         assert result.logprob == pytest.approx(float(expected.sum()), abs=1e-3)
@@ -71,8 +75,8 @@ def test_pairs_are_split_where_the_tokenizer_splits(smollm2_model):
     assert encode_pair(tokenizer, "The cat ", "sat") == encode_pair(tokenizer, "The cat", " sat")
 
 
-def test_a_continuation_that_changes_the_first_token_is_scored_from_the_start(tiny_directory):
-    model = load(tiny_directory)
+def test_a_continuation_that_changes_the_first_token_is_scored_from_the_start(tiny):
+    model = tiny
     whole, prompt = model.tokenizer.encode("The"), model.tokenizer.encode("Th")
     assert whole[0] != prompt[0]  # else this shows nothing
     before, after = encode_pair(model.tokenizer, "Th", "e")
@@ -100,11 +104,11 @@ def test_scores_equal_transformers(smollm2_model, smollm2_torch):
 @pytest.mark.parametrize(("prompts", "continuations", "name"), [
     ("abc", "def", "prompts"), (["abc"], "d", "continuations"), (["a"], [1], "continuations"), (None, ["a"], "prompts"),
 ])  # fmt: skip
-def test_lists_of_texts_are_expected(tiny_directory, prompts, continuations, name):
+def test_lists_of_texts_are_expected(tiny, prompts, continuations, name):
     with pytest.raises(InputError, match=f"{name}: .* given; a list of texts expected"):
-        score(load(tiny_directory), prompts, continuations)
+        score(tiny, prompts, continuations)
 
 
-def test_a_generator_of_another_model_is_refused(tiny_directory, generator):
+def test_a_generator_of_another_model_is_refused(tiny, generator):
     with pytest.raises(InputError, match="generator: one of another model given"):
-        score(load(tiny_directory), ["a"], ["b"], generator)
+        score(tiny, ["a"], ["b"], generator)

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from support import shallow
 
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import check_texts
@@ -19,7 +20,7 @@ PROMPTS = ["The cat sat", "你好 🎉", "a"]
 @pytest.fixture(scope="module")
 def tiny(tiny_directory) -> Pretrained:
     """The model of the directory, with a context small enough to be reached."""
-    model = load(tiny_directory)
+    model = shallow(load(tiny_directory))
     return model._replace(config=dataclasses.replace(model.config, context_length=64))
 
 

@@ -1,47 +1,58 @@
 """The cache: growing, taking rows, and 8-bit keys and values against their dequantised selves."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, random_parameters, random_tokens
+from support import TINY, float64_logits, random_parameters, random_tokens, unrolled_parameters
 
 from llama_jax.errors import InputError
 from llama_jax.generation.decode import decode, prefill
 from llama_jax.model.attention import Mask, Scales, attend
 from llama_jax.model.cache import Cache, _write_at_once, _write_in_turn, append, grow, init_cache, quantise_heads, take_rows
-from llama_jax.model.llama import logits, model_for
+from llama_jax.model.llama import model_for
 from llama_jax.model.options import ModelOptions
-from llama_jax.weights.forms import unstack
 
-LENGTHS = jnp.asarray([5, 9, 1], jnp.int32)
+CONFIG = dataclasses.replace(TINY, layers=2)
+LENGTHS = np.asarray([5, 9, 1], np.int32)
 
 
-def filled(dtype, scan, slots=12, options=None):
-    """A cache after a ragged prefill, with its model and parameters."""
-    params = random_parameters(TINY)
-    params = params if scan else unstack(params)
-    model = model_for(params, TINY, **(options or {}))
-    cache = init_cache(TINY, 3, slots, dtype, scan)
-    _, cache = jax.jit(lambda c: prefill(model, params, random_tokens(TINY, (3, 9)), LENGTHS, c))(cache)
-    return model, params, cache
+@functools.cache
+def filled(dtype, scan, slots=16):
+    """A model, its parameters, and a cache after a ragged prefill."""
+    params = random_parameters(CONFIG) if scan else unrolled_parameters(CONFIG)
+    model = model_for(params, CONFIG)
+    tokens, lengths = random_tokens(CONFIG, (3, 9)), jnp.asarray(LENGTHS)
+    run = jax.jit(lambda params: prefill(model, params, tokens, lengths, init_cache(CONFIG, 3, slots, dtype, scan)))
+    return model, params, run(params)[1]
+
+
+def any_cache(dtype, scan, slots=12) -> Cache:
+    """A cache full of random numbers."""
+    rng = np.random.default_rng(0)
+    empty = jax.eval_shape(lambda: init_cache(CONFIG, 3, slots, dtype, scan))
+    layers = jax.tree.map(lambda x: rng.integers(1, 99, x.shape).astype(x.dtype), empty.layers)
+    return Cache(layers, LENGTHS)
 
 
 def layer(cache: Cache, i: int):
     """One layer of either form, as NumPy arrays."""
-    one = jax.tree.map(lambda x: x[i], cache.layers) if hasattr(cache.layers, "keys") else cache.layers[i]
-    return jax.tree.map(np.asarray, one)
+    arrays = jax.tree.map(np.asarray, cache.layers)
+    return jax.tree.map(lambda x: x[i], arrays) if hasattr(arrays, "keys") else arrays[i]
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_rows_are_taken_and_slots_added(dtype, scan):
-    _, _, cache = filled(dtype, scan)
-    wide = take_rows(grow(cache, 20), jnp.asarray([2, 1, 1, 0]))
+    cache = any_cache(dtype, scan)
+    wide = jax.jit(lambda cache, rows: take_rows(grow(cache, 20), rows))(cache, np.asarray([2, 1, 1, 0]))
     assert wide.slots == 20
     assert wide.lengths.tolist() == [1, 9, 9, 5]
     assert jax.tree.structure(wide) == jax.tree.structure(cache)
-    for i in range(TINY.layers):
+    for i in range(CONFIG.layers):
         for was, now in zip(jax.tree.leaves(layer(cache, i)), jax.tree.leaves(layer(wide, i))):
             assert now.dtype == was.dtype
             np.testing.assert_array_equal(now[:, :, :12], was[[2, 1, 1, 0]])
@@ -52,17 +63,22 @@ def test_rows_are_taken_and_slots_added(dtype, scan):
 def test_decoding_goes_on_after_growing(dtype):
     """A row moved into a larger cache gives the logits that it gave at home."""
     model, params, cache = filled(dtype, scan=False)
-    token = jnp.asarray([3, 4, 5], jnp.int32)
-    expected, _ = decode(model, params, token, cache)
-    got, after = decode(model, params, token[jnp.asarray([1, 0])], take_rows(grow(cache, 16), jnp.asarray([1, 0])))
-    np.testing.assert_allclose(got, expected[jnp.asarray([1, 0])], atol=1e-5)
+    token, order = np.asarray([3, 4, 5], np.int32), np.asarray([1, 0])
+
+    @jax.jit
+    def both(params, cache, token, order):
+        moved = take_rows(grow(cache, 24), order)
+        return decode(model, params, token, cache)[0], *decode(model, params, token[order], moved)
+
+    expected, got, after = both(params, cache, token, order)
+    np.testing.assert_allclose(got, np.asarray(expected)[order], atol=1e-5)
     assert after.lengths.tolist() == [10, 6]
 
 
 def test_integers_are_within_half_a_scale():
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32)
     x[0, 1, 2] = 0.0  # no scale divides by zero
-    values, scales = quantise_heads(jnp.asarray(x))
+    values, scales = jax.jit(quantise_heads)(x)
     assert values.dtype == jnp.int8
     np.testing.assert_allclose(scales, np.abs(x).max(-1) / 127, rtol=1e-6)
     error = np.abs(np.asarray(values, np.float32) * np.asarray(scales)[..., None] - x)
@@ -74,10 +90,11 @@ def test_integers_are_within_half_a_scale():
 @pytest.mark.parametrize("queries", [1, 7])
 def test_integer_attention_equals_attention_on_dequantised_keys_and_values(backend, queries):
     rng = np.random.default_rng(1)
-    q = jnp.asarray(rng.normal(size=(3, 6, queries, 16)), jnp.float32)
-    (k, k_scale), (v, v_scale) = (quantise_heads(jnp.asarray(rng.normal(size=(3, 2, 24, 16)), jnp.float32)) for _ in "kv")
-    mask = Mask(start=LENGTHS)
-    got = attend(q, k, v, mask, backend=backend, scales=Scales(k_scale, v_scale))
+    q = rng.normal(size=(3, 6, queries, 16)).astype(np.float32)
+    narrow = jax.jit(quantise_heads)
+    (k, k_scale), (v, v_scale) = (narrow(rng.normal(size=(3, 2, 24, 16)).astype(np.float32)) for _ in "kv")
+    run = jax.jit(lambda q, k, v, scales: attend(q, k, v, Mask(start=jnp.asarray(LENGTHS)), backend=backend, scales=scales))
+    got = run(q, k, v, Scales(k_scale, v_scale))
     wide = [np.asarray(x, np.float64) * np.asarray(s)[..., None] for x, s in ((k, k_scale), (v, v_scale))]
     keys, values = (np.repeat(x, 3, axis=1) for x in wide)
     scores = np.einsum("bnth,bnsh->bnts", np.asarray(q, np.float64), keys) / 4
@@ -88,37 +105,38 @@ def test_integer_attention_equals_attention_on_dequantised_keys_and_values(backe
 
 @pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
 def test_ragged_decoding_with_an_integer_cache(scan):
-    """Rows of unequal length, token by token: near the logits of whole rows without a cache, in float32."""
-    model, params, cache = filled("int8", scan, slots=16)
-    tokens, more = random_tokens(TINY, (3, 9)), random_tokens(TINY, (3, 4), seed=7)
+    """Rows of unequal length, token by token: near the logits of whole rows without a cache, in float64."""
+    model, params, cache = filled("int8", scan)
+    tokens, more = (np.asarray(random_tokens(CONFIG, *how)) for how in (((3, 9),), ((3, 4), 7)))
     step = jax.jit(lambda token, cache: decode(model, params, token, cache))
     for i in range(more.shape[1]):
         got, cache = step(more[:, i], cache)
     for row, length in enumerate(LENGTHS.tolist()):
-        whole = jnp.concatenate([tokens[row, :length], more[row]])[None]
-        expected = np.asarray(logits(params, whole, TINY))[0, -1]
-        assert 0 < np.abs(got[row] - expected).max() < 0.02 * np.abs(expected).max()
+        whole = np.concatenate([tokens[row, :length], more[row]])[None]
+        expected = float64_logits(params, whole, CONFIG)[0, -1]
+        # More than float32 would be off, or there were no integers.
+        assert 1e-4 * np.abs(expected).max() < np.abs(np.asarray(got)[row] - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_bytes_of_the_cache():
     shape = 3 * TINY.kv_heads * 12 * TINY.layers * 2  # vectors of a head, keys and values
     for dtype, each in (("float32", 4 * TINY.head_dim), ("bfloat16", 2 * TINY.head_dim), ("int8", TINY.head_dim + 4)):
         for scan in (True, False):
-            layers = init_cache(TINY, 3, 12, dtype, scan).layers
-            assert sum(array.nbytes for array in jax.tree.leaves(layers)) == shape * each
+            layers = jax.eval_shape(lambda dtype=dtype, scan=scan: init_cache(TINY, 3, 12, dtype, scan)).layers
+            assert sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(layers)) == shape * each
 
 
 def test_appending_touches_the_new_slots_only():
-    cache = init_cache(TINY, 2, 8, "int8").layers[0]
-    cache = jax.tree.map(lambda x: jnp.ones_like(x), cache)
-    new = jnp.full((2, TINY.kv_heads, 2, TINY.head_dim), 2.54)
-    after = append(cache, new, -new, jnp.asarray([0, 5]))
+    empty = jax.eval_shape(lambda: init_cache(TINY, 2, 8, "int8")).layers[0]
+    cache = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), empty)
+    new = np.full((2, TINY.kv_heads, 2, TINY.head_dim), 2.54, np.float32)
+    after = jax.tree.map(np.asarray, jax.jit(append)(cache, new, -new, np.asarray([0, 5])))
     for row, at in ((0, 0), (1, 5)):
         touched = np.isin(np.arange(8), [at, at + 1])
-        assert (np.asarray(after.keys)[row][:, touched] == 127).all()
-        assert (np.asarray(after.values)[row][:, touched] == -127).all()
-        np.testing.assert_allclose(np.asarray(after.key_scales)[row][:, touched], 0.02, rtol=1e-6)
-        assert all((np.asarray(array)[row][:, ~touched] == 1).all() for array in after)
+        assert (after.keys[row][:, touched] == 127).all()
+        assert (after.values[row][:, touched] == -127).all()
+        np.testing.assert_allclose(after.key_scales[row][:, touched], 0.02, rtol=1e-6)
+        assert all((array[row][:, ~touched] == 1).all() for array in after)
 
 
 def test_cache_dtype_follows_the_activations_unless_named():
@@ -131,10 +149,12 @@ def test_cache_dtype_follows_the_activations_unless_named():
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_the_two_ways_to_write_rows_write_the_same(dtype):
     """GPUs write all rows at once, others in turn; rows of unequal length, several tokens."""
-    cache, rng = init_cache(TINY, 3, 12, dtype), np.random.default_rng(0)
-    lengths = jnp.asarray([0, 5, 9], jnp.int32)
-    new = jax.tree.map(lambda x: jnp.asarray(rng.integers(-9, 9, (*x.shape[:2], 3, *x.shape[3:])), x.dtype), cache.layers[0])
-    ways = _write_at_once(cache.layers[0], new, lengths), _write_in_turn(2, cache.layers[0], new, lengths)
+    cache, rng = jax.eval_shape(lambda: init_cache(TINY, 3, 12, dtype)).layers[0], np.random.default_rng(0)
+    lengths = np.asarray([0, 5, 9], np.int32)
+    draw = lambda shape, dtype: rng.integers(-9, 9, shape).astype(dtype)  # noqa: E731
+    new = jax.tree.map(lambda x: draw((*x.shape[:2], 3, *x.shape[3:]), x.dtype), cache)
+    cache = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), cache)
+    ways = jax.jit(lambda *x: (_write_at_once(*x), _write_in_turn(2, *x)))(cache, new, lengths)
     for at_once, in_turn in zip(*map(jax.tree.leaves, ways)):
         np.testing.assert_array_equal(at_once, in_turn)
         for row, start in enumerate(lengths.tolist()):

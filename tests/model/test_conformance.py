@@ -3,6 +3,7 @@
 `python tests/model/test_conformance.py` prints the table. Its row of GPUs is checked on one by tests/gpu/test_gpu_attention.py.
 """
 
+import functools
 import pathlib
 
 import jax
@@ -57,10 +58,18 @@ def documents_of(mask: str) -> np.ndarray | None:
     return None if numbers is None else np.stack([np.array(numbers), np.roll(numbers, 7)]).astype(np.int32)
 
 
+@functools.cache
 def drawn(seed: int = 0) -> list[np.ndarray]:
     """q, k, v and the gradient of the output."""
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(BATCH, n, LENGTH, WIDTH)), jnp.float32) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    counts = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    return [rng.normal(size=(BATCH, n, LENGTH, WIDTH)).astype(np.float32) for n in counts]
+
+
+@functools.cache
+def expected_of(mask: str) -> tuple[np.ndarray, ...]:
+    """Output and gradients in float64."""
+    return float64_attention(*drawn(), seen_by(np.arange(LENGTH), documents_of(mask)))
 
 
 def over_devices(**options):
@@ -90,18 +99,32 @@ RUNS = {
 }
 
 
+@functools.cache
+def program_of(backend: str):
+    """Forward and backward; the masks that give documents share a program."""
+
+    def both(q, k, v, d_out, documents):
+        out, pull = jax.vjp(lambda q, k, v: RUNS[backend](q, k, v, documents), q, k, v)
+        return (out, *pull(d_out))
+
+    return jax.jit(both)
+
+
 @pytest.mark.parametrize("mask", MASKS[:4])
 @pytest.mark.parametrize("backend", RUNS)
 def test_rows_equal_float64(backend, mask):
-    arrays, documents = drawn(), documents_of(mask)
     sizes = {"context": 2, "fsdp": 1} if "2 devices" in backend else {"fsdp": 1}
-    given = None if documents is None else jnp.asarray(documents)
     with jax.set_mesh(make_mesh(**sizes, devices=jax.devices()[: sizes.get("context", 1)])):
-        out, pull = jax.vjp(jax.jit(lambda q, k, v: RUNS[backend](q, k, v, given)), *arrays[:3])
-        ours = (out, *pull(arrays[3]))
-    for name, a, b in zip(("out", "dq", "dk", "dv"), ours, float64_attention(*arrays, seen_by(np.arange(LENGTH), documents))):
+        ours = program_of(backend)(*drawn(), documents_of(mask))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), ours, expected_of(mask)):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
     assert ROWS[backend][MASKS.index(mask)] == EQUAL
+
+
+@functools.cache
+def narrow_heads():
+    """Keys and values in 8 bits with their scales."""
+    return [tuple(map(np.asarray, jax.jit(quantise_heads)(x))) for x in drawn()[1:3]]
 
 
 @pytest.mark.parametrize("mask", MASKS[4:])
@@ -112,11 +135,12 @@ def test_tokens_behind_a_cache_equal_float64(backend, mask):
     q, scales = q[:, :, :few], None
     keys, values = k, v
     if mask == "8-bit cache":
-        (keys, key_scales), (values, value_scales) = quantise_heads(k), quantise_heads(v)
+        (keys, key_scales), (values, value_scales) = narrow_heads()
         scales = Scales(key_scales, value_scales)
-        k, v = (x.astype(jnp.float32) * scale[..., None] for x, scale in ((keys, key_scales), (values, value_scales)))
+        k, v = (x.astype(np.float32) * scale[..., None] for x, scale in narrow_heads())
     options = ModelOptions(attention=backend)
-    out = attend_over_mesh(q, keys, values, Mask(start=jnp.asarray(starts)), options, scales)
+    run = jax.jit(lambda *x: attend_over_mesh(*x[:3], Mask(start=x[3]), options, x[4]))
+    out = run(q, keys, values, starts, scales)
     seen = np.arange(LENGTH)[None, None] <= starts[:, None, None] + np.arange(few)[None, :, None]
     np.testing.assert_allclose(out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5)
     assert ROWS[backend][MASKS.index(mask)] == (EQUAL if backend in ("reference", "chunked") else AUTO)
@@ -131,14 +155,17 @@ def test_a_cache_on_devices_that_share_rows_is_refused(options):
         jax.set_mesh(make_mesh(fsdp=1, context=2, devices=jax.devices()[:2])),
         pytest.raises(InputError, match="a cache was given"),
     ):
-        attend_over_mesh(q, k, v, Mask(start=jnp.zeros(BATCH, jnp.int32)), ModelOptions(**options))
+        attend_over_mesh(*map(jnp.asarray, (q, k, v)), Mask(start=jnp.zeros(BATCH, jnp.int32)), ModelOptions(**options))
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_tokens_in_another_order_go_the_way_of_auto(kernel):
     q, k, v, _ = drawn()
-    order = jnp.asarray(np.random.default_rng(0).permutation(LENGTH), jnp.int32)
-    out = attend_over_mesh(q, k, v, Mask(positions=order, key_positions=order), ModelOptions(attention=kernel))
+    order = np.random.default_rng(0).permutation(LENGTH).astype(np.int32)
+    run = jax.jit(
+        lambda q, k, v, at: attend_over_mesh(q, k, v, Mask(positions=at, key_positions=at), ModelOptions(attention=kernel))
+    )
+    out = run(q, k, v, order)
     seen = np.broadcast_to(order[None, :] <= order[:, None], (BATCH, LENGTH, LENGTH))
     np.testing.assert_allclose(out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5)
 

@@ -1,6 +1,7 @@
 """Attention over devices against float64 written out, forward and backward, and what each device has to compute for it."""
 
 import collections
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from attention_oracle import float64_attention, seen_by
 from jax.sharding import PartitionSpec
-from support import TINY, random_parameters, random_tokens
+from matrix import matrix
+from support import TINY, float64_logits, random_parameters, random_tokens
 
 from llama_jax.errors import InputError
 from llama_jax.model import chunked
@@ -29,27 +31,31 @@ HEADS, KV_HEADS, LENGTH = 4, 2, 48
 def draw(seed=0, width=8, batch=2):
     """q, k, v, the gradient of the output, and documents."""
     rng = np.random.default_rng(seed)
-    arrays = [jnp.asarray(rng.normal(size=(batch, n, LENGTH, width)), jnp.float32) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
-    return arrays, jnp.asarray(np.sort(rng.integers(1, 4, (batch, LENGTH)), axis=1), jnp.int32)
+    counts = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    arrays = [rng.normal(size=(batch, n, LENGTH, width)).astype(np.float32) for n in counts]
+    return arrays, np.sort(rng.integers(1, 4, (batch, LENGTH)), axis=1).astype(np.int32)
 
 
 def check(run, arrays, seen):
     """Output and gradients of `run` as float64 has them."""
-    out, pull = jax.vjp(run, *arrays[:3])
-    for ours, theirs in zip((out, *pull(arrays[3])), float64_attention(*arrays, seen)):
+
+    @jax.jit
+    def both(q, k, v, d_out):
+        out, pull = jax.vjp(run, q, k, v)
+        return (out, *pull(d_out))
+
+    for ours, theirs in zip(both(*arrays), float64_attention(*arrays, seen)):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 ORDERS = {"balanced": balanced_positions(LENGTH, 4), "any": np.random.default_rng(1).permutation(LENGTH).astype(np.int32)}
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-@pytest.mark.parametrize("order", ORDERS)
+@matrix(order=list(ORDERS), backend=["reference", "chunked"], packed=[False, True])
 def test_tokens_in_another_order_are_masked_by_their_positions(order, backend, packed):
     """In blocks of 7, so that some hold padding and some tokens of two chunks."""
     arrays, documents = draw()
-    documents, positions = documents if packed else None, jnp.asarray(ORDERS[order])
+    documents, positions = jnp.asarray(documents) if packed else None, jnp.asarray(ORDERS[order])
     mask = Mask(documents=documents, positions=positions, key_positions=positions, key_documents=documents)
     run = lambda q, k, v: attend(q, k, v, mask, backend=backend)  # noqa: E731
     if backend == "chunked":
@@ -59,13 +65,12 @@ def test_tokens_in_another_order_are_masked_by_their_positions(order, backend, p
 
 def test_queries_of_a_part_see_the_keys_of_all():
     arrays, documents = draw()
-    positions = jnp.asarray(ORDERS["balanced"])
-    own = slice(12, 24)
-    mask = Mask(None, None, documents[:, own], positions[own], positions, documents)
-    whole = attend(*arrays[:3], Mask(None, None, documents, positions, positions, documents), backend="reference")
+    positions, own = ORDERS["balanced"], slice(12, 24)
+    mask = Mask(None, None, *map(jnp.asarray, (documents[:, own], positions[own], positions, documents)))
+    whole = float64_attention(*arrays, seen_by(positions, documents))[0]
     for backend in ("reference", "chunked"):
-        part = attend(arrays[0][:, :, own], *arrays[1:3], mask, backend=backend)
-        np.testing.assert_allclose(part, whole[:, :, own], atol=1e-6)
+        part = jax.jit(lambda q, k, v, backend=backend: attend(q, k, v, mask, backend=backend))
+        np.testing.assert_allclose(part(arrays[0][:, :, own], *arrays[1:3]), whole[:, :, own], atol=1e-6)
 
 
 @pytest.mark.parametrize("mask", [
@@ -88,24 +93,27 @@ def on_ring(devices, size, axis="context"):
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False))
 
 
-@pytest.mark.parametrize(("devices", "size"), [(2, 12), (2, 5), (4, 4), (3, 8)])
+@pytest.mark.parametrize(("devices", "size"), [
+    pytest.param(2, 12, marks=pytest.mark.slow), pytest.param(2, 5, marks=pytest.mark.slow), (4, 4), (3, 8),
+])  # fmt: skip
 def test_ring_equals_float64(devices, size):
     """Whole chunks, parts of chunks, and blocks that hold tokens of two chunks."""
     arrays, documents = draw()
     positions, ring = balanced_positions(LENGTH, devices), on_ring(devices, size)
     placed = documents[:, positions]
-    check(lambda q, k, v: ring(q, k, v, jnp.asarray(positions), placed), arrays, seen_by(positions, placed))
+    check(lambda q, k, v: ring(q, k, v, jnp.asarray(positions), jnp.asarray(placed)), arrays, seen_by(positions, placed))
 
 
-@pytest.mark.parametrize("how", ["gathered", "ring"])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize(("how", "backend"), [
+    ("gathered", "reference"), ("ring", "chunked"), pytest.param("gathered", "chunked", marks=pytest.mark.slow),
+    pytest.param("ring", "reference", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_heads_rows_and_length_over_devices_at_once(how, backend):
     """Without positions: tokens in their own order, and no documents."""
     arrays, _ = draw()
     options = ModelOptions(attention=backend, context_attention=how)
     with jax.set_mesh(make_mesh(1, 2, 2, context=2)):
-        run = jax.jit(lambda q, k, v: attend_over_mesh(q, k, v, Mask(), options))
-        check(run, arrays, seen_by(np.arange(LENGTH), None))
+        check(lambda q, k, v: attend_over_mesh(q, k, v, Mask(), options), arrays, seen_by(np.arange(LENGTH), None))
 
 
 # --- the work of each device ---
@@ -178,12 +186,17 @@ def test_block_size_parts_a_chunk_evenly(backend, tokens, size):
 
 def test_model_goes_by_positions():
     """Logits of tokens in another order are the logits of the row in that order."""
-    tokens, order = random_tokens(TINY, (2, LENGTH)), jnp.asarray(ORDERS["balanced"])
-    params, model = random_parameters(TINY), Llama(TINY)
-    documents = draw()[1]
-    expected = logits(params, tokens, TINY, documents)[:, order]
-    last = apply(model, params, tokens[:, order], documents[:, order], method="features", positions=order).last
-    np.testing.assert_allclose(apply(model, params, last, method="unembed"), expected, atol=1e-4)
+    config = dataclasses.replace(TINY, layers=2)
+    tokens, order = np.asarray(random_tokens(config, (2, LENGTH))), ORDERS["balanced"]
+    params, model, documents = random_parameters(config), Llama(config), draw()[1]
+
+    @jax.jit
+    def run(params, tokens, documents, positions):
+        last = apply(model, params, tokens, documents, method="features", positions=positions).last
+        return apply(model, params, last, method="unembed")
+
+    expected = float64_logits(params, tokens, config, documents)[:, order]
+    np.testing.assert_allclose(run(params, tokens[:, order], documents[:, order], order), expected, atol=1e-4)
 
 
 def test_rows_that_devices_cannot_share_are_refused():

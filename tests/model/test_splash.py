@@ -21,42 +21,51 @@ def draw(length, width, heads=4, kv_heads=2, batch=2, seed=0):
     """q, k, v, the gradient of the output, and documents."""
     rng = np.random.default_rng(seed)
     counts = (heads, kv_heads, kv_heads, heads)
-    arrays = [jnp.asarray(rng.normal(size=(batch, n, length, width)), jnp.float32) for n in counts]
-    return arrays, jnp.asarray(np.sort(rng.integers(1, 4, (batch, length)), axis=1), jnp.int32)
+    arrays = [rng.normal(size=(batch, n, length, width)).astype(np.float32) for n in counts]
+    return arrays, np.sort(rng.integers(1, 4, (batch, length)), axis=1).astype(np.int32)
 
 
 def check(run, arrays, seen):
-    out, pull = jax.vjp(run, *arrays[:3])
-    for ours, theirs in zip((out, *pull(arrays[3])), float64_attention(*arrays, seen)):
+    @jax.jit
+    def both(q, k, v, d_out):
+        out, pull = jax.vjp(run, q, k, v)
+        return (out, *pull(d_out))
+
+    for ours, theirs in zip(both(*arrays), float64_attention(*arrays, seen)):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
-@pytest.mark.parametrize(("length", "width"), [(256, 64), (384, 128)])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("length", "width", "packed"), [
+    (256, 64, True), (384, 128, False), pytest.param(256, 64, False, marks=slow), pytest.param(384, 128, True, marks=slow),
+])  # fmt: skip
 def test_equals_float64(length, width, packed):
     arrays, documents = draw(length, width, batch=1)
-    documents = documents if packed else None
+    documents = jnp.asarray(documents) if packed else None
     run = lambda q, k, v: splash_attention(q, k, v, documents, TRAINING, interpret=True)  # noqa: E731
     check(run, arrays, seen_by(np.arange(length), documents))
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 1, "context": 2, "tensor": 2}, {"fsdp": 2, "context": 2}], ids=str
-)
+@pytest.mark.parametrize("sizes", [
+    pytest.param({"fsdp": 2, "tensor": 2}, marks=slow), {"fsdp": 1, "context": 2, "tensor": 2}, {"fsdp": 2, "context": 2},
+], ids=str)  # fmt: skip
 def test_equals_float64_on_a_mesh(sizes):
     """Rows over `fsdp`, heads over `tensor`, tokens over `context` in the order of balanced work."""
     length, parts = 512, sizes.get("context", 1)
     arrays, documents = draw(length, 64)
     order = balanced_positions(length, parts) if parts > 1 else np.arange(length)
-    moved = [x[:, :, order] for x in arrays]
+    moved, placed = [x[:, :, order] for x in arrays], documents[:, order]
     mesh = make_mesh(**sizes, devices=jax.devices()[: np.prod(list(sizes.values()))])
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda q, k, v: splash_attention(q, k, v, documents[:, order], TRAINING, interpret=True))
-        check(run, moved, seen_by(order, documents[:, order]))
+        run = lambda q, k, v: splash_attention(q, k, v, jnp.asarray(placed), TRAINING, interpret=True)  # noqa: E731
+        check(run, moved, seen_by(order, placed))
 
 
 def test_what_the_kernel_does_not_take_is_refused():
     (q, k, v, _), _ = draw(200, 64)
+    q, k, v = map(jnp.asarray, (q, k, v))
     with pytest.raises(InputError, match="200 tokens a row in 1 parts and heads of 64 given; a multiple of 128"):
         splash_attention(q, k, v, None, TRAINING)
 
@@ -64,8 +73,9 @@ def test_what_the_kernel_does_not_take_is_refused():
 def test_tokens_behind_a_cache_go_the_way_of_auto():
     (q, k, v, _), _ = draw(200, 64)
     mask = Mask(start=jnp.zeros(2, jnp.int32))
-    out = attend_over_mesh(q, k, v, mask, ModelOptions(attention="splash"))
-    np.testing.assert_array_equal(out, attend_over_mesh(q, k, v, mask, ModelOptions()))
+    ways = [ModelOptions(attention="splash"), ModelOptions()]
+    both = jax.jit(lambda q, k, v: [attend_over_mesh(q, k, v, mask, options) for options in ways])
+    np.testing.assert_array_equal(*both(q, k, v))
 
 
 def test_auto_takes_it_for_training_on_tpus_only():

@@ -37,8 +37,9 @@ def test_every_choice_of_a_job_has_a_key_of_the_config():
 
 
 @pytest.mark.parametrize(("model", "name", "rows"), [
-    ("llama3.1-70b", "v5p:4x4x8", 4), ("llama3.1-8b", "v5e:4x4", 4), ("llama3.1-8b", "h100:8", 8), ("llama3.2-1b", "h100:1", 4),
-    ("llama3.1-70b", "v6e:16x16", 4),
+    ("llama3.1-70b", "v5p:4x4x8", 4), ("llama3.1-8b", "h100:8", 8), ("llama3.2-1b", "h100:1", 4),
+    pytest.param("llama3.1-8b", "v5e:4x4", 4, marks=pytest.mark.slow),
+    pytest.param("llama3.1-70b", "v6e:16x16", 4, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_printed_flag_is_taken_by_the_training(model, name, rows):
     """Each remedy, read by the config's own parser on top of the job it is for, is the job that was promised."""

@@ -40,8 +40,10 @@ def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in per_token) / ROWS / LENGTH
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("remat", LADDER)
+WIDE = [pytest.param(remat, "float32", marks=[pytest.mark.slow] * (remat not in ("none", "attention"))) for remat in LADDER]
+
+
+@pytest.mark.parametrize(("remat", "dtype"), [*((remat, "bfloat16") for remat in LADDER), *WIDE])
 def test_bytes_are_those_that_differentiation_keeps(remat, dtype):
     itemsize = jnp.dtype(dtype).itemsize
     assert saved_bytes(CONFIG, remat, itemsize) == kept_by_differentiation(remat, dtype, "chunked")

@@ -29,7 +29,13 @@ def plan_of(model: str, name: str, rows: int, remat: str):
     return make_plan(Job(preset(model), topology, mesh, 8192, rows * mesh.rows, remat=remat))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+QUICK = [CASES[0], CASES[3], CASES[4]]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES],
+)
 def test_remedies_fit_and_are_as_small_as_can_be(case):
     plan = plan_of(*case)
     assert not plan.fits

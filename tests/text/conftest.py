@@ -6,16 +6,17 @@ import os
 import pathlib
 import random
 
-import gguf
 import pytest
 import sentencepiece
 from trained import PROSE, byte_level
 
 from llama_jax.text.byte_pair import BytePairTokenizer
+from llama_jax.text.export import hugging_face_files
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.llama3 import Llama3Tokenizer, load_llama3
 from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.weights.gguf_file import GgufFile
 
 TRICKY = [
     "", " ", "  ", "\n", "\t\tx", " leading", "trailing ", "a  b   c", "\r\n\r\n", "\u00a0x\u3000y",
@@ -52,9 +53,8 @@ def sentence_piece_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pat
 
 @pytest.fixture(scope="session")
 def smollm2_metadata(smollm2_gguf: pathlib.Path) -> dict[str, object]:
-    """The tokenizer's part of the real file's metadata, read by the gguf package."""
-    fields = gguf.GGUFReader(smollm2_gguf).fields
-    return {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    """The tokenizer's part of the real file's metadata; that the gguf package reads the same is tested with the weights."""
+    return {key: value for key, value in GgufFile.open(smollm2_gguf).metadata.items() if key.startswith("tokenizer.")}
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +71,21 @@ def llama3_path() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def llama3(llama3_path: pathlib.Path) -> Llama3Tokenizer:
     return load_llama3(llama3_path)
+
+
+@pytest.fixture(scope="session")
+def llama3_files(llama3: Llama3Tokenizer) -> dict[str, bytes]:
+    """Its files for Hugging Face, without a template: most of the seconds of several tests."""
+    return hugging_face_files(llama3)
+
+
+@pytest.fixture(scope="session")
+def llama3_read(llama3_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """What our reader makes of them."""
+    directory = tmp_path_factory.mktemp("llama3")
+    for name, content in llama3_files.items():
+        (directory / name).write_bytes(content)
+    return load_tokenizer(directory)
 
 
 @pytest.fixture(scope="session")

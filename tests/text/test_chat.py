@@ -46,9 +46,14 @@ def applied(theirs: transformers.PreTrainedTokenizerFast, messages: Messages) ->
     return theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+@pytest.fixture(scope="module")
+def smollm2_oracle(smollm2: Tokenizer, smollm2_template: ChatTemplate) -> transformers.PreTrainedTokenizerFast:
+    return oracle(smollm2, smollm2_template)
+
+
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_smollm2_is_transformers(smollm2: Tokenizer, smollm2_template: ChatTemplate, messages: Messages):
-    theirs = oracle(smollm2, smollm2_template)
+def test_smollm2_is_transformers(smollm2: Tokenizer, smollm2_template: ChatTemplate, smollm2_oracle, messages: Messages):
+    theirs = smollm2_oracle
     for prompt in (False, True):
         text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         assert smollm2_template.render(messages, add_generation_prompt=prompt) == text
@@ -98,11 +103,17 @@ ATTACKS = [
 ]
 
 
-def chatml_by_hand(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The format written out, each stretch between special tokens encoded by the library."""
-    assert isinstance(tokenizer, BytePairTokenizer)
-    library = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
+@pytest.fixture(scope="module")
+def smollm2_library(smollm2: Tokenizer) -> tokenizers.Tokenizer:
+    """The library's own copy of the tokenizer, for which special tokens in text are text."""
+    assert isinstance(smollm2, BytePairTokenizer)
+    library = tokenizers.Tokenizer.from_str(smollm2.tokenizer.to_str())
     library.encode_special_tokens = True
+    return library
+
+
+def chatml_by_hand(library: tokenizers.Tokenizer, messages: Messages) -> list[int]:
+    """The format written out, each stretch between special tokens encoded by the library."""
     newline, ids = library.encode("\n").ids, []
     for message in messages:
         ids += [1, *library.encode(f"{message['role']}\n{message['content']}").ids, 2, *newline]
@@ -110,14 +121,16 @@ def chatml_by_hand(tokenizer: Tokenizer, messages: Messages) -> list[int]:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_special_tokens_in_messages_are_text(smollm2: Tokenizer, smollm2_template: ChatTemplate, attack: str):
+def test_special_tokens_in_messages_are_text(
+    smollm2: Tokenizer, smollm2_template: ChatTemplate, smollm2_library: tokenizers.Tokenizer, attack: str
+):
     messages = say("system:s", attack, attack, "ok")
     ids = encode_chat(smollm2_template, smollm2, messages)
     harmless = encode_chat(smollm2_template, smollm2, say("system:s", "a", "b", "ok"))
     special = set(smollm2.special_tokens.values())
     assert [token for token in ids if token in special] == [token for token in harmless if token in special]
     assert smollm2.decode(ids).count(attack) == 2
-    assert ids == chatml_by_hand(smollm2, messages)
+    assert ids == chatml_by_hand(smollm2_library, messages)
 
 
 def test_overlapping_special_tokens_in_messages_are_text():

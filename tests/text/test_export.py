@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from matrix import ALL
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from trained import PROSE, byte_level
 
@@ -58,7 +59,15 @@ def without_begin(sentence_piece_path: pathlib.Path) -> SentencePieceTokenizer:
     return tokenizer_from_gguf(metadata | changes)
 
 
-KINDS = ["sentence_piece", "without_begin", "byte_pair", "smollm2", "tokenizer_json", "llama3"]
+@pytest.fixture(scope="module")
+def ranks(llama3: Llama3Tokenizer) -> Llama3Tokenizer:
+    """The first of Llama 3's ranks, with all of its special tokens behind them."""
+    return Llama3Tokenizer(llama3.tokens[:8000])
+
+
+# In `make test` the whole of Llama 3 is left to the tests of its merges and of its chat format in Meta's words.
+KINDS = ["sentence_piece", "without_begin", "byte_pair", "smollm2", "tokenizer_json", "ranks",
+         pytest.param("llama3", marks=pytest.mark.slow)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["sentence_piece", "without_begin"])
@@ -214,17 +223,16 @@ def test_the_original_of_a_sentence_piece_model_goes_along(
     assert theirs.encode(texts) == original.encode(texts)
 
 
-@pytest.mark.parametrize("kind", ["llama3"], indirect=True)
-def test_llama3_merges_as_meta_does(kind: Llama3Tokenizer, directory: pathlib.Path, meta_llama3):
+def test_llama3_merges_as_meta_does(llama3: Llama3Tokenizer, llama3_files: dict[str, bytes], meta_llama3):
     """Long words, in which thousands of pairs compete."""
-    written, rng = (directory / "tokenizer.json").read_text(), random.Random(8)
+    written, rng = llama3_files["tokenizer.json"].decode(), random.Random(8)
     assert len(json.loads(written)["model"]["merges"]) == 280_147  # as many as in Meta's tokenizer.json of Llama 3
     library = tokenizers.Tokenizer.from_str(written)
     for alphabet in ("ab", "aA", "=-", "的一是", "\u0430\u0431\u0432", "xyzzy'", "ααβ"):
         text = "".join(rng.choices(alphabet, k=2000))
         assert library.encode(text, add_special_tokens=False).ids == meta_llama3.encode(text, bos=False, eos=False)
     # Some tokens come from no merge: a word that is such a token is found whole.
-    words = [token.decode(errors="ignore") for token in kind.tokens[::3]]
+    words = [token.decode(errors="ignore") for token in llama3.tokens[:: 3 if ALL else 30]]
     for word, encoding in zip(words, library.encode_batch(words, add_special_tokens=False)):
         assert encoding.ids == meta_llama3.encode(word, bos=False, eos=False)
 

@@ -20,9 +20,10 @@ from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.chat import APART, ChatTemplate, encode_chat, encode_dialogue, template_from_directory, template_from_gguf
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.formats import FORMATS, chatml, format_for, llama2, llama3, named_format, recognise
+from llama_jax.text.llama3 import Llama3Tokenizer
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.surface import Surface
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 
 def user(content: str) -> dict[str, str]:
@@ -120,27 +121,34 @@ def test_llama3_is_metas_code(meta: ModuleType, tokens: MetaTokens, messages: Me
     assert expected.count(128000) == 1
 
 
-def test_llama3_with_our_own_reader_of_metas_file(meta: ModuleType, tokens: MetaTokens):
-    tokenizer = load_tokenizer(pathlib.Path(meta.__file__).parent / "tokenizer.model")
-    template = format_for(tokenizer)
+def test_llama3_with_our_own_reader_of_metas_file(meta: ModuleType, tokens: MetaTokens, llama3: Llama3Tokenizer):
+    template = format_for(llama3)
     assert template is not None
     for messages in [*CONVERSATIONS, *SPACED, *TOOLS]:
-        assert encode_chat(template, tokenizer, messages) == prompted(meta, tokens, messages)
+        assert encode_chat(template, llama3, messages) == prompted(meta, tokens, messages)
     answer = {"role": "assistant", "content": "\n\nHéllo 你好 👩‍👩‍👧\n"}
-    token_ids, mask = encode_dialogue(template, tokenizer, [*say("hi"), answer])
+    token_ids, mask = encode_dialogue(template, llama3, [*say("hi"), answer])
     assert [t for t, own in zip(token_ids, mask) if own] == [*tokens.encode(answer["content"]), 128009]
 
 
-def test_llama3_stays_metas_in_a_hugging_face_directory(meta: ModuleType, tokens: MetaTokens, tmp_path: pathlib.Path):
-    tokenizer = load_tokenizer(pathlib.Path(meta.__file__).parent / "tokenizer.model")
-    template = format_for(tokenizer)
+def test_llama3_stays_metas_in_a_hugging_face_directory(
+    meta: ModuleType,
+    tokens: MetaTokens,
+    llama3: Llama3Tokenizer,
+    llama3_files: dict[str, bytes],
+    llama3_read: Tokenizer,
+    byte_pair: BytePairTokenizer,
+    tmp_path: pathlib.Path,
+):
+    template = format_for(llama3)
     assert template is not None
-    for name, content in hugging_face_files(tokenizer, template.source).items():
+    written = hugging_face_files(byte_pair, template.source)["chat_template.jinja"]  # the same with every tokenizer
+    for name, content in (llama3_files | {"chat_template.jinja": written}).items():
         (tmp_path / name).write_bytes(content)
     back = template_from_directory(tmp_path)
     assert back is not None
     for messages in [*CONVERSATIONS, *SPACED]:
-        assert encode_chat(back, load_tokenizer(tmp_path), messages) == prompted(meta, tokens, messages)
+        assert encode_chat(back, llama3_read, messages) == prompted(meta, tokens, messages)
 
 
 def test_llama3s_contents_are_apart_only_where_the_format_says_so(tokens: MetaTokens):

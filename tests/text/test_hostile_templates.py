@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from dialogues import LLAMA2, LLAMA3
+from matrix import rounds
 from test_sandbox import HOSTILE, ORDINARY
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -170,6 +171,7 @@ def bounded(outcome: dict[str, Any]) -> bool:
     return in_words and in_bounds and not outcome["changed"]
 
 
+MUTATIONS = rounds(400, 2200)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to its address space")
 
 
@@ -187,12 +189,13 @@ def test_nothing_costs_more_than_it_may():
 
 
 @linux
-def test_two_thousand_mutations():
+def test_mutations_of_templates():
     formats = [make("<s>", "</s>").source for make in FORMATS.values()]
     hostile = [source for source in [*HOSTILE.values(), *ESCAPES.values(), *BOMBS.values()] if len(source) < 400]
-    found = outcomes([], [*[*formats, LLAMA2, LLAMA3] * 8, *ORDINARY * 4, *hostile], 2200)
+    found = outcomes([], [*[*formats, LLAMA2, LLAMA3] * 8, *ORDINARY * 4, *hostile], MUTATIONS)
     assert [outcome for outcome in found if not bounded(outcome)] == []
-    assert 100 < sum(outcome["refusal"] is None for outcome in found) < 2000  # some still mean something, some do not
+    still_mean_something = sum(outcome["refusal"] is None for outcome in found)
+    assert MUTATIONS / 22 < still_mean_something < MUTATIONS * 10 / 11
 
 
 def test_values_too_deep_for_the_stack_are_refused():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+from matrix import rounds
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from trained import byte_level
 
@@ -23,8 +24,9 @@ from llama_jax.text.splitting import GPT2_PATTERN, LLAMA3_PATTERN, is_bounded
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, encode_prompt, load_tokenizer
 
 TEXT = "for x in range(10):\n    print('é 你好 🎉', x)  # aaaaaaaa  <|im_end|> \t\n"
-ROUNDS = 1100  # mutations of each kind of file
-SECONDS = 2.0  # for what takes milliseconds, on a busy machine
+ROUNDS = rounds(120, 1100)  # mutations of each kind of file
+SOME = ROUNDS // 55  # of them, if few, are read
+SECONDS = 2.0  # of the processor, for what takes milliseconds
 
 
 def use(tokenizer: Tokenizer) -> None:
@@ -38,7 +40,7 @@ def use(tokenizer: Tokenizer) -> None:
 
 def survives(load: Callable[[], Tokenizer]) -> bool:
     """Whether a tokenizer was read (else: refused in one line), in bounded time and memory either way."""
-    start, size = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, size = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     complaint = ""
     try:
         use(load())
@@ -46,7 +48,7 @@ def survives(load: Callable[[], Tokenizer]) -> bool:
         complaint = str(error)
     assert "\n" not in complaint
     assert len(complaint) < 1000
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size < 512 << 10  # KiB
     return not complaint
 
@@ -125,7 +127,7 @@ def test_tokenizer_json_with_changed_values(tmp_path: pathlib.Path, make: Callab
     for _ in range(ROUNDS):
         path.write_text(json.dumps(changed(state, rng)))
         read += survives(lambda: load_tokenizer(tmp_path))
-    assert 20 < read < ROUNDS - 10
+    assert SOME < read < ROUNDS - SOME // 2
 
 
 def test_tokenizer_json_with_changed_bytes(tmp_path: pathlib.Path):
@@ -142,7 +144,7 @@ def test_what_lies_beside_a_tokenizer_json(tmp_path: pathlib.Path):
         random.Random(13),
         {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "add_bos_token": True},
     )
-    for _ in range(200):
+    for _ in range(rounds(60, 200)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed(config, rng)))
         survives(lambda: load_tokenizer(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": ' + "9" * 5000 + "}")
@@ -176,7 +178,7 @@ def test_sentence_piece_models(tmp_path: pathlib.Path, small_model: bytes):
     for _ in range(ROUNDS):
         path.write_bytes(damaged(small_model, rng))
         read += survives(lambda: load_tokenizer(path))
-    assert 20 < read < ROUNDS - 10
+    assert SOME < read < ROUNDS - SOME // 2
 
 
 def test_added_tokens_beside_a_sentence_piece_model(tmp_path: pathlib.Path, small_model: bytes):
@@ -206,7 +208,7 @@ def test_gguf_metadata(kind: int):
     for _ in range(ROUNDS):
         values = changed(metadata, rng)
         read += isinstance(values, dict) and survives(lambda values=values: tokenizer_from_gguf(values))
-    assert 20 < read < ROUNDS - 10
+    assert SOME < read < ROUNDS - SOME // 2
 
 
 SCORES = [float("nan"), float("inf"), 1e300]
@@ -335,10 +337,10 @@ def test_patterns_are_told_apart():
 
 @pytest.mark.parametrize("pattern", BOUNDED)
 def test_accepted_patterns_are_quick(pattern: str):
-    splitter, start = pre_tokenizers.Split(Regex(pattern), behavior="isolated"), time.perf_counter()
+    splitter, start = pre_tokenizers.Split(Regex(pattern), behavior="isolated"), time.process_time()
     for unit in (" ", "a", "1", "!", "龥", "\n", "é ", "'"):
         splitter.pre_tokenize_str(unit * 20_000)
-    assert time.perf_counter() - start < 2 * SECONDS
+    assert time.process_time() - start < 2 * SECONDS
 
 
 def test_a_table_that_makes_text_grow_is_refused(tmp_path: pathlib.Path):

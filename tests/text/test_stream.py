@@ -24,18 +24,18 @@ def test_random_ids(tokenizer: Tokenizer, fractions: list[float]):
     assert "".join(pushed(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
-def spellable(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the vocabulary has every byte (SmolLM2's lacks 0xF1, for planes of Unicode not in use)."""
-    single = {piece for piece in tokenizer.surface.pieces if len(piece) == 1}
-    return "▁" not in text and all(bytes([byte]) in single for byte in text.encode())  # ▁ is SentencePiece's space
+@pytest.fixture
+def single(tokenizer: Tokenizer) -> set[bytes]:
+    """The bytes that are a piece of the vocabulary (SmolLM2's lacks 0xF1, for planes of Unicode not in use)."""
+    return {piece for piece in tokenizer.surface.pieces if len(piece) == 1}
 
 
 @PROPERTY
 @hypothesis.given(text=strategies.text())
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str):
+def test_any_text_comes_back(tokenizer: Tokenizer, single: set[bytes], text: str):
     parts = pushed(tokenizer, tokenizer.encode(text))
     assert "".join(parts) == tokenizer.decode(tokenizer.encode(text))
-    if spellable(tokenizer, text):
+    if "▁" not in text and all(bytes([byte]) in single for byte in text.encode()):  # ▁ is SentencePiece's space
         assert "".join(parts) == text
         assert sum(part.count("\ufffd") for part in parts) == text.count("\ufffd")
 
@@ -63,15 +63,15 @@ def test_special_tokens_leave_the_beginning_a_beginning(sentence_piece: Tokenize
     assert "".join(pushed(sentence_piece, [1, *sentence_piece.encode("for it"), 2])) == "for it"
 
 
-@pytest.mark.parametrize("length", [100_000])
+@pytest.mark.parametrize("length", [30_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_cost_of_a_token_does_not_grow(byte_pair: Tokenizer, length: int):
     decoder, token = StreamDecoder(byte_pair), byte_pair.encode("a")[0]
 
     def seconds(count: int) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(count):
             decoder.push(token)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     early = min(seconds(1000) for _ in range(5))
     seconds(length)

@@ -1,5 +1,6 @@
 """Prose that every Python carries, and a byte-level tokenizer trained on it."""
 
+import functools
 import pydoc_data.topics
 
 import tokenizers
@@ -8,8 +9,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 PROSE = "\n".join(pydoc_data.topics.topics[name] for name in ("for", "import", "strings", "operator-summary"))
 
 
-def byte_level() -> tokenizers.Tokenizer:
-    """A byte-level tokenizer of the tokenizers library with ChatML's special tokens."""
+@functools.cache
+def _trained() -> str:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -18,4 +19,9 @@ def byte_level() -> tokenizers.Tokenizer:
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     )  # fmt: skip
     tokenizer.train_from_iterator(PROSE.splitlines(keepends=True), trainer)
-    return tokenizer
+    return tokenizer.to_str()
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """A byte-level tokenizer of the tokenizers library with ChatML's special tokens; a new copy of one that is trained once."""
+    return tokenizers.Tokenizer.from_str(_trained())

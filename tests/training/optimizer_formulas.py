@@ -118,7 +118,7 @@ def names_of(path: tuple) -> tuple[str, ...]:
 
 def trained_by_formula(config: OptimizerConfig, steps: int, params, gradients):
     """Parameters after one step for each entry on the leading axis of the gradients, by the formulas; float64."""
-    rates = learning_rate_schedule(config, steps)
+    rates = np.asarray(learning_rate_schedule(config, steps)(np.arange(steps)), np.float64)
 
     def train(path, leaf, given):
         names, done = names_of(path), []
@@ -128,29 +128,29 @@ def trained_by_formula(config: OptimizerConfig, steps: int, params, gradients):
             decay = 0.0 if "scale" in names else config.weight_decay
             for count, at_step in enumerate(given):
                 g = at_step[number] if names[0] == "layers" else at_step
-                p = p - float(rates(count)) * (direction(g, p) + decay * p)
+                p = p - rates[count] * (direction(g, p) + decay * p)
             done.append(p)
         return np.stack(done) if names[0] == "layers" else done[0]
 
     return jax.tree_util.tree_map_with_path(train, params, gradients)
 
 
-def given_recipe(config: OptimizerConfig, steps: int, params, gradients) -> Recipe:
-    """A recipe that begins with those parameters; its gradient at a batch full of the number k is the k-th of those given."""
+def given_recipe(config: OptimizerConfig, steps: int, params) -> Recipe:
+    """A recipe that begins with those parameters; its gradient is what the step is given as frozen."""
 
-    def loss(model, trained, batch, chunk):
+    def loss(model, pair, batch, chunk):
         """Linear in what is trained."""
-        slope = jax.tree.map(lambda g: jnp.asarray(g)[batch.tokens[0, 0]], gradients)
-        products = jax.tree.map(lambda p, g: jnp.sum(p * g), trained, slope)
+        products = jax.tree.map(lambda p, g: jnp.sum(p * g), *pair)
         return sum(jax.tree.leaves(products)), {}
 
     return Recipe(
         None, make_optimizer(config), learning_rate_schedule(config, steps), 1,  # type: ignore[arg-type]
-        Objective(loss, lambda batch: jnp.float32(1)), init=lambda model, key: jax.tree.map(jnp.asarray, params),
+        Objective(loss, lambda batch: jnp.float32(1)), init=lambda model, key: params,
+        parameters=lambda trained, gradient, draw: (trained, gradient),
     )  # fmt: skip
 
 
-def batch_number(count: int) -> Batch:
-    """Micro-batches `[1, 4, 1]` that ask for the gradient of a number."""
+def any_batch() -> Batch:
+    """Micro-batches `[1, 4, 1]`, which the loss does not look at."""
     zeros = np.zeros((1, 4, 1), np.int32)
-    return Batch(zeros + np.int32(count), zeros, np.ones((1, 4, 1), np.float32), zeros + 1)
+    return Batch(zeros, zeros, np.ones((1, 4, 1), np.float32), zeros + 1)

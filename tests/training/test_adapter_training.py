@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 from support import TINY, random_parameters, transformers_model
-from test_step import random_batch
+from test_step import parameters, random_batch
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
@@ -57,10 +57,14 @@ def make(config: TrainConfig, optimizer=OPTIMIZER, **options) -> Recipe:
 
 def warm_state(recipe: Recipe) -> TrainState:
     """A state whose second factors are not zero, so that every gradient is something; the same in both forms."""
-    state = init_state(recipe, jax.random.key(0))
+    state = fresh_state(recipe)
     rng = np.random.default_rng(0)
-    drawn = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32), stack(state.params))
-    return state._replace(params=drawn if "layers" in state.params else unstack(drawn))
+    drawn = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), jax.eval_shape(stack, state.params))
+    return state._replace(params=jax.tree.map(jnp.asarray, drawn if "layers" in state.params else unstack(drawn)))
+
+
+def fresh_state(recipe: Recipe) -> TrainState:
+    return jax.jit(functools.partial(init_state, recipe))(jax.random.key(0))
 
 
 def run(recipe: Recipe, frozen, batch, sizes=(1, 1, 1), accumulation=1, steps=1):
@@ -69,7 +73,7 @@ def run(recipe: Recipe, frozen, batch, sizes=(1, 1, 1), accumulation=1, steps=1)
     with jax.set_mesh(mesh):
         shapes = state_shapes(recipe, mesh)
         state = jax.tree.map(lambda x, like: jax.device_put(np.array(x), like.sharding), warm_state(recipe), shapes)
-        placed = jax.device_put(micro_batches(batch, accumulation), batch_sharding(recipe, mesh))
+        placed = jax.device_put(micro_batches(jax.device_get(batch), accumulation), batch_sharding(recipe, mesh))
         frozen = frozen_parameters(frozen, AdapterConfig(rank=4), recipe.model, mesh)
         step = sharded_step(recipe, mesh, frozen)
         for _ in range(steps):
@@ -82,23 +86,26 @@ def close(got, expected, atol=1e-5):
 
 
 def test_fresh_adapters_have_the_loss_of_the_base():
-    recipe, params, batch = make(train_config()), random_parameters(CONFIG), random_batch(CONFIG)
-    _, metrics = jax.jit(functools.partial(train_step, recipe))(
-        init_state(recipe, jax.random.key(0)), micro_batches(batch, 1), params
-    )
-    expected = batch_loss(recipe.model, params, batch, 64) / jnp.sum(batch.weights)
-    np.testing.assert_allclose(metrics.loss, expected, rtol=1e-6)
+    recipe, params, batch = make(train_config()), parameters(CONFIG), random_batch(CONFIG)
+
+    @jax.jit
+    def losses(params, batch):
+        _, metrics = train_step(recipe, init_state(recipe, jax.random.key(0)), micro_batches(batch, 1), params)
+        return metrics.loss, batch_loss(recipe.model, params, batch, 64) / jnp.sum(batch.weights)
+
+    np.testing.assert_allclose(*losses(params, batch), rtol=1e-6)
 
 
 def test_mesh_accumulation_and_form_change_nothing():
-    config, params, batch = train_config(), random_parameters(CONFIG), random_batch(CONFIG)
+    config, params, batch = train_config(), parameters(CONFIG), random_batch(CONFIG)
     sgd = lambda **options: make(config, **options)._replace(optimizer=optax.sgd(1.0), schedule=optax.constant_schedule(1.0))  # noqa: E731
     expected, figures = run(sgd(), params, batch)
     got, split = run(sgd(remat="full"), params, batch, (2, 2, 2))
     close(got, expected)
     np.testing.assert_allclose(jax.tree.leaves(split), jax.tree.leaves(figures), rtol=1e-5)
     close(run(sgd(), params, batch, accumulation=4)[0], expected)
-    close(stack(run(sgd(scan=False), unstack(params), batch)[0]), expected)
+    unrolled = jax.tree.map(jnp.asarray, unstack(jax.device_get(params)))
+    close(run(sgd(scan=False), unrolled, batch)[0], unstack(expected))
 
 
 def test_adapters_and_moments_are_sharded_and_the_rank_is_not():
@@ -119,12 +126,13 @@ def test_narrow_base_trains_and_stays_as_it_is(base):
     recipe = make(config, dataclasses.replace(OPTIMIZER, weight_decay=0.0))
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        frozen = frozen_parameters(random_parameters(CONFIG), config.adapter, recipe.model, mesh)
+        frozen = frozen_parameters(parameters(CONFIG), config.adapter, recipe.model, mesh)
         before = jax.tree.map(np.array, frozen)
         kinds = {leaf.dtype.name for leaf in jax.tree.leaves(frozen)}
         assert base in kinds or (base == "int4" and "uint8" in kinds)
-        batch = jax.device_put(micro_batches(random_batch(CONFIG), 2), batch_sharding(recipe, mesh))
-        step, state, losses = sharded_step(recipe, mesh, frozen), init_state(recipe, jax.random.key(0)), []
+        batch = micro_batches(jax.device_get(random_batch(CONFIG)), 2 if base == "int8" else 1)
+        batch = jax.device_put(batch, batch_sharding(recipe, mesh))
+        step, state, losses = sharded_step(recipe, mesh, frozen), fresh_state(recipe), []
         for _ in range(8):
             state, metrics = step(state, batch, frozen)
             losses.append(float(metrics.loss))
@@ -138,12 +146,14 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch_and_off_outside_of_t
              ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))]  # fmt: skip
     assert len({tuple(np.asarray(jax.random.key_data(draw.key)).tolist()) for draw in draws}) == 4
     assert dropout_at(config, 0, None) is None
-    params, batch = random_parameters(CONFIG), random_batch(CONFIG)
-    wet, dry = (make(train_config(dropout=rate)) for rate in (0.5, 0.0))
-    adapters = warm_state(dry).params
-    loss = lambda recipe, draw: float(batch_loss(recipe.model, recipe.parameters(adapters, params, draw), batch, 64))  # noqa: E731
-    first = (jnp.int32(0), jnp.int32(0))
-    assert loss(wet, None) == loss(dry, None) == loss(dry, first) != loss(wet, first)
+    batch, (wet, dry) = random_batch(CONFIG), (make(train_config(dropout=rate)) for rate in (0.5, 0.0))
+    loss = jax.jit(lambda params, batch: batch_loss(dry.model, params, batch, 64))
+    adapters, first = warm_state(dry).params, (jnp.int32(0), jnp.int32(0))
+    outside, plain, undropped, dropped = (
+        float(loss(recipe.parameters(adapters, parameters(CONFIG), draw), batch))
+        for recipe, draw in ((wet, None), (dry, None), (dry, first), (wet, first))
+    )
+    assert outside == plain == undropped != dropped
 
 
 def base_layer(model):
@@ -154,7 +164,7 @@ def base_layer(model):
 def test_frozen_part_costs_neither_gradients_nor_optimizer_state():
     model = dataclasses.replace(CONFIG, vocab_size=512, dim=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn_dim=1024)
     rows, length = 1, 32
-    batch = micro_batches(random_batch(model, rows, length), 1)
+    batch = micro_batches(jax.device_get(random_batch(model, rows, length)), 1)
     config, mesh = train_config(model), make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         recipe = make(config, remat="full")
@@ -201,11 +211,14 @@ def test_what_cannot_be_is_refused_in_one_line():
 @pytest.mark.parity
 def test_one_step_equals_pytorch_autograd_and_adamw():
     torch = pytest.importorskip("torch")
-    config, params, batch = train_config(targets=("wq", "wo", "up", "down")), random_parameters(CONFIG), random_batch(CONFIG)
-    batch = batch._replace(documents=jnp.ones_like(batch.documents))
+    config, params, batch = (
+        train_config(targets=("wq", "wo", "up", "down")),
+        parameters(CONFIG),
+        jax.device_get(random_batch(CONFIG)),
+    )
+    batch = batch._replace(documents=np.ones_like(batch.documents))
     recipe = make(config)
     state = warm_state(recipe)
-    state = state._replace(optimizer=recipe.optimizer.init(state.params))
     after, metrics = jax.jit(functools.partial(train_step, recipe))(state, micro_batches(batch, 1), params)
 
     model = transformers_model(CONFIG, params)
@@ -218,7 +231,7 @@ def test_one_step_equals_pytorch_autograd_and_adamw():
     for i, layer in enumerate(model.model.layers):
         for part in ("attention", "feed_forward"):
             for name, pair in state.params["layers"][part].items():
-                a, b = (torch.tensor(np.array(pair[factor][i]), requires_grad=True) for factor in ("a", "b"))
+                a, b = (torch.tensor(np.array(pair[factor])[i], requires_grad=True) for factor in ("a", "b"))
                 factors[i, part, name] = (a, b)
                 layer.get_submodule(names[name]).register_forward_hook(hook(a, b))
     every = [x for pair in factors.values() for x in pair]
@@ -236,7 +249,7 @@ def test_one_step_equals_pytorch_autograd_and_adamw():
     for (i, part, name), pair in factors.items():
         for factor, wanted in zip(("a", "b"), pair):
             sure = wanted.grad.numpy().__abs__() > 1e-5  # the sign of a gradient that is all rounding is not defined
-            got = np.asarray(after.params["layers"][part][name][factor][i])
+            got = np.asarray(after.params["layers"][part][name][factor])[i]
             np.testing.assert_allclose(got[sure], wanted.detach().numpy()[sure], atol=1e-5)
-    merged = merge(params, after.params, 2.0)
+    merged = jax.eval_shape(lambda adapters: merge(params, adapters, 2.0), after.params)
     assert jax.tree.structure(merged) == jax.tree.structure(params)

@@ -8,7 +8,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from support import TINY, random_parameters, random_tokens
 
@@ -19,7 +18,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import tree_shardings
 from llama_jax.training.cross_entropy import cross_entropy
 from llama_jax.training.loss import batch_loss, batch_row_losses
-from llama_jax.weights.forms import stack, unstack
+from llama_jax.weights.forms import unstack
 
 LENGTH, ROWS = 64, 8
 # Every axis of every mesh of eight devices divides it; a row has two documents.
@@ -29,10 +28,15 @@ MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.pro
 
 def packed_batch(seed=0) -> Batch:
     rng = np.random.default_rng(seed)
-    tokens = random_tokens(CONFIG, (ROWS, LENGTH + 1), seed)
-    documents = jnp.asarray(1 + (np.arange(LENGTH) >= rng.integers(2, LENGTH - 2, (ROWS, 1))), jnp.int32)
-    weights = jnp.asarray(rng.random((ROWS, LENGTH)) < np.linspace(0.3, 1, ROWS)[:, None], jnp.float32)
+    tokens = np.asarray(random_tokens(CONFIG, (ROWS, LENGTH + 1), seed))
+    documents = (1 + (np.arange(LENGTH) >= rng.integers(2, LENGTH - 2, (ROWS, 1)))).astype(np.int32)
+    weights = (rng.random((ROWS, LENGTH)) < np.linspace(0.3, 1, ROWS)[:, None]).astype(np.float32)
     return Batch(tokens[:, :-1], tokens[:, 1:], weights, documents)
+
+
+@functools.cache
+def parameters():
+    return random_parameters(CONFIG)
 
 
 def mean_loss_of(options):
@@ -43,74 +47,96 @@ def mean_loss_of(options):
 @functools.cache
 def expected():
     """Loss and gradients on one device, of a batch with documents."""
-    return jax.jit(jax.value_and_grad(mean_loss_of(ModelOptions())))(random_parameters(CONFIG), packed_batch())
+    return jax.device_get(jax.jit(jax.value_and_grad(mean_loss_of(ModelOptions())))(parameters(), packed_batch()))
 
 
+@functools.cache
 def program(sizes, options):
-    """Loss and gradients on a mesh, not yet called, and its arguments on it."""
+    """Loss and gradients on a mesh, compiled, and its arguments on it."""
     data, fsdp, context, tensor = sizes
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[: int(np.prod(sizes))], context)
-    params = random_parameters(CONFIG)
+    params = parameters() if options.scan else jax.tree.map(jnp.asarray, unstack(jax.device_get(parameters())))
     with jax.set_mesh(mesh):
         params = jax.device_put(params, tree_shardings(params, mesh, options.rules))
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
-        return mesh, jax.jit(jax.value_and_grad(mean_loss_of(options))), params, jax.device_put(packed_batch(), rows)
+        batch = jax.device_put(packed_batch(), rows)
+        return jax.jit(jax.value_and_grad(mean_loss_of(options))).lower(params, batch).compile(), params, batch
+
+
+def require_that_of_one_device(sizes, options):
+    run, params, batch = program(sizes, options)
+    loss, gradients = jax.device_get(run(params, batch))
+    wanted, slopes = expected()
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    slopes = slopes if options.scan else unstack(slopes)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, slopes)
 
 
 FORMS = [(sizes, how) for sizes in MESHES for how in ("gathered", "ring") if how == "gathered" or sizes[2] > 1]
+# Context beside each other axis (tensor below) and of each size, fsdp of 2 and 4, tensor of 8. What the test of the step has
+# besides: data, fsdp and tensor beside each other; and that of the cross-entropy: fsdp of 8.
+QUICK = (((1, 2, 4, 1), "gathered"), ((1, 2, 4, 1), "ring"), ((4, 1, 2, 1), "ring"), ((1, 1, 8, 1), "ring"),
+         ((2, 4, 1, 1), "gathered"), ((1, 1, 1, 8), "gathered"))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("sizes", "how"), FORMS, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
-)
+@pytest.mark.parametrize(("sizes", "how"), [
+    pytest.param(*form, id=f"{'x'.join(map(str, form[0]))}-{form[1]}", marks=[] if form in QUICK else pytest.mark.slow)
+    for form in FORMS
+])  # fmt: skip
 def test_every_mesh_equals_one_device(sizes, how):
-    mesh, run, params, batch = program(sizes, ModelOptions(context_attention=how))
-    with jax.set_mesh(mesh):
-        loss, gradients = jax.device_get(run(params, batch))
-    np.testing.assert_allclose(loss, expected()[0], rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, expected()[1])
+    require_that_of_one_device(sizes, ModelOptions(context_attention=how))
 
 
 @pytest.mark.parametrize(("how", "changes"), [
-    ("gathered", {"remat": "full"}), ("gathered", {"remat": "q+k+v+context", "attention": "chunked"}),
+    pytest.param("gathered", {"remat": "full"}, marks=pytest.mark.slow),
+    ("gathered", {"remat": "q+k+v+context", "attention": "chunked"}),
     ("ring", {"remat": "context"}), ("ring", {"scan": False}),
 ], ids=str)  # fmt: skip
 def test_recomputed_and_unrolled_layers_equal_one_device(how, changes):
-    options = ModelOptions(context_attention=how, **changes)
-    mesh, run, params, batch = program((1, 2, 2, 2), options)
-    with jax.set_mesh(mesh):
-        loss, gradients = run(params if options.scan else unstack(params), batch)
-    np.testing.assert_allclose(loss, expected()[0], rtol=1e-5)
-    gradients = jax.device_get(gradients if options.scan else stack(gradients))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradients, expected()[1])
+    require_that_of_one_device((1, 2, 2, 2), ModelOptions(context_attention=how, **changes))
 
 
 def test_losses_of_rows_under_a_frozen_head():
     """What preferences are made of."""
-    model, params, batch = Llama(CONFIG), random_parameters(CONFIG), packed_batch()
+    model, params, batch = Llama(CONFIG), parameters(), packed_batch()
     run = jax.jit(lambda params, batch: batch_row_losses(model, params, batch, 96))
     alone = run(params, batch)
     with jax.set_mesh(make_mesh(2, 1, 2, context=2)):
         np.testing.assert_allclose(run(params, batch), alone, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 8, 1, 1)], ids=str)
+@functools.cache
+def of_all():
+    """Features, head, targets, weights, and the summed cross-entropy with its gradients in float64, from whole logits."""
+    rng = np.random.default_rng(0)
+    features, head = rng.normal(size=(8, 12, 8)).astype(np.float32), rng.normal(size=(8, 20)).astype(np.float32)
+    targets, weights = rng.integers(0, 20, (8, 12)).astype(np.int32), rng.random((8, 12)).astype(np.float32)
+    scores = features.astype(np.float64) @ head.astype(np.float64)
+    probabilities = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    wanted = np.eye(20)[targets]
+    loss = -np.sum(weights * np.log((probabilities * wanted).sum(-1)))
+    slope = weights[..., None] * (probabilities - wanted)
+    return (features, head, targets, weights), loss, (slope @ head.T, np.einsum("btd,btv->dv", features, slope))
+
+
+SHARES = [(1, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 8, 1, 1)]  # data, fsdp, tensor, context
+
+
+@pytest.mark.parametrize(("sizes", "chunk"), [
+    pytest.param(*case, id=f"{case[0]}-{case[1]}",
+                 marks=[] if case[1] == 7 or case in (((2, 2, 1, 2), 1), ((1, 2, 2, 2), 1000)) else pytest.mark.slow)
+    for case in itertools.product(SHARES, (1, 7, 1000))
+])  # fmt: skip
 def test_cross_entropy_by_device(sizes, chunk):
     """Each device sweeps over its own tokens and its own part of the vocabulary; together they have the loss of all."""
-    rng = np.random.default_rng(0)
-    features, head = jnp.asarray(rng.normal(size=(8, 12, 8)), jnp.float32), jnp.asarray(rng.normal(size=(8, 20)), jnp.float32)
-    targets, weights = jnp.asarray(rng.integers(0, 20, (8, 12)), jnp.int32), jnp.asarray(rng.random((8, 12)), jnp.float32)
-    plain = lambda f, h: jnp.sum(  # noqa: E731
-        weights * optax.softmax_cross_entropy_with_integer_labels(f @ h, targets)
-    )
-    ours = lambda f, h: cross_entropy(f, h, targets, weights, chunk)  # noqa: E731
+    (features, head, targets, weights), expected_value, wanted = of_all()
+    ours = lambda f, h: cross_entropy(f, h, jnp.asarray(targets), jnp.asarray(weights), chunk)  # noqa: E731
     data, fsdp, tensor, context = sizes
     with jax.set_mesh(make_mesh(data, fsdp, tensor, jax.devices()[: np.prod(sizes)], context)):
         value, got = jax.jit(jax.value_and_grad(ours, (0, 1)))(features, head)
-    expected_value, wanted = jax.value_and_grad(plain, (0, 1))(features, head)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, wanted)
+    for ours_of, theirs in zip(got, wanted):
+        np.testing.assert_allclose(ours_of, theirs, atol=1e-5)
 
 
 # --- what the compiled program consists of ---
@@ -122,11 +148,8 @@ def gathers(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, shape.split(","))) for shape in found]
 
 
-@functools.cache
-def compiled(sizes, how="gathered", **options) -> str:
-    mesh, run, params, batch = program(sizes, ModelOptions(context_attention=how, **options))
-    with jax.set_mesh(mesh):
-        return run.lower(params, batch).compile().as_text()
+def compiled(sizes, how="gathered") -> str:
+    return program(sizes, ModelOptions(context_attention=how))[0].as_text()
 
 
 KEYS = (ROWS // 2, CONFIG.kv_heads, LENGTH, CONFIG.head_dim)  # of whole rows, for two groups of rows
@@ -157,7 +180,7 @@ def test_a_whole_row_on_each_device_has_none_of_it():
 @pytest.mark.parametrize("length", [LENGTH, LENGTH - 2])
 def test_stream_between_blocks_is_cut_over_tensor(length):
     """Where it divides, each device keeps its own tokens for the backward pass; else all of them, as inside of the blocks."""
-    model, params, tokens = Llama(CONFIG), random_parameters(CONFIG), packed_batch().tokens[:, :length]
+    model, params, tokens = Llama(CONFIG), parameters(), packed_batch().tokens[:, :length]
 
     def streams(params, tokens):
         return model.apply({"params": params}, tokens, method="features", mutable=["residual"])[1]["residual"]["layers"][

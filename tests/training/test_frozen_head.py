@@ -22,16 +22,20 @@ def drawn(shape, seed=0):
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 10_000])
 def test_rows_and_gradients_of_features_equal_optax(chunk):
-    features, head, weights = drawn((3, 11, 8)), drawn((8, 50), 1), jnp.abs(drawn((3, 11), 2))
+    features, head, weights = drawn((3, 11, 8)), drawn((8, 50), 1), jnp.asarray(np.abs(drawn((3, 11), 2)))
     targets = jnp.asarray(np.random.default_rng(3).integers(0, 50, (3, 11)), jnp.int32)
-    mix = jnp.asarray([0.7, -2.0, 0.1])  # each row's slope is another one
+    mix = jnp.asarray(np.float32([0.7, -2.0, 0.1]))  # each row's slope is another one
 
     def expected(features):
         return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(features @ head, targets), axis=1)
 
-    np.testing.assert_allclose(row_losses(features, head, targets, weights, chunk), expected(features), rtol=1e-6)
-    got = jax.grad(lambda f: row_losses(f, head, targets, weights, chunk) @ mix)(features)
-    np.testing.assert_allclose(got, jax.grad(lambda f: expected(f) @ mix)(features), atol=1e-5)
+    def ours(features):
+        return row_losses(features, head, targets, weights, chunk)
+
+    ways = [(way, lambda f, way=way: way(f) @ mix) for way in (ours, expected)]
+    (got, slope), (wanted, of_optax) = jax.jit(lambda f: [(way(f), jax.grad(mixed)(f)) for way, mixed in ways])(features)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    np.testing.assert_allclose(slope, of_optax, atol=1e-5)
 
 
 def test_frozen_head_costs_neither_logits_nor_a_gradient():
@@ -50,9 +54,16 @@ def test_frozen_head_costs_neither_logits_nor_a_gradient():
 def test_objectives_agree_and_quantised_heads_work(tied):
     config = dataclasses.replace(TINY, tied_head=tied)
     params, batch, model = random_parameters(config), random_batch(config), Llama(config)
-    whole, frozen = (objective.loss(model, params, batch, 50)[0] for objective in (NEXT_TOKEN, NEXT_TOKEN_FROZEN_HEAD))
+
+    @jax.jit
+    def losses(params, batch):
+        """By either objective; of the rows under a narrow head, and by optax."""
+        whole, frozen = (objective.loss(model, params, batch, 50)[0] for objective in (NEXT_TOKEN, NEXT_TOKEN_FROZEN_HEAD))
+        narrow = quantize(params, 8)
+        scores = logits(narrow, batch.tokens, config, batch.documents)
+        each = optax.softmax_cross_entropy_with_integer_labels(scores, batch.targets)
+        return whole, frozen, batch_row_losses(model, narrow, batch, 50), jnp.sum(each * batch.weights, axis=1)
+
+    whole, frozen, rows, expected = losses(params, batch)
     np.testing.assert_allclose(frozen, whole, rtol=1e-6)
-    narrow = quantize(params, 8)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits(narrow, batch.tokens, config, batch.documents), batch.targets)
-    expected = jnp.sum(each * batch.weights, axis=1)
-    np.testing.assert_allclose(batch_row_losses(model, narrow, batch, 50), expected, rtol=1e-4)
+    np.testing.assert_allclose(rows, expected, rtol=1e-4)

@@ -1,6 +1,7 @@
 """The guard inside the update: what is skipped, that nothing else changes, what it remembers, what it costs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +28,48 @@ CONSTANT = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.
 
 
 def random_batch(seed: int, rows: int = 8, length: int = 16) -> Batch:
-    tokens = random_tokens(CONFIG, (rows, length + 1), seed)
-    ones = jnp.ones((rows, length))
-    return Batch(tokens[:, :-1], tokens[:, 1:], ones, ones.astype(jnp.int32))
+    tokens = np.asarray(random_tokens(CONFIG, (rows, length + 1), seed))
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((rows, length), np.float32), np.ones((rows, length), np.int32))
 
 
 def spoilt(batch: Batch) -> Batch:
     """The batch with one weight that is not a number, in one row."""
-    return batch._replace(weights=batch.weights.at[3, 5].set(jnp.nan))
+    weights = batch.weights.copy()
+    weights[3, 5] = np.nan
+    return batch._replace(weights=weights)
 
 
 def make_recipe(**more) -> Recipe:
     return Recipe(Llama(CONFIG), make_optimizer(CONSTANT), optax.constant_schedule(1e-2), 64, **more)
+
+
+# Numbers of a batch's documents that ask for a loss and a gradient 100 times as high, and for a slope that overflows.
+LOUD, STEEP = 2, 3
+
+
+@functools.cache
+def obedient_recipe(sigma: float | None = None) -> Recipe:
+    """One whose batches may ask for trouble by the numbers of their documents."""
+    objective = make_recipe().objective
+
+    def told(model, params, batch, chunk):
+        loss, more = objective.loss(model, params, batch, chunk)
+        told, number = batch.documents[0, 0], params["embedding"][0, 0]
+        steep = (number - jax.lax.stop_gradient(number)) * 3e38
+        return loss * jnp.where(told == LOUD, 100, 1) + jnp.where(told == STEEP, steep, 0), more
+
+    return make_recipe(objective=objective._replace(loss=told), spike_sigma=sigma)
+
+
+def asking(batch: Batch, number: int) -> Batch:
+    return batch._replace(documents=np.full_like(batch.documents, number))
+
+
+@functools.cache
+def programs(recipe: Recipe, sizes, *frozen):
+    """The fresh state and the step on a mesh."""
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    return sharded_init(recipe, mesh), sharded_step(recipe, mesh, *frozen)
 
 
 def leaves(*trees) -> list[bytes]:
@@ -51,7 +82,7 @@ def train(recipe: Recipe, *runs: list[Batch], sizes=(1, 1, 1), accumulation=1, f
     found = []
     with jax.set_mesh(mesh):
         fixed = () if frozen is None else (frozen_parameters(frozen, AdapterConfig(rank=4), recipe.model, mesh),)
-        init, step = sharded_init(recipe, mesh), sharded_step(recipe, mesh, *fixed)
+        init, step = (programs if frozen is None else programs.__wrapped__)(recipe, sizes, *fixed)
         for batches in runs:
             state, states, figures = init(jax.random.key(0)), [], []
             states.append(jax.tree.map(np.copy, jax.device_get(state)))
@@ -99,24 +130,21 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(case):
 
 
 def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite():
-    objective = make_recipe().objective
-
-    def steep(model, params, batch, chunk):
-        loss, more = objective.loss(model, params, batch, chunk)
-        return loss + (params["embedding"][0, 0] - jax.lax.stop_gradient(params["embedding"][0, 0])) * 3e38, more
-
-    ((states, (figures,)),) = train(make_recipe(objective=objective._replace(loss=steep)), [random_batch(0)])
+    ((states, (figures,)),) = train(obedient_recipe(), [asking(random_batch(0), STEEP)])
     assert np.isfinite(figures.loss)
     assert bool(figures.skipped)
     assert leaves(states[1].params) == leaves(states[0].params)
 
 
+put = jax.jit(noted)
+accepted = jax.jit(acceptable, static_argnums=3)
+
+
 def guard_of(losses, norms) -> Guard:
     """The guard after good updates with these figures, one after the other."""
-    put = jax.jit(noted)
     guard = fresh_guard()
     for step, (loss, norm) in enumerate(zip(losses, norms)):
-        guard = put(guard, jnp.int32(step), jnp.bool_(True), jnp.float32(loss), jnp.float32(norm))
+        guard = put(guard, np.int32(step), np.bool_(True), np.float32(loss), np.float32(norm))
     return guard
 
 
@@ -126,40 +154,44 @@ def test_a_spike_is_what_stands_out_of_the_last_good_ones(count):
     losses, norms = rng.normal(3, 0.1, count), rng.gamma(4, 0.25, count)
     guard = guard_of(losses, norms)
     latest = slice(max(0, count - RING), count)
-    np.testing.assert_array_equal(np.sort(guard.losses[: min(count, RING)]), np.sort(losses[latest].astype(np.float32)))
+    np.testing.assert_array_equal(
+        np.sort(np.asarray(guard.losses)[: min(count, RING)]), np.sort(losses[latest].astype(np.float32))
+    )
     limits = [float(np.mean(x[latest]) + 6 * np.std(x[latest])) for x in (losses, norms)]  # in float64
     cases = [(1 - 1e-4, 1 - 1e-4, True), (1 + 1e-4, 0.5, count < ENOUGH), (0.5, 1 + 1e-4, count < ENOUGH), (-5, 0, True)]
     for of_loss, of_norm, expected in cases:
-        figures = jnp.float32(limits[0] * of_loss), jnp.float32(limits[1] * of_norm)
-        assert bool(acceptable(guard, *figures, 6.0)) is expected, (of_loss, of_norm)
-        assert bool(acceptable(guard, *figures, None)) is True
+        figures = np.float32(limits[0] * of_loss), np.float32(limits[1] * of_norm)
+        assert bool(accepted(guard, *figures, 6.0)) is expected, (of_loss, of_norm)
+        assert bool(accepted(guard, *figures, None)) is True
     for loss, norm in ((np.nan, 1), (1, np.nan), (np.inf, 1), (1, np.inf), (-np.inf, 1)):
-        assert not acceptable(guard, jnp.float32(loss), jnp.float32(norm), 6.0)
-        assert not acceptable(guard, jnp.float32(loss), jnp.float32(norm), None)
+        assert not accepted(guard, np.float32(loss), np.float32(norm), 6.0)
+        assert not accepted(guard, np.float32(loss), np.float32(norm), None)
 
 
 def test_what_was_skipped_leaves_no_trace_in_what_is_usual():
     guard = guard_of(np.full(RING + 3, 2.0), np.ones(RING + 3))
-    after = noted(guard, jnp.int32(RING + 3), jnp.bool_(False), jnp.float32(np.nan), jnp.float32(1e9))
+    after = put(guard, np.int32(RING + 3), np.bool_(False), np.float32(np.nan), np.float32(1e9))
     assert leaves(after.losses, after.norms, after.good) == leaves(guard.losses, guard.norms, guard.good)
     assert (int(after.skipped), int(after.streak)) == (1, 1)
     again = after
     for step in range(RING + 4, RING + 4 + WINDOW):  # it is forgotten after so many steps
-        assert bool(again.recent[(RING + 3) % WINDOW])
-        again = noted(again, jnp.int32(step), jnp.bool_(True), jnp.float32(2), jnp.float32(1))
-    assert not again.recent.any()
+        assert bool(np.asarray(again.recent)[(RING + 3) % WINDOW])
+        again = put(again, np.int32(step), np.bool_(True), np.float32(2), np.float32(1))
+    assert not np.asarray(again.recent).any()
 
 
 def test_norms_too_large_for_their_square_do_not_stop_everything():
     guard = guard_of(np.full(ENOUGH, 2.0), np.linspace(1e20, 1e25, ENOUGH))
-    assert bool(acceptable(guard, jnp.float32(2), jnp.float32(1), 6.0))
+    assert bool(accepted(guard, np.float32(2), np.float32(1), 6.0))
 
 
 def test_all_finite():
-    tree = {"a": jnp.ones((3, 4)), "b": [jnp.arange(3), jnp.zeros(())]}
+    tree = {"a": np.ones((3, 4), np.float32), "b": [np.arange(3, dtype=np.int32), np.float32(0)]}
     assert bool(all_finite(tree))
-    for value in (jnp.nan, jnp.inf, -jnp.inf):
-        assert not all_finite({**tree, "a": tree["a"].at[2, 1].set(value)})
+    for value in (np.nan, np.inf, -np.inf):
+        spoilt = tree["a"].copy()
+        spoilt[2, 1] = value
+        assert not all_finite({**tree, "a": spoilt})
 
 
 _COPIES = (
@@ -168,7 +200,9 @@ _COPIES = (
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.xfail(reason=_COPIES, strict=False))], ids=str
+    "sizes",
+    [(1, 1, 1), pytest.param((2, 2, 2), marks=[pytest.mark.slow, pytest.mark.xfail(reason=_COPIES, strict=False)])],
+    ids=str,
 )
 def test_it_costs_hardly_any_memory_and_the_state_stays_where_it_is(sizes, monkeypatch):
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
@@ -193,20 +227,12 @@ def test_it_costs_hardly_any_memory_and_the_state_stays_where_it_is(sizes, monke
     )  # a copy would be a quarter or all
 
 
-def test_the_watch_of_spikes_is_off_by_default(monkeypatch):
+def test_the_watch_of_spikes_is_off_by_default():
     """Without `spike_sigma` a high loss is learned from, with it skipped: the same batch, after enough quiet ones."""
-    objective = make_recipe().objective
-
-    def scaled(model, params, batch, chunk):
-        loss, more = objective.loss(model, params, batch, chunk)
-        return loss * jnp.where(batch.documents[0, 0] > 1, 100, 1), more
-
-    loud = random_batch(1)._replace(documents=jnp.full((8, 16), 2, jnp.int32))
-    batches = [random_batch(seed) for seed in range(ENOUGH)] + [loud, random_batch(5)]
+    batches = [random_batch(seed) for seed in range(ENOUGH)] + [asking(random_batch(1), LOUD), random_batch(5)]
     skipped = {}
     for sigma in (None, 6.0):
-        recipe = make_recipe(objective=objective._replace(loss=scaled), spike_sigma=sigma)
-        ((states, figures),) = train(recipe, batches)
+        ((states, figures),) = train(obedient_recipe(sigma), batches)
         skipped[sigma] = [number for number, figure in enumerate(figures) if figure.skipped]
         same = leaves(states[-2].params) == leaves(states[-3].params)
         assert same == (sigma is not None)

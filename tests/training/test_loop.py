@@ -6,10 +6,9 @@ import functools
 import math
 import pathlib
 import re
-import time
+import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import random_parameters
@@ -72,7 +71,48 @@ def changed(config, **sections):
     return dataclasses.replace(config, **values)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, corpus):
+    """A function that gives a finished run of its kind: config, display, summary. Only to be read; each is done once."""
+
+    @functools.cache
+    def finished(**values):
+        config = tiny_config(tmp_path_factory.mktemp("finished") / "run", corpus, run=values)
+        display = Recorder()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+            return config, display, Run(config, display).train()
+
+    return finished
+
+
+@pytest.fixture(scope="module")
+def finished(runs):
+    """A run of 12 steps."""
+    return runs()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The config of a copy of the finished run."""
+    config, _, _ = finished
+    shutil.copytree(config.run.dir, tmp_path / "copy")
+    return changed(config, run={"dir": str(tmp_path / "copy")})
+
+
+def forget(config, step: int) -> None:
+    """Removes a checkpoint of a run that is over, as if it had ended before it was written."""
+    shutil.rmtree(pathlib.Path(config.run.dir, "checkpoints", str(step)))
+
+
+# That of 12 steps, whatever the number of steps: the program is the same, too.
+SCHEDULE = {"schedule_steps": 12}
+
+
 # Evaluation
+
+
+whole_logits = jax.jit(logits, static_argnums=2)
 
 
 def nats_by_hand(params, documents: list[list[int]], length: int) -> tuple[float, int]:
@@ -82,8 +122,9 @@ def nats_by_hand(params, documents: list[list[int]], length: int) -> tuple[float
     total, count = 0.0, 0
     for first in range(0, len(ids) - 1, length):
         window, of = ids[first : first + length + 1], number[first : first + length + 1]
-        inputs, inside = (jnp.asarray(values[None, :-1], jnp.int32) for values in (window, of - of[0] + 1))
-        scores = np.asarray(logits(params, inputs, MODEL, inside), np.float64)[0]
+        padding = (0, length + 1 - len(window))  # one shape for all; no token sees what is behind it
+        inputs, inside = (np.pad(values, padding)[None, :-1].astype(np.int32) for values in (window, of - of[0] + 1))
+        scores = np.asarray(whole_logits(params, inputs, MODEL, inside), np.float64)[0, : len(window) - 1]
         log_probabilities = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
         log_probabilities -= scores.max(-1, keepdims=True)
         counted = of[1:] == of[:-1]
@@ -108,9 +149,8 @@ def test_held_out_loss_equals_float64_by_hand(tmp_path, rows):
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 777, rel=2e-6)
 
 
-def test_a_run_reports_the_held_out_loss_of_its_last_state(config, corpus):
-    display = Recorder()
-    summary = Run(config, display).train()
+def test_a_run_reports_the_held_out_loss_of_its_last_state(finished, corpus):
+    config, display, summary = finished
     directory = pathlib.Path(config.run.dir)
     texts = {path.name: path.read_text() for path in corpus.iterdir()}
     held_out = [texts[name] for name in sorted(texts) if is_held_out(name, 0.2)]
@@ -136,7 +176,7 @@ def test_a_run_reports_the_held_out_loss_of_its_last_state(config, corpus):
 def test_no_held_out_document_is_trained_on(config, monkeypatch, corpus):
     batches = []
     monkeypatch.setattr(loop, "global_batch", lambda *given: batches.append(global_batch(*given)) or batches[-1])
-    run = Run(changed(config, run={"steps": 60, "eval_every": 0, "checkpoint_every": 60}), Recorder())
+    run = Run(changed(config, run={"steps": 60, "eval_every": 0, "checkpoint_every": 60}, optimizer=SCHEDULE), Recorder())
     run.train()
     assert len(batches) == 60 > run.batches.sources[0].packing.count / 4  # more than an epoch
     tokenizer = load_tokenizer(run.data.tokenizer_path)
@@ -146,20 +186,18 @@ def test_no_held_out_document_is_trained_on(config, monkeypatch, corpus):
     assert len(seen) < 20
 
 
-def test_evaluation_is_due_whatever_the_rhythm_of_the_log(config):
-    Run(changed(config, run={"log_every": 4, "eval_every": 5}), Recorder()).train()
+def test_evaluation_is_due_whatever_the_rhythm_of_the_log(runs):
+    config, _, _ = runs(log_every=4, eval_every=5)
     lines = read_lines(pathlib.Path(config.run.dir))
     assert [(line["step"], "held_out/loss" in line) for line in lines] == [
         (4, False), (5, True), (8, False), (10, True), (12, True)]  # fmt: skip
 
 
-def test_a_record_means_the_losses_since_the_one_before(config, tmp_path):
-    displays = Recorder(), Recorder()
-    Run(config, displays[0]).train()
-    Run(changed(config, run={"dir": str(tmp_path / "other"), "log_every": 6, "eval_every": 0}), displays[1]).train()
-    losses = [record.loss for record in displays[0].records]
-    expected = [np.mean(losses[:6]), np.mean(losses[6:])]
-    np.testing.assert_allclose([record.loss for record in displays[1].records], expected, rtol=1e-6)
+def test_a_record_means_the_losses_since_the_one_before(finished, runs):
+    losses = [record.loss for record in finished[1].records]
+    expected = [np.mean(losses[first:last]) for first, last in ((0, 4), (4, 5), (5, 8), (8, 10), (10, 12))]
+    _, display, _ = runs(log_every=4, eval_every=5)
+    np.testing.assert_allclose([record.loss for record in display.records], expected, rtol=1e-6)
 
 
 def test_evaluation_and_compilation_are_no_part_of_the_step_time(config, monkeypatch):
@@ -207,15 +245,30 @@ def test_the_step_is_traced_once_whatever_else_happens(config, monkeypatch):
 def test_a_wish_to_stop_is_heard_within_a_step(config, monkeypatch):
     """The host hands out no more than one update beside the one that the device is at, though it could."""
     whole, losses, waiting = loop.sharded_step, [], []
-    late = jax.ShapeDtypeStruct((), jnp.float32)
-    wait = jax.jit(lambda loss: jax.pure_callback(lambda value: (time.sleep(0.1), value)[1], late, loss))
 
-    def slow(*args):
+    class Late:
+        """A loss of a device that is done with it only when it is waited for."""
+
+        def __init__(self, loss):
+            self.loss, self.ready = loss, False
+
+        def is_ready(self):
+            return self.ready
+
+        def block_until_ready(self):
+            self.ready = True
+            return self
+
+        def __array__(self, *given, **named):
+            self.ready = True
+            return np.asarray(self.loss)
+
+    def late(*args):
         program = whole(*args)
 
         def update(*args):
             state, figures = program(*args)
-            losses.append(wait(figures.loss))
+            losses.append(Late(figures.loss))
             return state, figures._replace(loss=losses[-1])
 
         return update
@@ -224,7 +277,7 @@ def test_a_wish_to_stop_is_heard_within_a_step(config, monkeypatch):
         waiting.append(sum(not loss.is_ready() for loss in losses))
         return step == 6
 
-    monkeypatch.setattr(loop, "sharded_step", slow)
+    monkeypatch.setattr(loop, "sharded_step", late)
     Run(changed(config, run={"log_every": 100, "eval_every": 0, "checkpoint_every": 100}), Recorder()).train(ask)
     assert len(waiting) == 6
     assert max(waiting) == 1
@@ -233,15 +286,15 @@ def test_a_wish_to_stop_is_heard_within_a_step(config, monkeypatch):
 # Checkpoints
 
 
-def fail_to_save(monkeypatch, steps, when):
-    """Makes saves of some steps fail, at their start or in the background."""
+def fail_to_save(monkeypatch, failing: dict[int, str]):
+    """Makes saves of some steps fail, at their "start" or in the "background"."""
     save, poll = loop.Checkpoints.save, loop.Checkpoints.poll
     broken = []
 
     def failing_save(self, number, state, metadata):
-        if number not in steps:
+        if number not in failing:
             return save(self, number, state, metadata)
-        if when == "start":
+        if failing[number] == "start":
             raise SaveError(f"checkpoint {number} was not written: full")
         return broken.append(number)
 
@@ -254,9 +307,13 @@ def fail_to_save(monkeypatch, steps, when):
     monkeypatch.setattr(loop.Checkpoints, "poll", failing_poll)
 
 
-@pytest.mark.parametrize("when", ["start", "background"])
-def test_a_save_that_fails_is_told_and_the_next_one_counts(config, monkeypatch, when):
-    fail_to_save(monkeypatch, {4, 8}, when)
+@pytest.mark.parametrize("failing", [
+    {4: "start", 8: "background"}, pytest.param({4: "background", 8: "start"}, marks=pytest.mark.slow),
+    pytest.param({4: "start", 8: "start"}, marks=pytest.mark.slow),
+    pytest.param({4: "background", 8: "background"}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_a_save_that_fails_is_told_and_the_next_one_counts(config, monkeypatch, failing):
+    fail_to_save(monkeypatch, failing)
     display = Recorder()
     summary = Run(config, display).train()
     warnings = [line for line in display.events if line.startswith("warning")]
@@ -265,31 +322,29 @@ def test_a_save_that_fails_is_told_and_the_next_one_counts(config, monkeypatch, 
     assert len(display.records) == 12
 
 
-@pytest.mark.parametrize("when", ["start", "background"])
+@pytest.mark.parametrize("when", [pytest.param("start", marks=pytest.mark.slow), "background"])
 def test_a_last_save_that_fails_is_no_success(config, monkeypatch, when):
-    fail_to_save(monkeypatch, {12}, when)
+    fail_to_save(monkeypatch, {12: when})
     assert Run(config, Recorder()).train().saved is False
 
 
-def test_a_damaged_checkpoint_costs_steps_but_no_bit(config, tmp_path):
-    reference = changed(config, run={"dir": str(tmp_path / "reference")})
-    Run(reference, Recorder()).train()
-    Run(config, Recorder()).train(should_stop=lambda done: done == 8)
-    files = [path for path in pathlib.Path(config.run.dir, "checkpoints", "8", "state").rglob("*") if path.is_file()]
+def test_a_damaged_checkpoint_costs_steps_but_no_bit(finished, copied):
+    forget(copied, 12)
+    files = [path for path in pathlib.Path(copied.run.dir, "checkpoints", "8", "state").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     display = Recorder()
-    Run(config, display).train()
+    Run(copied, display).train()
     assert any(line.startswith("warning: checkpoint") and "/8" in line for line in display.events)
     assert display.records[0].step == 5
-    assert [line["step"] for line in read_lines(pathlib.Path(config.run.dir))] == list(range(1, 13))
-    assert state_bytes(read_state(config, 12)) == state_bytes(read_state(reference, 12))
+    assert [line["step"] for line in read_lines(pathlib.Path(copied.run.dir))] == list(range(1, 13))
+    assert state_bytes(read_state(copied, 12)) == state_bytes(read_state(finished[0], 12))
 
 
-def test_fingerprint_tells_single_bits(config):
-    Run(config, Recorder()).train()
+def test_fingerprint_tells_single_bits(finished):
+    config, _, _ = finished
     state = jax.device_get(read_state(config, 12))
     other = jax.device_get(read_state(config, 8))
     assert fingerprint(state) == fingerprint(jax.tree.map(np.copy, state)) != fingerprint(other)
@@ -298,19 +353,17 @@ def test_fingerprint_tells_single_bits(config):
     assert fingerprint(flipped) != fingerprint(state)
 
 
-def test_making_a_run_touches_nothing_of_the_one_before(config):
-    Run(config, Recorder()).train()
-    before = snapshot(pathlib.Path(config.run.dir))
-    Run(changed(config, run={"overwrite": True}), Recorder())
-    assert snapshot(pathlib.Path(config.run.dir)) == before
+def test_making_a_run_touches_nothing_of_the_one_before(copied):
+    before = snapshot(pathlib.Path(copied.run.dir))
+    Run(changed(copied, run={"overwrite": True}), Recorder())
+    assert snapshot(pathlib.Path(copied.run.dir)) == before
 
 
-def test_overwrite_starts_anew(config):
-    Run(config, Recorder()).train()
+def test_overwrite_starts_anew(copied):
     display = Recorder()
-    Run(changed(config, run={"overwrite": True, "steps": 3}), display).train()
+    Run(changed(copied, run={"overwrite": True, "steps": 3}, optimizer=SCHEDULE), display).train()
     assert [record.step for record in display.records] == [1, 2, 3]
-    assert [line["step"] for line in read_lines(pathlib.Path(config.run.dir))] == [1, 2, 3]
+    assert [line["step"] for line in read_lines(pathlib.Path(copied.run.dir))] == [1, 2, 3]
 
 
 def test_too_little_text_for_a_batch_is_explained(config):
@@ -333,7 +386,7 @@ def test_a_folder_with_a_tokenizer_is_taken_with_the_files_beside_it(config, tin
 def test_of_a_single_file_the_end_is_held_out(config, tmp_path):
     path = tmp_path / "single.txt"
     path.write_text("".join(f"{' '.join(WORDS[number % 7 :])} {number}\n" for number in range(500)))
-    run = Run(changed(config, data={"paths": (str(path),)}, run={"steps": 2}), Recorder())
+    run = Run(changed(config, data={"paths": (str(path),)}, run={"steps": 2}, optimizer=SCHEDULE), Recorder())
     tokenizer = load_tokenizer(run.data.tokenizer_path)
     train, held_out = (tokenizer.decode(file.tokens.tolist()) for file in (run.data.train[0], run.data.held_out["text"]))
     assert train + held_out == path.read_text()

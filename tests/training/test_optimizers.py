@@ -8,24 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizer_formulas import batch_number, given_recipe, matrices, names_of, trained_by_formula
+from optimizer_formulas import any_batch, given_recipe, matrices, names_of, trained_by_formula
 
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.errors import InputError
 from llama_jax.training.config_method import OptimizerConfig
 from llama_jax.training.optimizer import decayed, make_optimizer
-from llama_jax.training.step import init_state, train_step
-from llama_jax.weights.forms import stack, unstack
+from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.step import fresh_state, train_step
+from llama_jax.weights.forms import unstack
 
 NAMES = ("adamw", "adafactor", "lion", "muon")
 STEPS = 5
 WHOLE = {"embedding": (160, 144), "final_norm": {"scale": (144,)}, "head": (144, 160),
-         "layers": {"attention_norm": {"scale": (3, 144)}, "attention": {"wq": (3, 144, 132), "wk": (3, 144, 24)},
-                    "feed_forward": {"down": (3, 136, 144)}}}  # fmt: skip
+         "layers": {"attention_norm": {"scale": (2, 144)}, "attention": {"wq": (2, 144, 132), "wk": (2, 144, 24)},
+                    "feed_forward": {"down": (2, 136, 144)}}}  # fmt: skip
 # More layers than Adafactor's smallest side: stacked norms look like a matrix here.
 DEEP = {"embedding": (8, 130), "layers": {"attention_norm": {"scale": (130, 130)}, "attention": {"wo": (130, 6, 8)}}}
-ADAPTERS = {"layers": {"attention": {"wq": {"a": (3, 144, 130), "b": (3, 130, 132)}},
-                       "feed_forward": {"up": {"a": (3, 144, 4), "b": (3, 4, 136)}}}}  # fmt: skip
+ADAPTERS = {"layers": {"attention": {"wq": {"a": (2, 144, 130), "b": (2, 130, 132)}},
+                       "feed_forward": {"up": {"a": (2, 144, 4), "b": (2, 4, 136)}}}}  # fmt: skip
 TREES = {"whole": WHOLE, "deep": DEEP, "adapters": ADAPTERS}
 
 
@@ -49,12 +50,24 @@ def config_of(name: str, **changes) -> OptimizerConfig:
     return OptimizerConfig(name=name, **{**values, **changes})
 
 
+@functools.cache
+def programs(config: OptimizerConfig, steps: int):
+    """A fresh state of some parameters, and the training step with a gradient that is given."""
+    recipe = given_recipe(config, steps, None)
+    return jax.jit(functools.partial(fresh_state, recipe)), jax.jit(functools.partial(train_step, recipe))
+
+
+def of_step(gradients, count: int):
+    """One step's of the gradients of several."""
+    return jax.tree.map(lambda g: g[count], gradients)
+
+
 def train(config: OptimizerConfig, params, gradients, steps=STEPS):
     """What the training step makes of given gradients."""
-    recipe = given_recipe(config, steps, params, gradients)
-    state, step = init_state(recipe, jax.random.key(0)), jax.jit(functools.partial(train_step, recipe))
+    fresh, step = programs(config, steps)
+    state = fresh(params)
     for count in range(steps):
-        state, _ = step(state, batch_number(count))
+        state, _ = step(state, any_batch(), of_step(gradients, count))
     return state
 
 
@@ -62,8 +75,11 @@ def close(got, expected, **tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), got, expected)
 
 
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("name", NAMES)
+# What each number is moved by alone is indifferent to the form of a tree; matrices are not.
+@pytest.mark.parametrize(("name", "tree"), [
+    pytest.param(name, tree, marks=pytest.mark.slow if tree != "whole" and name in ("adamw", "lion") else [])
+    for name in NAMES for tree in TREES
+])  # fmt: skip
 def test_updates_equal_the_formula_in_either_form(name, tree):
     config, params, gradients = config_of(name), drawn(TREES[tree]), drawn(TREES[tree], 1, (STEPS,))
     expected = trained_by_formula(config, STEPS, params, gradients)
@@ -72,9 +88,9 @@ def test_updates_equal_the_formula_in_either_form(name, tree):
     close(got, expected, atol=2e-6)
     if tree == "deep":  # 130 layers one by one compile for a minute
         return
-    layers = [unstack(jax.tree.map(lambda g, k=k: g[k], gradients)) for k in range(STEPS)]
+    layers = [unstack(of_step(gradients, k)) for k in range(STEPS)]
     unrolled = train(config, unstack(params), jax.tree.map(lambda *g: np.stack(g), *layers)).params
-    close(stack(unrolled), got, atol=1e-6)
+    close(jax.device_get(unrolled), unstack(jax.device_get(got)), atol=1e-6)
 
 
 def test_muon_makes_the_matrices_of_layers_orthogonal():
@@ -99,21 +115,25 @@ def test_muon_makes_the_matrices_of_layers_orthogonal():
             np.testing.assert_allclose(inside - np.diag(values), 0, atol=1e-3)
             np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 0.2, rtol=0.2)  # AdamW's, as published
             found += 1
-    assert found == 9
+    assert found == 6
 
 
 def test_adamw_is_that_of_optax_with_a_schedule():
-    """To the bit but for a fused multiplication and addition: the learning rate has only moved to behind the optimizer."""
-    config, params, gradients = config_of("adamw", clip_norm=0.7), drawn(WHOLE), drawn(WHOLE, 1, (STEPS,))
-    recipe = given_recipe(config, STEPS, params, gradients)
+    """The learning rate has only moved to behind the optimizer. One operation after the other, as no compiler fuses them."""
+    tree = {"embedding": (9, 6), "final_norm": {"scale": (6,)}}
+    config, params, gradients = config_of("adamw", clip_norm=0.3), drawn(tree), drawn(tree, 1, (STEPS,))
+    assert min(np.linalg.norm(gradients["embedding"][count]) for count in range(STEPS)) > 0.3  # so all are cut
+    recipe = given_recipe(config, STEPS, None)
     adamw = optax.adamw(recipe.schedule, config.beta1, config.beta2, config.eps, weight_decay=0.3, mask=decayed)
-    theirs = optax.chain(optax.clip_by_global_norm(0.7), adamw)
+    theirs = optax.chain(optax.clip_by_global_norm(0.3), adamw)
     expected, state = jax.tree.map(jnp.asarray, params), theirs.init(params)
-    update = jax.jit(theirs.update)
+    got = fresh_state(recipe, expected)
     for count in range(STEPS):
-        updates, state = update(jax.tree.map(lambda g, k=count: g[k], gradients), state, expected)
+        gradient = of_step(gradients, count)
+        updates, state = theirs.update(gradient, state, expected)
         expected = optax.apply_updates(expected, updates)
-    close(train(config, params, gradients).params, expected, rtol=3e-7, atol=1e-9)
+        got, _ = train_step(recipe, got, any_batch(), gradient)
+    close(got.params, expected, rtol=3e-7, atol=1e-9)
 
 
 @pytest.mark.parity
@@ -121,14 +141,14 @@ def test_adamw_is_that_of_pytorch_over_a_schedule():
     torch = pytest.importorskip("torch")
     steps = 8
     config, params, gradients = config_of("adamw"), drawn(WHOLE), drawn(WHOLE, 1, (steps,))
-    recipe = given_recipe(config, steps, params, gradients)
+    rates = np.asarray(learning_rate_schedule(config, steps)(np.arange(steps)))
     pairs = jax.tree_util.tree_leaves_with_path(params)
     tensors = [torch.tensor(leaf, requires_grad=True) for _, leaf in pairs]
     groups = [{"params": [x], "weight_decay": 0.0 if path[-1].key == "scale" else 0.3} for x, (path, _) in zip(tensors, pairs)]
     theirs = torch.optim.AdamW(groups, lr=1.0, betas=(config.beta1, config.beta2), eps=config.eps)
     for count in range(steps):
         for group in theirs.param_groups:
-            group["lr"] = float(recipe.schedule(count))
+            group["lr"] = float(rates[count])
         for x, g in zip(tensors, jax.tree.leaves(gradients)):
             x.grad = torch.tensor(g[count])
         theirs.step()
@@ -141,12 +161,10 @@ def test_adamw_is_that_of_pytorch_over_a_schedule():
 def test_the_learning_rate_depends_on_the_step_alone(name):
     """Whatever the optimizer has counted: also after steps that it has not seen."""
     config, params, gradients = config_of(name, warmup_steps=10), drawn(WHOLE), drawn(WHOLE, 1, (1,))
-    recipe = given_recipe(config, 100, params, gradients)
-    fresh = init_state(recipe, jax.random.key(0))
-    step = jax.jit(functools.partial(train_step, recipe))
-    moves = []
+    init, step = programs(config, 100)
+    fresh, moves = init(params), []
     for count in (0, 6):
-        after, metrics = step(fresh._replace(step=jnp.int32(count)), batch_number(0))
+        after, metrics = step(fresh._replace(step=jnp.int32(count)), any_batch(), of_step(gradients, 0))
         assert int(after.step) == count + 1
         np.testing.assert_allclose(metrics.learning_rate, 1e-2 * (count + 1) / 10, rtol=1e-6)
         moves.append(jax.tree.map(lambda before, now: np.asarray(now) - before, params, after.params))
@@ -174,10 +192,10 @@ def test_bfloat16_moments(name):
 
 
 def test_adafactor_keeps_sums_and_has_no_moment_to_round():
-    state = make_optimizer(config_of("adafactor")).init(drawn(WHOLE))
+    state = jax.jit(make_optimizer(config_of("adafactor")).init)(drawn(WHOLE))
     kept = sum(leaf.size for leaf in jax.tree.leaves(state))
-    shapes = {"embedding": 160 + 144, "head": 144 + 160, "wq": 3 * (144 + 132), "down": 3 * (136 + 144)}
-    whole = 3 * 144 * 24 + 3 * 144 + 144  # too small to be factored: wk and the norms
+    shapes = {"embedding": 160 + 144, "head": 144 + 160, "wq": 2 * (144 + 132), "down": 2 * (136 + 144)}
+    whole = 2 * 144 * 24 + 2 * 144 + 144  # too small to be factored: wk and the norms
     assert sum(shapes.values()) + whole <= kept <= sum(shapes.values()) + whole + 100  # counts and empty places
     with pytest.raises(InputError, match=r"^optimizer\.moments_dtype: 'bfloat16' given, float32 \(adafactor keeps no mean"):
         config_of("adafactor", moments_dtype="bfloat16")
@@ -187,7 +205,9 @@ def test_adafactor_keeps_sums_and_has_no_moment_to_round():
 def test_a_long_gradient_is_cut_to_the_norm(name):
     params, gradients = drawn(WHOLE), drawn(WHOLE, 1, (1,))
     config = config_of(name, clip_norm=0.5, eps=1.0)
-    length = float(optax.tree.norm(gradients))
+    length = sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradients)) ** 0.5
     assert length > 1
-    by_hand = train(dataclasses.replace(config, clip_norm=1e9), params, jax.tree.map(lambda g: g * 0.5 / length, gradients), 1)
+    by_hand = train(
+        dataclasses.replace(config, clip_norm=1e9), params, jax.tree.map(lambda g: g * np.float32(0.5 / length), gradients), 1
+    )
     close(train(config, params, gradients, 1).params, by_hand.params, atol=1e-7)

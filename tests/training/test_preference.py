@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from support import random_parameters
-from test_adapter_training import CONFIG, close, make, train_config, warm_state
-from test_step import random_batch
+from test_adapter_training import CONFIG, close, fresh_state, make, train_config, warm_state
+from test_step import parameters, random_batch
 
 from llama_jax.data.batch import Batch
 from llama_jax.model.adapters import merge
 from llama_jax.model.llama import logits
 from llama_jax.training.hosts import row_numbers
-from llama_jax.training.step import init_state, micro_batches, train_step
+from llama_jax.training.step import micro_batches, train_step
 
 BETA = 0.3
 
@@ -40,13 +39,20 @@ def compiled():
 
 
 def test_loss_figures_and_gradient_equal_the_formula():
-    (recipe, step), params, batch = compiled(), random_parameters(CONFIG), random_batch(CONFIG)
+    (recipe, step), params, batch = compiled(), parameters(CONFIG), jax.device_get(random_batch(CONFIG))
     state = warm_state(recipe)
-    reference = row_log_probabilities(params, batch)
-    policy = lambda adapters: row_log_probabilities(merge(params, adapters, 2.0), batch)  # noqa: E731
-    _, margin, rewards = by_hand(policy(state.params), reference)
+    policy = lambda adapters, params, batch: row_log_probabilities(merge(params, adapters, 2.0), batch)  # noqa: E731
+
+    @jax.jit
+    def of_rows(adapters, params, batch, slopes):
+        """Log-probabilities of rows by adapted and bare parameters; the gradient of the former, summed with slopes."""
+        gradient = jax.grad(lambda adapters: policy(adapters, params, batch) @ slopes)(adapters)
+        return policy(adapters, params, batch), row_log_probabilities(params, batch), gradient
+
+    ours, reference, _ = of_rows(state.params, params, batch, np.zeros(8, np.float32))
+    _, margin, rewards = by_hand(ours, reference)
     for real in (8, 6):  # the last pair as it is, then as padding
-        weights = jnp.where(jnp.arange(8)[:, None] < real, batch.weights, 0)
+        weights = np.where(np.arange(8)[:, None] < real, batch.weights, 0)
         after, metrics = step(state, micro_batches(batch._replace(weights=weights), 1), params)
         given = margin[: real // 2]
         np.testing.assert_allclose(metrics.loss, np.mean(np.log1p(np.exp(-given))), rtol=1e-4)
@@ -59,22 +65,22 @@ def test_loss_figures_and_gradient_equal_the_formula():
         slope = BETA / (1 + np.exp(given)) / len(given)
         slopes = np.zeros(8, np.float32)
         slopes[:real] = np.stack([-slope, slope], axis=1).reshape(-1)
-        expected = jax.grad(lambda adapters, slopes=slopes: policy(adapters) @ slopes)(state.params)
-        close(jax.tree.map(jnp.subtract, state.params, after.params), expected, atol=1e-4)
+        expected = of_rows(state.params, params, batch, slopes)[2]
+        close(jax.tree.map(np.subtract, *jax.device_get((state.params, after.params))), expected, atol=1e-4)
 
 
 def test_fresh_adapters_are_indifferent():
-    (recipe, step), params, batch = compiled(), random_parameters(CONFIG), random_batch(CONFIG)
-    _, metrics = step(init_state(recipe, jax.random.key(0)), micro_batches(batch, 1), params)
+    (recipe, step), params, batch = compiled(), parameters(CONFIG), jax.device_get(random_batch(CONFIG))
+    _, metrics = step(fresh_state(recipe), micro_batches(batch, 1), params)
     np.testing.assert_allclose(metrics.loss, np.log(2), rtol=1e-5)
     assert metrics.more["accuracy"] == 0 == metrics.more["margin"]
 
 
 def test_pairs_stay_together_in_micro_batches():
-    batch = random_batch(CONFIG)
+    batch = jax.device_get(random_batch(CONFIG))
     dealt = row_numbers(rows=8, micro_rows=4, unit=2)
     assert dealt.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    (recipe, step), params = compiled(), random_parameters(CONFIG)
+    (recipe, step), params = compiled(), parameters(CONFIG)
     whole, figures = step(warm_state(recipe), micro_batches(batch, 1), params)
     split, split_figures = step(warm_state(recipe), Batch(*[field[dealt] for field in batch]), params)
     close(split.params, whole.params)

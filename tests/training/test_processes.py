@@ -2,11 +2,14 @@
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
+import re
 import signal
 import socket
 import threading
 import time
+import types
 
 import pytest
 from tiny_runs import tiny_config
@@ -46,7 +49,7 @@ class Memory:
             return self._values[key]
 
 
-def together(count: int, action, seconds: float = 20, store: Memory | None = None) -> list:
+def together(count: int, action, seconds: float = 120, store: Memory | None = None) -> list:
     """What `action(hosts)` gives, or raises, in each of several processes."""
     store = store or Memory()
 
@@ -124,9 +127,9 @@ def test_who_does_not_come_to_a_meeting_is_named_to_all_who_did():
     def act(hosts):
         return hosts.gather("meeting", "") if hosts.process != 1 else None
 
-    found = together(3, act, seconds=1)
+    found = together(3, act, seconds=2)
     assert [str(error) for error in found] == [
-        "process 1 of 3 did not come to 'meeting' within 1 s", "None", "process 1 of 3 did not come to 'meeting' within 1 s"
+        "process 1 of 3 did not come to 'meeting' within 2 s", "None", "process 1 of 3 did not come to 'meeting' within 2 s"
     ]  # fmt: skip
 
 
@@ -171,24 +174,32 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def roll(address: str, process: int, count: int, seconds: float = 10, delay: float = 0) -> tuple[str, list[str]]:
-    """How a roll call ended, and what was said."""
-    said: list[str] = []
-    time.sleep(delay)
+def roll(address: str, process: int, count: int, seconds: float = 120, said: list[str] | None = None) -> str:
+    """How a roll call ended; what is said meanwhile is added to a list."""
+    said = [] if said is None else said
     try:
         call_roll(address, address, process, count, seconds, said.append, patience=0.5)
     except InputError as error:
-        return str(error), said
-    return "", said
+        return str(error)
+    return ""
+
+
+def wait_for(lines: list[str], pattern: str) -> None:
+    """Until one of them matches."""
+    end = time.monotonic() + 120
+    while not any(re.fullmatch(pattern, line) for line in lines):
+        assert time.monotonic() < end, f"{pattern!r} is not in {lines}"
+        time.sleep(0.02)
 
 
 def test_the_roll_call_ends_when_all_are_there_and_says_who_is_not():
-    address = free_address()
+    address, said = free_address(), {process: [] for process in range(4)}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        ends = list(pool.map(lambda process: roll(address, process, 4, delay=1.3 * (process == 2)), (0, 1, 2, 3)))
-    assert [end for end, _ in ends] == [""] * 4
-    assert ends[0][1][0].startswith("waited 1 s for process 2 of 4; going on for ") or "process 2 of 4" in ends[0][1][0]
-    assert f"process 1 waited 1 s for process 0 at {address}" in ends[1][1][0]
+        ends = [pool.submit(roll, address, process, 4, said=said[process]) for process in (0, 1, 3)]
+        wait_for(said[0], r"waited \d+ s for process 2 of 4; going on for \d+ s")
+        wait_for(said[1], rf"process 1 waited \d+ s for process 0 at {address} and the others")
+        ends.append(pool.submit(roll, address, 2, 4))
+    assert [end.result() for end in ends] == [""] * 4
     with socket.socket() as again:  # JAX takes the port over
         host, port = split_address(address)
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -196,11 +207,11 @@ def test_the_roll_call_ends_when_all_are_there_and_says_who_is_not():
 
 
 def test_strangers_twins_and_other_counts_are_refused_and_nobody_is_disturbed():
-    address = free_address()
+    address, said = free_address(), []
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
-        first = pool.submit(roll, address, 0, 3)
+        first = pool.submit(roll, address, 0, 3, said=said)
         one = pool.submit(roll, address, 1, 3)
-        time.sleep(0.4)
+        wait_for(said, r"waited \d+ s for process 2 of 3; .*")
         twin, other = pool.submit(roll, address, 1, 3), pool.submit(roll, address, 2, 4)
         with socket.create_connection(split_address(address)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -209,28 +220,30 @@ def test_strangers_twins_and_other_counts_are_refused_and_nobody_is_disturbed():
             endless.sendall(b"x" * 1000)
             with contextlib.suppress(ConnectionResetError):
                 assert endless.recv(100) == b""
-        assert twin.result()[0] == "refused by process 0: distributed.process: another process has the number 1"
-        assert other.result()[0] == "refused by process 0: distributed.processes: 4 given, process 0 has 3"
-        assert roll(address, 2, 3)[0] == first.result()[0] == one.result()[0] == ""
+        assert twin.result() == "refused by process 0: distributed.process: another process has the number 1"
+        assert other.result() == "refused by process 0: distributed.processes: 4 given, process 0 has 3"
+        assert roll(address, 2, 3) == first.result() == one.result() == ""
 
 
 def test_one_that_went_away_may_come_again():
     address = free_address()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(roll, address, 0, 3)
-        assert roll(address, 1, 3, seconds=0.7)[0].startswith("process 1 waited 0.7 s for process 0")
+        assert roll(address, 1, 3, seconds=0.7).startswith("process 1 waited 0.7 s for process 0")
         one = pool.submit(roll, address, 1, 3)
-        assert roll(address, 2, 3)[0] == one.result()[0] == first.result()[0] == ""
+        assert roll(address, 2, 3) == one.result() == first.result() == ""
 
 
-def test_who_does_not_come_is_named_when_the_time_is_over():
-    end, said = roll(free_address(), 0, 12, seconds=1.2)
+def test_who_does_not_come_is_named_when_the_time_is_over(monkeypatch):
+    said, looks = [], itertools.count()
+    monkeypatch.setattr("llama_jax.parallel.roll_call.time", types.SimpleNamespace(monotonic=lambda: next(looks) / 10))
+    end = roll(free_address(), 0, 12, seconds=1.2, said=said)
     assert end == "processes 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1.2 s; start all of them"
     assert len(said) == 2
 
 
 def test_an_address_that_is_not_ours_is_said():
-    assert "process 0 cannot listen at 192.0.2.1:8476 (" in roll("192.0.2.1:8476", 0, 2)[0]
+    assert "process 0 cannot listen at 192.0.2.1:8476 (" in roll("192.0.2.1:8476", 0, 2)
     for address in ("host", ":80", "host:", "host:0", "host:65536", "host:x"):
         with pytest.raises(InputError, match="HOST:PORT expected"):
             split_address(address)

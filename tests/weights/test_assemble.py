@@ -31,6 +31,7 @@ from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource, config_from
 from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.source import file_shapes
 
+PROC = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
 LAYER = {
     "attention_norm/scale": "input_layernorm", "feed_forward_norm/scale": "post_attention_layernorm",
     "attention/wq": "self_attn.q_proj", "attention/wk": "self_attn.k_proj", "attention/wv": "self_attn.v_proj",
@@ -155,16 +156,19 @@ def test_without_a_mesh_arrays_may_go_anywhere(write_gguf):
     assert not any(leaf.committed for leaf in jax.tree.leaves(tree))
 
 
-# Reads a model and waits; its parent looks at its memory meanwhile. A first model, of another size, warms all machinery up.
+# Reads models and waits; its parent looks at its memory meanwhile. A first model, of another size, warms all machinery up.
 CHILD = """
-import sys
+import gc, json, sys
 import jax
 from llama_jax.weights.load import load
-small, path, form = sys.argv[1:]
-load(small, "bfloat16", form)
-print("ready", flush=True), sys.stdin.readline()
-tree = load(path, "bfloat16", form).params
-print(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), flush=True), sys.stdin.readline()
+for line in sys.stdin:
+    small, path, form = json.loads(line)
+    load(small, "bfloat16", form)
+    gc.collect()
+    print("ready", flush=True), sys.stdin.readline()
+    tree = load(path, "bfloat16", form).params
+    print(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), flush=True), sys.stdin.readline()
+    del tree
 """
 
 
@@ -174,21 +178,29 @@ def _private_bytes(process) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def peak_beyond_result(*arguments: str) -> tuple[int, int]:
-    """Most memory that loading takes in a process of its own, without the parameters, and their bytes."""
+@pytest.fixture(scope="module")
+def loader():
+    """A process of its own that loads one model after the other."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     # Arrays have pages of their own, which go back when they are freed: holes in the heap are no memory that loading needs.
     allocation = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **allocation}
-    with subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, **pipes) as process:
-        assert process.stdout.readline() == "ready\n"
-        before = peak = _private_bytes(process)
-        print(file=process.stdin, flush=True)
-        while not select.select([process.stdout], [], [], 0.001)[0]:
-            peak = max(peak, _private_bytes(process))
-        result = int(process.stdout.readline())
-        peak = max(peak, _private_bytes(process))
+    with subprocess.Popen([sys.executable, "-c", CHILD], env=environment, **pipes) as process:
+        yield process
         process.stdin.close()
+
+
+def peak_beyond_result(process, *arguments: str | pathlib.Path) -> tuple[int, int]:
+    """Most memory that loading takes in the process, without the parameters, and their bytes."""
+    print(json.dumps([*map(str, arguments)]), file=process.stdin, flush=True)
+    assert process.stdout.readline() == "ready\n"
+    before = peak = _private_bytes(process)
+    print(file=process.stdin, flush=True)
+    while not select.select([process.stdout], [], [], 0.001)[0]:
+        peak = max(peak, _private_bytes(process))
+    result = int(process.stdout.readline())
+    peak = max(peak, _private_bytes(process))
+    print(file=process.stdin, flush=True)
     return peak - before - result, result
 
 
@@ -197,47 +209,58 @@ SIZES = {"model_type": "llama", "vocab_size": 8192, "hidden_size": 1024, "interm
 LARGEST = 8192 * 1024 * 2  # bytes of the embedding, the largest tensor, in bfloat16
 
 
+def filled(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """Numbers that are no two alike in a row."""
+    return np.resize(np.arange(16000, dtype=dtype), shape)
+
+
 def write_hugging_face(directory: pathlib.Path, values: dict) -> pathlib.Path:
     shapes = file_shapes(config_from_hugging_face(values), NAMES)
-    tensors = {name: np.resize(np.arange(16000, dtype=np.uint16), shape).view(ml_dtypes.bfloat16)
-               for name, shape in shapes.items()}  # fmt: skip
+    tensors = {name: filled(shape, np.uint16).view(ml_dtypes.bfloat16) for name, shape in shapes.items()}
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(values))
     return directory
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> list[pathlib.Path]:
+    """A small model and a large one, of Hugging Face's."""
+    directory = tmp_path_factory.mktemp("hub")
+    small = write_hugging_face(directory / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2})
+    return [small, write_hugging_face(directory / "large", SIZES)]
+
+
+@PROC
 @pytest.mark.parametrize("form", ["stacked", "unrolled"])
-def test_beside_the_parameters_about_one_tensor_of_one_layer_is_in_memory(tmp_path, form):
+def test_beside_the_parameters_about_one_tensor_of_one_layer_is_in_memory(loader, hub, form):
     """186 MB of bfloat16. The bound: the largest tensor and 24 MB for compiled programs and for holes in the heap."""
-    small = write_hugging_face(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2})
-    path = write_hugging_face(tmp_path / "large", SIZES)
-    beyond, result = peak_beyond_result(str(small), str(path), form)
+    beyond, result = peak_beyond_result(loader, *hub, form)
     assert result == 185_620_480
     assert beyond < LARGEST + (24 << 20)
 
 
-STACKED = SIZES["num_hidden_layers"] * 1024 * 4096 * 4  # bytes of a matrix of all layers in float32, as a run holds it
+RUN = SIZES | {"hidden_size": 512}
+STACKED = RUN["num_hidden_layers"] * 512 * 4096 * 4  # bytes of a matrix of all layers in float32, as a run holds it
 
 
 def write_run(directory: pathlib.Path, values: dict, tokenizer: pathlib.Path) -> pathlib.Path:
     config = config_from_hugging_face(values)
     shapes = flatten_dict(parameter_shapes(config), sep="/")
-    flat = {path: jnp.asarray(np.resize(np.arange(16000, dtype=np.float32), shape)) for path, shape in shapes.items()}
+    flat = {path: jnp.asarray(filled(shape, np.float32)) for path, shape in shapes.items()}
     with Checkpoints.open(directory / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, {"params": unflatten_dict(flat, sep="/")}, {"model": dataclasses.asdict(config)})
     shutil.copy(tokenizer / "tokenizer.json", directory)
     return directory
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_run_is_restored_one_array_at_a_time(tmp_path, tiny_directory):
-    """371 MB of float32 become 186 MB. The bound: an array as it is read, as it is, as it is cast, and 24 MB."""
+@PROC
+def test_a_run_is_restored_one_array_at_a_time(loader, tmp_path, tiny_directory):
+    """186 MB of float32 become 93 MB. The bound: an array as it is read, as it is, as it is cast, and 24 MB."""
     small = write_run(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2}, tiny_directory)
-    path = write_run(tmp_path / "large", SIZES, tiny_directory)
-    beyond, result = peak_beyond_result(str(small), str(path), "unrolled")
-    assert result == 185_620_480
+    path = write_run(tmp_path / "large", RUN, tiny_directory)
+    beyond, result = peak_beyond_result(loader, small, path, "unrolled")
+    assert result == 92_810_240
     assert beyond < 3 * STACKED + (24 << 20)
 
 
@@ -255,13 +278,19 @@ def write_shards(directory: pathlib.Path, values: dict, count: int) -> pathlib.P
     return directory
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize("form", ["stacked", "unrolled"])
-def test_metas_shards_are_joined_one_tensor_at_a_time(tmp_path, form):
+@pytest.fixture(scope="module")
+def metas(tmp_path_factory) -> list[pathlib.Path]:
+    """A small model and a large one, of Meta's, in two files each."""
+    directory = tmp_path_factory.mktemp("meta")
+    small = write_shards(directory / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 4}, 2)
+    return [small, write_shards(directory / "large", SIZES, 2)]
+
+
+@PROC
+@pytest.mark.parametrize("form", ["stacked", pytest.param("unrolled", marks=pytest.mark.slow)])
+def test_metas_shards_are_joined_one_tensor_at_a_time(loader, metas, form):
     """186 MB of bfloat16 in two files. The bound: the largest tensor, joined and copied, and 24 MB."""
-    small = write_shards(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 4}, 2)
-    path = write_shards(tmp_path / "large", SIZES, 2)
-    beyond, result = peak_beyond_result(str(small), str(path), form)
+    beyond, result = peak_beyond_result(loader, *metas, form)
     assert result == 185_620_480
     assert beyond < 2 * LARGEST + (24 << 20)
 
@@ -283,10 +312,10 @@ def test_each_leaf_is_finished_before_the_next_is_read(write_gguf, form):
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_quantised_file_is_widened_one_tensor_at_a_time(tmp_path, smollm2_gguf):
+@PROC
+def test_a_quantised_file_is_widened_one_tensor_at_a_time(loader, tmp_path, smollm2_gguf):
     """The bound: the largest tensor in float32, as it is decoded, and 24 MB."""
     small = write_hugging_face(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2})
-    beyond, result = peak_beyond_result(str(small), str(smollm2_gguf), "stacked")
+    beyond, result = peak_beyond_result(loader, small, smollm2_gguf, "stacked")
     assert result == 2 * parameter_count(preset("smollm2-135m"))
     assert beyond < 49152 * 576 * 4 + (24 << 20)

@@ -152,6 +152,11 @@ def test_gguf_is_the_model(tmp_path, model):
     require_same(GgufSource.open(write_gguf(tmp_path / "tiny.gguf", *model)), *model)
 
 
+@pytest.mark.parametrize(
+    "model",
+    ["llama", "llama3.1", "llama3.2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama2", "llama3"))],
+    indirect=True,
+)
 def test_logits_equal_transformers_and_metas_own_model(tmp_path, model, monkeypatch):
     """Meta's model runs on Meta's tensors, transformers' on Hugging Face's, ours on what is read from Meta's shards."""
     config, params = model

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from exported import tensors_of, values_of
 from hub import TEMPLATE
-from support import TINY, VARIANTS, random_parameters, random_tokens
+from support import TINY, VARIANTS, float64_logits, random_parameters, random_tokens
 
 from llama_jax.config import RopeScaling
-from llama_jax.model.llama import logits
 from llama_jax.weights.hugging_face_config import config_from_hugging_face
 from llama_jax.weights.hugging_face_export import export_hugging_face, save_hugging_face
 from llama_jax.weights.load import load
@@ -41,16 +40,17 @@ def test_logits_and_config_in_transformers(name, options, tmp_path):
     torch = pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
     import transformers
 
-    config, params = MODELS[name], random_parameters(MODELS[name])
+    config, params = MODELS[name], jax.device_get(random_parameters(MODELS[name]))
     if options.get("dtype"):  # so that nothing is left to round
-        params = jax.tree.map(lambda leaf: leaf.astype(options["dtype"]).astype(jnp.float32), params)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(options["dtype"])).astype(np.float32), params)
+    params = jax.tree.map(jnp.asarray, params)
     save_hugging_face(params, config, tmp_path / "out", stop_ids=(3, 5), **options)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = random_tokens(config, (2, 60))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(logits(params, tokens, config), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(float64_logits(params, tokens, config), expected, atol=1e-4, rtol=0)
     assert theirs.generation_config.eos_token_id == [3, 5]
     loaded = load(tmp_path / "out")
     assert loaded.config == config

@@ -10,6 +10,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from matrix import rounds
 from safetensors.numpy import load_file, save_file
 
 from llama_jax.errors import InputError
@@ -175,19 +176,19 @@ _MUTATIONS = {
 
 
 def test_mutated_directories_load_or_raise_input_error(directory):
-    """3,060 of them: read, or refused in one line, and memory does not grow."""
+    """Of each file as many: read, or refused in one line, and memory does not grow."""
     shard(directory)
-    random = np.random.default_rng(8)
+    count, random = rounds(240, 1020), np.random.default_rng(8)
     outcomes = collections.Counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, mutations in _MUTATIONS.items():
         data = (directory / name).read_bytes()
-        for turn in range(1020):
+        for turn in range(count):
             (directory / name).write_bytes(mutations[turn % 3](data, random))
             outcomes[name, _outcome(directory)] += 1
         (directory / name).write_bytes(data)
     assert {kind for _, kind in outcomes} == {"read", "refused"}
-    assert min(outcomes[name, kind] for name in _MUTATIONS for kind in ("read", "refused")) > 5
+    assert min(outcomes[name, kind] for name in _MUTATIONS for kind in ("read", "refused")) > count / 200
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10  # KiB
 
 

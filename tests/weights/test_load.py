@@ -14,7 +14,7 @@ import pytest
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hub import TEMPLATE, TINY_CONTEXT
-from support import TINY, random_parameters, random_tokens
+from support import TINY, float64_logits, random_parameters, random_tokens, unrolled_parameters
 
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.generation.text import generate
@@ -59,8 +59,8 @@ def test_forms_and_dtypes(tiny_directory):
     stacked = load(tiny_directory, "bfloat16", form="stacked")
     unrolled = load(str(tiny_directory), "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves((stacked.params, unrolled.params))} == {jnp.dtype("bfloat16")}
-    wq = stacked.params["layers"]["attention"]["wq"]
-    assert (wq[1] == unrolled.params["layers_1"]["attention"]["wq"]).all()
+    wq = np.asarray(stacked.params["layers"]["attention"]["wq"])
+    assert (wq[1] == np.asarray(unrolled.params["layers_1"]["attention"]["wq"])).all()
     assert wq.shape[0] == stacked.config.layers
 
 
@@ -97,19 +97,24 @@ def test_gguf_logits_equal_transformers(smollm2_model, smollm2_torch):
     np.testing.assert_allclose(got, expected, atol=2e-3, rtol=0)
 
 
-CONFIG = dataclasses.replace(TINY, layers=2, vocab_size=500)
+CONFIG = dataclasses.replace(TINY, vocab_size=500)
 
 
-@pytest.fixture
-def run(tmp_path, sentence_piece_file) -> pathlib.Path:
-    """A run directory as `train.py` leaves it: two checkpoints, of steps 5 and 9, and the tokenizer."""
-    directory = tmp_path / "run"
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, sentence_piece_file) -> pathlib.Path:
+    """A run directory as `train.py` leaves it: two checkpoints, of steps 5 and 9, and the tokenizer. Only to be read."""
+    directory = tmp_path_factory.mktemp("saved") / "run"
     with Checkpoints.open(directory / "checkpoints", keep=3) as checkpoints:
         for step in (5, 9):
             state = {"params": random_parameters(CONFIG, seed=step), "step": jnp.int32(step)}
             checkpoints.save(step, state, {"model": dataclasses.asdict(CONFIG)})
     shutil.copy(sentence_piece_file, directory / "tokenizer.model")
     return directory
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +137,12 @@ def test_run_directory(run):
     assert model.origin == "run run at step 9"
     assert model.config == CONFIG
     tokens = random_tokens(CONFIG, (1, 9))
-    expected = logits(random_parameters(CONFIG, seed=9), tokens, CONFIG)
+    expected = float64_logits(random_parameters(CONFIG, seed=9), tokens, CONFIG)
     np.testing.assert_allclose(logits(model.params, tokens, CONFIG), expected, atol=1e-5)
     assert model.tokenizer.decode(model.tokenizer.encode("for it")) == "for it"
     assert model.stop_ids == (model.tokenizer.end_id,)
     assert "layers_1" in model.params
-    assert load(run, form="stacked").params["layers"]["attention"]["wq"].shape[0] == 2
+    assert load(run, form="stacked").params["layers"]["attention"]["wq"].shape[0] == CONFIG.layers
 
 
 def damage(run: pathlib.Path, step: int) -> None:
@@ -195,7 +200,7 @@ def test_a_run_with_unrolled_layers_is_the_same_model(run, tmp_path):
     """Loaded in either form, inspected, exported."""
     other = tmp_path / "unrolled"
     with Checkpoints.open(other / "checkpoints", keep=3) as checkpoints:
-        state = {"params": unstack(random_parameters(CONFIG, seed=9)), "step": jnp.int32(9)}
+        state = {"params": unrolled_parameters(CONFIG, seed=9), "step": jnp.int32(9)}
         checkpoints.save(9, state, {"model": dataclasses.asdict(CONFIG)})
     shutil.copy(run / "tokenizer.model", other)
     opened = open_model(other)
@@ -220,13 +225,14 @@ def write_adapter_run(directory, tree, base, config=CONFIG):
     return directory
 
 
-@pytest.mark.parametrize("form", [stack, unstack], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize("form", [stack, pytest.param(unstack, marks=pytest.mark.slow)], ids=["stacked", "unrolled"])
 def test_a_run_of_adapters_is_its_model_with_them_merged(run, tmp_path, form):
     """Over a run; `W + A B alpha / rank` by hand."""
     rng = np.random.default_rng(3)
     a, b = (rng.normal(size=(CONFIG.layers, *shape)) for shape in ((CONFIG.dim, 2), (2, CONFIG.ffn_dim)))
     up = ("layers", "feed_forward", "up")
-    tree = form(unflatten_dict({(*up, "a"): jnp.asarray(a, jnp.float32), (*up, "b"): jnp.asarray(b, jnp.float32)}))
+    tree = form(unflatten_dict({(*up, "a"): a.astype(np.float32), (*up, "b"): b.astype(np.float32)}))
+    tree = jax.tree.map(jnp.asarray, tree)
     mine = write_adapter_run(tmp_path / "mine", tree, run)
     shutil.copy(run / "tokenizer.model", mine)
     before, after = (load(path, form="stacked") for path in (run, mine))
@@ -243,7 +249,7 @@ def test_a_run_of_adapters_is_its_model_with_them_merged(run, tmp_path, form):
 
 
 def test_a_run_of_adapters_without_its_model(run, tmp_path):
-    tree = {"layers": {"attention": {"wk": {"a": jnp.zeros((2, 48, 3)), "b": jnp.zeros((2, 3, 20))}}}}
+    tree = {"layers": {"attention": {"wk": {"a": jnp.zeros((3, 48, 3)), "b": jnp.zeros((3, 3, 20))}}}}
     gone = write_adapter_run(tmp_path / "gone", tree, tmp_path / "moved")
     other = write_adapter_run(tmp_path / "other", tree, run, dataclasses.replace(CONFIG, rope_theta=5.0))
     silent = tmp_path / "silent"
@@ -270,8 +276,11 @@ def test_an_export_says_which_checkpoint_it_is(run, tmp_path):
     assert "made from run run at step 5 (" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("origin", ["run", "hugging_face"])
-@pytest.mark.parametrize(("form", "bits"), [("stacked", 8), ("unrolled", 4)])
+NARROW = [("run", "stacked", 8), ("hugging_face", "unrolled", 4)]
+OTHERS = [("run", "unrolled", 4), ("hugging_face", "stacked", 8)]
+
+
+@pytest.mark.parametrize(("origin", "form", "bits"), [*NARROW, *(pytest.param(*o, marks=pytest.mark.slow) for o in OTHERS)])
 def test_narrow_weights_leaf_by_leaf(origin, form, bits, run, tiny_directory):
     """Those of the whole tree, narrowed afterwards."""
     path = run if origin == "run" else tiny_directory

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exported import expected_tensors, tensors_of
+from matrix import rounds
 from safetensors.numpy import load_file, save_file
 from support import TINY, random_parameters, random_tokens, transformers_model
 
@@ -29,9 +30,9 @@ from llama_jax.weights.peft import CONFIG, TENSORS, Adapters, read_adapters, sav
 
 
 def random_adapters(config=TINY, rank=4, targets=LAYER_MATRICES):
-    fresh = init_adapters(jax.random.key(1), config, rank, targets)
+    fresh = jax.eval_shape(lambda key: init_adapters(key, config, rank, targets), jax.random.key(1))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32), fresh)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape).astype(np.float32)), fresh)
 
 
 def loaded(directory):
@@ -51,7 +52,7 @@ def test_what_was_written_comes_back(form, tmp_path):
     save_adapters(Adapters(form(tree), 2.5, "/models/base"), tmp_path / "out", dropout=0.1)
     back = read_adapters(tmp_path / "out", TINY)
     assert (back.scale, back.base, back.rank) == (2.5, "/models/base", 4)
-    jax.tree.map(np.testing.assert_array_equal, back.tree, jax.device_get(tree))
+    jax.tree.map(np.testing.assert_array_equal, back.tree, tree)
     values = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert values["target_modules"] == ["down_proj", "o_proj", "q_proj"]
     assert (values["r"], values["lora_alpha"], values["lora_dropout"]) == (4, 10.0, 0.1)
@@ -219,14 +220,14 @@ def outcome_of(directory):
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_mutated_adapters_are_read_or_refused(name, tmp_path):
     save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "out")
-    random, data = np.random.default_rng(5), (tmp_path / "out" / name).read_bytes()
+    count, random, data = rounds(250, 1000), np.random.default_rng(5), (tmp_path / "out" / name).read_bytes()
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     outcomes = collections.Counter()
-    for _ in range(1000):
+    for _ in range(count):
         (tmp_path / "out" / name).unlink()  # the old one may still be mapped: it must not shrink
         (tmp_path / "out" / name).write_bytes(mutated(data, random))
         outcomes[outcome_of(tmp_path / "out")] += 1
     assert outcomes.keys() == {"read", "refused"}
-    assert min(outcomes.values()) > 20
+    assert min(outcomes.values()) > count / 50
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
     assert time.process_time() - started < 20

@@ -15,6 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
+from matrix import rounds
 
 from llama_jax.errors import InputError
 from llama_jax.weights.pth import PthFile
@@ -394,12 +395,13 @@ def test_missing_tensors_files_and_pipes_are_input_errors(tmp_path):
 
 
 @pytest.mark.parity
-def test_4000_damaged_files_are_refused_or_read_right_in_little_memory(tmp_path):
+def test_damaged_files_are_refused_or_read_right_in_little_memory(tmp_path):
     torch = pytest.importorskip("torch")
     layers = collections.OrderedDict(first=torch.nn.Linear(5, 3), second=torch.nn.Linear(3, 4).to(torch.bfloat16))
     torch.save({**torch.nn.Sequential(layers).state_dict(), "turned": torch.randn(4, 6).T}, tmp_path / "good.pth")
-    (line,) = in_little_memory("damage", tmp_path / "good.pth", 4000)
+    count = rounds(800, 4000)
+    (line,) = in_little_memory("damage", tmp_path / "good.pth", count)
     print(line)
-    refused, read = map(int, re.fullmatch(r"4000 damaged files: (\d+) refused, (\d+) read", line).groups())
-    assert refused > 2000
-    assert read > 50
+    refused, read = map(int, re.fullmatch(rf"{count} damaged files: (\d+) refused, (\d+) read", line).groups())
+    assert refused > count / 2
+    assert read > count / 80

@@ -7,7 +7,6 @@ import math
 import pathlib
 import shutil
 
-import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,8 +26,8 @@ from llama_jax.weights.report import report
 
 
 @pytest.mark.smollm2
-def test_the_real_file_as_the_original_library_counts_it(smollm2_gguf):
-    tensors = gguf.GGUFReader(smollm2_gguf).tensors
+def test_the_real_file_as_the_original_library_counts_it(smollm2_gguf, original):
+    tensors = original.tensors
     found = report(open_model(smollm2_gguf))
     assert found.types == collections.Counter(tensor.tensor_type.name for tensor in tensors)
     assert found.nbytes == sum(int(tensor.n_bytes) for tensor in tensors)
