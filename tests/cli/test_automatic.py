@@ -1,4 +1,7 @@
-"""`compute.remat: auto`: resolved before the run, told in its heading, kept in its config; on accelerators by the plan."""
+"""`compute.remat: auto`: resolved before the run, told in its heading, kept in its config; on accelerators by the plan.
+
+What it is on a CPU, which has no such plan, is in `test_train.py`.
+"""
 
 import dataclasses
 import functools
@@ -26,17 +29,6 @@ from llama_jax.training.config_method import AdapterConfig
 from llama_jax.training.setup import frozen_base, frozen_shapes, make_recipe, run_mesh
 from llama_jax.training.step import batch_sharding, micro_batches, sharded_init, sharded_step
 from llama_jax.weights.open import open_model
-
-
-def test_on_a_cpu_it_is_none_and_the_run_says_so(tmp_path, capsys, on_devices):
-    on_devices(1)
-    changes = {"run": {"steps": 1, "eval_every": 0}, "model": {"layers": 1}, "compute": {"remat": "auto"}}
-    config = tiny_config(tmp_path / "run", write_corpus(tmp_path / "text"), **changes)
-    path = write_yaml(tmp_path / "config.yaml", config)
-    assert main(["--config", str(path)]) == 0
-    heading = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("model "))
-    assert heading.endswith("float32 compute, remat none")
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compute"]["remat"] == "none"
 
 
 @pytest.fixture

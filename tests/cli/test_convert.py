@@ -97,6 +97,7 @@ def test_the_report_goes_along(tiny_directory, tmp_path):
     assert json.loads(field.contents()) == json.loads(json.dumps(expected))
 
 
+@pytest.mark.slow  # the next two go there as well, one by way of GGUF
 def test_run_to_hugging_face(run, tmp_path):
     assert convert(run, tmp_path / "out", "--format", "hugging_face") == 0
     require_same_model(tmp_path / "out", run)

@@ -12,6 +12,8 @@ import time
 import pytest
 from tiny_runs import ROOT, child_environment
 
+from llama_jax.cli.main import run_verb
+
 
 def start(*arguments):
     command = [sys.executable, "-m", "llama_jax", *map(str, arguments)]
@@ -41,7 +43,7 @@ def children_of(process):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
-def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_directory):
+def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_directory, capsys):
     options = ["--input", lines, "--tokenizer", tiny_directory, "--shard-tokens", "100k", "--workers", "2"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with start("prepare", *options, "--output", killed) as process:
@@ -66,7 +68,8 @@ def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_d
     for name in names:
         if name != "tokenizer":
             assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    assert run("data", "verify", whole)[0].startswith(f"{whole}: whole; 3,000 documents")
+    assert run_verb(["data", "verify", str(whole)]) == 0
+    assert capsys.readouterr().out.startswith(f"{whole}: whole; 3,000 documents")
     path = whole / "train-00001.tokens"
     content = bytearray(path.read_bytes())
     content[5000] ^= 8

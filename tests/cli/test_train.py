@@ -73,7 +73,7 @@ def undisturbed(tmp_path_factory, corpus) -> TrainConfig:
     """The same run, finished in one go."""
     config = make_run(tmp_path_factory.mktemp("undisturbed"), corpus)
     with log_of(config).open("w") as log:
-        train(arguments(config), stdout=log, stderr=log)
+        train(arguments(config, "--compute.remat", "auto"), stdout=log, stderr=log)
     return config
 
 
@@ -202,9 +202,10 @@ def test_a_finished_run_of_another_model_is_not_this_one(undisturbed, capsys):
 
 
 @pytest.mark.parametrize("how", [pytest.param("gathered", marks=pytest.mark.slow), "ring"])
-def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys):
-    """Long rows cut over the mesh, held-out loss and samples included; then on from what they left with more steps, whole
-    rows, another rhythm and another learning rate, which is that of the step after the next."""
+def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys, on_devices):
+    """Long rows cut over the mesh, held-out loss and samples included; then on from what they left with more steps on one
+    device, with another rhythm and another learning rate, which shows in the step after the next.
+    """
     words = ["--compute.context_attention", how, "--run.sample_prompts", '["<3> al"]', "--run.sample_tokens", "8"]
     words += ["--run.steps", "12", "--optimizer.schedule_steps", str(STEPS)]
     mesh = ["--mesh.data", "2", "--mesh.tensor", "2", "--mesh.context", "2"]
@@ -213,8 +214,8 @@ def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys):
     assert "data 2 x fsdp 1 x context 2 x tensor 2" in first
     assert "sample    '<3> al'" in first
     words = ["--run.steps", "15", "--run.log_every", "13", "--data.accumulation", "1", "--optimizer.learning_rate", "1e-3"]
-    mesh = ["--mesh.fsdp", "2", "--mesh.data", "2", "--mesh.tensor", "2"]
-    status, then, _ = in_process(capsys, *arguments(run, *words, *mesh))
+    on_devices(1)
+    status, then, _ = in_process(capsys, *arguments(run, *words))
     assert status == 0
     assert "going on from step 12" in then
     lines, expected = (read_lines(pathlib.Path(c.run.dir)) for c in (run, undisturbed))
@@ -254,6 +255,13 @@ def test_metrics_are_one_object_a_step(undisturbed):
     assert [line["step"] for line in lines if "held_out/loss" in line] == [10, 20, 30]
     assert [line["train/tokens"] for line in lines] == [4 * 32 * step for step in range(1, STEPS + 1)]
     assert all(line["speed/step_seconds"] > 1e-4 for line in lines)
+
+
+def test_remat_auto_is_none_on_a_cpu_and_the_run_says_so(undisturbed):
+    heading = next(line for line in log_of(undisturbed).read_text().splitlines() if line.startswith("model "))
+    assert heading.endswith("float32 compute, remat none")
+    written = yaml.safe_load((pathlib.Path(undisturbed.run.dir) / "config.yaml").read_text())
+    assert written["compute"]["remat"] == "none"
 
 
 def test_config_parses_back_equal(undisturbed):

@@ -1,15 +1,19 @@
 """A run that begins with a model on disk: its numbers, its words, its origin in the checkpoints, its template kept."""
 
+import functools
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import read_lines, tiny_config, train, write_corpus, write_yaml
+from tiny_runs import read_lines, tiny_config, write_corpus, write_yaml
 
 import llama_jax
 from llama_jax.cli.program import run_program
 from llama_jax.cli.train import main
+from llama_jax.parallel.mesh import make_mesh
+from llama_jax.training import setup
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.loop import RUN_CHECKPOINTS
 from llama_jax.weights.checkpoint_files import read_metadata
@@ -19,7 +23,9 @@ from llama_jax.weights.checkpoint_files import read_metadata
 def run(tmp_path_factory, tiny_directory) -> pathlib.Path:
     """The directory of a run of three steps that began with the tiny Hugging Face model."""
     home = tmp_path_factory.mktemp("init")
-    train(arguments(home, tiny_directory))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        assert main(arguments(home, tiny_directory)) == 0
     return home / "run"
 
 

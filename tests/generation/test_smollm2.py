@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matrix import rounds
 
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.text import encode_user, generate, stream
@@ -9,15 +10,15 @@ from llama_jax.weights.forms import stack
 
 pytestmark = pytest.mark.smollm2
 
-NEW = 32
+NEW = rounds(32, 64)
 CHAT = ("Write a short story about a dragon who is afraid of the dark.", "Explain why the sky is blue. 请用中文说 🌍🎉")
-PLAIN = ("def fibonacci(n):\n", "Frogs 🐸 and 数学, 1234.5 km:")
+PLAIN = ("def fibonacci(n):\n", "Frogs 🐸 and 数学, 1234.5 km:", "Once upon a time there was a little girl who")[: rounds(2, 3)]
 LONG = "The history of the city is told in three parts. " * 60  # over 600 tokens
 
 
 @pytest.fixture(scope="module")
 def prompts(smollm2_model):
-    """Token ids of four short prompts and a long one."""
+    """Token ids of short prompts and a long one."""
     short = [encode_user(smollm2_model, text, chat=True) for text in CHAT] + [
         encode_user(smollm2_model, text, chat=False) for text in PLAIN
     ]
