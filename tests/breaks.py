@@ -271,11 +271,19 @@ def _first_failure(done: subprocess.CompletedProcess, report: pathlib.Path) -> t
         return True, "pytest, which did not start", (done.stdout + done.stderr).strip().splitlines()[-1]
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         for problem in itertools.chain(case.iter("failure"), case.iter("error")):
-            *folders, file = itertools.takewhile(str.islower, case.get("classname", "").split("."))
-            classes = case.get("classname", "").split(".")[len(folders) + 1 :]
-            name = "::".join(["/".join([*folders, f"{file}.py"]), *classes, case.get("name", "")])
-            return True, name, " ".join(problem.get("message", "").split())[:200]
+            return True, _test_name(case), " ".join(problem.get("message", "").split())[:200]
     return True, f"pytest, status {done.returncode}", ""
+
+
+def _test_name(case: xml.etree.ElementTree.Element) -> str:
+    """The name by which pytest finds a test of a report; of a file that could not be imported, its own."""
+    parts = case.get("classname", "").split(".")
+    folders = list(itertools.takewhile(str.islower, parts))
+    return (
+        "::".join(["/".join(folders) + ".py", *parts[len(folders) :], case.get("name", "")])
+        if folders
+        else case.get("name", "")
+    )
 
 
 def run_all(breaks: list[Break], root: pathlib.Path, jobs: int, known: dict[str, str]) -> list[Outcome]:

@@ -120,7 +120,7 @@ from llama_jax.text.sandbox import render
 sources, seeds, count = json.load(sys.stdin)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
-resource.setrlimit(resource.RLIMIT_CPU, (90, 90))
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
 rng = random.Random(0)
 parts = [re.findall(r"{[%{#]-?|-?[%}#]}|'[^']*'|[A-Za-z_]+|[0-9]+|\\\\s+|.", source) for source in seeds]
 words = {word for part in parts for word in part if len(word) < 40}

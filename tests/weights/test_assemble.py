@@ -240,8 +240,8 @@ def test_beside_the_parameters_about_one_tensor_of_one_layer_is_in_memory(loader
     assert beyond < LARGEST + (24 << 20)
 
 
-RUN = SIZES | {"hidden_size": 512}
-STACKED = RUN["num_hidden_layers"] * 512 * 4096 * 4  # bytes of a matrix of all layers in float32, as a run holds it
+RUN = SIZES | {"hidden_size": 768}
+STACKED = RUN["num_hidden_layers"] * 768 * 4096 * 4  # bytes of a matrix of all layers in float32, as a run holds it
 
 
 def write_run(directory: pathlib.Path, values: dict, tokenizer: pathlib.Path) -> pathlib.Path:
@@ -256,11 +256,11 @@ def write_run(directory: pathlib.Path, values: dict, tokenizer: pathlib.Path) ->
 
 @PROC
 def test_a_run_is_restored_one_array_at_a_time(loader, tmp_path, tiny_directory):
-    """186 MB of float32 become 93 MB. The bound: an array as it is read, as it is, as it is cast, and 24 MB."""
+    """278 MB of float32 become 139 MB. The bound: an array as it is read, as it is, as it is cast, and 24 MB."""
     small = write_run(tmp_path / "small", SIZES | {"hidden_size": 64, "num_hidden_layers": 2}, tiny_directory)
     path = write_run(tmp_path / "large", RUN, tiny_directory)
     beyond, result = peak_beyond_result(loader, small, path, "unrolled")
-    assert result == 92_810_240
+    assert result == 139_215_360
     assert beyond < 3 * STACKED + (24 << 20)
 
 
