@@ -31,7 +31,7 @@ from llama_jax.training.evaluate import (
     token_bytes,
 )
 from llama_jax.training.hosts import global_batch
-from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
+from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_base, require_same_run
 from llama_jax.training.metrics import StepRecord
 from llama_jax.training.postmortem import array_figures
 from llama_jax.training.preflight import require_same, require_same_data
@@ -94,6 +94,7 @@ class Run:
         saved = None if config.run.overwrite else read_metadata(self.directory / RUN_CHECKPOINTS)
         split = split_corpus(config)
         self.metadata = describe_run(config, split)
+        require_same_base(saved, made_from, self.directory)
         require_same_run(saved, self.metadata, self.directory)  # before the text is encoded, which may take long
         held_out = {} if split is None else {"held-out text (hash)": split.held_out.sha256[:16]}
         require_same_data(hosts, self.metadata | held_out, self.directory)

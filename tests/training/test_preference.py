@@ -77,7 +77,7 @@ def test_held_out_pairs_have_the_loss_of_the_objective_accuracy_and_margin():
     adapted = recipe.parameters(adapters, params, None)
     run = pair_evaluator(recipe.model, recipe.loss_chunk, recipe.objective)
     padded = batch._replace(weights=np.where(np.arange(8)[:, None] < 4, batch.weights, 0))
-    found = pair_evaluation([jax.device_get(run(adapted, part)) for part in (batch, padded)])
+    found = pair_evaluation([jax.tree.map(float, run(adapted, part)) for part in (batch, padded)])
     policy, reference = (jax.jit(row_log_probabilities)(p, batch) for p in (merge(params, adapters, 2.0), params))
     _, margin, rewards = by_hand(policy, reference)
     twice = lambda values: np.concatenate([values, values[:2]])  # noqa: E731
