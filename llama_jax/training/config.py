@@ -198,6 +198,8 @@ class TrainConfig:
         trained = self.data.tokenizer is None and self.run.init is None and not self.data.sources
         fits = not trained or self.data.vocab_size <= vocabulary
         require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")
+        length, begin = self.optimizer.schedule_steps or self.run.steps, self.optimizer.decay_from
+        require(begin == 0 or begin < length, "optimizer.decay_from", begin, f"fewer updates than the schedule has ({length})")
         layers, remat = self.model.layers, self.compute.remat
         split = 0 if remat == "auto" else parse_remat(remat)[0]
         require(split < layers, "compute.remat", remat, f"a split after fewer than model.layers ({layers})")

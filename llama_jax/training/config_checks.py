@@ -27,6 +27,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.learning_rate": (0, 10),
     "optimizer.warmup_steps": (0, 10**9),
     "optimizer.schedule_steps": (0, 10**9),
+    "optimizer.decay_from": (0, 10**9),
     "optimizer.decay_fraction": (0, 1),
     "optimizer.final_fraction": (0, 1),
     "optimizer.beta1": (0, 0.999999),

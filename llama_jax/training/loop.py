@@ -13,6 +13,7 @@ from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.books import Books
+from llama_jax.training.changed_settings import changed_settings, keep_config, learning_rate_jump
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import make_batches, open_data, split_corpus
@@ -66,7 +67,9 @@ Stop = Callable[[int], bool]  # asked after every step whether to save and end t
 class Run:
     """The parts of one run, built once: data, mesh, programs, checkpoints. Use as `Run(config, display).train()`."""
 
-    def __init__(self, config: TrainConfig, display: Display, hosts: Hosts | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, display: Display, hosts: Hosts | None = None, before: TrainConfig | None = None
+    ) -> None:
         """Checks the config, the cheapest checks first, and prepares the data; compiles nothing yet.
 
         Until `train` is called, a run that the directory holds is not touched.
@@ -76,6 +79,7 @@ class Run:
           display: where it is shown.
           hosts: the processes that train together; this one alone by default. What is to be prepared is prepared by the
             first of them.
+          before: the config with which the directory was trained so far, where it is known; what has changed is told.
 
         Raises:
           InputError: naming what in the config does not fit the devices, the tokenizer, the text, or the run to go on with;
@@ -83,7 +87,7 @@ class Run:
         """
         self.display = display
         self.hosts = hosts = hosts or Hosts()
-        self.directory = Path(config.run.dir)
+        self.directory, self._before = Path(config.run.dir), before
         self.mesh = run_mesh(config)
         make_recipe(config)  # refuses what cannot be run here, before anything is read
         require_vocabulary(config)
@@ -123,7 +127,10 @@ class Run:
         return batch_evaluator(model, chunk, token_bytes(load_tokenizer(self.data.tokenizer_path).surface))
 
     def train(
-        self, should_stop: Stop = lambda step: False, settle: Callable[[TrainConfig], TrainConfig] = lambda config: config
+        self,
+        should_stop: Stop = lambda step: False,
+        settle: Callable[[TrainConfig], TrainConfig] = lambda config: config,
+        write: Callable[[TrainConfig], None] = lambda config: None,
     ) -> Summary:
         """Trains until `run.steps` updates are done in all, from the newest checkpoint of the directory if there is one.
 
@@ -131,15 +138,18 @@ class Run:
           should_stop: asked after every update; when it says so, the state is saved and the run ends early.
           settle: asked once, with the state in its place and nobody else in the directory, for the config with which to go
             on; what differs may be how the model is run, such as `compute.remat`.
+          write: puts that config into the directory; called by one process.
 
         Raises:
           InputError: if another process trains in the directory.
         """
         with contextlib.ExitStack() as held:
             self.hosts.first_does("lock", lambda: held.enter_context(only_run(self.directory)))
-            return self._train(should_stop, settle)
+            return self._train(should_stop, settle, write)
 
-    def _train(self, should_stop: Stop, settle: Callable[[TrainConfig], TrainConfig]) -> Summary:
+    def _train(
+        self, should_stop: Stop, settle: Callable[[TrainConfig], TrainConfig], write: Callable[[TrainConfig], None]
+    ) -> Summary:
         config, mesh = self.config, self.mesh
         self.hosts.first_does("files", self._write_files)
         text = self.data.held_out if self.batches.unit == 1 else {}  # the loss of pairs is another
@@ -155,6 +165,8 @@ class Run:
             books = Books(config, lambda step: self.batches.tokens_before(step), kinds, first, say, self.hosts.first)
             with books.clock("compile"):
                 self._take(settle(config))
+            self._tell_changes(first, books)
+            self.hosts.first_does("config", lambda: write(self.config))
             self.display.start(self._heading(first, unigram), config.run.steps)
             self._samples.begin(first)
             saver = Saver(checkpoints, self.directory, config.run.checkpoint_every, self._saved_metadata, say)
@@ -167,6 +179,17 @@ class Run:
             saved = self.hosts.agree("saved", "yes" if step in checkpoints.steps() else "") != ""
             skipped, rewinds = self._recovery.skipped, self._recovery.count
             return Summary(step, config.run.steps, evaluation, unigram, saved, goodput, skipped, rewinds, saver.failures)
+
+    def _tell_changes(self, step: int, books: Books) -> None:
+        """Says which settings have changed since the run was trained last, keeps that among the metrics, and the old config."""
+        changes = changed_settings(self._before, self.config) if self._before is not None and step else {}
+        if self._before is None or not changes:
+            return
+        jump = learning_rate_jump(self._before, self.config, step)
+        for line in [*(f"{key}: {change}" for key, change in changes.items()), *([jump] if jump else [])]:
+            self.display.event(f"changed   {line}")
+        self.hosts.first_does("config history", lambda: keep_config(self.directory, step))
+        books.event(step, "changed", **changes, **({"learning_rate": jump} if jump else {}))
 
     def _saved_metadata(self) -> dict:
         """What a checkpoint says of the run now."""

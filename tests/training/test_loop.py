@@ -24,6 +24,7 @@ from llama_jax.parallel.sharding import TRAINING
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training import evaluate as evaluate_module
 from llama_jax.training import loop, setup, step, step_log
+from llama_jax.training.changed_settings import keep_config, learning_rate_jump
 from llama_jax.training.evaluate import TokenBytes, batch_evaluator, choose_held_out, evaluate, text_evaluation
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import fingerprint
@@ -454,6 +455,41 @@ def test_fingerprint_tells_single_bits(finished):
     flipped = jax.tree.map(np.copy, state)
     flipped.params["embedding"].view(np.uint8)[3, 5] ^= 1
     assert fingerprint(flipped) != fingerprint(state)
+
+
+def test_changed_settings_are_told_and_kept_beside_the_run(copied):
+    """12 steps of cosine trained on to 20: the rate in closed form before and after, and the two ways out."""
+    directory, display, written = pathlib.Path(copied.run.dir), Recorder(), []
+    (directory / "config.yaml").write_text("steps: 12")
+    longer = changed(copied, run={"steps": 20, "dir": copied.run.dir}, optimizer={"weight_decay": 0.05})
+    Run(longer, display, before=copied).train(lambda step: step == 13, write=written.append)
+    old, new = 1e-3, 1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * 11 / 18))
+    told = [line.removeprefix("changed   ") for line in display.events if line.startswith("changed   ")]
+    assert told == [
+        "run.steps: 12 -> 20", "optimizer.weight_decay: 0.1 -> 0.05",
+        f"the learning rate jumps at step 13: {old:.4g} by the settings so far, {new:.4g} now, {new / old:.3g} times as much; "
+        "--optimizer.schedule_steps 12 keeps the schedule so far, --optimizer.decay_from 12 --optimizer.learning_rate 0.001 "
+        "decays anew from here",
+    ]  # fmt: skip
+    assert display.records[0].learning_rate == pytest.approx(new, rel=1e-5)
+    (event,) = (line for line in read_lines(directory) if line.get("event") == "changed")
+    assert event == {"step": 12, "event": "changed", "run.steps": "12 -> 20", "optimizer.weight_decay": "0.1 -> 0.05",
+                     "learning_rate": told[-1]}  # fmt: skip
+    assert {path.name: path.read_text() for path in (directory / "config_history").iterdir()} == {
+        "until_step_12.yaml": "steps: 12"
+    }
+    assert [config.run.steps for config in written] == [20]
+    for optimizer in ({"schedule_steps": 12}, {"decay_from": 12, "learning_rate": 1e-3}):
+        assert learning_rate_jump(copied, changed(longer, optimizer=optimizer), 12) is None
+
+
+def test_what_a_resume_at_a_step_changed_is_kept_each_time(tmp_path):
+    config = tmp_path / "config.yaml"
+    for content in ("one", "one", "two"):
+        config.write_text(content)
+        keep_config(tmp_path, 5)
+    kept = {path.name: path.read_text() for path in (tmp_path / "config_history").iterdir()}
+    assert kept == {"until_step_5.yaml": "one", "until_step_5_2.yaml": "two"}
 
 
 def test_making_a_run_touches_nothing_of_the_one_before(copied):
