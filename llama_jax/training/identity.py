@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from llama_jax.data.batches import BLOCK, round_shares
 from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.split import Split
 from llama_jax.errors import InputError
@@ -39,6 +40,8 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
         "packing": data.packing,
         "batch_ramp": [list(stage) for stage in data.batch_ramp],
     }
+    if len(data.sources) > 1 and any(share % BLOCK for share in round_shares([source.weight for source in data.sources])):
+        values["mixture"] = "exact to 1e-6"  # earlier versions had rounded shares, and so another order
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
     preference = dataclasses.asdict(config.preference)
     optimizer = {"name": config.optimizer.name, "moments_dtype": config.optimizer.moments_dtype}  # what its state is

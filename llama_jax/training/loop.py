@@ -236,10 +236,18 @@ class Run:
             f"data      {si(training)} training tokens, {si(held_out)} held out; "
             f"{si(tokens)} tokens a step, {self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",
             f"mfu       {mfu_line(config, [device.device_kind for device in self.mesh.devices.flat])}",
+            *self._mixture_lines(),
             *self._evaluation_lines(),
             *([] if unigram is None else [f"baseline  unigram entropy of the held-out text {unigram:.3f} nats a token"]),
             f"run       {self.directory}, " + (f"going on from step {first}" if first else "from the start"),
         ]
+
+    def _mixture_lines(self) -> list[str]:
+        """The share of the rows that each data set has, where there are several."""
+        if len(self.data.corpora) == 1:
+            return []
+        shares = (f"{corpus.name} {share:.4%}" for corpus, share in zip(self.data.corpora, self.batches.shares))
+        return [f"mixture   {', '.join(shares)} of the sequences"]
 
     def _evaluation_lines(self) -> list[str]:
         """What evaluations read, where that is not all held-out text."""

@@ -39,7 +39,7 @@ class StepLog:
         goodput: GoodputLog | None = None,
     ) -> None:
         self._tokens_before = tokens_before
-        self._flops_per_token = training_flops_per_token(config.model, config.data.length)
+        self._flops_per_token = flops_per_token(config)
         self._peak = total_peak(device_kinds)
         self._pending: list[StepMetrics] = []
         self._fetched: list[StepMetrics] = []
@@ -138,6 +138,16 @@ def mfu_line(config: TrainConfig, device_kinds: Sequence[str]) -> str:
     peak = total_peak(device_kinds)
     if peak is None:
         return f"n/a: the peak of {', '.join(sorted(set(device_kinds)))} is not known"
-    each = training_flops_per_token(config.model, config.data.length)
-    formula = "6 matmul parameters + 6 layers heads head_dim length FLOPs a token (causal), no recomputation"
+    each, rank = flops_per_token(config), config.adapter.rank
+    more = 2 if config.preference.beta else 0  # the model without adapters, forward
+    products = f"{4 + more} matmul parameters + 6 of the adapters" if rank else "6 matmul parameters"
+    formula = f"{products} + {6 + more} layers heads head_dim length FLOPs a token (causal), no recomputation"
     return f"{formula}: {each:.3g}; peak {peak / len(device_kinds) / 1e12:g} TFLOP/s a device, dense bfloat16"
+
+
+def flops_per_token(config: TrainConfig) -> int:
+    """FLOPs of a run for one token, as plans count them."""
+    adapter = config.adapter
+    return training_flops_per_token(
+        config.model, config.data.length, adapter.rank, adapter.targets, reference=config.preference.beta > 0
+    )
