@@ -165,7 +165,7 @@ class Run:
             books = Books(config, lambda step: self.batches.tokens_before(step), kinds, first, say, self.hosts.first)
             with books.clock("compile"):
                 self._take(settle(config))
-            self._tell_changes(first, books)
+            self.hosts.first_does("changes", lambda: self._tell_changes(first, books))
             self.hosts.first_does("config", lambda: write(self.config))
             self.display.start(self._heading(first, unigram), config.run.steps)
             self._samples.begin(first)
@@ -188,7 +188,7 @@ class Run:
         jump = learning_rate_jump(self._before, self.config, step)
         for line in [*(f"{key}: {change}" for key, change in changes.items()), *([jump] if jump else [])]:
             self.display.event(f"changed   {line}")
-        self.hosts.first_does("config history", lambda: keep_config(self.directory, step))
+        keep_config(self.directory, step)
         books.event(step, "changed", **changes, **({"learning_rate": jump} if jump else {}))
 
     def _saved_metadata(self) -> dict:
