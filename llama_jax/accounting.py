@@ -1,6 +1,7 @@
 """Parameters, FLOPs and bytes of a LLaMA in closed form: one place for reports, metrics and plans."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from llama_jax.config import LlamaConfig
@@ -54,12 +55,37 @@ def matmul_parameters(config: LlamaConfig) -> int:
     return config.layers * per_layer + config.vocab_size * config.dim
 
 
-def training_flops_per_token(config: LlamaConfig, length: int) -> int:
+def layer_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the matrices of one layer, by name."""
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    dim, ffn = config.dim, config.ffn_dim
+    sides = {"wq": (dim, query), "wk": (dim, key), "wv": (dim, key), "wo": (query, dim),
+             "gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}  # fmt: skip
+    return {name: sides[name] for name in LAYER_MATRICES}
+
+
+def training_flops_per_token(
+    config: LlamaConfig, length: int, rank: int = 0, targets: Sequence[str] = LAYER_MATRICES, reference: bool = False
+) -> int:
     """FLOPs of forward and backward for one token of a sequence of `length` tokens, attention counted as causal.
 
-    `6 * matmul_parameters + 6 * layers * heads * head_dim * length`; no recomputation is counted.
+    `6 * matmul_parameters + 6 * layers * heads * head_dim * length`; no recomputation is counted. Under adapters no gradient of
+    a frozen matrix is formed: 4 in place of the first 6, and 6 for every parameter of the adapters.
+
+    Args:
+      config: the architecture.
+      length: tokens of a sequence.
+      rank: of adapters (LoRA); 0 for whole training.
+      targets: matrices of a layer that have adapters.
+      reference: whether the model without adapters is run forward beside it, as DPO does.
     """
-    return 6 * matmul_parameters(config) + 6 * config.layers * config.heads * config.head_dim * length
+    attention = config.layers * config.heads * config.head_dim * length
+    if not rank:
+        return 6 * matmul_parameters(config) + 6 * attention
+    sides = layer_matrices(config)
+    factors = config.layers * rank * sum(sum(sides[name]) for name in targets)
+    passes = 4 + 2 * reference
+    return passes * matmul_parameters(config) + (passes + 2) * attention + 6 * factors
 
 
 def cache_bytes_per_token(config: LlamaConfig, itemsize: int) -> int:

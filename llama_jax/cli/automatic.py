@@ -114,15 +114,16 @@ def _candidates(config: TrainConfig, going_on: bool) -> tuple[str, ...]:
 
     if jax.local_devices()[0].platform == "cpu":
         return ("none",)  # there is no table of what memory a CPU's program can have
-    return remat_candidates(*job_here(config), _recorded(config) if going_on else None)
+    before = recorded_config(config.run.dir) if going_on else None
+    remat = None if before is None or before.compute.remat == "auto" else before.compute.remat
+    return remat_candidates(*job_here(config), remat)
 
 
-def _recorded(config: TrainConfig) -> str | None:
-    """What the run in the directory was trained with; `None` where that cannot be read."""
+def recorded_config(directory: str) -> TrainConfig | None:
+    """The config with which the run in a directory was trained last; `None` where that cannot be read."""
     from llama_jax.training.run_directory import RUN_CONFIG
 
-    path = Path(config.run.dir) / RUN_CONFIG
+    path = Path(directory) / RUN_CONFIG
     with contextlib.suppress(InputError):
-        remat = parse_train(["--config", str(path)], path).compute.remat
-        return None if remat == "auto" else remat
+        return parse_train(["--config", str(path)], path)
     return None

@@ -9,7 +9,7 @@ import threading
 import time
 
 from llama_jax.cli.arguments import parse_train, to_yaml
-from llama_jax.cli.automatic import candidates, first_that_fits, job_here, with_remat
+from llama_jax.cli.automatic import candidates, first_that_fits, job_here, recorded_config, with_remat
 from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.distributed import several_processes
 from llama_jax.cli.program import DAMAGED
@@ -51,9 +51,12 @@ def write_config(config: TrainConfig, path: pathlib.Path) -> None:
 
 def finished_line(config: TrainConfig, step: int) -> str:
     """What is said where there is nothing left to do."""
+    from llama_jax.training.changed_settings import schedule_choices
+
     return (
         f"{config.run.dir} has {step} of {config.run.steps} steps: nothing left to do. Generate with: python infer.py --model "
-        f"{config.run.dir} --prompt TEXT; train on with --run.steps N, or anew with --run.overwrite true"
+        f"{config.run.dir} --prompt TEXT; train on with --run.steps N (and say what the learning rate is to do: "
+        f"{schedule_choices(recorded_config(config.run.dir) or config, step)}), or anew with --run.overwrite true"
     )
 
 
@@ -112,10 +115,11 @@ def _go_on(config: TrainConfig, hosts: Hosts, started: float) -> int:
             print(finished_line(config, step))
         return 0
     keep_compiled_programs()
-    return _train(config, candidates(config, hosts, going_on=step > 0), hosts, started)
+    before = recorded_config(config.run.dir) if step else None
+    return _train(config, before, candidates(config, hosts, going_on=step > 0), hosts, started)
 
 
-def _train(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, started: float) -> int:
+def _train(config: TrainConfig, before: TrainConfig | None, remats: tuple[str, ...], hosts: Hosts, started: float) -> int:
     from llama_jax.training.aside import Aside
     from llama_jax.training.display import Display, open_display
     from llama_jax.training.hosts import preempted
@@ -134,14 +138,12 @@ def _train(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, started: 
     run: Run | None = None
 
     def settle(config: TrainConfig) -> TrainConfig:
-        """The config with the setting of remat that fits, written down."""
-        settled = with_remat(config, first_that_fits(config, remats, hosts, display.event))
-        hosts.first_does("config", lambda: write_config(settled, directory / RUN_CONFIG))
-        return settled
+        """The config with the setting of remat that fits."""
+        return with_remat(config, first_that_fits(config, remats, hosts, display.event))
 
     try:
-        run = Run(with_remat(config, remats[0]), display, hosts)
-        summary = run.train(stop, settle)
+        run = Run(with_remat(config, remats[0]), display, hosts, before)
+        summary = run.train(stop, settle, lambda config: write_config(config, directory / RUN_CONFIG))
         rows = summary_lines(summary, time.monotonic() - started)
         stop.close()
     except RuntimeError as error:  # the runtime's own errors are of this kind

@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, step): no state to save, no dependence on the number of hosts."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,8 +14,12 @@ from llama_jax.data.steps import Steps
 from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
 
-# Rows in which the proportions of a mixture are exact. Part of a run's identity, as is all of this file.
+# Rows in which the proportions of a mixture are exact, and rows that are put into an order of their own. Part of a run's
+# identity, as is all of this file.
+ROUND = 1_000_000
 BLOCK = 1000
+_STRIDE = 367  # of all that are prime to a thousand the one whose multiples are spread most evenly: to within 3.5 rows
+_OFF = 0.01  # the largest relative error of a share
 _MIXING = 1 << 62  # set in the seed of the order of sources, and of no source's own
 
 
@@ -35,7 +40,8 @@ class Batches:
     """The training batches of one or several data sets, without end.
 
     Each set is read epoch after epoch, each epoch in an order of its own; one may end inside a batch. Of several sets,
-    every 1,000 rows (of pairs: every 1,000 pairs) hold exactly the wanted share of each, in an order of their own.
+    every 1,000,000 rows (of pairs: pairs) hold the wanted share of each. Every 1,000, in an order of their own, do to within a
+    few rows; exactly where all shares are whole thousandths.
 
     Attributes:
       sources: what is mixed.
@@ -56,11 +62,17 @@ class Batches:
         odd = [rows for _, rows in ((0, self.steps.rows), *self.steps.ramp) if rows % self.unit]
         if odd:
             raise InputError(f"batch_rows: {odd[0]} given, an even number expected: pairs of answers take two rows each")
-        shares = block_shares([source.weight for source in self.sources])
-        for source, share in zip(self.sources, shares):
-            wanted = self.unit * -(-self.steps.most_rows // self.unit * share // BLOCK)
-            if share == 0 or source.packing.count < wanted:
-                raise InputError(_too_little(source, share, wanted))
+        weights = [source.weight for source in self.sources]
+        for source, share in zip(self.sources, round_shares(weights)):
+            exact = ROUND * source.weight / sum(weights)
+            if abs(share - exact) > _OFF * exact:
+                raise InputError(
+                    f"{source.packing.tokens.name}: weight {source.weight} is {exact:.3g} of {ROUND:,} rows, {share} would be "
+                    "more than 1 % off; raise it or leave the set out"
+                )
+            wanted = self.unit * -(-self.steps.most_rows // self.unit * share // ROUND)
+            if source.packing.count < wanted:
+                raise InputError(_too_little(source, wanted))
 
     @property
     def unit(self) -> int:
@@ -110,35 +122,63 @@ class Batches:
             return self.sources[0].packing.rows(numbers)
         return select_rows(parts, np.argsort(np.concatenate(orders)))
 
+    @property
+    def shares(self) -> list[float]:
+        """The share of the rows that each source has, exact over every million of them."""
+        return [share / ROUND for share in round_shares([source.weight for source in self.sources])]
+
+    @functools.cached_property
+    def _blocks(self) -> np.ndarray:
+        return block_shares([source.weight for source in self.sources])
+
     def _mixed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each unit of the data the number of its source, and its place in the endless row of that source."""
         if len(self.sources) == 1:
             return np.zeros_like(units), units
-        shares = np.array(block_shares([source.weight for source in self.sources]))
-        firsts = np.cumsum(shares) - shares
         blocks, places = np.divmod(units, BLOCK)
         slots = np.empty_like(places)
         for block in np.unique(blocks):
             here = blocks == block
             slots[here] = permute(places[here], BLOCK, self.seed | _MIXING, int(block))
-        of = np.searchsorted(firsts, slots, side="right") - 1
-        return of, blocks * shares[of] + slots - firsts[of]
+        rounds, inside = np.divmod(blocks, len(self._blocks))
+        ends = np.cumsum(self._blocks, axis=1)[inside]
+        of = np.sum(slots[:, None] >= ends, axis=1)
+        before = np.cumsum(self._blocks, axis=0) - self._blocks
+        each = np.arange(len(units))
+        first = ends[each, of] - self._blocks[inside, of]
+        return of, rounds * self._blocks.sum(axis=0)[of] + before[inside, of] + slots - first
 
 
-def block_shares(weights: list[float]) -> list[int]:
-    """Rows of each source in a block: proportional to its weight, what is left over by largest remainder.
+def round_shares(weights: list[float]) -> list[int]:
+    """Rows of each source in a million: proportional to its weight, what is left over by largest remainder.
 
     Raises:
       InputError: for a weight that is not above 0.
     """
     if min(weights) <= 0:
         raise InputError(f"weights: {min(weights)} given, numbers above 0 expected")
-    exact = [BLOCK * weight / sum(weights) for weight in weights]
+    exact = [ROUND * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda number: (shares[number] - exact[number], number))
-    for number in by_remainder[: BLOCK - sum(shares)]:
+    for number in by_remainder[: ROUND - sum(shares)]:
         shares[number] += 1
     return shares
+
+
+def block_shares(weights: list[float]) -> np.ndarray:
+    """Rows of each source in each block of a round, `[1000, sources]`: each row of it adds up to 1,000.
+
+    A block has the whole thousandths of every share. What is over is dealt out to the blocks in strides, so that after any
+    number of blocks every source is within 4 rows of its share.
+
+    Raises:
+      InputError: for a weight that is not above 0.
+    """
+    whole, over = np.divmod(np.array(round_shares(weights)), ROUND // BLOCK)
+    owners = np.repeat(np.arange(len(weights)), over)
+    blocks = np.tile(whole, (ROUND // BLOCK, 1))
+    np.add.at(blocks, (np.arange(len(owners)) * _STRIDE % (ROUND // BLOCK), owners), 1)
+    return blocks
 
 
 def sequential_windows(tokens: Tokens, length: int, batch_rows: int) -> Iterator[Batch]:
@@ -175,12 +215,8 @@ def _epochs(places: np.ndarray, count: int, seed: int) -> np.ndarray:
     return order
 
 
-def _too_little(source: Source, share: int, wanted: int) -> str:
+def _too_little(source: Source, wanted: int) -> str:
     tokens, rows = source.packing.tokens, source.packing.count
-    if share == 0:
-        return (
-            f"{tokens.name}: weight {source.weight} given, at least 1 of {BLOCK} rows expected; raise it or leave the set out"
-        )
     return (
         f"{tokens.name}: {tokens.size} tokens are {rows} rows, but its part of a batch needs {wanted}; lower batch_rows or "
         "length, or give more text"

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.model.remat import layer_parts
@@ -158,12 +157,3 @@ def parse_mesh(text: str | None, topology: Topology) -> MeshSizes:
             f"mesh {text!r:.60} does not make up the {topology.chips} chips of {topology.name}; set one axis to -1"
         )
     return MeshSizes(**({**given, free: topology.chips // known} if free else given))
-
-
-def matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the matrices of one layer, by name."""
-    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    dim, ffn = config.dim, config.ffn_dim
-    sides = {"wq": (dim, query), "wk": (dim, key), "wv": (dim, key), "wo": (query, dim),
-             "gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}  # fmt: skip
-    return {name: sides[name] for name in LAYER_MATRICES}

@@ -7,8 +7,9 @@ for CPUs; for GPUs to one training that was seen and to what another asked for (
 
 from typing import NamedTuple
 
+from llama_jax.accounting import layer_matrices
 from llama_jax.model.remat import layer_parts, saved_names
-from llama_jax.planning.job import ITEMSIZES, Job, matrices
+from llama_jax.planning.job import ITEMSIZES, Job
 from llama_jax.planning.remat import all_saved_bytes, recomputed_bytes, score_bytes
 from llama_jax.planning.state import frozen_bytes, optimizer_bytes, parameter_bytes, trained_arrays, trained_size
 
@@ -111,14 +112,14 @@ def _activations(job: Job) -> float:
     config, tensor, width = job.config, job.mesh.tensor, _width(job)
     each = 0.0
     if job.remat == "none":
-        each = score_bytes(config, job.length, tensor) + width * job.rank * len(matrices(config))
+        each = score_bytes(config, job.length, tensor) + width * job.rank * len(layer_matrices(config))
     return job.chip_tokens * (all_saved_bytes(config, job.remat, width, tensor) + config.layers * each)
 
 
 def _gathered(job: Job) -> float:
     """Weights in the compute dtype beside the parameters themselves."""
     config, mesh = job.config, job.mesh
-    layer = sum(inputs * outputs for inputs, outputs in matrices(config).values()) / mesh.tensor * _width(job)
+    layer = sum(inputs * outputs for inputs, outputs in layer_matrices(config).values()) / mesh.tensor * _width(job)
     stored = job.base_dtype if job.rank else job.param_dtype
     in_place = mesh.stored == 1 and ITEMSIZES[stored] <= _width(job)
     layers = config.layers if job.remat == "none" else min(_LAYERS_GATHERED, config.layers)

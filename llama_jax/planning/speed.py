@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from llama_jax.accounting import matmul_parameters, training_flops_per_token
 from llama_jax.model.remat import layer_parts, saved_names
-from llama_jax.planning.job import ITEMSIZES, Job, matrices
+from llama_jax.planning.job import ITEMSIZES, Job
 from llama_jax.planning.remat import recomputed_bytes, recomputed_flops
 from llama_jax.planning.state import model_arrays, optimizer_bytes, trained_size
 
@@ -72,11 +72,7 @@ class Speed(NamedTuple):
 
 def flops_per_token(job: Job) -> float:
     """FLOPs of the model, forward and backward, for one token; under adapters no gradient of a frozen matrix is formed."""
-    whole = training_flops_per_token(job.config, job.length)
-    if not job.rank:
-        return whole
-    factors = job.config.layers * job.rank * sum(inputs + outputs for inputs, outputs in matrices(job.config).values())
-    return whole - 2 * matmul_parameters(job.config) + 6 * factors
+    return training_flops_per_token(job.config, job.length, job.rank)
 
 
 def training_speed(job: Job) -> Speed:

@@ -7,9 +7,9 @@ A test compares with the tree and the shardings that the training step itself de
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama_jax.accounting import parameter_shapes
+from llama_jax.accounting import layer_matrices, parameter_shapes
 from llama_jax.config import LlamaConfig
-from llama_jax.planning.job import ITEMSIZES, Job, matrices
+from llama_jax.planning.job import ITEMSIZES, Job
 
 _FACTORED = 128  # Adafactor keeps sums of rows and columns where both sides have so many; optax's min_dim_size_to_factor
 # The side along which a matrix is gathered, where it is not the one on the residual stream: 0 for rows, 1 for columns.
@@ -69,7 +69,7 @@ def _ways(name: str, shape: tuple[int, int], stored: int, tensor: int) -> tuple[
 def adapter_arrays(config: LlamaConfig, rank: int, stored: int, tensor: int) -> list[Array]:
     """The factors of adapters of a rank on all matrices of the layers."""
     found = []
-    for name, (inputs, outputs) in matrices(config).items():
+    for name, (inputs, outputs) in layer_matrices(config).items():
         first, second = (tensor, stored) if name in _ONTO_STREAM else (stored, tensor)
         found += [
             Array(config.layers, (inputs, rank), (first, 1), True),

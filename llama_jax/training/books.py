@@ -61,11 +61,15 @@ class Books:
         self.log.add(figures)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Keeps the figures of a step."""
+        """Keeps figures of a step: those of its update, or of the evaluation after it."""
         self._metrics.write(step, metrics)
         self._trackers.log(step, metrics)
-        self._loss = metrics.get("train/loss")
+        self._loss = metrics.get("train/loss", self._loss)
         self._heartbeat.beat(step, self._loss)
+
+    def event(self, step: int, event: str, **facts: str) -> None:
+        """Keeps something that happened, among the metrics."""
+        self._metrics.event(step, event, **facts)
 
     def go_back(self, step: int, to: int, rewind: Rewind) -> None:
         """Forgets updates that the run, at `step`, has gone back from; the metrics after `to` are dropped, as at a restart."""

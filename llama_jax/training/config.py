@@ -36,6 +36,8 @@ class RunConfig:
       overwrite: start anew even where `dir` holds a run; otherwise that run is resumed.
       log_every: steps between two lines of metrics.
       eval_every: steps between two evaluations on held-out text; 0 for none.
+      eval_tokens: held-out tokens that an evaluation reads, the same ones each time, chosen by `data.seed`, of each data set in
+        proportion to its size; 0 for all.
       checkpoint_every: steps between two checkpoints; the last step always has one.
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
       max_time: wall time of this program, start-up included, as HH:MM:SS or in seconds: the run is saved and ended after the
@@ -58,6 +60,7 @@ class RunConfig:
     overwrite: bool = False
     log_every: int = 10
     eval_every: int = 100
+    eval_tokens: int = 2_000_000
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     max_time: str | int | None = None
@@ -195,6 +198,8 @@ class TrainConfig:
         trained = self.data.tokenizer is None and self.run.init is None and not self.data.sources
         fits = not trained or self.data.vocab_size <= vocabulary
         require(fits, "data.vocab_size", self.data.vocab_size, f"at most model.vocab_size ({vocabulary})")
+        length, begin = self.optimizer.schedule_steps or self.run.steps, self.optimizer.decay_from
+        require(begin == 0 or begin < length, "optimizer.decay_from", begin, f"fewer updates than the schedule has ({length})")
         layers, remat = self.model.layers, self.compute.remat
         split = 0 if remat == "auto" else parse_remat(remat)[0]
         require(split < layers, "compute.remat", remat, f"a split after fewer than model.layers ({layers})")

@@ -24,6 +24,8 @@ class OptimizerConfig:
       schedule: after the warm-up: `cosine`, `linear`, `wsd` (at the peak until the decay) or `constant`.
       warmup_steps: updates in which the learning rate rises to its peak.
       schedule_steps: updates that the schedule is laid out for, where that is not the run: 0 for `run.steps`.
+      decay_from: updates after which the decay begins, from `learning_rate`, so that a finished run that is trained on decays
+        anew; 0 for the end of the warm-up, or what `decay_fraction` says.
       decay_fraction: share of the schedule that the decay of `wsd` takes.
       final_fraction: learning rate of the last update, as a fraction of the peak.
       beta1: decay of the mean of the gradient; with `lion`, weight of the mean in an update.
@@ -49,6 +51,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     schedule_steps: int = 0
+    decay_from: int = 0
     decay_fraction: float = 0.2
     final_fraction: float = 0.1
     beta1: float = 0.9

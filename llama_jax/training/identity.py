@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from llama_jax.data.batches import BLOCK, round_shares
 from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.split import Split
 from llama_jax.errors import InputError
@@ -20,7 +21,8 @@ from llama_jax.weights.run import RUN_CHECKPOINTS
 TEXT = "paths (hash of the text)"
 SOURCES = "sources (hash of the manifest x weight)"
 TOKENIZER = "data.tokenizer (hash)"
-MADE_FROM = "made_from"  # the report of the model that a run began with; tells, and is not compared
+MADE_FROM = "made_from"  # the report of the model that a run began with
+WEIGHTS = "weights (hash)"  # in that report, under adapters: see `require_same_base`
 
 
 def describe_run(config: TrainConfig, split: Split | None) -> dict:
@@ -38,6 +40,8 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
         "packing": data.packing,
         "batch_ramp": [list(stage) for stage in data.batch_ramp],
     }
+    if len(data.sources) > 1 and any(share % BLOCK for share in round_shares([source.weight for source in data.sources])):
+        values["mixture"] = "exact to 1e-6"  # earlier versions had rounded shares, and so another order
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
     preference = dataclasses.asdict(config.preference)
     optimizer = {"name": config.optimizer.name, "moments_dtype": config.optimizer.moments_dtype}  # what its state is
@@ -71,6 +75,35 @@ def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:
                 f"{directory} holds a run with {key} {before.get(key)!r}, {now.get(key)!r} was asked for; "
                 "take another --run.dir, or --run.overwrite true to start anew"
             )
+
+
+def require_same_base(saved: dict | None, made_from: dict | None, directory: Path) -> None:
+    """Refuses to go on with adapters over another model than the one that they were trained over so far.
+
+    The model may have moved: its weights are compared. Checkpoints of earlier versions name only its place.
+
+    Args:
+      saved: metadata of the checkpoint, if there is one.
+      made_from: the report of the model that was asked for, with `WEIGHTS` under adapters; `None` without `run.init`.
+      directory: of the run.
+
+    Raises:
+      InputError: naming both models.
+    """
+    before = None if saved is None else saved.get(MADE_FROM)
+    if before is None or made_from is None or WEIGHTS not in made_from:
+        return
+    key = WEIGHTS if WEIGHTS in before else "path"
+    if before.get(key) != made_from[key]:
+        raise InputError(
+            f"{directory} holds adapters over {_named(before)}, but run.init is {_named(made_from)}: adapters fit only the "
+            "model that they were trained over; give that as --run.init, or take another --run.dir"
+        )
+
+
+def _named(made_from: dict) -> str:
+    digest = f", weights {made_from[WEIGHTS]}" if WEIGHTS in made_from else ""
+    return f"{made_from.get('path')} ({made_from.get('origin')}{digest})"
 
 
 def _leaves(values: dict, prefix: str = "") -> dict:

@@ -19,6 +19,7 @@ from llama_jax.weights.checkpoint_files import list_steps
 from llama_jax.weights.load import RUN_CHECKPOINTS
 
 RUN_CONFIG = "config.yaml"
+RUN_CONFIG_HISTORY = "config_history"  # a folder: the configs before it
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def newest_step(directory: Path) -> int:
 
 def clear_run(directory: Path) -> None:
     """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
-    for name in (RUN_CHECKPOINTS, RUN_PROFILE, RUN_POSTMORTEM):
+    for name in (RUN_CHECKPOINTS, RUN_PROFILE, RUN_POSTMORTEM, RUN_CONFIG_HISTORY):
         if (directory / name).exists():
             shutil.rmtree(directory / name)
     for name in (RUN_METRICS, RUN_GOODPUT, RUN_SAMPLES, RUN_REWINDS, RUN_HEARTBEAT):

@@ -24,7 +24,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     It rises linearly to the peak: the first update already has a learning rate, the last of the warm-up has the peak. Then it
     falls to `final_fraction` of the peak, which the last update has: `cosine` and `linear` from the warm-up on, `wsd` (warm-up,
     stable, decay; arXiv:2404.06395) in the last `decay_fraction` of the steps, by 1 - sqrt, which was the best of the shapes
-    compared in arXiv:2405.18392. `constant` stays at the peak.
+    compared in arXiv:2405.18392. `config.decay_from`, where it is not 0, is where the fall begins. `constant` stays at the
+    peak.
 
     Args:
       config: peak, warm-up and shape.
@@ -33,7 +34,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     peak, final, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
     length = config.schedule_steps or steps
     stable = length - round(config.decay_fraction * length) if config.schedule == "wsd" else 0
-    begin = max(warmup, stable)
+    begin = max(warmup, config.decay_from or stable)
     decay, shape = max(1, length - begin), _SHAPES[config.schedule]
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:

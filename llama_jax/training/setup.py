@@ -22,10 +22,12 @@ from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_param
 from llama_jax.training.config import ComputeConfig, TrainConfig
 from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import require_same_tokenizer
+from llama_jax.training.identity import WEIGHTS
 from llama_jax.training.loss import next_token
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.schedule import learning_rate_schedule
 from llama_jax.training.step import Recipe, fresh_parameters
+from llama_jax.weights.digest import weights_digest
 from llama_jax.weights.load import Form, load
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import report
@@ -172,6 +174,8 @@ def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict 
     if opened.source.config != config.model:
         raise InputError(f"model: another architecture than that of run.init ({config.run.init}) given; leave out its numbers")
     facts = report(opened).to_dict() | {"path": config.run.init}  # as it was named: a name on the Hub stays one
+    if config.adapter.rank:  # which fit this model only
+        facts[WEIGHTS] = weights_digest(Path(config.run.init))[:16]
     if prepared is not None:
         require_same_tokenizer(prepared, opened.tokenizer, f"run.init ({config.run.init})")
     if config.data.tokenizer is not None or prepared is not None:

@@ -1,7 +1,8 @@
 """From the figures of single updates to records, without waiting for the device in between."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ class StepLog:
         goodput: GoodputLog | None = None,
     ) -> None:
         self._tokens_before = tokens_before
-        self._flops_per_token = training_flops_per_token(config.model, config.data.length)
+        self._flops_per_token = flops_per_token(config)
         self._peak = total_peak(device_kinds)
         self._pending: list[StepMetrics] = []
         self._fetched: list[StepMetrics] = []
@@ -51,6 +52,15 @@ class StepLog:
     def start_clock(self) -> None:
         """Leaves the time since the last record out of the speed that the next one tells."""
         self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves the time inside of a `with` out of the speed that the next record tells."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begin
 
     def add(self, figures: StepMetrics) -> None:
         """Takes the figures of one update; the first, which is compiled, is waited for."""
@@ -128,6 +138,16 @@ def mfu_line(config: TrainConfig, device_kinds: Sequence[str]) -> str:
     peak = total_peak(device_kinds)
     if peak is None:
         return f"n/a: the peak of {', '.join(sorted(set(device_kinds)))} is not known"
-    each = training_flops_per_token(config.model, config.data.length)
-    formula = "6 matmul parameters + 6 layers heads head_dim length FLOPs a token (causal), no recomputation"
+    each, rank = flops_per_token(config), config.adapter.rank
+    more = 2 if config.preference.beta else 0  # the model without adapters, forward
+    products = f"{4 + more} matmul parameters + 6 of the adapters" if rank else "6 matmul parameters"
+    formula = f"{products} + {6 + more} layers heads head_dim length FLOPs a token (causal), no recomputation"
     return f"{formula}: {each:.3g}; peak {peak / len(device_kinds) / 1e12:g} TFLOP/s a device, dense bfloat16"
+
+
+def flops_per_token(config: TrainConfig) -> int:
+    """FLOPs of a run for one token, as plans count them."""
+    adapter = config.adapter
+    return training_flops_per_token(
+        config.model, config.data.length, adapter.rank, adapter.targets, reference=config.preference.beta > 0
+    )

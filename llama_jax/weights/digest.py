@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from llama_jax.weights.safetensors_file import map_safetensors
 _WHOLE = 64 << 20  # bytes of a file without tensors that is read whole
 _SAMPLES = 3  # places of a tensor that are looked at: its beginning, middle and end
 _SAMPLE = 16 << 10  # bytes at each
+_WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin")
+_MANIFEST = "metadata"  # of a run's checkpoint
 
 
 def files_digest(path: pathlib.Path) -> str:
@@ -37,18 +39,32 @@ def files_digest(path: pathlib.Path) -> str:
     Raises:
       InputError: for a path that leads nowhere, and for adapters whose model is not there.
     """
+    return _digest(path, lambda file: True)
+
+
+def weights_digest(path: pathlib.Path) -> str:
+    """`files_digest` over the files of weights alone: a README beside them, or another tokenizer, changes nothing.
+
+    Raises:
+      InputError: see `files_digest`.
+    """
+    return _digest(path, lambda file: file.suffix in _WEIGHTS or file.name == _MANIFEST)
+
+
+def _digest(path: pathlib.Path, counts: Callable[[pathlib.Path], bool]) -> str:
+    """Over the files that count."""
     path = (fetch(path) if names_model(path) else path).absolute()
     if not path.exists():
         raise InputError(f"{path}: nothing there; the path of a model expected")
     digest = hashlib.sha256()
-    for file in _files(path):
+    for file in filter(counts, _files(path)):
         digest.update(f"{file.name} {file.stat().st_size} ".encode("utf-8", "surrogatepass"))
         for part in _parts(file):
             for start in _places(part.size):
                 digest.update(part[start : start + _SAMPLE].tobytes())
     base = base_of(path)
     if base is not None:
-        digest.update(files_digest(base).encode())
+        digest.update(_digest(base, counts).encode())
     return digest.hexdigest()
 
 
@@ -99,7 +115,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
         return part_paths(path)
     checkpoints = path / RUN_CHECKPOINTS
     steps = list_steps(checkpoints)
-    manifest = [checkpoints / str(steps[-1]) / "meta" / "metadata"] if steps else []
+    manifest = [checkpoints / str(steps[-1]) / "meta" / _MANIFEST] if steps else []
     with os.scandir(path) as entries:
         names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
     changing = ("metrics.jsonl", "config.yaml") if steps else ()

@@ -218,7 +218,11 @@ def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys, o
     status, then, _ = in_process(capsys, *arguments(run, *words))
     assert status == 0
     assert "going on from step 12" in then
-    lines, expected = (read_lines(pathlib.Path(c.run.dir)) for c in (run, undisturbed))
+    assert re.search(r"^changed   optimizer\.learning_rate: [0-9.e-]+ -> 0\.001$", then, re.MULTILINE)
+    assert re.search(r"^changed   the learning rate jumps at step 13: ", then, re.MULTILINE)
+    kept = yaml.safe_load(pathlib.Path(run.run.dir, "config_history", "until_step_12.yaml").read_text())
+    assert kept["run"]["steps"] == 12 < yaml.safe_load(pathlib.Path(run.run.dir, "config.yaml").read_text())["run"]["steps"]
+    lines, expected = ([x for x in read_lines(pathlib.Path(c.run.dir)) if "event" not in x] for c in (run, undisturbed))
     assert [line["step"] for line in lines] == [*range(1, 14), 15]
     for name in ("train/loss", "held_out/loss", "train/gradient_norm"):
         pairs = [(line[name], other[name]) for line, other in zip(lines[:13], expected) if name in line and name in other]

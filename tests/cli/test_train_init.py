@@ -2,11 +2,13 @@
 
 import functools
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_runs import read_lines, tiny_config, write_corpus, write_yaml
 
 import llama_jax
@@ -69,6 +71,27 @@ def test_it_goes_on(run, tiny_directory, capsys, on_devices):
     assert main([*arguments(run.parent, tiny_directory), "--run.steps", "4"]) == 0
     assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
     assert "going on from step 3" in capsys.readouterr().out
+
+
+def test_adapters_go_on_over_their_own_model_only(tmp_path, tiny_directory, capsys, on_devices):
+    """Moved, with a file more beside it, a model is the same; with one number changed it is another."""
+    on_devices(1)
+    moved, other = (shutil.copytree(tiny_directory, tmp_path / name) for name in ("moved", "other"))
+    (moved / "README.md").write_text("moved")
+    weights = sorted(other.glob("*.safetensors"))[0]
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "q_proj" in name)
+    tensors[name] = tensors[name] * np.asarray(2, tensors[name].dtype)
+    save_file(tensors, weights, {"format": "pt"})
+    more = ["--adapter.rank", "2", "--run.checkpoint_every", "1"]
+    assert main([*arguments(tmp_path, tiny_directory), *more]) == 0
+    assert main([*arguments(tmp_path, moved), *more, "--run.steps", "4"]) == 0
+    assert "going on from step 3" in capsys.readouterr().out
+    assert run_program(lambda: main([*arguments(tmp_path, other), *more, "--run.steps", "5"])) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert f"holds adapters over {moved} (" in line
+    assert f"but run.init is {other} (" in line
+    assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("more", "words"), [

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data.batch import Batch, fingerprint, select_rows
-from llama_jax.data.batches import BLOCK, Batches, Source, block_shares, sequential_rows
+from llama_jax.data.batches import BLOCK, ROUND, Batches, Source, block_shares, round_shares, sequential_rows
 from llama_jax.data.best_fit import best_fit
 from llama_jax.data.packing import Pairs, pack
+from llama_jax.data.permutation import permute
 from llama_jax.data.steps import Steps
 from llama_jax.data.token_file import TokenFile
 from llama_jax.data.token_writer import token_writer
@@ -156,10 +157,36 @@ def mixture(weights, rows, seed=0, counts=None):
 
 @many
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
-def test_shares_are_proportional_to_within_one(weights):
-    shares = block_shares(weights)
-    assert sum(shares) == BLOCK
-    assert all(abs(share - BLOCK * weight / sum(weights)) < 1 for share, weight in zip(shares, weights))
+def test_shares_are_proportional_to_a_millionth_after_any_number_of_blocks(weights):
+    shares, blocks = round_shares(weights), block_shares(weights)
+    wanted = np.array(weights) / sum(weights)
+    assert sum(shares) == ROUND
+    assert np.abs(np.array(shares) / ROUND - wanted).max() < 1e-6
+    assert blocks.sum(axis=0).tolist() == shares
+    assert (blocks.sum(axis=1) == BLOCK).all()
+    assert blocks.min() >= 0
+    after = np.cumsum(blocks, axis=0)
+    assert np.abs(after - BLOCK * wanted * np.arange(1, len(blocks) + 1)[:, None]).max() < 4
+
+
+def test_a_share_of_14_in_ten_thousand_is_that():
+    """Rounded to thousandths it was 0.001: 100 rows of 100,000."""
+    batches = mixture([0.9986, 0.0014], 100)
+    of, places = batches._mixed(np.arange(100_000))
+    assert abs(np.sum(of == 1) - 140) < 4
+    for source in (0, 1):  # every row of a source once, none left out
+        np.testing.assert_array_equal(np.sort(places[of == source]), np.arange(np.sum(of == source)))
+    assert batches.shares == [0.9986, 0.0014]
+    assert block_shares([0.9986, 0.0014]).sum(axis=0).tolist() == [998_600, 1400]
+
+
+def test_places_go_on_over_the_border_of_a_round():
+    batches = mixture([1, 1, 1], 100)
+    of, places = batches._mixed(np.arange(ROUND - 5000, ROUND + 5000))
+    for source in range(3):
+        own = np.sort(places[of == source])
+        np.testing.assert_array_equal(np.diff(own), 1)
+    assert np.abs(np.bincount(of) - 10_000 / 3).max() < 8
 
 
 @settings(deadline=None, max_examples=10)
@@ -168,7 +195,9 @@ def test_every_block_has_the_exact_mixture_and_every_source_its_own_epochs(weigh
     batches = mixture(weights, 250, seed)
     tokens = np.concatenate([batches.batch(step).tokens[:, 0] for step in range(4 * (block + 1))])
     counts = collections.Counter((tokens[-BLOCK:] // 10_000).tolist())
-    assert [counts[i] for i in range(1, len(weights) + 1)] == block_shares([float(w) for w in weights])
+    expected = block_shares([float(w) for w in weights])[block].tolist()
+    assert [counts[i] for i in range(1, len(weights) + 1)] == expected
+    assert all(abs(count - BLOCK * weight / sum(weights)) <= 2 for count, weight in zip(expected, weights))
     for source in range(1, len(weights) + 1):
         own = tokens[tokens // 10_000 == source]
         seen = np.bincount(own - 10_000 * source, minlength=400)  # so many epochs of 400 windows, and a part of one
@@ -179,7 +208,19 @@ def test_every_block_has_the_exact_mixture_and_every_source_its_own_epochs(weigh
 
 def test_llama1_mixture_is_exact_in_a_block():
     weights = [67.0, 15.0, 4.5, 4.5, 4.5, 2.5, 2.0]
-    assert block_shares(weights) == [670, 150, 45, 45, 45, 25, 20]
+    assert block_shares(weights).tolist() == [[670, 150, 45, 45, 45, 25, 20]] * 1000
+
+
+def test_the_order_of_mixtures_in_thousandths_has_not_changed():
+    """By its definition: slot of a unit in its block, sources one after another, so many rows a block."""
+    batches = mixture([0.7, 0.25, 0.05], 250, seed=5)
+    units = np.arange(2500)
+    slots = np.concatenate([permute(np.arange(1000), 1000, 5 | 1 << 62, block) for block in range(3)])[:2500]
+    of = np.searchsorted([700, 950], slots, side="right")
+    places = units // 1000 * np.array([700, 250, 50])[of] + slots - np.array([0, 700, 950])[of]
+    found = batches._mixed(units)
+    np.testing.assert_array_equal(found[0], of)
+    np.testing.assert_array_equal(found[1], places)
 
 
 @settings(deadline=None, max_examples=20)
@@ -192,8 +233,11 @@ def test_hosts_together_read_the_mixed_batch(hosts, step, seed):
 
 
 def test_wrong_mixtures_are_refused():
-    with pytest.raises(InputError, match="weight 1e-05"):
-        mixture([1, 1e-5], 4)
+    with pytest.raises(InputError, match=r"weight 1e-08 is 0.01 of 1,000,000 rows, 0 would be more than 1 % off"):
+        mixture([1, 1e-8], 4)
+    with pytest.raises(InputError, match=r"weight 1.5e-06 is 1.5 of 1,000,000 rows, . would be more than 1 % off"):
+        mixture([1, 1.5e-6], 4)
+    assert mixture([1, 1e-5], 4).shares[1] == 1e-5
     with pytest.raises(InputError, match="listed: 6 tokens are 5 rows, but its part of a batch needs 8"):
         mixture([1, 1], 16, counts=[400, 5])
     with pytest.raises(InputError, match="above 0"):

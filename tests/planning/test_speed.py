@@ -4,11 +4,16 @@ import dataclasses
 
 import pytest
 
+from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.planning.chips import parse_topology
 from llama_jax.planning.decode import make_decode_plan
 from llama_jax.planning.job import Job, MeshSizes, parse_mesh
 from llama_jax.planning.speed import flops_per_token, traffic, training_speed
 from llama_jax.presets import preset
+from llama_jax.training import step_log
+from llama_jax.training.config import RunConfig, TrainConfig
+from llama_jax.training.config_data import DataConfig
+from llama_jax.training.config_method import AdapterConfig, PreferenceConfig
 
 REMAT = "all"
 
@@ -38,6 +43,25 @@ def test_flops_a_token_are_the_published_ones(model):
 def test_flops_under_adapters():
     """8B at 4,096 tokens: four products with each matrix and attention are 33.2 GFLOP; rank 1 adds next to nothing."""
     assert flops_per_token(job("llama3.1-8b", "h100:1", 4096, rank=1)) / 1e9 == pytest.approx(33.2, abs=0.1)
+
+
+@pytest.mark.parametrize("targets", [LAYER_MATRICES, ("wq", "wv")])
+def test_mfu_of_a_run_and_of_its_plan_have_one_formula(targets):
+    """8B at 4,096 with rank 16; by hand: 2 + 2 a parameter of frozen matrices, 6 a parameter of adapters, causal attention."""
+    config = preset("llama3.1-8b")
+    run = TrainConfig(run=RunConfig(init="base"), model=config, data=DataConfig(length=4096),
+                      adapter=AdapterConfig(rank=16, targets=targets))  # fmt: skip
+    widths = {"wq": 4096 + 4096, "wk": 4096 + 1024, "wv": 4096 + 1024, "wo": 4096 + 4096,
+              "gate": 4096 + 14336, "up": 4096 + 14336, "down": 14336 + 4096}  # fmt: skip
+    products, attention = 8_030_261_248 - 128_256 * 4096 - 65 * 4096, 32 * 32 * 128 * 4096
+    adapters = 32 * 16 * sum(widths[name] for name in targets)
+    assert step_log.flops_per_token(run) == 4 * products + 6 * attention + 6 * adapters
+    if targets == LAYER_MATRICES:
+        assert step_log.flops_per_token(run) == flops_per_token(job("llama3.1-8b", "h100:1", 4096, rank=16))
+        whole = dataclasses.replace(run, adapter=AdapterConfig())
+        assert step_log.flops_per_token(whole) / step_log.flops_per_token(run) == pytest.approx(1.44, abs=0.02)
+    pairs = dataclasses.replace(run, preference=PreferenceConfig(0.1))  # and the bare model forward beside it
+    assert step_log.flops_per_token(pairs) - step_log.flops_per_token(run) == 2 * products + 2 * attention
 
 
 @pytest.mark.parametrize(("model", "name", "gigabytes"), [

@@ -12,6 +12,7 @@ from test_step import parameters, random_batch
 from llama_jax.data.batch import Batch
 from llama_jax.model.adapters import merge
 from llama_jax.model.llama import logits
+from llama_jax.training.evaluate import pair_evaluation, pair_evaluator
 from llama_jax.training.hosts import row_numbers
 from llama_jax.training.step import micro_batches, train_step
 
@@ -67,6 +68,32 @@ def test_loss_figures_and_gradient_equal_the_formula():
         slopes[:real] = np.stack([-slope, slope], axis=1).reshape(-1)
         expected = of_rows(state.params, params, batch, slopes)[2]
         close(jax.tree.map(np.subtract, *jax.device_get((state.params, after.params))), expected, atol=1e-4)
+
+
+def test_held_out_pairs_have_the_loss_of_the_objective_accuracy_and_margin():
+    """Over two data sets, the second of which ends in padding; beside it the old mean over chosen and rejected tokens."""
+    (recipe, _), params = compiled(), parameters(CONFIG)
+    batch, adapters = jax.device_get(random_batch(CONFIG)), warm_state(recipe).params
+    adapted = recipe.parameters(adapters, params, None)
+    run = pair_evaluator(recipe.model, recipe.loss_chunk, recipe.objective)
+    padded = batch._replace(weights=np.where(np.arange(8)[:, None] < 4, batch.weights, 0))
+    found = pair_evaluation([jax.tree.map(float, run(adapted, part)) for part in (batch, padded)])
+    policy, reference = (jax.jit(row_log_probabilities)(p, batch) for p in (merge(params, adapters, 2.0), params))
+    _, margin, rewards = by_hand(policy, reference)
+    twice = lambda values: np.concatenate([values, values[:2]])  # noqa: E731
+    assert found.pairs == 6
+    np.testing.assert_allclose(found.loss, np.mean(np.log1p(np.exp(-twice(margin)))), rtol=1e-4)
+    means = {
+        "accuracy": twice(margin > 0),
+        "margin": twice(margin),
+        "chosen": twice(rewards[0::2]),
+        "rejected": twice(rewards[1::2]),
+    }
+    for name, values in means.items():
+        np.testing.assert_allclose(found.metrics()[f"held_out/{name}"], np.mean(values), rtol=1e-3, atol=1e-4)
+    assert set(found.metrics()) == {"held_out/loss", "held_out/pairs", *(f"held_out/{name}" for name in means)}
+    assert found.line() == (f"loss {found.loss:.4f}, accuracy {np.mean(twice(margin > 0)):.1%}, "
+                            f"margin {found.more['margin']:.4f} (6 pairs)")  # fmt: skip
 
 
 def test_fresh_adapters_are_indifferent():

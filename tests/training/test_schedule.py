@@ -1,5 +1,6 @@
 """The learning rate: against closed forms, for any peak, warm-up and length."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -70,3 +71,14 @@ def test_is_laid_out_for_its_own_length():
     long = learning_rate_schedule(OptimizerConfig(warmup_steps=20), 300)(counts)
     for steps in (50, 300, 900):
         np.testing.assert_array_equal(learning_rate_schedule(config, steps)(counts), long)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_a_finished_run_decays_anew_from_where_it_is(name):
+    """From the rate that 100 steps ended with down to a tenth of it, over steps 101 to 200, in the usual shape."""
+    first = OptimizerConfig(learning_rate=1e-2, warmup_steps=10, schedule=name)
+    end = float(learning_rate_schedule(first, 100)(99))
+    again = learning_rate_schedule(dataclasses.replace(first, learning_rate=end, decay_from=100), 200)
+    half = {"cosine": 0.5, "linear": 0.5, "wsd": 1 - 0.5**0.5}[name]
+    expected = [end * (0.1 + 0.9 * left) for left in (1, half, 0)]
+    np.testing.assert_allclose([float(again(count)) for count in (99, 149, 199)], expected, rtol=1e-5)
