@@ -9,6 +9,7 @@ from llama_jax.data.corpus import read_corpus, standard_library
 from llama_jax.data.manifest import manifest_sha256
 from llama_jax.data.packing import pack
 from llama_jax.data.prepare import PreparedData, hash_tokenizer, prepare
+from llama_jax.data.sources import left_out
 from llama_jax.data.split import Split, split_documents
 from llama_jax.data.steps import Steps
 from llama_jax.data.token_set import TokenSet
@@ -164,6 +165,9 @@ def _open_text(config: TrainConfig, split: Split, say: Say) -> RunData:
             say({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
 
     data = config.data
+    missing = left_out(data.paths)
+    if missing is not None:
+        say(f"data.paths: {missing}")
     made: PreparedData = prepare(
         Path(config.run.dir) / "data",
         split,

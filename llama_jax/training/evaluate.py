@@ -108,14 +108,14 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
     return make_evaluation(nats, int(targets), tokens.bytes_of_text)
 
 
-def evaluate_text(model: Pretrained, text: str, length: int | None = None, **options: Any) -> Evaluation:
-    """Loss of a model on a text, in windows of `length` tokens that each begin without a past.
+def evaluate_text(model: Pretrained, text: str | Sequence[str], length: int | None = None, **options: Any) -> Evaluation:
+    """Loss of a model on a text, or several, in windows of `length` tokens that each begin without a past.
 
-    Every token is predicted once, but for the first of the text where the model's tokenizer puts no begin token before it.
+    Every token is predicted once, but for the first of a text where the model's tokenizer puts no begin token before it.
 
     Args:
       model: from `llama_jax.load`.
-      text: any text.
+      text: any text, or texts of which each has windows of its own.
       length: tokens of a window; the model's context by default.
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
@@ -125,22 +125,24 @@ def evaluate_text(model: Pretrained, text: str, length: int | None = None, **opt
     """
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
-    ids = np.asarray(encode_prompt(model.tokenizer, text), np.int32)
-    context = model.config.context_length
+    texts = [text] if isinstance(text, str) else list(text)
+    rows = [np.asarray(encode_prompt(model.tokenizer, one), np.int32) for one in texts]
+    longest, context = max(map(len, rows), default=0), model.config.context_length
     length = context if length is None else length
-    if len(ids) < 2 or not 1 <= length <= context:
+    if longest < 2 or not 1 <= length <= context:
         raise InputError(
-            f"a text of {len(ids)} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
+            f"a text of {longest} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
             "context) expected"
         )
-    length = min(length, len(ids) - 1)
-    vocabulary = model.config.vocab_size
-    if ids.max() >= vocabulary:
-        raise InputError(f"the text holds token {ids.max()}; the vocabulary goes from 0 to {vocabulary - 1}")
+    length = min(length, longest - 1)
+    vocabulary, largest = model.config.vocab_size, max(int(ids.max()) for ids in rows if len(ids))
+    if largest >= vocabulary:
+        raise InputError(f"the text holds token {largest}; the vocabulary goes from 0 to {vocabulary - 1}")
     llama = model_for(model.params, model.config, **options)
     run = batch_evaluator(llama, _TEXT_CHUNK)
-    nats = math.fsum(float(run(model.params, window)[0]) for window in _text_windows(ids, length))
-    return make_evaluation(nats, len(ids) - 1, len(text.encode()))
+    nats = math.fsum(float(run(model.params, window)[0]) for ids in rows for window in _text_windows(ids, length))
+    targets = sum(max(0, len(ids) - 1) for ids in rows)
+    return make_evaluation(nats, targets, sum(len(one.encode()) for one in texts))
 
 
 def _text_windows(ids: np.ndarray, length: int) -> Iterator[Batch]:
