@@ -25,7 +25,7 @@ def make_parser(prog: str) -> OptionParser:
     """The options of `prepare`."""
     parser = OptionParser(prog, "Turn text into token files, in parallel; the same command goes on after an interruption.")
     parser.add_argument("--input", action="append", required=True, metavar="PATH",
-                        help="text, .json, .jsonl, .csv, .tsv (or .gz, .zst ...), .parquet, or a folder; several times")  # fmt: skip
+                        help="text, .json, .jsonl, .csv, .tsv (.gz, .zst ...), .parquet, or a folder of them")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, for data.sources of a training")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer file or folder, or a model with one")
     parser.add_argument("--template", default="auto", metavar="NAME|FILE",

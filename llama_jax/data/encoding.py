@@ -48,8 +48,8 @@ def encode_record(record: Record, tokenizer: Tokenizer, template: ChatTemplate |
     """The documents of a record: one, or two for a pair of answers.
 
     Text begins as prompts of the model do, and ends with the tokenizer's end token, where it has one; a conversation is
-    what the template makes of it.
-    Of a conversation all turns of the assistant are learned from, of a pair the last turn only.
+    what the template makes of it. Of a conversation all turns of the assistant are learned from (but those of weight 0), of
+    a pair the last turn only.
 
     Raises:
       InputError: naming the record.
@@ -65,6 +65,8 @@ def encode_record(record: Record, tokenizer: Tokenizer, template: ChatTemplate |
         return [_encode_chat(messages, tokenizer, template, record) for messages in record.body]
     except InputError as error:
         raise InputError(f"{record.name}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{record.name}: nested too deep; mend the record") from None
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -129,7 +129,10 @@ def parse_row(row: Row, file: SourceFile) -> Record:
     if kind_of(file.path) == "text" and isinstance(row.value, bytes):
         return Record(file.name, file.name, "text", _plain_text(row), row.nbytes)
     value = _parse(row.place, row.value) if isinstance(row.value, bytes) else row.value
-    return make_record(row.place, value, row.nbytes, file.fields)
+    try:
+        return make_record(row.place, value, row.nbytes, file.fields)
+    except RecursionError:
+        raise InputError(f"{row.place}: nested too deep; mend the record") from None
 
 
 def _plain_text(row: Row) -> str:
