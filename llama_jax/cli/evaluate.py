@@ -16,7 +16,7 @@ Figures = Mapping[str, float]  # by name; one result
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `eval`."""
-    parser = OptionParser(prog, "Loss of a LLaMA on text, in nats a token and bits a byte; accuracy on questions.")
+    parser = OptionParser(prog, "Loss of a LLaMA on text, in nats/token and bits/byte; accuracy on questions.")
     add_model_options(parser)
     parser.add_argument("--text", action="append", default=[], metavar="FILE",
                         help="text, or records with text (.jsonl ...); may be given several times")  # fmt: skip
@@ -86,9 +86,7 @@ def main(arguments: list[str], prog: str = "eval") -> int:
         note(line)
     losses = {name: evaluate_text(model, text, options.length, dtype=dtype) for name, text in texts.items()}
     if len(losses) > 1:
-        losses["total"] = together(
-            [(result, sum(len(text.encode()) for text in texts[name])) for name, result in losses.items()]
-        )
+        losses["total"] = together(list(losses.values()))
     losses |= {name: evaluate_prepared(model, data, options.length, dtype=dtype) for name, data in prepared.items()}
     generator = Generator(model.params, model.config, dtype=dtype) if questions else None
     accuracies = {name: evaluate_choices(model, asked, generator) for name, asked in questions.items()}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llama_jax.data.atomic import atomic_write, sync_directory
 from llama_jax.data.corpus import Document
 from llama_jax.data.encoding import encode_text
-from llama_jax.data.split import Progress, Split, ignore_progress, measure
+from llama_jax.data.split import Part, Progress, Split, ignore_progress, measure
 from llama_jax.data.token_file import TokenFile, write_tokens
 from llama_jax.data.token_header import VERSION
 from llama_jax.data.vocabulary import train_vocabulary
@@ -26,10 +26,10 @@ _BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")  # they
 
 
 class PreparedData(NamedTuple):
-    """Data ready for training: two token files and the tokenizer that made them."""
+    """Data ready for training: two token files and the tokenizer that made them; no second file where nothing is held out."""
 
     train: TokenFile
-    held_out: TokenFile
+    held_out: TokenFile | None
     tokenizer_path: Path
 
 
@@ -78,7 +78,7 @@ def prepare(
     if not entry.is_dir():
         _publish(entry, functools.partial(_build, recipe, on_progress))
     try:
-        return _open(entry, tokenizer_path)
+        return _open(entry, split, tokenizer_path)
     except InputError as error:
         raise CorruptError(f"{error} (after removing {entry})") from None
 
@@ -169,13 +169,18 @@ def _build(recipe: _Recipe, on_progress: Progress, folder: Path) -> None:
     tokenizer_path = recipe.tokenizer_path or _train_tokenizer(recipe, on_progress, folder / _TOKENIZER)
     tokenizer, digest = load_tokenizer(tokenizer_path), hash_tokenizer(tokenizer_path)
     total, done = sum(part.bytes_of_text for part in recipe.split), 0
-    for name, part in zip((_TRAIN, _HELD_OUT), recipe.split):
+    for name, part in _named(recipe.split):
         reported = _report(part.documents(), done, total, on_progress)
         write_tokens(folder / name, encode_documents(reported, tokenizer), vocab_size=tokenizer.vocab_size,
                      bytes_of_text=part.bytes_of_text, tokenizer_sha256=digest, sources_sha256=part.sha256)  # fmt: skip
         done += part.bytes_of_text
         if measure(part.documents).sha256 != part.sha256:
             raise InputError("the text changed while it was being prepared; try again when nothing writes to it")
+
+
+def _named(split: Split) -> list[tuple[str, Part]]:
+    """The sides of a split that have text, by the names of their files."""
+    return [(name, part) for name, part in zip((_TRAIN, _HELD_OUT), split) if part.bytes_of_text]
 
 
 def _train_tokenizer(recipe: _Recipe, on_progress: Progress, path: Path) -> Path:
@@ -193,12 +198,12 @@ def _report(documents: Iterable[Document], done: int, total: int, on_progress: P
         on_progress("encode", done, total)
 
 
-def _open(entry: Path, tokenizer_path: Path | None) -> PreparedData:
+def _open(entry: Path, split: Split, tokenizer_path: Path | None) -> PreparedData:
     tokenizer_path = tokenizer_path or entry / _TOKENIZER
-    files = [TokenFile.open(entry / name) for name in (_TRAIN, _HELD_OUT)]
+    files = [TokenFile.open(entry / name) for name, _ in _named(split)]
     digest = hash_tokenizer(tokenizer_path)
     for file in files:
         file.verify()
         if file.header.tokenizer_sha256 != digest:
             raise CorruptError(f"{file.path}: made with another tokenizer than {tokenizer_path}; prepare the data again")
-    return PreparedData(files[0], files[1], tokenizer_path)
+    return PreparedData(files[0], files[1] if len(files) > 1 else None, tokenizer_path)

@@ -42,7 +42,7 @@ class RunData(NamedTuple):
     """All data of a run.
 
     Attributes:
-      corpora: at least one; at least one has a held-out part.
+      corpora: at least one.
       tokenizer_path: the tokenizer that made them, file or folder.
       tokenizer_sha256: of its files.
     """
@@ -80,12 +80,10 @@ def open_data(config: TrainConfig, split: Split | None = None, say: Say = lambda
       say: told of work that takes long.
 
     Raises:
-      InputError: for data of different tokenizers, without a held-out part, or with tokens that the model does not have.
+      InputError: for data of different tokenizers, or with tokens that the model does not have.
     """
     data = config.data
     opened = _open_sources(data) if data.sources else _open_text(config, split or _split_text(data), say)
-    if not opened.held_out:
-        raise InputError("data.sources: none has a held-out part; prepare one with --held-out 0.01")
     _require_vocabulary(opened, config.model.vocab_size)
     return opened
 

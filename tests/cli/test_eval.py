@@ -44,6 +44,12 @@ def refusal(errors: str) -> str:
     return line
 
 
+def scored_bytes(model) -> int:
+    """UTF-8 bytes of the text without its first token, which no token predicts."""
+    first, *_ = model.tokenizer.encode(TEXT)
+    return len(TEXT.encode()) - len(model.tokenizer.decode([first]).encode())
+
+
 def summed_loss(model, ids: list[int], length: int) -> float:
     """-log p of every token but the first, in float64; each window of targets sees the tokens of its own window only."""
     total = 0.0
@@ -61,7 +67,7 @@ def test_the_definition(tiny, expected, length):
     result = expected(length)
     assert result.tokens == len(ids) - 1
     assert result.nats_per_token == pytest.approx(loss / (len(ids) - 1), rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(loss / math.log(2) / len(TEXT.encode()), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(loss / math.log(2) / scored_bytes(tiny), rel=1e-5)
 
 
 @pytest.mark.parity
@@ -91,7 +97,7 @@ def expected(tiny):
     return functools.cache(lambda length: evaluate_text(tiny, TEXT, length))
 
 
-def test_program(tiny_directory, expected, text_file, capsys):
+def test_program(tiny_directory, tiny, expected, text_file, capsys):
     expected = expected(20)
     assert run("--model", tiny_directory, "--text", text_file, "--length", 20) == 0
     lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -99,6 +105,7 @@ def test_program(tiny_directory, expected, text_file, capsys):
         "tokens": str(expected.tokens),
         "nats_per_token": f"{expected.nats_per_token:.6f}",
         "bits_per_byte": f"{expected.bits_per_byte:.6f}",
+        "bytes": str(scored_bytes(tiny)),
     }
 
 
@@ -109,7 +116,7 @@ def test_json_of_the_verb(tiny_directory, tiny, expected, text_file, capfd):
     out, err = capfd.readouterr()
     assert err.splitlines() == tiny.report.brief()
     result = json.loads(out)
-    assert list(result) == ["tokens", "nats_per_token", "bits_per_byte"]
+    assert list(result) == ["tokens", "nats_per_token", "bits_per_byte", "bytes"]
     assert result == pytest.approx(expected(20)._asdict(), rel=1e-6)
 
 
