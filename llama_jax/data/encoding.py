@@ -77,6 +77,8 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 def _encode_chat(messages: Messages, tokenizer: Tokenizer, template: ChatTemplate, record: Record) -> Document:
     dialogue = encode_dialogue(template, tokenizer, messages, record.tools)
     mask = np.array(dialogue.mask, bool)
+    if not mask[1:].any():
+        raise InputError("nothing of it is learned from (an answer that is empty, and that the template does not end)")
     said = [_said_bytes(message) for message in messages if message["role"] == "assistant" and message.get("weight", 1)]
     if record.kind == "pairs":
         last_said = messages[-1]["role"] == "assistant" and (messages[-1]["content"].strip() or "tool_calls" in messages[-1])

@@ -67,6 +67,10 @@ class Books:
         self._loss = metrics.get("train/loss", self._loss)
         self._heartbeat.beat(step, self._loss)
 
+    def event(self, step: int, event: str, facts: Mapping[str, Metric]) -> None:
+        """Keeps what happened at a step, beside the metrics."""
+        self._metrics.event(step, event, **facts)
+
     def go_back(self, step: int, to: int, rewind: Rewind) -> None:
         """Forgets updates that the run, at `step`, has gone back from; the metrics after `to` are dropped, as at a restart."""
         self.log.go_back(step, to)

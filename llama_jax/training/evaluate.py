@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.axes import Array, Parameters
 from llama_jax.data.batch import Batch
 from llama_jax.data.batches import sequential_rows, sequential_windows
-from llama_jax.data.packing import Cut, Name, Packing, pack
+from llama_jax.data.packing import Cut, Name, Packing, TooLong, pack
 from llama_jax.data.permutation import permute
 from llama_jax.data.token_set import TokenSet
 from llama_jax.data.tokens import Tokens, largest_token
@@ -173,7 +173,9 @@ class HeldOut(NamedTuple):
     end: int
 
 
-def choose_held_out(tokens: Mapping[str, Tokens], length: int, packing: Name, most: int, seed: int) -> dict[str, HeldOut]:
+def choose_held_out(
+    tokens: Mapping[str, Tokens], length: int, packing: Name, most: int, seed: int, too_long: TooLong = "auto"
+) -> dict[str, HeldOut]:
     """The sequences that every evaluation of a run reads, of each data set by its name.
 
     Args:
@@ -183,9 +185,19 @@ def choose_held_out(tokens: Mapping[str, Tokens], length: int, packing: Name, mo
       most: tokens of all sequences together, padding included; each data set has its share of them by its number of sequences,
         at least one (of pairs: one pair); 0 for all that is held out.
       seed: chooses the sequences.
+      too_long: what happens to examples of more than `length` tokens.
+
+    Raises:
+      InputError: for a data set of which no example can be scored.
     """
-    packings = {name: pack(part, length, packing) for name, part in tokens.items()}
+    packings = {name: pack(part, length, packing, too_long) for name, part in tokens.items()}
     counts = {name: _sequences(packed) for name, packed in packings.items()}
+    for name, packed in packings.items():
+        if not counts[name] or (isinstance(packed, Cut) and 0 < packed.count == packed.without_targets()):
+            raise InputError(
+                f"{packed.tokens.name}: nothing that is held out can be scored within data.length {length} "
+                f"({packed.counts.too_long:,} of {packed.counts.documents:,} examples are longer); raise it, or data.too_long"
+            )
     wanted, total = most / length, sum(counts.values())
     chosen: dict[str, HeldOut] = {}
     for name, packed in packings.items():
