@@ -22,6 +22,7 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 _TOKENIZER = "tokenizer.model"
 _TRAIN = "train.tokens"
 _HELD_OUT = "held_out.tokens"
+_DOCUMENTS = "begun as prompts are"  # how: once with every begin token that a tokenizer has
 _BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")  # they name its begin and end
 
 
@@ -43,7 +44,9 @@ class _Recipe(NamedTuple):
 
     def key(self) -> str:
         """A name for the result: the hash of everything that it depends on."""
-        tokenizer = hash_tokenizer(self.tokenizer_path) if self.tokenizer_path else [self.vocab_size, self.seed]
+        tokenizer: list[str | int] = [self.vocab_size, self.seed]
+        if self.tokenizer_path:
+            tokenizer = [hash_tokenizer(self.tokenizer_path), _DOCUMENTS]
         ingredients = [VERSION, *[part.sha256 for part in self.split], tokenizer]
         return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
 
