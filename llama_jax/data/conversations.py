@@ -21,6 +21,7 @@ _ROLES: Mapping[str, str] = {
     **dict.fromkeys(("observation", "function_response", "function"), "tool"),
     "developer": "system",
 }
+_ANSWERS = ("chosen", "rejected")
 _WEIGHTS = ("weight", "train", "loss")  # whether a message is learned from: OpenAI's name, and those of other trainers
 _REFUSED = ("function_call", "refusal", "reasoning_content", "reasoning", "thinking", "audio", "images")
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
@@ -49,6 +50,8 @@ def read_turns(place: str, name: str, value: object, role: str) -> Messages:
     Raises:
       InputError: as `read_messages`.
     """
+    if isinstance(value, Mapping):  # one message
+        return read_messages(place, name, [value])
     return read_messages(place, name, value) if isinstance(value, list) else [_said(role, read_text(place, name, value))]
 
 
@@ -64,42 +67,47 @@ def read_alpaca(place: str, values: Mapping[str, Any]) -> Messages:
     spoken = [
         _said(role, read_text(place, "history", text)) for pair in earlier for role, text in zip(("user", "assistant"), pair)
     ]
+    return [*spoken, _asked(place, values), _said("assistant", read_text(place, "output", values["output"]))]
+
+
+def _asked(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
     parts = [read_text(place, name, values.get(name) or "") for name in ("instruction", "input")]
-    asked = "\n".join(part for part in parts if part)
-    return [*spoken, _said("user", asked), _said("assistant", read_text(place, "output", values["output"]))]
+    return _said("user", "\n".join(part for part in parts if part))
 
 
 def read_pair(place: str, values: Mapping[str, Any]) -> tuple[Messages, list[Messages]]:
     """The prompt of a pair of answers, and the two answers.
 
-    The prompt is given (`prompt` or `messages`; the answers may repeat it), or it is what both dialogues have in common:
-    messages, or text in which `Human:` and `Assistant:` speak (HH-RLHF).
+    The prompt is given (`prompt`, `messages`, `conversations`, or `instruction` and `input`; the answers may repeat it), or it
+    is what both dialogues have in common: messages, or text in which `Human:` and `Assistant:` speak (HH-RLHF).
 
     Raises:
       InputError: naming the place, where there is no prompt, or the answers begin with another one.
     """
-    names = ("chosen", "rejected")
-    prompt_name = next((name for name in ("prompt", "messages") if values.get(name) is not None), None)
-    if prompt_name is None:
-        both = [_dialogue(place, name, values[name]) for name in names]
-        shared = 0
-        while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
-            shared += 1
-        if not shared:
-            raise InputError(f"{place}: chosen and rejected begin differently and there is no prompt; give one")
-        return both[0][:shared], [messages[shared:] for messages in both]
-    prompt = read_turns(place, prompt_name, values[prompt_name], "user")
-    answers = [read_turns(place, name, values[name], "assistant") for name in names]
-    return prompt, [_without(place, name, prompt, answer) for name, answer in zip(names, answers)]
+    prompt = _prompt(place, values)
+    if prompt is None:
+        both = [_dialogue(place, name, values[name]) for name in _ANSWERS]
+    else:
+        both = [read_turns(place, name, values[name], "assistant") for name in _ANSWERS]
+        asking = [name for name, answer in zip(_ANSWERS, both) if answer and answer[0]["role"] in ("user", "system")]
+        if not asking:
+            return prompt, both
+    shared = 0
+    while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
+        shared += 1
+    if prompt is None and not shared:
+        raise InputError(f"{place}: chosen and rejected begin differently and there is no prompt; give one")
+    if prompt is not None and both[0][:shared][-len(prompt) :] != prompt:
+        raise InputError(f"{place}: {asking[0]} begins with a message that is not the prompt; give the answers without theirs")
+    return both[0][:shared], [messages[shared:] for messages in both]
 
 
-def _without(place: str, name: str, prompt: Messages, answer: Messages) -> Messages:
-    """An answer without the prompt that it may repeat."""
-    if answer[: len(prompt)] == prompt:
-        return answer[len(prompt) :]
-    if answer and answer[0]["role"] in ("user", "system"):
-        raise InputError(f"{place}: {name} begins with a {answer[0]['role']} message that is not the prompt; give it without")
-    return answer
+def _prompt(place: str, values: Mapping[str, Any]) -> Messages | None:
+    """What a pair of answers is to, where the record says it apart from them."""
+    name = next((name for name in ("prompt", "messages", "conversations") if values.get(name) is not None), None)
+    if name is not None:
+        return read_turns(place, name, values[name], "user")
+    return [_asked(place, values)] if values.get("instruction") is not None else None
 
 
 def _dialogue(place: str, name: str, value: object) -> Messages:

@@ -62,6 +62,20 @@ FORMS = {
         {"prompt": "a", "chosen": say("a", "good"), "rejected": say("a", "bad")},
         [say("a", "good"), say("a", "bad")],
     ),
+    "pairs that repeat the prompt behind a system": (
+        {"prompt": "a", "chosen": say("system:s", "user:a", "assistant:good"),
+         "rejected": say("system:s", "user:a", "assistant:bad")},
+        [say("system:s", "user:a", "assistant:good"), say("system:s", "user:a", "assistant:bad")],
+    ),
+    "pairs in ShareGPT": (
+        {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "good"},
+         "rejected": {"from": "gpt", "value": "bad"}},
+        [say("a", "good"), say("a", "bad")],
+    ),
+    "pairs in Alpaca": (
+        {"instruction": "a", "input": "b", "chosen": "good", "rejected": "bad"},
+        [say("a\nb", "good"), say("a\nb", "bad")],
+    ),
     "pairs of equal dialogues": ({"chosen": say("a", "b"), "rejected": say("a", "b")}, [say("a", "b")] * 2),
 }  # fmt: skip
 
@@ -106,7 +120,7 @@ def test_calls_and_tools_are_kept():
     ({"messages": say("a", "b"), "tools": "add"}, "tools is a str, a list of functions"),
     ({"messages": say("system:t", "a"), "system": "s"}, "system given beside another system message"),
     ({"messages": "hi"}, "messages is a str, a list of messages expected"),
-    ({"prompt": "a", "chosen": say("b", "c"), "rejected": "d"}, "chosen begins with a user message that is not the prompt"),
+    ({"prompt": "a", "chosen": say("b", "c"), "rejected": "d"}, "chosen begins with a message that is not the prompt"),
     ({"chosen": say("a", "b"), "rejected": say("c", "d")}, "begin differently and there is no prompt"),
     ({"chosen": "a", "rejected": "b"}, "given without prompt"),
     ({"instruction": "a", "output": None}, "output is null, text expected"),
