@@ -277,7 +277,7 @@ def _added(parts: Iterable[Mapping[str, SupportsFloat]]) -> dict[str, float]:
 def _in_order(tokens: Tokens, length: int, batch_rows: int, packing: Name) -> Iterator[Batch]:
     """All tokens once, in batches of rows of `length`."""
     if packing == "fit" or tokens.kind == "pairs":
-        return sequential_rows(pack(tokens, length, packing), batch_rows)
+        return sequential_rows(pack(tokens, length, packing, "cut_end"), batch_rows)
     return sequential_windows(tokens, length, batch_rows)
 
 
