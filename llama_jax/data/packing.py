@@ -1,6 +1,6 @@
 """Rows of a data set, numbered: its tokens cut into windows, its documents fitted whole into rows, or pairs of answers."""
 
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -10,7 +10,25 @@ from llama_jax.data.best_fit import best_fit
 from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
 
-Name = Literal["cut", "fit"]
+Name = Literal["auto", "cut", "fit"]
+TooLong = Literal["auto", "drop", "cut_front", "cut_end", "refuse"]
+_WINDOWS_AT_ONCE = 1 << 20  # tokens
+
+
+class Counts(NamedTuple):
+    """What became of the documents of a data set.
+
+    Attributes:
+      documents: in all (of pairs: answers).
+      too_long: of more tokens than fit into a sequence.
+      dropped: of these, left out (of pairs: with the other answer).
+      masked: of these, left out because what is left of them holds nothing to learn.
+    """
+
+    documents: int
+    too_long: int = 0
+    dropped: int = 0
+    masked: int = 0
 
 
 @runtime_checkable
@@ -22,12 +40,14 @@ class Packing(Protocol):
       length: `T`, tokens of a row.
       unit: neighbouring rows that stay together in any order: 2 for pairs of answers, else 1.
       count: rows in all, a multiple of `unit`.
+      counts: what became of the documents.
     """
 
     tokens: Tokens
     length: int
     unit: int
     count: int
+    counts: Counts
 
     def rows(self, numbers: Int64[Any, " B"]) -> Batch:
         """The rows of these numbers; a number beyond the last is a row of padding."""
@@ -44,6 +64,19 @@ class Cut:
     def __init__(self, tokens: Tokens, length: int) -> None:
         self.tokens, self.length = tokens, length
         self.unit, self.count = 1, max(0, (tokens.size - 1) // length)
+        self.counts = Counts(tokens.documents)
+
+    def without_targets(self) -> int:
+        """Rows in which nothing is learned from; reads everything, but of plain text, which has none."""
+        if self.tokens.kind == "text":
+            return 0
+        found, many = 0, max(1, _WINDOWS_AT_ONCE // self.length)
+        for first in range(0, self.count, many):
+            last = min(first + many, self.count)
+            _, begins, learned = self.tokens.read(first * self.length, last * self.length + 1)
+            targets = (learned[1:] & ~begins[1:]).reshape(last - first, self.length)
+            found += int(np.count_nonzero(~targets.any(axis=1)))
+        return found
 
     def rows(self, numbers: np.ndarray) -> Batch:
         """Window `w` holds the tokens from `w * length` on; past the end there is padding."""
@@ -62,29 +95,54 @@ class Cut:
 class _Whole:
     """Rows of documents that are never continued in another row.
 
-    A document of `n` tokens takes `n - 1` places: its last token is a target only. One that is longer than a row is cut
-    at its end; one of a single token has no target and is left out.
+    A document of `n` tokens takes `n - 1` places: its last token is a target only. One of a single token has no target and
+    is left out. Of one that is longer than a row, `too_long` says what happens: it is dropped, loses tokens at its front
+    (the prompt, where answers are last) or at its end, or is refused. One that is cut and has no target left is left out,
+    and of pairs the other answer too: every row has something to learn.
 
     Attributes:
       tokens: what is packed.
-      length: see `Packing`, as are the next two.
+      length: see `Packing`, as are the next three.
       unit: rows that stay together.
       count: rows in all.
-      cut: documents that are longer than a row.
+      counts: what became of the documents.
       places: that documents take up, of `count * length`.
     """
 
-    def __init__(self, tokens: Tokens, length: int, unit: int) -> None:
+    def __init__(self, tokens: Tokens, length: int, unit: int, too_long: TooLong) -> None:
         self.tokens, self.unit, self.length = tokens, unit, length
         lengths = tokens.lengths()
-        self._firsts = np.cumsum(lengths) - lengths
+        over = lengths - 1 > length
+        if too_long == "refuse" and over.any():
+            raise InputError(
+                f"{tokens.name}: {np.count_nonzero(over):,} of {len(lengths):,} documents have more than {length} tokens "
+                f"(the longest {lengths.max():,}); raise data.length, or set data.too_long to drop, cut_front or cut_end"
+            )
         self._takes = np.minimum(lengths - 1, length)
-        self.cut, self.places = int(np.count_nonzero(lengths - 1 > length)), int(self._takes.sum())
+        self._firsts = np.cumsum(lengths) - lengths
+        if too_long == "cut_front":
+            self._firsts += lengths - 1 - self._takes
+        masked = 0
+        if too_long == "drop":
+            self._takes[over] = 0
+        elif tokens.kind != "text":
+            empty = [document for document in np.flatnonzero(over).tolist() if not self._targets(document).any()]
+            self._takes[empty], masked = 0, len(empty)
+        if unit > 1:
+            self._takes.reshape(-1, unit)[(self._takes.reshape(-1, unit) == 0).any(axis=1)] = 0
+        dropped = int(np.count_nonzero((lengths > 1) & (self._takes == 0))) - masked
+        self.counts = Counts(len(lengths), int(np.count_nonzero(over)), dropped, masked)
+        self.places = int(self._takes.sum())
         row_of = self._assign()
         kept = np.flatnonzero(row_of >= 0)
         self._order = kept[np.argsort(row_of[kept], kind="stable")]  # documents by row, inside it by their number
         self.count = int(row_of.max(initial=-1)) + 1
         self._borders = np.searchsorted(row_of[self._order], np.arange(self.count + 1))
+
+    def _targets(self, document: int) -> np.ndarray:
+        """Which targets of a document are learned from."""
+        first = int(self._firsts[document])
+        return self.tokens.read(first, first + int(self._takes[document]) + 1).learned[1:]
 
     def _assign(self) -> np.ndarray:
         """The row of each document; -1 for none."""
@@ -113,8 +171,8 @@ class _Whole:
 class Fit(_Whole):
     """Whole documents side by side in rows, by best fit."""
 
-    def __init__(self, tokens: Tokens, length: int) -> None:
-        super().__init__(tokens, length, unit=1)
+    def __init__(self, tokens: Tokens, length: int, too_long: TooLong) -> None:
+        super().__init__(tokens, length, 1, too_long)
 
     def _assign(self) -> np.ndarray:
         rows = np.full(len(self._takes), -1, np.int64)
@@ -124,23 +182,40 @@ class Fit(_Whole):
 
 
 class Pairs(_Whole):
-    """One answer a row: the chosen one of pair `i` in row `2i`, the rejected one in row `2i + 1`."""
+    """One answer a row: the chosen one of the `i`-th pair that is kept in row `2i`, the rejected one in row `2i + 1`."""
 
-    def __init__(self, tokens: Tokens, length: int) -> None:
-        super().__init__(tokens, length, unit=2)
+    def __init__(self, tokens: Tokens, length: int, too_long: TooLong) -> None:
+        super().__init__(tokens, length, 2, too_long)
 
     def _assign(self) -> np.ndarray:
-        return np.arange(len(self._takes))
+        kept = self._takes > 0
+        return np.where(kept, np.cumsum(kept) - 1, -1)
 
 
-def pack(tokens: Tokens, length: int, packing: Name) -> Packing:
-    """The rows of a data set: pairs for pairs of answers, else packed as the name says.
+def pack(tokens: Tokens, length: int, packing: Name, too_long: TooLong = "auto") -> Packing:
+    """The rows of a data set.
+
+    Args:
+      tokens: of any kind; pairs of answers have a row each, whatever the packing.
+      length: `T`, tokens of a row.
+      packing: `cut` or `fit`; `auto` cuts text and fits conversations.
+      too_long: what happens to whole documents that are longer than a row; `auto` cuts text at its end, and drops
+        conversations and pairs. Text and conversations that are cut into rows (`cut`) have none.
 
     Raises:
-      InputError: for a length below 1.
+      InputError: for a length below 1, and documents that are too long where that is refused.
     """
     if length < 1:
         raise InputError(f"length: {length} given, at least 1 expected")
+    if too_long == "auto":
+        too_long = "cut_end" if tokens.kind == "text" else "drop"
     if tokens.kind == "pairs":
-        return Pairs(tokens, length)
-    return Cut(tokens, length) if packing == "cut" else Fit(tokens, length)
+        return Pairs(tokens, length, too_long)
+    return Cut(tokens, length) if packing_of(tokens.kind, packing) == "cut" else Fit(tokens, length, too_long)
+
+
+def packing_of(kind: str, packing: Name) -> Literal["cut", "fit"]:
+    """The packing of data of a kind, `auto` resolved."""
+    if packing == "auto":
+        return "fit" if kind == "chat" else "cut"
+    return packing

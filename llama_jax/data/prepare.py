@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llama_jax.data.atomic import atomic_write, sync_directory
 from llama_jax.data.corpus import Document
+from llama_jax.data.encoding import encode_text
 from llama_jax.data.split import Part, Progress, Split, ignore_progress, measure
 from llama_jax.data.token_file import TokenFile, write_tokens
 from llama_jax.data.token_header import VERSION
@@ -21,6 +22,7 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 _TOKENIZER = "tokenizer.model"
 _TRAIN = "train.tokens"
 _HELD_OUT = "held_out.tokens"
+_DOCUMENTS = "begun as prompts are"  # how: once with every begin token that a tokenizer has
 _BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")  # they name its begin and end
 
 
@@ -42,7 +44,9 @@ class _Recipe(NamedTuple):
 
     def key(self) -> str:
         """A name for the result: the hash of everything that it depends on."""
-        tokenizer = hash_tokenizer(self.tokenizer_path) if self.tokenizer_path else [self.vocab_size, self.seed]
+        tokenizer: list[str | int] = [self.vocab_size, self.seed]
+        if self.tokenizer_path:
+            tokenizer = [hash_tokenizer(self.tokenizer_path), _DOCUMENTS]
         ingredients = [VERSION, *[part.sha256 for part in self.split], tokenizer]
         return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
 
@@ -58,7 +62,7 @@ def prepare(
 ) -> PreparedData:
     """Encodes and stores the two sides of a split, or opens and verifies what an earlier call with the same input stored.
 
-    A document is stored as begin token, text, end token, where the tokenizer has them.
+    A document is stored as begin token (where prompts have one), text, end token (where there is one).
 
     Args:
       directory: keeps the results, each in a folder of its own that appears only when it is whole.
@@ -83,10 +87,8 @@ def prepare(
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of each document between the tokenizer's begin and end tokens, where it has them."""
-    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
-    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-    return (begin + tokenizer.encode(document.text) + end for document in documents)
+    """The ids of each document, begun as prompts of the model are, and ended where the tokenizer has an end token."""
+    return (encode_text(tokenizer, document.text) for document in documents)
 
 
 def hash_tokenizer(path: Path) -> str:

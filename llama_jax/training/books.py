@@ -67,8 +67,8 @@ class Books:
         self._loss = metrics.get("train/loss", self._loss)
         self._heartbeat.beat(step, self._loss)
 
-    def event(self, step: int, event: str, **facts: str) -> None:
-        """Keeps something that happened, among the metrics."""
+    def event(self, step: int, event: str, **facts: Metric | str) -> None:
+        """Keeps something that happened at a step, among the metrics."""
         self._metrics.event(step, event, **facts)
 
     def go_back(self, step: int, to: int, rewind: Rewind) -> None:

@@ -47,8 +47,11 @@ class DataConfig:
       length: `T`, tokens predicted in a row.
       batch_rows: rows of one optimizer update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in; divides `batch_rows`.
-      packing: `cut`: documents one after another, cut into rows; `fit`: whole documents side by side, by best fit. (Pairs of
-        answers always have a row each.)
+      packing: `cut`: documents one after another, cut into rows; `fit`: whole documents side by side, by best fit; `auto`:
+        `fit` for conversations, `cut` for text. (Pairs of answers always have a row each.)
+      too_long: what happens to a whole document (`fit`, pairs) of more than `length` tokens: `drop` it, `cut_front` (a
+        conversation loses the beginning of its prompt), `cut_end` (it loses answers), or `refuse` to begin; `auto`: `drop`
+        for conversations and pairs, `cut_end` for text. Counted and printed at the start.
       batch_ramp: later sizes of a batch, `[[step, rows], ...]`: from that step on so many rows, in more micro-batches of the
         same size; skipped steps count.
       skip_steps: data that is never used, `[[first, last], ...]`: what these steps would have read is left out, and the
@@ -67,7 +70,8 @@ class DataConfig:
     length: int = 256
     batch_rows: int = 8
     accumulation: int = 1
-    packing: Literal["cut", "fit"] = "cut"
+    packing: Literal["auto", "cut", "fit"] = "auto"
+    too_long: Literal["auto", "drop", "cut_front", "cut_end", "refuse"] = "auto"
     batch_ramp: Pairs = ()
     skip_steps: Pairs = ()
     seed: int = 0
@@ -84,7 +88,9 @@ class DataConfig:
         require(
             not (self.sources and self.tokenizer), "data.tokenizer", self.tokenizer, "none beside data.sources (they have one)"
         )
-        require(self.packing in ("cut", "fit"), "data.packing", self.packing, "cut or fit")
+        require(self.packing in ("auto", "cut", "fit"), "data.packing", self.packing, "auto, cut or fit")
+        choices = ("auto", "drop", "cut_front", "cut_end", "refuse")
+        require(self.too_long in choices, "data.too_long", self.too_long, ", ".join(choices))
         Steps(self.batch_rows, self.batch_ramp, self.skip_steps)
         odd = [rows for _, rows in self.batch_ramp if rows % micro_rows(self)]
         require(not odd, "data.batch_ramp", odd, f"multiples of a micro-batch's {micro_rows(self)} rows")

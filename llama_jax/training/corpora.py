@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from llama_jax.data.batches import Batches, Source
 from llama_jax.data.corpus import read_corpus, standard_library
-from llama_jax.data.manifest import manifest_sha256
-from llama_jax.data.packing import pack
+from llama_jax.data.manifest import Manifest, manifest_sha256
+from llama_jax.data.packing import Counts, Cut, pack, packing_of
 from llama_jax.data.prepare import PreparedData, hash_tokenizer, prepare
+from llama_jax.data.sources import left_out
 from llama_jax.data.split import Split, split_documents
 from llama_jax.data.steps import Steps
 from llama_jax.data.token_set import TokenSet
@@ -91,10 +92,69 @@ def make_batches(opened: RunData, data: DataConfig) -> Batches:
     """The batches of a run.
 
     Raises:
-      InputError: if there is too little data for one.
+      InputError: if there is too little data for one, or batches would have nothing to learn from.
     """
-    sources = tuple(Source(pack(corpus.train, data.length, data.packing), corpus.weight) for corpus in opened.corpora)
-    return Batches(sources, Steps(data.batch_rows, data.batch_ramp, data.skip_steps), data.seed)
+    packed = [pack(corpus.train, data.length, data.packing, data.too_long) for corpus in opened.corpora]
+    for packing in packed:
+        if packing.tokens.kind != "text" and not packing.count:
+            raise InputError(
+                f"{packing.tokens.name}: no example with an answer fits into data.length {data.length} "
+                f"({packing.counts.too_long:,} of {packing.counts.documents:,} are longer); raise it, or see data.too_long"
+            )
+    sources = tuple(Source(packing, corpus.weight) for packing, corpus in zip(packed, opened.corpora))
+    batches = Batches(sources, Steps(data.batch_rows, data.batch_ramp, data.skip_steps), data.seed)
+    _require_targets(batches, data)
+    return batches
+
+
+def _require_targets(batches: Batches, data: DataConfig) -> None:
+    """Refuses conversations cut so that batches are to be expected in which there is nothing to learn."""
+    cut = [source.packing for source in batches.sources if isinstance(source.packing, Cut)]
+    empty = sum(packing.without_targets() for packing in cut)
+    rows = sum(source.packing.count for source in batches.sources)
+    fewest = min([data.batch_rows, *(size for _, size in data.batch_ramp)])
+    if rows / fewest * (empty / rows) ** fewest >= 1:
+        raise InputError(
+            f"data.packing cut: {empty:,} of {rows:,} sequences of {data.length} tokens hold no answer, so batches of "
+            f"{fewest} would have nothing to learn from; set it to fit, raise data.length, or take larger batches"
+        )
+
+
+def packing_lines(batches: Batches) -> list[str]:
+    """What a user should know of how documents became sequences: what was dropped or cut, a line a data set."""
+    lines = []
+    for packing, _ in batches.sources:
+        counts, name = packing.counts, packing.tokens.name
+        if packing.tokens.kind == "chat" and isinstance(packing, Cut):
+            lines.append(f"{name}: conversations are cut into sequences, so most begin in the middle of one; data.packing fit")
+        if counts.too_long:
+            cut = counts.too_long - counts.masked - counts.dropped if packing.unit == 1 else 0
+            parts = [f"{counts.dropped:,} dropped"] * (counts.dropped > 0) + [f"{cut:,} cut"] * (cut > 0)
+            parts += [f"{counts.masked:,} left out without an answer"] * (counts.masked > 0)
+            lines.append(
+                f"{name}: {counts.too_long:,} of {counts.documents:,} examples have more than data.length "
+                f"{packing.length} tokens: {', '.join(parts) or 'cut'} (data.too_long)"
+            )
+    return lines
+
+
+def packing_figures(batches: Batches) -> dict[str, int]:
+    """The same over all data sets whose documents are whole, for the metrics; nothing where there are none."""
+    counts = [packing.counts for packing, _ in batches.sources if not isinstance(packing, Cut)]
+    return {name: sum(getattr(part, name) for part in counts) for name in Counts._fields} if counts else {}
+
+
+def packing_identity(data: DataConfig) -> dict[str, str]:
+    """How a run packs, for its checkpoints: for all data what it is for their kind.
+
+    Cutting whole documents at their end, as all runs once did, is not told.
+    """
+    kinds = {Manifest.read(Path(source.path)).kind for source in data.sources} or {"text"}
+    packings = sorted({packing_of(kind, data.packing) for kind in kinds})
+    told = {"packing": " and ".join(packings)}
+    whole = packings != ["cut"] or "pairs" in kinds
+    ends = data.too_long == "cut_end" or (data.too_long == "auto" and kinds == {"text"})
+    return told if ends or not whole else told | {"too_long": data.too_long}
 
 
 def require_same_tokenizer(prepared: TokenSet, tokenizer: Tokenizer | None, model: str) -> None:
@@ -162,6 +222,9 @@ def _open_text(config: TrainConfig, split: Split, say: Say) -> RunData:
             say({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
 
     data = config.data
+    missing = left_out(data.paths)
+    if missing is not None:
+        say(f"data.paths: {missing}")
     made: PreparedData = prepare(
         Path(config.run.dir) / "data",
         split,

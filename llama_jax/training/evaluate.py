@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.axes import Array, Parameters
 from llama_jax.data.batch import Batch
 from llama_jax.data.batches import sequential_rows, sequential_windows
-from llama_jax.data.packing import Cut, Name, Packing, pack
+from llama_jax.data.packing import Cut, Name, Packing, TooLong, pack
 from llama_jax.data.permutation import permute
 from llama_jax.data.token_set import TokenSet
 from llama_jax.data.tokens import Tokens, largest_token
@@ -173,7 +173,9 @@ class HeldOut(NamedTuple):
     end: int
 
 
-def choose_held_out(tokens: Mapping[str, Tokens], length: int, packing: Name, most: int, seed: int) -> dict[str, HeldOut]:
+def choose_held_out(
+    tokens: Mapping[str, Tokens], length: int, packing: Name, most: int, seed: int, too_long: TooLong = "auto"
+) -> dict[str, HeldOut]:
     """The sequences that every evaluation of a run reads, of each data set by its name.
 
     Args:
@@ -183,9 +185,19 @@ def choose_held_out(tokens: Mapping[str, Tokens], length: int, packing: Name, mo
       most: tokens of all sequences together, padding included; each data set has its share of them by its number of sequences,
         at least one (of pairs: one pair); 0 for all that is held out.
       seed: chooses the sequences.
+      too_long: what happens to examples of more than `length` tokens.
+
+    Raises:
+      InputError: for a data set of which no example can be scored.
     """
-    packings = {name: pack(part, length, packing) for name, part in tokens.items()}
+    packings = {name: pack(part, length, packing, too_long) for name, part in tokens.items()}
     counts = {name: _sequences(packed) for name, packed in packings.items()}
+    for name, packed in packings.items():
+        if not counts[name] or (isinstance(packed, Cut) and 0 < packed.count == packed.without_targets()):
+            raise InputError(
+                f"{packed.tokens.name}: nothing that is held out can be scored within data.length {length} "
+                f"({packed.counts.too_long:,} of {packed.counts.documents:,} examples are longer); raise it, or data.too_long"
+            )
     wanted, total = most / length, sum(counts.values())
     chosen: dict[str, HeldOut] = {}
     for name, packed in packings.items():
@@ -265,7 +277,7 @@ def _added(parts: Iterable[Mapping[str, SupportsFloat]]) -> dict[str, float]:
 def _in_order(tokens: Tokens, length: int, batch_rows: int, packing: Name) -> Iterator[Batch]:
     """All tokens once, in batches of rows of `length`."""
     if packing == "fit" or tokens.kind == "pairs":
-        return sequential_rows(pack(tokens, length, packing), batch_rows)
+        return sequential_rows(pack(tokens, length, packing, "cut_end"), batch_rows)
     return sequential_windows(tokens, length, batch_rows)
 
 
@@ -305,14 +317,14 @@ def _summed(model: Pretrained, tokenizer: Tokenizer, batches: Iterable[Batch], o
     return text_evaluation(_added(run(model.params, batch) for batch in batches))
 
 
-def evaluate_text(model: Pretrained, text: str, length: int | None = None, **options: Any) -> Evaluation:
-    """Loss of a model on a text, in windows of `length` tokens that each begin without a past.
+def evaluate_text(model: Pretrained, text: str | Sequence[str], length: int | None = None, **options: Any) -> Evaluation:
+    """Loss of a model on a text, or several, in windows of `length` tokens that each begin without a past.
 
-    Every token is predicted once, but for the first of the text where the model's tokenizer puts no begin token before it.
+    Every token is predicted once, but for the first of a text where the model's tokenizer puts no begin token before it.
 
     Args:
       model: from `llama_jax.load`.
-      text: any text.
+      text: any text, or texts of which each has windows of its own.
       length: tokens of a window; the model's context by default.
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
@@ -322,19 +334,21 @@ def evaluate_text(model: Pretrained, text: str, length: int | None = None, **opt
     """
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
-    ids = np.asarray(encode_prompt(model.tokenizer, text), np.int32)
-    context = model.config.context_length
+    texts = [text] if isinstance(text, str) else list(text)
+    rows = [np.asarray(encode_prompt(model.tokenizer, one), np.int32) for one in texts]
+    longest, context = max(map(len, rows), default=0), model.config.context_length
     length = context if length is None else length
-    if len(ids) < 2 or not 1 <= length <= context:
+    if longest < 2 or not 1 <= length <= context:
         raise InputError(
-            f"a text of {len(ids)} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
+            f"a text of {longest} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
             "context) expected"
         )
-    length = min(length, len(ids) - 1)
-    vocabulary = model.config.vocab_size
-    if ids.max() >= vocabulary:
-        raise InputError(f"the text holds token {ids.max()}; the vocabulary goes from 0 to {vocabulary - 1}")
-    return _summed(model, model.tokenizer, _text_windows(ids, length), options)
+    length = min(length, longest - 1)
+    vocabulary, largest = model.config.vocab_size, max(int(ids.max()) for ids in rows if len(ids))
+    if largest >= vocabulary:
+        raise InputError(f"the text holds token {largest}; the vocabulary goes from 0 to {vocabulary - 1}")
+    windows = (window for ids in rows for window in _text_windows(ids, length))
+    return _summed(model, model.tokenizer, windows, options)
 
 
 def _text_windows(ids: np.ndarray, length: int) -> Iterator[Batch]:

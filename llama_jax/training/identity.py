@@ -12,7 +12,7 @@ from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.split import Split
 from llama_jax.errors import InputError
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.corpora import sources_identity
+from llama_jax.training.corpora import packing_identity, sources_identity
 from llama_jax.training.step import TrainState
 from llama_jax.weights.checkpoint_files import read_metadata
 from llama_jax.weights.run import RUN_CHECKPOINTS
@@ -37,7 +37,7 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
         "length": data.length,
         "batch_rows": data.batch_rows,
         "seed": data.seed,
-        "packing": data.packing,
+        **packing_identity(data),
         "batch_ramp": [list(stage) for stage in data.batch_ramp],
     }
     if len(data.sources) > 1 and any(share % BLOCK for share in round_shares([source.weight for source in data.sources])):

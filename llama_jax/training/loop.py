@@ -16,7 +16,7 @@ from llama_jax.training.books import Books
 from llama_jax.training.changed_settings import changed_settings, keep_config, learning_rate_jump
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_data import micro_rows
-from llama_jax.training.corpora import make_batches, open_data, split_corpus
+from llama_jax.training.corpora import make_batches, open_data, packing_figures, packing_lines, split_corpus
 from llama_jax.training.display import Display, si
 from llama_jax.training.evaluate import (
     Evaluation,
@@ -110,7 +110,9 @@ class Run:
         self.batches = make_batches(self.data, config.data)
         require_fitting_objective(config, self.batches.unit)
         data = config.data
-        self._held_out = choose_held_out(self.data.held_out, data.length, data.packing, config.run.eval_tokens, data.seed)
+        self._held_out = choose_held_out(
+            self.data.held_out, data.length, data.packing, config.run.eval_tokens, data.seed, data.too_long
+        )
         self._take(config)
 
     def _take(self, config: TrainConfig) -> None:
@@ -167,6 +169,8 @@ class Run:
                 self._take(settle(config))
             self.hosts.first_does("changes", lambda: self._tell_changes(first, books))
             self.hosts.first_does("config", lambda: write(self.config))
+            if figures := packing_figures(self.batches):
+                books.event(first, "packing", **figures)
             self.display.start(self._heading(first, unigram), config.run.steps)
             self._samples.begin(first)
             saver = Saver(checkpoints, self.directory, config.run.checkpoint_every, self._saved_metadata, say)
@@ -237,6 +241,7 @@ class Run:
             f"{si(tokens)} tokens a step, {self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",
             f"mfu       {mfu_line(config, [device.device_kind for device in self.mesh.devices.flat])}",
             *self._mixture_lines(),
+            *[f"packing   {line}" for line in packing_lines(self.batches)],
             *self._evaluation_lines(),
             *([] if unigram is None else [f"baseline  unigram entropy of the held-out text {unigram:.3f} nats a token"]),
             f"run       {self.directory}, " + (f"going on from step {first}" if first else "from the start"),

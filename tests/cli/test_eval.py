@@ -120,10 +120,27 @@ def test_json_of_the_verb(tiny_directory, tiny, expected, text_file, capfd):
     assert result == pytest.approx(expected(20)._asdict(), rel=1e-6)
 
 
+def test_records_are_texts_of_their_own(tiny_directory, tiny, tmp_path, capsys):
+    """JSON lines are read as records, each begun without a past: not as one text with its braces."""
+    texts = ["one two three", "four five"]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\ufeff" + "".join(json.dumps({"text": text}) + "\n" for text in texts), "utf8")
+    assert run("--model", tiny_directory, "--text", path, "--length", 20, "--json") == 0
+    parts = [evaluate_text(tiny, text, 20) for text in texts]
+    wanted = sum(part.nats_per_token * part.tokens for part in parts) / sum(part.tokens for part in parts)
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == sum(part.tokens for part in parts)
+    assert result["nats_per_token"] == pytest.approx(wanted, rel=1e-5)
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    assert run("--model", tiny_directory, "--text", path) == 2
+    assert "x.jsonl:1: a conversation, text expected" in refusal(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(("content", "words"), [
-    (None, "cannot be read (No such file or directory); --text takes a text file"),
-    (b"good \xff", "not UTF-8 text at byte 5; convert it first"),
-    (b"", "a text of 0 tokens"),
+    (None, "text.txt: no such file or folder; text (.md .py"),
+    (b"good \xff", "text.txt: not UTF-8 (byte 5)"),
+    (b"", "no text in it"),
+    (b"\xef\xbb\xbf", "no text in it"),
     (b"a", "a text of 1 tokens"),
 ])  # fmt: skip
 def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
@@ -137,7 +154,7 @@ def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--text", "."], "cannot be read (Is a directory)"),
+    (["--text", "CITATION.cff"], "a file of unknown kind (.cff)"),
     (["--text", __file__, "--length", "0"], "windows of 0"),
     (["--text", __file__, "--length", "-3"], "windows of -3"),
     (["--text", __file__, "--length", "ten"], "argument --length: invalid int value: 'ten'"),

@@ -13,6 +13,47 @@ import pytest
 from tiny_runs import ROOT, child_environment
 
 from llama_jax.cli.main import run_verb
+from llama_jax.cli.prepare import main, read_fields
+from llama_jax.data.token_set import TokenSet
+from llama_jax.errors import InputError
+
+PUBLISHED = {
+    "ShareGPT": [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}], "id": i}
+                 for i in range(30)],
+    "Alpaca": [{"instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(30)],
+    "OpenAI": [{"messages": [{"role": "user", "content": [{"type": "text", "text": f"q{i}"}]},
+                             {"role": "assistant", "content": f"a{i}", "weight": 1}]} for i in range(30)],
+    "renamed": [{"question": f"q{i}", "answer": f"a{i}"} for i in range(30)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_conversations_become_the_same_tokens(tmp_path, tiny_directory, name, capsys):
+    """Four forms of 30 records, one of them beside files that are left out: the tokens and masks of all are the same."""
+    plain = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(30)]
+    values = {"plain": plain, "other": PUBLISHED[name]}
+    for folder, records in values.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text(json.dumps(records))
+    (tmp_path / "other" / "notes.pdf").write_text("no")
+    fields = ["--field", "prompt=question", "--field", "completion=answer"] if name == "renamed" else []
+    for folder in values:
+        command = ["--input", tmp_path / folder, "--output", tmp_path / f"{folder}.out", "--tokenizer", tiny_directory,
+                   "--workers", "1", "--held-out", "0.2", *(fields if folder == "other" else [])]  # fmt: skip
+        assert main([*map(str, command)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count(": chat, 30 documents") == 2
+    assert err.splitlines() == ["--input: left out, of unknown kind: notes.pdf (files: 1)"]
+    for part in ("train", "held_out"):
+        ours, theirs = (getattr(TokenSet.open(tmp_path / f"{folder}.out"), part) for folder in values)
+        for mine, other in zip(ours.read(0, ours.size), theirs.read(0, theirs.size)):
+            assert mine.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("given", [["text"], ["text="], ["txt=body"], ["text=a", "text=b"]])
+def test_wrong_fields_are_named(given):
+    with pytest.raises(InputError, match=f"--field: '{given[-1]}' given, FIELD=NAME expected, once a field, of text, messages"):
+        read_fields(given)
 
 
 def start(*arguments):

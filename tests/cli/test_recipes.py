@@ -98,7 +98,13 @@ def test_nothing_is_inherited_unsaid(name):
     config = read(name)
     assert given["model"] == name
     assert set(vars(config.optimizer)) - set(given["optimizer"]) == {"decay_fraction"}  # of `wsd` alone
-    assert set(vars(config.data)) - set(given["data"]) == {"paths", "sources", "tokenizer", "skip_steps"}
+    assert set(vars(config.data)) - set(given["data"]) == {
+        "paths",
+        "sources",
+        "tokenizer",
+        "skip_steps",
+        "too_long",
+    }  # the last of whole documents alone: not of text that is cut
     assert set(given["mesh"]) == set(vars(config.mesh))
     about_the_program = {"trackers", "profile", "sample_prompts", "sample_tokens", "hang_seconds", "max_time"}
     assert set(vars(config.run)) - set(given["run"]) == {"init", "overwrite", *about_the_program}

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.data import packing as module
 from llama_jax.data.batch import Batch, fingerprint, select_rows
 from llama_jax.data.batches import BLOCK, ROUND, Batches, Source, block_shares, round_shares, sequential_rows
 from llama_jax.data.best_fit import best_fit
-from llama_jax.data.packing import Pairs, pack
+from llama_jax.data.packing import Cut, Fit, Pairs, pack
 from llama_jax.data.permutation import permute
 from llama_jax.data.steps import Steps
 from llama_jax.data.token_file import TokenFile
@@ -105,8 +106,76 @@ def test_fit_holds_every_document_once_and_whole(lengths, room, masked):
         if len(ids) > 1
     ]
     assert sorted(seen) == sorted(wanted)
-    assert packing.cut == sum(length - 1 > room for length in lengths)
+    assert packing.counts.too_long == sum(length - 1 > room for length in lengths)
     assert packing.places == sum(len(ids) for ids, _, _ in seen)
+
+
+def kept_targets(ids, mask, room, too_long):
+    """Targets of a document and whether each counts, by hand; `None` where it is left out."""
+    pairs = list(zip(ids, mask))
+    if len(pairs) - 1 > room:
+        if too_long == "drop":
+            return None
+        pairs = pairs[-room - 1 :] if too_long == "cut_front" else pairs[: room + 1]
+        if not any(flag for _, flag in pairs[1:]):
+            return None
+    return [(token, float(flag)) for token, flag in pairs[1:]] or None
+
+
+@many
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=12),
+    st.integers(2, 8),
+    st.sampled_from(["drop", "cut_front", "cut_end"]),
+    st.sampled_from(["chat", "pairs"]),
+)
+def test_documents_that_are_too_long(lengths, room, too_long, kind):
+    documents = unique_documents(lengths[: len(lengths) // 2 * 2], masked=True)
+    packing = pack(Listed(documents, kind), room, "auto", too_long)
+    wanted = [kept_targets(ids, mask, room, too_long) for ids, mask in documents]
+    if kind == "pairs":
+        both = [pair for pair in zip(wanted[::2], wanted[1::2]) if None not in pair]
+        wanted = [answer for pair in both for answer in pair]
+    batch = packing.rows(np.arange(packing.count))
+    seen = [(int(target), float(weight)) for target, weight in zip(batch.targets.ravel(), batch.weights.ravel()) if target]
+    kept = [document for document in wanted if document is not None]
+    assert sorted(seen) == sorted(pair for document in kept for pair in document)
+    over = sum(len(ids) - 1 > room for ids, _ in documents)
+    short = sum(len(ids) == 1 for ids, _ in documents)
+    assert packing.counts.too_long == over
+    assert packing.counts.documents == len(documents)
+    if kind == "chat":
+        assert packing.counts.dropped + packing.counts.masked == len(documents) - short - len(kept)
+        assert packing.counts.dropped == (over if too_long == "drop" else 0)
+    else:
+        assert [batch.targets[row][batch.targets[row] > 0].tolist() for row in range(packing.count)] == [
+            [token for token, _ in document] for document in kept
+        ]
+
+
+def test_too_long_can_be_refused_and_depends_on_the_kind():
+    documents = [([1, 2, 3, 4, 5], [False, False, False, True, True]), ([6, 7], [False, True])]
+    with pytest.raises(
+        InputError, match=r"listed: 1 of 2 documents have more than 3 tokens \(the longest 5\); raise data\.length"
+    ):
+        pack(Listed(documents, "chat"), 3, "auto", "refuse")
+    assert pack(Listed(documents, "chat"), 3, "auto").counts == (2, 1, 1, 0)
+    assert pack(Listed(documents, "chat"), 2, "fit", "cut_end").counts == (2, 1, 0, 1)
+    assert pack(Listed(documents, "text"), 3, "fit").counts == (2, 1, 0, 0)
+    assert isinstance(pack(Listed(documents, "text"), 3, "auto"), Cut)
+    assert isinstance(pack(Listed(documents, "chat"), 3, "auto"), Fit)
+    assert isinstance(pack(Listed(documents, "chat"), 3, "cut"), Cut)
+
+
+@many
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=20), st.integers(1, 9), st.integers(1, 40))
+def test_windows_without_targets_are_counted(lengths, length, at_once):
+    tokens = Listed(unique_documents(lengths, masked=True), "chat")
+    packing = pack(tokens, length, "cut")
+    weights = packing.rows(np.arange(packing.count)).weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_WINDOWS_AT_ONCE", at_once)
+        assert packing.without_targets() == np.count_nonzero(weights.sum(axis=1) == 0)
 
 
 @many
@@ -128,7 +197,7 @@ def pair_documents(count):
 
 
 def test_pairs_stay_together_in_every_epoch():
-    packing = pack(Listed(pair_documents(7), "pairs"), 3, "cut")
+    packing = pack(Listed(pair_documents(7), "pairs"), 4, "cut")
     assert isinstance(packing, Pairs)
     batches = Batches((Source(packing, 1.0),), Steps(4), 0)
     rows = select_rows([batches.batch(step) for step in range(7)], np.arange(28))

@@ -10,11 +10,13 @@ import pytest
 from llama_jax.data import prepare as module
 from llama_jax.data.batches import sequential_windows
 from llama_jax.data.corpus import Document, is_held_out
+from llama_jax.data.encoding import encode_record
 from llama_jax.data.packing import pack
 from llama_jax.data.prepare import copy_tokenizer, encode_documents, hash_tokenizer, prepare
+from llama_jax.data.records import Record
 from llama_jax.data.split import split_documents
 from llama_jax.errors import CorruptError, InputError
-from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.text.tokenizer import encode_prompt, load_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 
@@ -208,6 +210,18 @@ def test_begin_and_end_only_where_the_tokenizer_has_them(tmp_path, documents, be
     encoded = list(encode_documents([Document("a", "alpha beta"), Document("b", "")], tokenizer))
     around = [[token] if token else [] for token in (begin, end)]
     assert encoded == [around[0] + trained.encode("alpha beta") + around[1], around[0] + around[1]]
+
+
+@pytest.mark.parametrize("adds_begin", [False, True])
+def test_documents_begin_as_prompts_do(tmp_path, documents, adds_begin):
+    """Also where a tokenizer has a begin token that prompts of its model do not begin with (`add_bos_token: false`)."""
+    trained = load_tokenizer(run(tmp_path, documents).tokenizer_path)
+    tokenizer = dataclasses.replace(trained, adds_begin=adds_begin)
+    assert tokenizer.begin_id is not None
+    (ids,) = encode_documents([Document("a", "alpha beta")], tokenizer)
+    (stored,) = encode_record(Record("a", "a", "text", "alpha beta", 10), tokenizer, None)
+    assert ids == stored.ids.tolist() == [*encode_prompt(tokenizer, "alpha beta"), tokenizer.end_id]
+    assert ids.count(tokenizer.begin_id) == adds_begin
 
 
 def test_tokenizer_hash_follows_what_defines_it(tmp_path):

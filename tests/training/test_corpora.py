@@ -24,10 +24,11 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import template_from_directory
 from llama_jax.training import setup
 from llama_jax.training.config_data import DataConfig, SourceConfig
-from llama_jax.training.corpora import make_batches, open_data
-from llama_jax.training.evaluate import Evaluation, together
+from llama_jax.training.corpora import make_batches, open_data, packing_identity, packing_lines
+from llama_jax.training.evaluate import Evaluation, choose_held_out, together
 from llama_jax.training.hosts import global_batch, row_numbers
 from llama_jax.training.loop import Run
+from llama_jax.training.metrics import read_events
 from llama_jax.training.step import micro_batches
 
 
@@ -41,6 +42,13 @@ class Quiet:
     def event(self, text): ...
 
     def finish(self, summary): ...
+
+
+class Heading(Quiet):
+    """A display that keeps what a run begins with."""
+
+    def start(self, heading, steps):
+        self.lines = heading
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,60 @@ def test_conversations_are_fitted_whole(config, folders):
     batch = batches.batch(0)
     assert 0 < batch.weights.mean() < (batch.documents > 0).mean()
     assert batch.documents.max() > 1
+
+
+def chat_run(config, folders, tmp_path, **changes):
+    """A run on the conversations, of which the shortest have 27 tokens and the longest 33."""
+    run = dataclasses.replace(config.run, dir=str(tmp_path / "chat run"), steps=1)
+    data = {"sources": (SourceConfig(str(folders / "chat")),), "length": 40, **changes}
+    return dataclasses.replace(config, run=run, data=dataclasses.replace(config.data, **data))
+
+
+@pytest.mark.usefixtures("_one_device")
+def test_conversations_that_are_too_long_are_told(config, folders, tmp_path):
+    opened = open_data(chat_run(config, folders, tmp_path))
+    lengths = opened.train[0].lengths()
+    length = int(np.median(lengths))  # so that about half are longer
+    over = int(np.count_nonzero(lengths - 1 > length))
+    assert 0 < over < len(lengths)
+    made = chat_run(config, folders, tmp_path, length=length)
+    display = Heading()
+    Run(made, display).train()
+    line = f"{over} of {len(lengths)} examples have more than data.length {length} tokens: {over} dropped (data.too_long)"
+    assert any(line in text for text in display.lines)
+    events = read_events(pathlib.Path(made.run.dir) / "metrics.jsonl")
+    assert {"step": 0, "event": "packing", "documents": len(lengths), "too_long": over, "dropped": over, "masked": 0} in events
+    longer = dataclasses.replace(made.run, steps=2)
+    for changes in ({"too_long": "cut_end"}, {"packing": "cut"}):
+        with pytest.raises(InputError, match="holds a run with"):
+            Run(dataclasses.replace(made, run=longer, data=dataclasses.replace(made.data, **changes)), Quiet())
+
+
+def test_conversations_without_an_answer_in_reach_are_refused(config, folders, tmp_path):
+    for changes in ({"length": 4}, {"length": 4, "too_long": "cut_end"}):
+        made = chat_run(config, folders, tmp_path, **changes)
+        with pytest.raises(
+            InputError, match=r"chat: no example with an answer fits into data\.length 4 \(\d+ of \d+ are longer"
+        ):
+            make_batches(open_data(made), made.data)
+        with pytest.raises(InputError, match=r"nothing that is held out can be scored within data\.length 4"):
+            choose_held_out(open_data(made).held_out, 4, "auto", 0, 0, made.data.too_long)
+    cut = chat_run(config, folders, tmp_path, length=2, batch_rows=1, packing="cut")
+    with pytest.raises(InputError, match=r"data\.packing cut: \d+ of \d+ sequences of 2 tokens hold no answer"):
+        make_batches(open_data(cut), cut.data)
+    cut = chat_run(config, folders, tmp_path, length=32, packing="cut")
+    (line,) = packing_lines(make_batches(open_data(cut), cut.data))
+    assert "most begin in the middle of one; data.packing fit" in line
+
+
+def test_what_checkpoints_say_of_packing(folders):
+    def told(name, **changes):
+        sources = (SourceConfig(str(folders / name)),) if name else ()
+        return packing_identity(DataConfig(sources=sources, **changes))
+
+    assert told(None) == told("a") == told("a", too_long="drop") == {"packing": "cut"}  # as runs of before have it
+    assert told("chat", packing="fit", too_long="cut_end") == {"packing": "fit"}
+    assert told("chat") == {"packing": "fit", "too_long": "auto"}
 
 
 def test_tokens_that_the_model_lacks_are_refused(config):
