@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_jax.cli.continued import Answered, answered, continued, identity_of
 from llama_jax.cli.requests import Reader, Request, bound
-from llama_jax.cli.settings import OWN, SEEDS, check_bias, penalised, settings_of
+from llama_jax.cli.settings import OWN, check_bias, penalised, settings_of
 from llama_jax.cli.writing import Meter, as_dict, as_json, note
 from llama_jax.errors import InputError
 from llama_jax.training.display import duration
@@ -147,10 +147,14 @@ def batches(job: Job, lengths: Sequence[int]) -> Iterator[list[Request]]:
 
 def batch_settings(batch: Sequence[Request], samples: int) -> dict[str, Any]:
     """Settings of `llama_jax.generation.text.stream` for a batch, one a row."""
-    rows = [(request.settings, sample) for request in batch for sample in range(samples)]
-    per_row: dict[str, Any] = {name: [settings[name] for settings, _ in rows] for name in OWN}
-    seeds = [(settings["seed"] + sample) % SEEDS for settings, sample in rows]
-    return {**per_row, "seed": seeds, "max_new_tokens": batch[0].settings["max_new_tokens"], "samples": samples}
+    import jax.numpy as jnp
+
+    from llama_jax.generation.sampling import row_keys
+
+    rows = [request.settings for request in batch for _ in range(samples)]
+    per_row: dict[str, Any] = {name: [settings[name] for settings in rows] for name in OWN}
+    keys = jnp.concatenate([row_keys(request.settings["seed"], samples, request.first_key) for request in batch])
+    return {**per_row, "seed": keys, "max_new_tokens": batch[0].settings["max_new_tokens"], "samples": samples}
 
 
 def _answer(

@@ -292,7 +292,8 @@ def _stop_array(stop_ids: list[list[int]]) -> np.ndarray:
 
 def _padded(settings: Any, rows: int) -> Any:
     """The same settings with the last row's repeated for rows that only fill up."""
-    return jax.tree.map(lambda x: np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)], mode="edge"), settings)
+    last = np.minimum(np.arange(rows), jax.tree.leaves(settings)[0].shape[0] - 1)
+    return jax.tree.map(lambda x: x[last] if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)[last], settings)
 
 
 def stop_reason(token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:

@@ -78,12 +78,12 @@ def _distribution(logits: Float[Array, "B ... V"], sampling: Sampling) -> Float[
 def _keys(sampling: Sampling, positions: Int[Array, "B ..."], use: int) -> Array:
     """A key for each row, position and use."""
 
-    def one(seed: Array, at: Array) -> Array:
+    def one(key: Array, at: Array) -> Array:
         """Of one position of one row."""
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), use)
+        return jax.random.fold_in(jax.random.fold_in(key, at), use)
 
     per_row = one if positions.ndim == 1 else jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(per_row)(sampling.seed, positions)
+    return jax.vmap(per_row)(sampling.key, positions)
 
 
 def _drawn(probabilities: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:

@@ -231,7 +231,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4
         `min_p` (0): a row; draw from tokens at least this fraction as probable as the best.
         `repetition_penalty` (1), `presence_penalty` (0), `frequency_penalty` (0): a row; see `Penalties`.
         `logit_bias`: a row; token id -> number added to its logit.
-        `seed` (0): of the draws, a row; row `i` draws with `seed + i` if one is given for all.
+        `seed` (0): a number or a `jax.random.key`, for all rows, which sample independently of each other, or one a row.
         `stop`: a row; strings that end the text and are no part of it.
         `stop_ids`: a row; token ids that end the text, beside the model's own.
         `samples` (1): answers to each prompt, which share its prefill; each is a row.

@@ -16,6 +16,7 @@ from llama_jax.cli.infer import main
 from llama_jax.cli.many import Job, batches
 from llama_jax.cli.program import run_program
 from llama_jax.cli.requests import Request
+from llama_jax.generation.sampling import row_keys
 from llama_jax.generation.text import generate
 from llama_jax.weights.load import load
 
@@ -52,7 +53,7 @@ def one_by_one(tiny, line: dict, index: int, **settings) -> list:
     if "logit_bias" in own:
         own["logit_bias"] = {int(token): value for token, value in own["logit_bias"].items()}
     prompt = line.get("prompt") or line["messages"]
-    return generate(tiny, [prompt], **{"seed": index, "max_new_tokens": 12, **settings, **own})
+    return generate(tiny, [prompt], **{"seed": row_keys(0, 1, index), "max_new_tokens": 12, **settings, **own})
 
 
 def test_answers_are_those_asked_one_by_one(tiny, tiny_directory, tmp_path, capsys):
@@ -250,7 +251,7 @@ def test_two_processes_do_not_write_one_file(tiny_directory, tmp_path, capsys):
 @pytest.mark.parametrize("done", [0, 3, 11])
 def test_batches(done):
     """Every request that is not answered yet, in batches that do not depend on what is, of one limit, and sorted by length."""
-    requests = [Request(i, i + 1, None, "", {"max_new_tokens": 5 + i % 2}, "") for i in range(40)]
+    requests = [Request(i, i + 1, None, "", {"max_new_tokens": 5 + i % 2}, 0, "") for i in range(40)]
     lengths = [(7 * i) % 40 for i in range(40)]
     found = list(batches(Job(requests, 1, None, 2, done), lengths))
     every = list(batches(Job(requests, 1, None, 2, 0), lengths))
