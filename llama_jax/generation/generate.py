@@ -52,7 +52,7 @@ class Generator:
           config: the architecture.
           mesh: devices to decode on together: rows over the axes of `batch`, heads over those of `kv_heads` in the rules.
           speculation: how to guess tokens ahead, without any change to what is drawn; `None` draws one at a time.
-          **options: of `ModelOptions`, except `scan`.
+          **options: of `ModelOptions`, except `scan`; `dtype` is that of the parameters unless given.
         """
         self.params = params
         self.speculation = speculation

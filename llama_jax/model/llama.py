@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from llama_jax.axes import Array, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
+from llama_jax.model.adapters import Adapted
 from llama_jax.model.attention import Mask
 from llama_jax.model.cache import Cache
 from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gathered_weight, layer_class, scanned_layers
@@ -139,8 +140,23 @@ class Llama(nn.Module):
         return self.unembed(self.features(inputs, documents).last)
 
 
+def parameter_dtype(params: Parameters) -> str:
+    """The dtype that parameters are in: that of the embedding table, or of the norms where the table is quantized."""
+    table = params["embedding"]
+    table = table.weight if isinstance(table, Adapted) else table
+    dtype = params["final_norm"]["scale"].dtype if isinstance(table, Quantized) else table.dtype
+    return jnp.dtype(dtype).name
+
+
 def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Llama:
-    """The module that fits the form of a parameter tree; `options` are those of `ModelOptions` except `scan`."""
+    """The module that fits a parameter tree: its form and, unless `dtype` is among the options, its dtype.
+
+    Args:
+      params: parameters, stacked or unrolled.
+      config: the architecture.
+      **options: of `ModelOptions`, except `scan`.
+    """
+    options = {"dtype": parameter_dtype(params), **options}
     return Llama(config, ModelOptions(scan="layers" in params, **options))  # type: ignore[arg-type]
 
 
@@ -168,7 +184,7 @@ def logits(
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
       config: the architecture.
       documents: document numbers of packed rows.
-      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
     """
     return _logits(params, inputs, documents, config, model_for(params, config, **options).options)
 
@@ -195,7 +211,7 @@ def hidden_states(
       params: parameters, stacked or unrolled.
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
       config: the architecture.
-      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
     """
     return _hidden_states(params, inputs, config, model_for(params, config, **options).options)
 

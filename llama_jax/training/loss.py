@@ -103,7 +103,7 @@ def mean_loss(
       config: the architecture.
       weights: how much each token counts as a target; the first column does not matter. All alike by default. They are
         constants: no gradient reaches them.
-      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
 
     Raises:
       InputError: for rows of fewer than two tokens.
