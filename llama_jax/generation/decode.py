@@ -16,6 +16,7 @@ from llama_jax.model.llama import Llama, apply
 from llama_jax.model.splash import fits_splash
 
 NOTHING = -1  # stands in the output where a row was already done
+BROKEN = -2  # stands there once where the logits of a row are NaN or infinite, which ends the row
 
 
 class Progress(NamedTuple):
@@ -42,7 +43,7 @@ class Drawn(NamedTuple):
     Log-probabilities are those of the model itself, before bias, penalties, temperature and restriction.
 
     Attributes:
-      token: `NOTHING` where a row was done.
+      token: `NOTHING` where a row was done, `BROKEN` where its logits are not finite.
       logprob: of the token; `None` if not asked for.
       top_tokens: the `n` most probable tokens; `None` unless `n > 0` were asked for.
       top_logprobs: their log-probabilities.
@@ -58,7 +59,8 @@ class Rollout(NamedTuple):
     """What `generate_tokens` gives.
 
     Attributes:
-      tokens: new tokens, filled up with `NOTHING` after a row's stop token.
+      tokens: new tokens, filled up with `NOTHING` (-1) after a row's stop token; `BROKEN` (-2) is the last of a row whose
+        logits are NaN or infinite, with a log-probability of NaN.
       logprobs: the log-probability of each under the model, 0 where there is none.
     """
 
@@ -126,17 +128,27 @@ def measured(logits: Float[Array, "*R V"], token: Int[Array, " *R"], drawn: Int[
     return Drawn(drawn, chosen, tokens, values)
 
 
+def finite(logits: Float[Array, "*R V"]) -> Bool[Array, " *R"]:
+    """Whether the largest logit is a number: not NaN, which is larger than any other for `argmax`, and not infinite.
+
+    A look-up at the place that decoding looks for anyway, instead of another pass over the vocabulary.
+    """
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1))[..., 0]
+
+
 def _draw(
     logits: Float[Array, "B V"], progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"], logprobs: int | None
 ) -> tuple[Progress, Drawn]:
     """Draws the next token of each row that is not done."""
     done, history = progress.done, progress.history
-    token = sample(adjust(logits, sampling, history), sampling, progress.cache.lengths)
+    adjusted = adjust(logits, sampling, history)
+    token, broken = sample(adjusted, sampling, progress.cache.lengths), ~done & ~finite(adjusted)
     if history is not None:
         history = remember(history, token, ~done)
-    drawn = measured(logits, token, jnp.where(done, NOTHING, token), logprobs)
+    drawn = measured(logits, token, jnp.where(done, NOTHING, jnp.where(broken, BROKEN, token)), logprobs)
     remaining = progress.remaining - jnp.where(done, 0, 1)
-    done = done | jnp.any(token[:, None] == stop_ids, axis=1) | (remaining <= 0)
+    done = done | broken | jnp.any(token[:, None] == stop_ids, axis=1) | (remaining <= 0)
     return Progress(token, progress.cache, remaining, done, history), drawn
 
 

@@ -5,7 +5,6 @@ lm = llama_jax.harness_model(llama_jax.load("SmolLM2-135M-Instruct.Q4_1.gguf"))
 print(lm_eval.simple_evaluate(lm, tasks=["hellaswag"], limit=100)["results"])
 """
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -87,20 +86,19 @@ class HarnessMethods:
           InputError: for settings of a task that are unknown here.
         """
         plans = [_plan(request.args[0], request.args[1], self._max_new_tokens) for request in requests]
-        order = sorted(range(len(plans)), key=lambda i: (plans[i].limit, len(plans[i].context)))
+        order = sorted(range(len(plans)), key=lambda i: (plans[i].limit.bit_length(), len(plans[i].context)))
         answers: dict[int, str] = {}
-        for limit, group in itertools.groupby(order, key=lambda i: plans[i].limit):
-            rows = list(group)
-            for first in range(0, len(rows), self._batch_size):
-                batch = rows[first : first + self._batch_size]
-                answers.update(zip(batch, self._written([plans[i] for i in batch], limit)))
+        for first in range(0, len(order), self._batch_size):
+            batch = order[first : first + self._batch_size]
+            answers.update(zip(batch, self._written([plans[i] for i in batch])))
         return [answers[i] for i in range(len(plans))]
 
-    def _written(self, plans: Sequence[_Plan], limit: int) -> list[str]:
+    def _written(self, plans: Sequence[_Plan]) -> list[str]:
         settings: dict[str, Any] = {name: [plan.sampling[name] for plan in plans] for name in _UNCHANGED}
         found = generate(
-            self._model, [self._prompt(plan.context, limit) for plan in plans], max_new_tokens=limit,
-            stop=[plan.stops for plan in plans], generator=self._generator, **settings,
+            self._model, [self._prompt(plan.context, plan.limit) for plan in plans],
+            max_new_tokens=[plan.limit for plan in plans], stop=[plan.stops for plan in plans],
+            generator=self._generator, **settings,
         )  # fmt: skip
         return [completion.text for completion in found]
 

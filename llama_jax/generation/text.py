@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
-from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole
+from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole, wholes
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.sampling import make_sampling
 from llama_jax.generation.session import NewTokens, Session, joined, stop_reason
@@ -181,10 +181,11 @@ class TextSession:
     ) -> None:
         check_names(settings, _SETTINGS)
         check_texts(prompts)
-        samples, max_new_tokens = whole("samples", samples, 1), whole("max_new_tokens", max_new_tokens, 0)
+        samples = whole("samples", samples, 1)
         tokenizer = require_tokenizer(model)
         encoded = [encode_user(model, prompt, chat) for prompt in prompts]
         rows = len(prompts) * samples
+        limits = wholes("max_new_tokens", max_new_tokens, rows, 0)
         sampling = make_sampling(rows, **{name: settings.pop(name) for name in _SAMPLING if name in settings})
         stops = stop_strings(stop, rows)
         ends = [[*model.stop_ids, *own] for own in stop_table(stop_ids, rows)]
@@ -193,9 +194,9 @@ class TextSession:
         self._rows = [
             _Row(tokenizer, prompts[row // samples], encoded[row // samples], stops[row], ends[row]) for row in range(rows)
         ]
-        self._limits = [min(max_new_tokens, model.config.context_length - len(row.ids)) for row in self._rows]
+        self._limits = [min(limit, model.config.context_length - len(row.ids)) for limit, row in zip(limits, self._rows)]
         self.session: Session = generator.start(
-            encoded, max_new_tokens, sampling, ends, samples=samples, logprobs=logprobs, prefix=prefix, speculation=speculation
+            encoded, limits, sampling, ends, samples=samples, logprobs=logprobs, prefix=prefix, speculation=speculation
         )
 
     def stream(self, chunk: int) -> Iterator[Piece]:
@@ -223,7 +224,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4
       prompts: texts, or conversations as lists of messages `{"role": ..., "content": ...}`.
       chunk: decoding steps between two pieces, up to 32.
       **settings: any of these:
-        `max_new_tokens` (128): limit of new tokens a prompt; the model's context is another.
+        `max_new_tokens` (128): a row; limit of new tokens; the model's context is another.
         `chat` (False): whether a text is one user message, to be put through the model's chat template.
         `temperature` (0): a row; 0 for the most probable token always.
         `top_k` (0): a row; draw from the `k` most probable tokens only; 0 for all.

@@ -59,6 +59,13 @@ def test_settings_per_prompt(tiny, completions):
     assert greedy[1].token_ids != completions[1].token_ids
 
 
+def test_each_row_has_its_own_limit(tiny, completions):
+    """Samples of a prompt too, and beside a limit that the context sets."""
+    got = generate(tiny, PROMPTS, max_new_tokens=[4, 30, 0], temperature=1.0, seed=4)
+    assert [row.token_ids for row in got] == [row.token_ids[:limit] for row, limit in zip(completions, (4, 30, 0))]
+    assert [row.new_tokens for row in generate(tiny, ["a"], samples=2, max_new_tokens=[2, 1])] == [2, 1]
+
+
 def test_chat_goes_through_the_template(tiny):
     special, encode = tiny.tokenizer.special_tokens, tiny.tokenizer.encode
     written = ["<|im_start|>", "user\nHi", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
@@ -88,7 +95,7 @@ def test_a_prompt_that_fills_the_context(tiny):
     ("a", {"attention": "flash"}, "attention backend 'flash'"),
     ("a", {"tempreature": 1}, "setting 'tempreature' is unknown; the nearest is temperature"),
     ("a", {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
-    ("a", {"max_new_tokens": [3]}, r"max_new_tokens: \[3\] given; a whole number expected"),
+    ("a", {"max_new_tokens": [3, 4]}, "max_new_tokens: 2 values given for 1 rows; one for all or one a row expected"),
     ("a", {"stop": 3}, "stop: 3 given; texts that end an answer expected"),
     ("a", {"stop": [["a", 3]]}, "stop: .* one list a row expected"),
     ("a", {"logprobs": 1000}, "logprobs: 1000 given; 0 to 100 expected"),
