@@ -113,13 +113,17 @@ def encode_user(model: Pretrained, prompt: Prompt, chat: bool) -> list[int]:
 
 
 class _Row:
-    """An answer on its way: the tokens so far and the text that they make."""
+    """An answer on its way: the tokens so far and the text that they make.
+
+    What a chunk costs does not depend on how much came before it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, ids: list[int], stops: Sequence[str], stop_ids: list[int]) -> None:
         self.prompt, self.ids = prompt, ids
         self.finished = False
+        self.count = 0  # new tokens
         self._parts: list[NewTokens] = []
-        self._text = ""
+        self._texts: list[str] = []
         self._stop_ids = stop_ids
         self._vocab_size = tokenizer.vocab_size
         self._decoder = StreamDecoder(tokenizer)
@@ -127,7 +131,6 @@ class _Row:
 
     def take(self, new: NewTokens, limit: int) -> str:
         """Adds tokens up to the one that ends the row; the text that became certain."""
-        before = len(self.new.token_ids)
         added, used = "", 0
         for token in new.token_ids:
             used += 1
@@ -136,24 +139,20 @@ class _Row:
             added += self._watch.push(self._decoder.push(token)) if known else ""
             if self._watch.found:
                 break
+        self.count += used
         self._parts.append(new.first(used))
-        ended = stop_reason(self.new.token_ids, self._stop_ids) == "stop"
-        self.finished = self._watch.found or before + used >= limit or ended
+        ended = stop_reason(new.token_ids[:used], self._stop_ids) == "stop"
+        self.finished = self._watch.found or self.count >= limit or ended
         if self.finished:
             added += self._watch.push(self._decoder.flush()) + self._watch.flush()
-        self._text += added
+        self._texts.append(added)
         return added
-
-    @property
-    def new(self) -> NewTokens:
-        """The new tokens."""
-        return joined(self._parts)
 
     def completion(self) -> Completion:
         """The row as a result."""
-        ids, logprobs, top = self.new
+        ids, logprobs, top = joined(self._parts)
         reason = "stop_string" if self._watch.found else stop_reason(ids, self._stop_ids)
-        return Completion(self.prompt, self._text, ids, reason, len(self.ids), len(ids), logprobs, top)
+        return Completion(self.prompt, "".join(self._texts), ids, reason, len(self.ids), len(ids), logprobs, top)
 
 
 class TextSession:
@@ -205,11 +204,11 @@ class TextSession:
             for i, (row, new, limit) in enumerate(zip(self._rows, chunks, self._limits)):
                 if row.finished:
                     continue
-                before = len(row.new.token_ids)
+                before = row.count
                 text = row.take(new, limit)
                 if row.finished:
                     self.session.finish(i)
-                yield Piece(i, text, len(row.new.token_ids) - before, row.completion() if row.finished else None)
+                yield Piece(i, text, row.count - before, row.completion() if row.finished else None)
             if all(row.finished for row in self._rows):
                 return
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from llama_jax.errors import InputError
 from llama_jax.generation.checks import check_texts
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.sampling import make_sampling, row_keys
-from llama_jax.generation.text import Completion, encode_user, generate, stream
+from llama_jax.generation.session import NewTokens
+from llama_jax.generation.text import Completion, _Row, encode_user, generate, stream
 from llama_jax.weights.load import Pretrained, load
 
 PROMPTS = ["The cat sat", "你好 🎉", "a"]
@@ -137,3 +139,19 @@ def test_a_generator_of_another_model_is_refused(tiny):
         generate(tiny, ["a"], generator=Generator(tiny.params, other))
     with pytest.raises(InputError, match="chunk: 'a' given"):
         next(stream(tiny, ["a"], chunk="a"))
+
+
+def test_the_work_of_a_long_answer_grows_with_its_length_alone(tiny):
+    """Eight times the tokens, about eight times the time; it was fifty times."""
+
+    def seconds(pieces: int) -> float:
+        def once() -> float:
+            row, started = _Row(tiny.tokenizer, "a", [1], ["zzz"], []), time.process_time()
+            for _ in range(pieces):
+                row.take(NewTokens([70, 71], [-1.0, -2.0]), 10**9)
+            assert len(row.completion().token_ids) == 2 * pieces == row.count
+            return time.process_time() - started
+
+        return min(once() for _ in range(3))
+
+    assert seconds(4000) < 20 * seconds(500)
