@@ -1,5 +1,6 @@
 """Autoregressive decoding as pure functions: prefill, one step, and a loop with early exit. No host work inside."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from llama_jax.generation.sampling import History, Sampling, adjust, begin_histo
 from llama_jax.model.cache import Cache, init_cache, take_rows
 from llama_jax.model.llama import Llama, apply
 from llama_jax.model.splash import fits_splash
+from llama_jax.parallel.context import whole_rows
 
 NOTHING = -1  # stands in the output where a row was already done
 BROKEN = -2  # stands there once where the logits of a row are NaN or infinite, which ends the row
@@ -206,7 +208,7 @@ def generate_tokens(
     model: Llama,
     params: Parameters,
     prompts: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    lengths: Int[Array, " N"],
     sampling: Sampling,
     stop_ids: Int[Array, "*R M"] | Sequence[int],
     max_new_tokens: Unchecked,
@@ -228,7 +230,7 @@ def generate_tokens(
 
     Raises:
       InputError: while it is traced, for a `max_new_tokens` that is no whole number from 0 on, or that with `T` goes beyond
-        the context.
+        the context; for lengths of another number of prompts and sampling of another number of rows.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     rows, length = prompts.shape
@@ -239,6 +241,14 @@ def generate_tokens(
             f"{context} (the model's context) or fewer together expected"
         )
     total = rows * samples
+    if lengths.shape != (rows,):
+        raise InputError(f"lengths of shape {list(lengths.shape)} given for {rows} prompts; one a prompt expected")
+    if sampling.temperature.shape != (total,):
+        raise InputError(
+            f"sampling for {sampling.temperature.shape[0]} rows given with {rows} prompts and {samples} samples of each; "
+            f"make_sampling({total}, ...) expected: prompts times samples"
+        )
+    model = Llama(model.config, dataclasses.replace(model.options, rules=whole_rows(model.options.rules)))
     if max_new_tokens == 0:
         return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
     options = model.options

@@ -1,5 +1,6 @@
 """Generation driven from the host: prompts in lists, compiled programs by bucket, tokens streamed in chunks."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -50,10 +51,17 @@ class Generator:
         Args:
           params: in either form (unrolled decodes faster); with a mesh, sharded over it as `load` or training leave them.
           config: the architecture.
-          mesh: devices to decode on together: rows over the axes of `batch`, heads over those of `kv_heads` in the rules.
+          mesh: devices to decode on together: rows over the axes of `batch`, heads over those of `kv_heads` in the rules. A
+            warning says where `fsdp` would have every weight gathered at every step.
           speculation: how to guess tokens ahead, without any change to what is drawn; `None` draws one at a time.
           **options: of `ModelOptions`, except `scan`; `dtype` is that of the parameters unless given.
         """
+        if mesh is not None and mesh.shape.get("fsdp", 1) > 1:
+            warnings.warn(
+                f"a mesh with fsdp {mesh.shape['fsdp']} given: every decoding step gathers every weight; tensor in its place "
+                "leaves them where they are",
+                stacklevel=2,
+            )
         self.params = params
         self.speculation = speculation
         resolved = with_kernel(model_for(params, config, **options).options, config, platform_of(params, mesh))

@@ -11,7 +11,7 @@ from llama_jax.axes import Array, Bool, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
 from llama_jax.errors import InputError
-from llama_jax.model.llama import Llama, apply, model_for
+from llama_jax.model.llama import Llama, apply, model_for, require_inputs
 from llama_jax.parallel.context import balanced_positions, parts_of
 from llama_jax.parallel.sharding import constrain
 from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, row_losses
@@ -91,7 +91,7 @@ def next_token(z_loss: float) -> Objective:
 
 def mean_loss(
     params: Parameters,
-    tokens: Int[Array, "B T"],
+    tokens: Any,
     config: LlamaConfig,
     weights: Num[Array, "B T"] | Bool[Array, "B T"] | None = None,
     **options: Any,
@@ -100,16 +100,20 @@ def mean_loss(
 
     Args:
       params: parameters, stacked or unrolled.
-      tokens: token ids; the first one is only given and the last one only predicted. All `T` of them are run, so that the
-        length suits a kernel whenever `T` does; nothing is asked of what follows the last.
+      tokens: token ids `[B, T]`, integers; the first one is only given and the last one only predicted. All `T` of them are
+        run, so that the length suits a kernel whenever `T` does; nothing is asked of what follows the last.
       config: the architecture.
       weights: how much each token counts as a target, numbers or booleans; the first column does not matter. All alike by
         default. They are constants: their gradient is 0.
       **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
 
     Raises:
-      InputError: for rows of fewer than two tokens.
+      InputError: for rows of fewer than two tokens, and for what is no array `[B, T]` of integers.
     """
+    require_inputs(tokens)
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"tokens: {tokens.dtype} given; token ids, integers, expected")
     if tokens.shape[1] < 2:
         raise InputError(f"rows of {tokens.shape[1]} tokens given; at least 2 expected, one to predict the other from")
     given = jnp.ones(tokens.shape) if weights is None else lax.stop_gradient(jnp.asarray(weights, jnp.float32))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +67,9 @@ class Samples:
         if not self._prompts:
             return
         options = self._model.options  # the programs are compiled at the first call, and found again at the later ones
-        generator = Generator(params, self._model.config, self._mesh, dtype=options.dtype, rules=options.rules)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a few tokens on the mesh of a training, whatever it gathers
+            generator = Generator(params, self._model.config, self._mesh, dtype=options.dtype, rules=options.rules)
         try:
             rows = generator.generate(self._ids, self._new_tokens, stop_ids=stop_ids(self._tokenizer))
         except NotFiniteError as error:  # the guard of the run decides what becomes of it
