@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llama_jax.presets import PRESETS, preset
     from llama_jax.text.chat import ChatTemplate, Dialogue, encode_chat, encode_dialogue
     from llama_jax.text.formats import named_format
-    from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+    from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
     from llama_jax.training.choices import Accuracy, Question, evaluate_choices, read_questions
     from llama_jax.training.evaluate import evaluate_text
     from llama_jax.training.loss import mean_loss
@@ -60,7 +60,7 @@ _MODULES = {
     "presets": ("PRESETS", "preset"),
     "text.chat": ("ChatTemplate", "Dialogue", "encode_chat", "encode_dialogue"),
     "text.formats": ("named_format",),
-    "text.tokenizer": ("Tokenizer", "load_tokenizer"),
+    "text.tokenizer": ("Tokenizer", "encode_prompt", "load_tokenizer"),
     "training.choices": ("Accuracy", "Question", "evaluate_choices", "read_questions"),
     "training.evaluate": ("evaluate_text",),
     "training.loss": ("mean_loss",),
@@ -96,6 +96,7 @@ __all__ = [
     "embed",
     "encode_chat",
     "encode_dialogue",
+    "encode_prompt",
     "evaluate_choices",
     "evaluate_text",
     "export_hugging_face",

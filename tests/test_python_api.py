@@ -112,6 +112,14 @@ def test_conversation_scores_and_export(session):
     assert exported.stop_ids == session["model"].stop_ids
 
 
+def test_no_example_leaves_the_begin_token_out():
+    """`encode` gives words without the token that a model expects before them; `encode_prompt` is for prompts."""
+    root = pathlib.Path(__file__).parent.parent
+    shown = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "examples").glob("*.py")]
+    assert [str(path) for path in shown if "tokenizer.encode(" in path.read_text("utf8")] == []
+    assert "llama_jax.encode_prompt(tokenizer, " in shown[0].read_text("utf8")
+
+
 def test_rollouts_and_meshes(tiny_directory):
     """The README's last example, on a tiny model: samples of a prompt lie side by side, and a mesh is one more argument."""
     tiny = llama_jax.load(tiny_directory, form="stacked")
@@ -119,7 +127,7 @@ def test_rollouts_and_meshes(tiny_directory):
     lengths = jnp.asarray(np.asarray([len(row) for row in ids], np.int32))
     prompts = jnp.asarray(np.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32))
     names = {"jax": jax, "llama_jax": llama_jax, "config": tiny.config, "params": tiny.params, "prompts": prompts,
-             "lengths": lengths, "stop_ids": jnp.asarray([2]), "path": tiny_directory}  # fmt: skip
+             "lengths": lengths, "step": 3, "stop_ids": jnp.asarray([2]), "path": tiny_directory}  # fmt: skip
     example = README_EXAMPLES[2].replace("256, 4", "6, 4").replace("tensor=4", "tensor=1, fsdp=-1")
     exec(example.replace("temperature=0.7", "max_new_tokens=6"), names)
     assert names["rollout"].tokens.shape == names["rollout"].logprobs.shape == (8, 6)

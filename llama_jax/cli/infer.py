@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.options import OptionParser, add_model_options, add_run_options, add_sampling_options
-from llama_jax.cli.settings import SEEDS, check_bias, settings_of
+from llama_jax.cli.settings import check_bias, settings_of
 from llama_jax.cli.writing import Meter, in_order, note, prepare_output, write_json, write_text
 from llama_jax.errors import InputError
 
@@ -106,6 +106,7 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
     from llama_jax.cli.models import load_model
     from llama_jax.generation.beginning import common_beginning, saved, shared_prefix
     from llama_jax.generation.checks import check_prompts
+    from llama_jax.generation.sampling import row_keys
     from llama_jax.generation.text import encode_user, stream
 
     model, generator = load_model(options)
@@ -117,8 +118,9 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
     seed = settings.pop("seed")
     for start in range(0, len(asked), options.batch_size):
         batch = slice(start, start + options.batch_size)
-        seeds = {"seed": (seed + start * options.samples) % SEEDS}  # row i draws with seed + i, whatever its batch
-        pieces = stream(model, asked[batch], chat=options.chat, generator=generator, prefix=prefix, **seeds, **settings)
+        rows = len(asked[batch]) * options.samples
+        keys = row_keys(seed, rows, start * options.samples)  # a text has the same random numbers, whatever its batch
+        pieces = stream(model, asked[batch], chat=options.chat, generator=generator, prefix=prefix, seed=keys, **settings)
         _write(options, prompts[batch], meter.watch(pieces))
         reused += options.samples * saved(prefix, map(len, encoded[batch]))
     note(meter.report(generator.programs.compilations, reused))

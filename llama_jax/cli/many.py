@@ -6,7 +6,6 @@ lie where they lie whatever was answered before: a continued output is the one t
 
 import argparse
 import io
-import itertools
 import os
 import pathlib
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_jax.cli.continued import Answered, answered, continued, identity_of
 from llama_jax.cli.requests import Reader, Request, bound
-from llama_jax.cli.settings import OWN, SEEDS, check_bias, penalised, settings_of
+from llama_jax.cli.settings import OWN, check_bias, penalised, settings_of
 from llama_jax.cli.writing import Meter, as_dict, as_json, note
 from llama_jax.errors import InputError
 from llama_jax.training.display import duration
@@ -129,28 +128,31 @@ def measured(model: "Pretrained", requests: Sequence[Request], name: str) -> tup
 
 
 def batches(job: Job, lengths: Sequence[int]) -> Iterator[list[Request]]:
-    """The requests in batches of about the same length, window after window, without those answered already."""
+    """The requests in batches of like limits and lengths, window after window, without those answered already."""
     window = _WINDOW * job.batch_size
     for start in range(0, len(job.requests), window):
-        # All of a batch have one limit of new tokens.
-        keys = {
-            request.number: (request.settings["max_new_tokens"], lengths[request.number], request.number)
+        # A short answer would wait for a long one beside it: limits within a factor of two come together.
+        keys = [
+            (request.settings["max_new_tokens"].bit_length(), lengths[request.number], request.number)
             for request in job.requests[start : start + window]
-        }
-        for _, same in itertools.groupby(sorted(keys.values()), key=lambda key: key[0]):
-            numbers = [number for *_, number in same]
-            for at in range(0, len(numbers), job.batch_size):
-                batch = numbers[at : at + job.batch_size]
-                if any((number + 1) * job.samples > job.done for number in batch):
-                    yield [job.requests[number] for number in batch]
+        ]
+        numbers = [number for *_, number in sorted(keys)]
+        for at in range(0, len(numbers), job.batch_size):
+            batch = numbers[at : at + job.batch_size]
+            if any((number + 1) * job.samples > job.done for number in batch):
+                yield [job.requests[number] for number in batch]
 
 
 def batch_settings(batch: Sequence[Request], samples: int) -> dict[str, Any]:
     """Settings of `llama_jax.generation.text.stream` for a batch, one a row."""
-    rows = [(request.settings, sample) for request in batch for sample in range(samples)]
-    per_row: dict[str, Any] = {name: [settings[name] for settings, _ in rows] for name in OWN}
-    seeds = [(settings["seed"] + sample) % SEEDS for settings, sample in rows]
-    return {**per_row, "seed": seeds, "max_new_tokens": batch[0].settings["max_new_tokens"], "samples": samples}
+    import jax.numpy as jnp
+
+    from llama_jax.generation.sampling import row_keys
+
+    rows = [request.settings for request in batch for _ in range(samples)]
+    per_row: dict[str, Any] = {name: [settings[name] for settings in rows] for name in OWN}
+    keys = jnp.concatenate([row_keys(request.settings["seed"], samples, request.first_key) for request in batch])
+    return {**per_row, "seed": keys, "samples": samples}
 
 
 def _answer(
@@ -159,6 +161,7 @@ def _answer(
 ) -> None:  # fmt: skip
     """Decodes batch after batch; writes every answer as soon as those before it are written."""
     from llama_jax.generation.beginning import saved
+    from llama_jax.generation.session import NotFiniteError
     from llama_jax.generation.text import stream
 
     meter, reused = Meter(), 0
@@ -169,8 +172,11 @@ def _answer(
             prompts = [request.prompt for request in batch]
             settings |= {"generator": generator, "prefix": prefix, "logprobs": job.logprobs}
             pieces = stream(model, prompts, chunk=16, **settings)
-            for piece in meter.watch(pieces):
-                writer.take(batch, piece)
+            try:
+                for piece in meter.watch(pieces):
+                    writer.take(batch, piece)
+            except NotFiniteError as error:
+                raise InputError(f"line {batch[error.row // job.samples].line} of the input: {error}") from None
             writer.sync()
             reused += job.samples * saved(prefix, (lengths[request.number] for request in batch))
         writer.finish()

@@ -106,7 +106,7 @@ def add_sampling_options(parser: OptionParser) -> None:
     group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="taken off for each time in the text")
     group.add_argument("--logit-bias", action="append", type=bias, metavar="ID=VALUE",
                        help="added to the logit of a token; may be given several times")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws; row i draws with S + i")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling; every text has random numbers of its own")
 
 
 def unescaped(text: str) -> str:

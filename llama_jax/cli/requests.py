@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from llama_jax.cli.settings import OWN, SEEDS, check_settings
+from llama_jax.cli.settings import OWN, check_settings
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ROLES
 
@@ -26,6 +26,7 @@ class Request(NamedTuple):
       id: the user's name for it; `None` without.
       prompt: a text, or messages.
       settings: those of `OWN`, the command line's where the line has none.
+      first_key: number of its first answer among those that share its seed: 0 where the line has a seed of its own.
       digest: of all this and, after `bound`, of what else decides the answers: tells whether an answer belongs to it.
     """
 
@@ -34,6 +35,7 @@ class Request(NamedTuple):
     id: str | int | None
     prompt: Prompt
     settings: dict[str, Any]
+    first_key: int
     digest: str
 
 
@@ -41,7 +43,7 @@ class Reader(NamedTuple):
     """How lines become requests.
 
     Attributes:
-      settings: of the command line; row `i` of the output draws with `seed + i` where the line has no seed of its own.
+      settings: of the command line; lines without a seed share its seed, and every answer has random numbers of its own.
       chat: whether a prompt is a user's message.
       system: system message of conversations without one.
     """
@@ -78,10 +80,10 @@ class Reader(NamedTuple):
         if isinstance(name, bool) or not isinstance(name, str | int | None):
             raise InputError(f"id: {name!r:.60} given; a text or a whole number expected")
         prompt = self._text(values["prompt"]) if "prompt" in values else self._messages(values["messages"])
-        seed = (self.settings["seed"] + number * self.settings["samples"]) % SEEDS
         own = _settings({key: values[key] for key in OWN if key in values})
-        settings = {**{key: self.settings[key] for key in OWN}, "seed": seed, **own}
-        return Request(number, at, name, prompt, settings, _digest([name, prompt, settings]))
+        settings = {**{key: self.settings[key] for key in OWN}, **own}
+        first_key = 0 if "seed" in own else number * self.settings["samples"]
+        return Request(number, at, name, prompt, settings, first_key, _digest([name, prompt, settings, first_key]))
 
     def _text(self, value: object) -> Prompt:
         """A prompt: text, or what a user says."""

@@ -14,7 +14,6 @@ NUMBERS = (
 _PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}  # with what does nothing
 # Settings that a request of a file may have of its own.
 OWN = (*NUMBERS, "logit_bias", "stop", "max_new_tokens")
-SEEDS = 1 << 31
 _MOST_LOGPROBS = 100
 _MOST_GUESSES = 32
 

@@ -31,6 +31,20 @@ def whole(name: str, value: Unchecked, least: int) -> int:
     return operator.index(value)
 
 
+def wholes(name: str, value: Unchecked, rows: int, least: int) -> list[int]:
+    """A whole number of at least `least` for each row, from one for all or a list or array of one a row.
+
+    Raises:
+      InputError: naming the argument, for anything else.
+    """
+    given = plain(value)
+    if not isinstance(given, list | tuple):
+        return [whole(name, given, least)] * rows
+    if len(given) != rows:
+        raise InputError(f"{name}: {len(given)} values given for {rows} rows; one for all or one a row expected")
+    return [whole(name, item, least) for item in given]
+
+
 def check_prompts(prompts: Unchecked, config: LlamaConfig) -> list[list[int]]:
     """Prompts in token ids, from lists or arrays, as lists; refuses what the model cannot take.
 

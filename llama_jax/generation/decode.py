@@ -1,5 +1,6 @@
 """Autoregressive decoding as pure functions: prefill, one step, and a loop with early exit. No host work inside."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from llama_jax.generation.sampling import History, Sampling, adjust, begin_histo
 from llama_jax.model.cache import Cache, init_cache, take_rows
 from llama_jax.model.llama import Llama, apply
 from llama_jax.model.splash import fits_splash
+from llama_jax.parallel.context import whole_rows
 
 NOTHING = -1  # stands in the output where a row was already done
+BROKEN = -2  # stands there once where the logits of a row are NaN or infinite, which ends the row
 
 
 class Progress(NamedTuple):
@@ -42,7 +45,7 @@ class Drawn(NamedTuple):
     Log-probabilities are those of the model itself, before bias, penalties, temperature and restriction.
 
     Attributes:
-      token: `NOTHING` where a row was done.
+      token: `NOTHING` where a row was done, `BROKEN` where its logits are not finite.
       logprob: of the token; `None` if not asked for.
       top_tokens: the `n` most probable tokens; `None` unless `n > 0` were asked for.
       top_logprobs: their log-probabilities.
@@ -58,7 +61,8 @@ class Rollout(NamedTuple):
     """What `generate_tokens` gives.
 
     Attributes:
-      tokens: new tokens, filled up with `NOTHING` after a row's stop token.
+      tokens: new tokens, filled up with `NOTHING` (-1) after a row's stop token; `BROKEN` (-2) is the last of a row whose
+        logits are NaN or infinite, with a log-probability of NaN.
       logprobs: the log-probability of each under the model, 0 where there is none.
     """
 
@@ -126,17 +130,27 @@ def measured(logits: Float[Array, "*R V"], token: Int[Array, " *R"], drawn: Int[
     return Drawn(drawn, chosen, tokens, values)
 
 
+def finite(logits: Float[Array, "*R V"]) -> Bool[Array, " *R"]:
+    """Whether the largest logit is a number: not NaN, which is larger than any other for `argmax`, and not infinite.
+
+    A look-up at the place that decoding looks for anyway, instead of another pass over the vocabulary.
+    """
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1))[..., 0]
+
+
 def _draw(
     logits: Float[Array, "B V"], progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"], logprobs: int | None
 ) -> tuple[Progress, Drawn]:
     """Draws the next token of each row that is not done."""
     done, history = progress.done, progress.history
-    token = sample(adjust(logits, sampling, history), sampling, progress.cache.lengths)
+    adjusted = adjust(logits, sampling, history)
+    token, broken = sample(adjusted, sampling, progress.cache.lengths), ~done & ~finite(adjusted)
     if history is not None:
         history = remember(history, token, ~done)
-    drawn = measured(logits, token, jnp.where(done, NOTHING, token), logprobs)
+    drawn = measured(logits, token, jnp.where(done, NOTHING, jnp.where(broken, BROKEN, token)), logprobs)
     remaining = progress.remaining - jnp.where(done, 0, 1)
-    done = done | jnp.any(token[:, None] == stop_ids, axis=1) | (remaining <= 0)
+    done = done | broken | jnp.any(token[:, None] == stop_ids, axis=1) | (remaining <= 0)
     return Progress(token, progress.cache, remaining, done, history), drawn
 
 
@@ -194,7 +208,7 @@ def generate_tokens(
     model: Llama,
     params: Parameters,
     prompts: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    lengths: Int[Array, " N"],
     sampling: Sampling,
     stop_ids: Int[Array, "*R M"] | Sequence[int],
     max_new_tokens: Unchecked,
@@ -216,7 +230,7 @@ def generate_tokens(
 
     Raises:
       InputError: while it is traced, for a `max_new_tokens` that is no whole number from 0 on, or that with `T` goes beyond
-        the context.
+        the context; for lengths of another number of prompts and sampling of another number of rows.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     rows, length = prompts.shape
@@ -227,6 +241,14 @@ def generate_tokens(
             f"{context} (the model's context) or fewer together expected"
         )
     total = rows * samples
+    if lengths.shape != (rows,):
+        raise InputError(f"lengths of shape {list(lengths.shape)} given for {rows} prompts; one a prompt expected")
+    if sampling.temperature.shape != (total,):
+        raise InputError(
+            f"sampling for {sampling.temperature.shape[0]} rows given with {rows} prompts and {samples} samples of each; "
+            f"make_sampling({total}, ...) expected: prompts times samples"
+        )
+    model = Llama(model.config, dataclasses.replace(model.options, rules=whole_rows(model.options.rules)))
     if max_new_tokens == 0:
         return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
     options = model.options

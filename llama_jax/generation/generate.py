@@ -1,5 +1,6 @@
 """Generation driven from the host: prompts in lists, compiled programs by bucket, tokens streamed in chunks."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole
+from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole, wholes
 from llama_jax.generation.programs import ROOM, platform_of, programs_of, with_kernel
 from llama_jax.generation.sampling import NOWHERE, Sampling, make_sampling
 from llama_jax.generation.session import NewTokens, Prefix, Request, Runner, Session, Tokens, prefilled
@@ -50,10 +51,17 @@ class Generator:
         Args:
           params: in either form (unrolled decodes faster); with a mesh, sharded over it as `load` or training leave them.
           config: the architecture.
-          mesh: devices to decode on together: rows over the axes of `batch`, heads over those of `kv_heads` in the rules.
+          mesh: devices to decode on together: rows over the axes of `batch`, heads over those of `kv_heads` in the rules. A
+            warning says where `fsdp` would have every weight gathered at every step.
           speculation: how to guess tokens ahead, without any change to what is drawn; `None` draws one at a time.
-          **options: of `ModelOptions`, except `scan`.
+          **options: of `ModelOptions`, except `scan`; `dtype` is that of the parameters unless given.
         """
+        if mesh is not None and mesh.shape.get("fsdp", 1) > 1:
+            warnings.warn(
+                f"a mesh with fsdp {mesh.shape['fsdp']} given: every decoding step gathers every weight; tensor in its place "
+                "leaves them where they are",
+                stacklevel=2,
+            )
         self.params = params
         self.speculation = speculation
         resolved = with_kernel(model_for(params, config, **options).options, config, platform_of(params, mesh))
@@ -80,7 +88,7 @@ class Generator:
 
         Args:
           prompts: token ids of each prompt, one at least; lengths may differ. Lists, or an array of a row a prompt.
-          max_new_tokens: at most so many new tokens a row, and no more than the model's context leaves.
+          max_new_tokens: limit of new tokens, for all rows or one a row; the model's context is another.
           sampling: settings of each row (`samples` rows a prompt, next to each other); greedy by default.
           stop_ids: tokens that end a row; for all rows or for each.
           samples: answers to each prompt; they share its prefill.
@@ -97,7 +105,7 @@ class Generator:
         sampling = sampling if sampling is not None else make_sampling(rows)
         config = self.programs.model.config
         prompts = check_prompts(prompts, config)
-        max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
+        limits = wholes("max_new_tokens", max_new_tokens, rows, 0)
         _check_settings(rows, sampling, logprobs, config)
         self._check_prefix(prefix)
         speculation = self.speculation if speculation is None else speculation
@@ -106,7 +114,7 @@ class Generator:
         stops = stop_table(stop_ids, rows)
         guesses, draft = (0, None) if speculation is None else speculation
         other = None if draft is None else draft.runner
-        request = Request(prompts, max_new_tokens, sampling, stops, samples, logprobs, prefix, guesses, other)
+        request = Request(prompts, limits, sampling, stops, samples, logprobs, prefix, guesses, other)
         return Session(self.runner, request)
 
     def stream(

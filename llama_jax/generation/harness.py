@@ -5,14 +5,13 @@ lm = llama_jax.harness_model(llama_jax.load("SmolLM2-135M-Instruct.Q4_1.gguf"))
 print(lm_eval.simple_evaluate(lm, tasks=["hellaswag"], limit=100)["results"])
 """
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import InputError, imported
 from llama_jax.generation.generate import Generator
-from llama_jax.generation.score import Score, encode_pair, score_tokens
+from llama_jax.generation.score import Score, score_tokens
 from llama_jax.generation.text import Prompt, generate, require_tokenizer
 from llama_jax.text.chat import encode_chat
 from llama_jax.text.tokenizer import encode_prompt
@@ -20,6 +19,10 @@ from llama_jax.weights.load import Pretrained
 
 _CHAT = "\ue000chat\ue001"  # begins a conversation on its way through the harness, which hands texts around
 _UNCHANGED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # settings of tasks, and what leaves them out
+
+_STOPS = ("until", "stop")  # names that tasks have for the texts that end an answer
+# And for its most tokens; of several the first counts, as in the harness.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @runtime_checkable
@@ -50,6 +53,19 @@ class HarnessMethods:
         self._model, self._batch_size, self._max_new_tokens = model, batch_size, max_new_tokens
         self._tokenizer = require_tokenizer(model)
         self._generator = generator or Generator(model.params, model.config)
+
+    @property
+    def _first(self) -> int:
+        """The token that stands before a text with nothing before it.
+
+        Raises:
+          InputError: for a tokenizer without a token that begins or ends a text.
+        """
+        first = self._tokenizer.begin_id if self._tokenizer.begin_id is not None else self._tokenizer.end_id
+        if first is None:
+            raise InputError("an empty context given to a tokenizer without a token that begins or ends a text, which would "
+                             "stand there; a context expected")  # fmt: skip
+        return first
 
     @property
     def tokenizer_name(self) -> str:
@@ -87,20 +103,19 @@ class HarnessMethods:
           InputError: for settings of a task that are unknown here.
         """
         plans = [_plan(request.args[0], request.args[1], self._max_new_tokens) for request in requests]
-        order = sorted(range(len(plans)), key=lambda i: (plans[i].limit, len(plans[i].context)))
+        order = sorted(range(len(plans)), key=lambda i: (plans[i].limit.bit_length(), len(plans[i].context)))
         answers: dict[int, str] = {}
-        for limit, group in itertools.groupby(order, key=lambda i: plans[i].limit):
-            rows = list(group)
-            for first in range(0, len(rows), self._batch_size):
-                batch = rows[first : first + self._batch_size]
-                answers.update(zip(batch, self._written([plans[i] for i in batch], limit)))
+        for first in range(0, len(order), self._batch_size):
+            batch = order[first : first + self._batch_size]
+            answers.update(zip(batch, self._written([plans[i] for i in batch])))
         return [answers[i] for i in range(len(plans))]
 
-    def _written(self, plans: Sequence[_Plan], limit: int) -> list[str]:
+    def _written(self, plans: Sequence[_Plan]) -> list[str]:
         settings: dict[str, Any] = {name: [plan.sampling[name] for plan in plans] for name in _UNCHANGED}
         found = generate(
-            self._model, [self._prompt(plan.context, limit) for plan in plans], max_new_tokens=limit,
-            stop=[plan.stops for plan in plans], generator=self._generator, **settings,
+            self._model, [self._prompt(plan.context, plan.limit) for plan in plans],
+            max_new_tokens=[plan.limit for plan in plans], stop=[plan.stops for plan in plans],
+            generator=self._generator, **settings,
         )  # fmt: skip
         return [completion.text for completion in found]
 
@@ -113,19 +128,38 @@ class HarnessMethods:
         return context if len(ids) <= room else self._tokenizer.decode(ids[-room:])
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of a context and what follows it, the context cut at its beginning to fit."""
+        """Token ids of a context and what follows it, as the harness's own models have them, the context cut to fit.
+
+        White space at the end of a context belongs to the continuation. Both are tokenized together, and the continuation is
+        what comes after as many tokens as the context alone has; these are the context, whatever merged at the border.
+        """
         if context.startswith(_CHAT):
-            template, messages = self._model.template, json.loads(context.removeprefix(_CHAT))
-            if template is None:
-                raise InputError(f"{self._model.origin} has no chat template; ask without apply_chat_template")
-            prompt, following = encode_chat(template, self._tokenizer, messages), self._tokenizer.encode(continuation)
+            prompt, following = self._chat_pair(json.loads(context.removeprefix(_CHAT)), continuation)
+        elif context:
+            kept = context.rstrip()
+            prompt = encode_prompt(self._tokenizer, kept)
+            following = encode_prompt(self._tokenizer, context + continuation)[len(prompt) :]
+            prompt = prompt or [self._first]
         else:
-            prompt, following = encode_pair(self._tokenizer, context, continuation)
+            prompt, following = [self._first], self._tokenizer.encode(continuation)
         return prompt[-max(1, self._model.config.context_length + 1 - len(following)) :], following
+
+    def _chat_pair(self, messages: list[dict[str, str]], continuation: str) -> tuple[list[int], list[int]]:
+        """A conversation and what follows it: white space that the template ends with belongs to that here too."""
+        tokenizer, template = self._tokenizer, self._model.template
+        if template is None:
+            raise InputError(f"{self._model.origin} has no chat template; ask without apply_chat_template")
+        ids, special = encode_chat(template, tokenizer, messages), set(tokenizer.special_tokens.values())
+        start = next((i for i in range(len(ids), 0, -1) if ids[i - 1] in special), 0)
+        words = tokenizer.decode(ids[start:])
+        if start == 0 or tokenizer.encode_after_special(words) != ids[start:]:
+            return ids, tokenizer.encode(continuation)
+        kept = tokenizer.encode_after_special(words.rstrip()) if words.rstrip() else []
+        return [*ids[:start], *kept], tokenizer.encode_after_special(words + continuation)[len(kept) :]
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         """Pairs that predict every token of a text once, each with as much past as the last of its window can have."""
-        first, ids = encode_pair(self._tokenizer, "", text)
+        first, ids = [self._first], encode_prompt(self._tokenizer, text)
         size = self._model.config.context_length
         pairs = []
         for start in range(0, len(ids), size):
@@ -138,18 +172,21 @@ class HarnessMethods:
 
 
 def _plan(context: str, settings: Mapping[str, Any], limit: int) -> _Plan:
-    unknown = set(settings) - {"until", "max_gen_toks", "do_sample", *_UNCHANGED}
+    unknown = set(settings) - {*_STOPS, *_LIMITS, "do_sample", "num_beams", *_UNCHANGED}
     if unknown:
-        raise InputError(f"generation_kwargs {sorted(unknown)[0]!r} is unknown; until, max_gen_toks, do_sample, temperature, "
-                         "top_k, top_p or min_p expected")  # fmt: skip
-    until = settings.get("until") or []
+        raise InputError(f"generation_kwargs {sorted(unknown)[0]!r} is unknown; until, stop, max_gen_toks, max_new_tokens, "
+                         "max_tokens, do_sample, num_beams, temperature, top_k, top_p or min_p expected")  # fmt: skip
+    if settings.get("num_beams", 1) != 1:
+        raise InputError(f"generation_kwargs num_beams: {settings['num_beams']} given; 1 expected, there is no beam search")
+    limits = [int(settings[name]) for name in _LIMITS if settings.get(name) is not None]
+    given = [settings.get(name) or [] for name in _STOPS]
+    until = [text for texts in given for text in ([texts] if isinstance(texts, str) else texts)]
     sampling = {name: settings.get(name, neutral) for name, neutral in _UNCHANGED.items()}
     if not settings.get("do_sample", sampling["temperature"] > 0):
         sampling["temperature"] = 0.0
     elif "temperature" not in settings:
         sampling["temperature"] = 1.0
-    stops = [until] if isinstance(until, str) else [text for text in until if text]
-    return _Plan(context, int(settings.get("max_gen_toks", limit)), stops, sampling)
+    return _Plan(context, next(iter(limits), limit), [text for text in until if text], sampling)
 
 
 def harness_model(

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import dtypes, lax
 from numpy.typing import ArrayLike
 
-from llama_jax.axes import Array, Bool, Float, Int
+from llama_jax.axes import Array, Bool, Float, Int, Key
 from llama_jax.errors import InputError
-from llama_jax.generation.checks import is_whole
+from llama_jax.generation.checks import Unchecked, is_whole
 
 _SEEDS = 1 << 31  # seeds there are: those that int32 holds
 NOWHERE = 1 << 30  # a token id beyond every vocabulary: updates there are dropped
@@ -52,7 +52,7 @@ class Sampling(NamedTuple):
       top_k: only the `k` most probable tokens are drawn from; 0 means all.
       top_p: only the most probable tokens that together reach this probability are drawn from; 1 means all.
       min_p: only tokens at least this fraction as probable as the most probable one are drawn from; 0 means all.
-      seed: a row's draws depend on its seed and on the position of the token, not on the other rows.
+      key: a row's draws depend on its key and on the position of the token, not on the other rows.
       penalties: of repeated tokens; `None` when no row has any, which saves their bookkeeping.
       bias: of single tokens; `None` when no row has any.
     """
@@ -61,7 +61,7 @@ class Sampling(NamedTuple):
     top_k: Int[Array, " B"]
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
-    seed: Int[Array, " B"]
+    key: Key[Array, " B"]
     penalties: Penalties | None = None
     bias: Bias | None = None
 
@@ -97,27 +97,81 @@ def make_sampling(
     presence_penalty: ArrayLike = 0.0,
     frequency_penalty: ArrayLike = 0.0,
     logit_bias: LogitBias | Sequence[LogitBias] | None = (),
-    seed: ArrayLike = 0,
+    seed: Unchecked = 0,
 ) -> Sampling:
     """A `Sampling` for `rows` rows; every setting is one for all rows, or one a row.
 
-    Rows that share one seed draw differently all the same: row `i` gets `seed + i`.
+    Args:
+      rows: rows that sample: prompts times `samples`.
+      temperature: see `Sampling`, as for the next three.
+      top_k: whole numbers.
+      top_p: from 0 to 1.
+      min_p: from 0 to 1.
+      repetition_penalty: see `Penalties`, as for the next two.
+      presence_penalty: any number from -100 to 100.
+      frequency_penalty: any number from -100 to 100.
+      logit_bias: token id -> number, for all rows or a mapping a row.
+      seed: a whole number from 0 to 2^31 - 1 or a key of `jax.random.key`, for all rows or one a row; may be traced. The rows
+        of one seed sample independently of each other and of those of every other seed; see `row_keys`.
 
     Raises:
       InputError: naming the setting that is out of range or has the wrong number of values.
     """
-    seeds = _per_row("seed", seed, rows, np.int64, 0, _SEEDS - 1)
-    if np.ndim(seed) == 0:
-        seeds = (seeds + np.arange(rows)) % _SEEDS
     return Sampling(
         jnp.asarray(_per_row("temperature", temperature, rows, np.float32, 0.0, 100.0)),
         jnp.asarray(_per_row("top_k", top_k, rows, np.int32, 0, 1 << 30)),
         jnp.asarray(_per_row("top_p", top_p, rows, np.float32, 0.0, 1.0)),
         jnp.asarray(_per_row("min_p", min_p, rows, np.float32, 0.0, 1.0)),
-        jnp.asarray(seeds.astype(np.int32)),
+        row_keys(seed, rows),
         _penalties(rows, repetition_penalty, presence_penalty, frequency_penalty),
         _bias(rows, logit_bias),
     )
+
+
+def row_keys(seed: Unchecked, rows: int, first: int = 0) -> Key[Array, " B"]:
+    """The keys that `rows` rows sample with.
+
+    With one seed or key, row `i` has that key with `first + i` folded in. With one seed a row, each row has what it would have
+    alone: its seed's key with 0 folded in. Keys that are given one a row are taken as they are.
+
+    Args:
+      seed: a number, a key, or one of either a row; may be traced.
+      rows: how many keys.
+      first: number of the first row, where these rows are a part of those that share the seed.
+
+    Raises:
+      InputError: for anything else.
+    """
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, dtypes.prng_key):
+        _require_shape(seed, rows)
+        return seed if seed.ndim else _folded(seed, np.arange(first, first + rows, dtype=np.int32))
+    if not isinstance(seed, jax.core.Tracer):
+        if isinstance(seed, jax.Array) and seed.dtype == jnp.uint32 and seed.shape == (2,):
+            raise InputError("seed: a raw key (jax.random.PRNGKey) given; jax.random.key or a whole number expected")
+        numbers = _per_row("seed", seed, rows, np.int64, 0, _SEEDS - 1).astype(np.int32)
+        seed = numbers if np.ndim(seed) else np.asarray(seed, np.int32)
+    elif not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise InputError(f"seed: traced numbers of {seed.dtype} given; whole numbers or jax.random.key expected")
+    else:
+        _require_shape(seed, rows)
+    if np.ndim(seed) == 0:
+        return _folded(jax.random.key(seed), np.arange(first, first + rows, dtype=np.int32))
+    return _alone(seed)
+
+
+def _require_shape(seed: Array, rows: int) -> None:
+    if seed.shape not in ((), (rows,)):
+        raise InputError(f"seed: shape {list(seed.shape)} given for {rows} rows; one for all or one a row expected")
+
+
+@jax.jit
+def _folded(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+@jax.jit
+def _alone(seeds: Int[Array, " B"]) -> Key[Array, " B"]:
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)
 
 
 def _penalties(rows: int, repetition: ArrayLike, presence: ArrayLike, frequency: ArrayLike) -> Penalties | None:
@@ -233,7 +287,7 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array,
 
     def draw() -> Array:
         """Tokens of rows that are not greedy, each from its own key."""
-        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(sampling.seed, position)
+        keys = jax.vmap(jax.random.fold_in)(sampling.key, position)
         drawn = jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, best)
 

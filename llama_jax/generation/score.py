@@ -72,6 +72,9 @@ def _run(generator: Generator, texts: Sequence[Sequence[int]], starts: Sequence[
 
 def _score(continuation: Sequence[int], logprobs: np.ndarray, greedy: np.ndarray) -> Score:
     values, best = logprobs[: len(continuation)], greedy[: len(continuation)]
+    if np.isnan(values).any():
+        raise InputError("a log-probability of NaN computed; numbers expected: check the weights for NaN and damage, or take "
+                         "another dtype than float16")  # fmt: skip
     return Score(float(np.sum(values, dtype=np.float64)), bool(best.all()), list(continuation), values.tolist())
 
 

@@ -9,11 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.axes import Array, Parameters
-from llama_jax.generation.decode import NOTHING, Drawn, sees_itself
+from llama_jax.errors import InputError
+from llama_jax.generation.decode import BROKEN, NOTHING, Drawn, sees_itself
 from llama_jax.generation.programs import ROOM, Programs, bucket_rows, bucket_size, bucket_slots
 from llama_jax.generation.sampling import Sampling, begin_history
 from llama_jax.generation.speculative import Proposals
 from llama_jax.model.cache import Cache
+
+
+class NotFiniteError(InputError):
+    """Logits of a row are NaN or infinite: no token can be chosen from them.
+
+    Attributes:
+      row: which, from 0.
+    """
+
+    def __init__(self, row: int, tokens: int, dtype: str) -> None:
+        advice = "take dtype bfloat16 or float32, whose numbers reach further, or check" if dtype == "float16" else "check"
+        super().__init__(
+            f"row {row + 1}: logits that are NaN or infinite computed for new token {tokens + 1}, finite numbers expected; "
+            f"{advice} the weights for NaN and damage"
+        )
+        self.row = row
 
 
 class Runner(NamedTuple):
@@ -28,7 +45,7 @@ class Request(NamedTuple):
 
     Attributes:
       prompts: token ids of each prompt.
-      max_new_tokens: limit a row.
+      max_new_tokens: limit of each row.
       sampling: settings of each row, `samples` rows a prompt.
       stop_ids: of each row.
       samples: answers to each prompt.
@@ -39,7 +56,7 @@ class Request(NamedTuple):
     """
 
     prompts: Sequence[Sequence[int]]
-    max_new_tokens: int
+    max_new_tokens: list[int]
     sampling: Sampling
     stop_ids: list[list[int]]
     samples: int
@@ -119,12 +136,14 @@ class Session:
         programs, context = runner.programs, runner.programs.model.config.context_length
         self._prompts = [list(prompt) for prompt in request.prompts for _ in range(request.samples)]
         self.rows = len(self._prompts)
-        budgets = [min(request.max_new_tokens, context - len(prompt)) for prompt in self._prompts]
+        limits = zip(request.max_new_tokens, self._prompts)
+        budgets = [min(limit, context - len(prompt)) for limit, prompt in limits]
         self._width = request.guesses + 1  # tokens that a step draws at most
         self._most_slots = max(len(prompt) + budget for prompt, budget in zip(self._prompts, budgets)) + request.guesses
         self._longest_budget = max(budgets)
         self._position = max(map(len, self._prompts))
         self._drawn: list[list[NewTokens]] = [[] for _ in self._prompts]
+        self._finished: set[int] = set()
         rows = bucket_rows(self.rows, programs.row_multiple)
         self._sampling, self._stops = _padded(request.sampling, rows), _padded(_stop_array(request.stop_ids), rows)
         logits, cache = self._prefilled(runner, request.prefix)
@@ -164,7 +183,11 @@ class Session:
         return begin_history(jnp.asarray(tokens), jnp.asarray(lengths), self._runner.programs.model.config.vocab_size)
 
     def stream(self, chunk: int) -> Iterator[list[NewTokens]]:
-        """Yields the new tokens of every row, up to `chunk` (at most 32) a row at a time, until all rows have ended."""
+        """Yields the new tokens of every row, up to `chunk` (at most 32) a row at a time, until all rows have ended.
+
+        Raises:
+          NotFiniteError: for logits that are NaN or infinite, when the tokens before them were given.
+        """
         steps = min(chunk, ROOM)
         pending = jax.tree.map(lambda x: x[:, None], self._first)
         for _ in range(-(-self._longest_budget // steps) + 1):
@@ -175,11 +198,19 @@ class Session:
             for drawn, tokens in zip(self._drawn, new):
                 drawn.append(tokens)
             yield new
+            self._require_finite(fetched)
             # A row that was not done before the last step has drawn something in its first column.
             ended = fetched.token[: self.rows, -min(self._width, fetched.token.shape[1])] == NOTHING
             if ended.all():
                 return
             pending = jax.tree.map(lambda x: x[:, : steps * self._width], following)
+
+    def _require_finite(self, fetched: Drawn) -> None:
+        """Refuses what cannot be sampled from, but for rows that had ended before it."""
+        for row in np.flatnonzero((fetched.token[: self.rows] == BROKEN).any(axis=1)).tolist():
+            if row not in self._finished:
+                tokens = sum(len(part.token_ids) for part in self._drawn[row])
+                raise NotFiniteError(row, tokens, self._runner.programs.model.options.dtype)
 
     def _advance(self, steps: int) -> Drawn:
         """The next steps, in a cache with slots enough for them."""
@@ -214,6 +245,7 @@ class Session:
 
     def finish(self, row: int) -> None:
         """Ends a row before its time; tokens of the chunk under way may still come."""
+        self._finished.add(row)
         done = self._progress.done.at[row].set(True)
         self._progress = self._progress._replace(done=done)
 
@@ -270,7 +302,7 @@ def padded_prompts(prompts: Sequence[Sequence[int]], rows: int, width: int) -> t
 
 def _row(drawn: Drawn, row: int) -> NewTokens:
     """What one row drew."""
-    drew = drawn.token[row] != NOTHING
+    drew = drawn.token[row] >= 0
     ids = drawn.token[row][drew].tolist()
     if drawn.logprob is None:
         return NewTokens(ids)
@@ -292,7 +324,8 @@ def _stop_array(stop_ids: list[list[int]]) -> np.ndarray:
 
 def _padded(settings: Any, rows: int) -> Any:
     """The same settings with the last row's repeated for rows that only fill up."""
-    return jax.tree.map(lambda x: np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)], mode="edge"), settings)
+    last = np.minimum(np.arange(rows), jax.tree.leaves(settings)[0].shape[0] - 1)
+    return jax.tree.map(lambda x: x[last] if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)[last], settings)
 
 
 def stop_reason(token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:

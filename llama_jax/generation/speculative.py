@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
-from llama_jax.generation.decode import NOTHING, Drawn, Progress, decode, empty, measured
+from llama_jax.generation.decode import BROKEN, NOTHING, Drawn, Progress, decode, empty, finite, measured
 from llama_jax.generation.sampling import Sampling, adjust, restrict
 from llama_jax.model.cache import Cache
 from llama_jax.model.llama import Llama, apply
@@ -78,12 +78,12 @@ def _distribution(logits: Float[Array, "B ... V"], sampling: Sampling) -> Float[
 def _keys(sampling: Sampling, positions: Int[Array, "B ..."], use: int) -> Array:
     """A key for each row, position and use."""
 
-    def one(seed: Array, at: Array) -> Array:
+    def one(key: Array, at: Array) -> Array:
         """Of one position of one row."""
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), use)
+        return jax.random.fold_in(jax.random.fold_in(key, at), use)
 
     per_row = one if positions.ndim == 1 else jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(per_row)(sampling.seed, positions)
+    return jax.vmap(per_row)(sampling.key, positions)
 
 
 def _drawn(probabilities: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
@@ -161,17 +161,25 @@ def _leading(kept: Bool[Array, "B k"]) -> Int[Array, " B"]:
     return jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
 
 
-def _accept(progress: Progress, tokens: Int[Array, "B W"], count: Int[Array, " B"], stop_ids: Array) -> tuple[Progress, Array]:
-    """Takes up to `count` tokens a row, up to a stop token and to what the row may still draw; the rest is `NOTHING`."""
+def _accept(
+    progress: Progress, tokens: Int[Array, "B W"], count: Int[Array, " B"], stop_ids: Array, sound: Bool[Array, "B W"]
+) -> tuple[Progress, Array]:
+    """Takes up to `count` tokens a row, up to a stop token and to what the row may still draw; the rest is `NOTHING`.
+
+    The first token that is not `sound` becomes `BROKEN` and ends the row.
+    """
     width = tokens.shape[1]
     stops = jnp.any(tokens[:, :, None] == stop_ids[:, None, :], axis=-1)
     until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, width + 1)
+    until_broken = 1 + _leading(sound)
     count = jnp.where(progress.done, 0, jnp.minimum(jnp.minimum(count, progress.remaining), until_stop))
-    emitted = jnp.where(jnp.arange(width) < count[:, None], tokens, NOTHING)
+    broken = until_broken <= count
+    count = jnp.minimum(count, until_broken)
+    emitted = jnp.where(jnp.arange(width) < count[:, None], jnp.where(sound, tokens, BROKEN), NOTHING)
     last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     remaining = progress.remaining - count
     cache = Cache(progress.cache.layers, progress.cache.lengths + count)
-    done = progress.done | (until_stop <= count) | (remaining <= 0)
+    done = progress.done | broken | (until_stop <= count) | (remaining <= 0)
     return Progress(jnp.where(count > 0, last, progress.token), cache, remaining, done), emitted
 
 
@@ -210,7 +218,7 @@ def speculate(
         logits = apply(model, params, features.last, method="unembed")
         tokens, kept = judge(logits, draft, sampling, lengths)
         progress = progress._replace(cache=Cache(features.cache.layers, lengths))
-        progress, emitted = _accept(progress, tokens, kept, stop_ids)
+        progress, emitted = _accept(progress, tokens, kept, stop_ids, finite(logits))
         drawn = measured(logits, tokens, emitted, logprobs)
         text = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at + 1,)))(proposals.text, tokens, lengths)
         if draft_cache is not None:

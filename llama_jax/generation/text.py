@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
-from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole
+from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole, wholes
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.sampling import make_sampling
 from llama_jax.generation.session import NewTokens, Session, joined, stop_reason
@@ -113,13 +113,17 @@ def encode_user(model: Pretrained, prompt: Prompt, chat: bool) -> list[int]:
 
 
 class _Row:
-    """An answer on its way: the tokens so far and the text that they make."""
+    """An answer on its way: the tokens so far and the text that they make.
+
+    What a chunk costs does not depend on how much came before it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Prompt, ids: list[int], stops: Sequence[str], stop_ids: list[int]) -> None:
         self.prompt, self.ids = prompt, ids
         self.finished = False
+        self.count = 0  # new tokens
         self._parts: list[NewTokens] = []
-        self._text = ""
+        self._texts: list[str] = []
         self._stop_ids = stop_ids
         self._vocab_size = tokenizer.vocab_size
         self._decoder = StreamDecoder(tokenizer)
@@ -127,7 +131,6 @@ class _Row:
 
     def take(self, new: NewTokens, limit: int) -> str:
         """Adds tokens up to the one that ends the row; the text that became certain."""
-        before = len(self.new.token_ids)
         added, used = "", 0
         for token in new.token_ids:
             used += 1
@@ -136,24 +139,20 @@ class _Row:
             added += self._watch.push(self._decoder.push(token)) if known else ""
             if self._watch.found:
                 break
+        self.count += used
         self._parts.append(new.first(used))
-        ended = stop_reason(self.new.token_ids, self._stop_ids) == "stop"
-        self.finished = self._watch.found or before + used >= limit or ended
+        ended = stop_reason(new.token_ids[:used], self._stop_ids) == "stop"
+        self.finished = self._watch.found or self.count >= limit or ended
         if self.finished:
             added += self._watch.push(self._decoder.flush()) + self._watch.flush()
-        self._text += added
+        self._texts.append(added)
         return added
-
-    @property
-    def new(self) -> NewTokens:
-        """The new tokens."""
-        return joined(self._parts)
 
     def completion(self) -> Completion:
         """The row as a result."""
-        ids, logprobs, top = self.new
+        ids, logprobs, top = joined(self._parts)
         reason = "stop_string" if self._watch.found else stop_reason(ids, self._stop_ids)
-        return Completion(self.prompt, self._text, ids, reason, len(self.ids), len(ids), logprobs, top)
+        return Completion(self.prompt, "".join(self._texts), ids, reason, len(self.ids), len(ids), logprobs, top)
 
 
 class TextSession:
@@ -181,10 +180,11 @@ class TextSession:
     ) -> None:
         check_names(settings, _SETTINGS)
         check_texts(prompts)
-        samples, max_new_tokens = whole("samples", samples, 1), whole("max_new_tokens", max_new_tokens, 0)
+        samples = whole("samples", samples, 1)
         tokenizer = require_tokenizer(model)
         encoded = [encode_user(model, prompt, chat) for prompt in prompts]
         rows = len(prompts) * samples
+        limits = wholes("max_new_tokens", max_new_tokens, rows, 0)
         sampling = make_sampling(rows, **{name: settings.pop(name) for name in _SAMPLING if name in settings})
         stops = stop_strings(stop, rows)
         ends = [[*model.stop_ids, *own] for own in stop_table(stop_ids, rows)]
@@ -193,9 +193,9 @@ class TextSession:
         self._rows = [
             _Row(tokenizer, prompts[row // samples], encoded[row // samples], stops[row], ends[row]) for row in range(rows)
         ]
-        self._limits = [min(max_new_tokens, model.config.context_length - len(row.ids)) for row in self._rows]
+        self._limits = [min(limit, model.config.context_length - len(row.ids)) for limit, row in zip(limits, self._rows)]
         self.session: Session = generator.start(
-            encoded, max_new_tokens, sampling, ends, samples=samples, logprobs=logprobs, prefix=prefix, speculation=speculation
+            encoded, limits, sampling, ends, samples=samples, logprobs=logprobs, prefix=prefix, speculation=speculation
         )
 
     def stream(self, chunk: int) -> Iterator[Piece]:
@@ -204,11 +204,11 @@ class TextSession:
             for i, (row, new, limit) in enumerate(zip(self._rows, chunks, self._limits)):
                 if row.finished:
                     continue
-                before = len(row.new.token_ids)
+                before = row.count
                 text = row.take(new, limit)
                 if row.finished:
                     self.session.finish(i)
-                yield Piece(i, text, len(row.new.token_ids) - before, row.completion() if row.finished else None)
+                yield Piece(i, text, row.count - before, row.completion() if row.finished else None)
             if all(row.finished for row in self._rows):
                 return
 
@@ -223,7 +223,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4
       prompts: texts, or conversations as lists of messages `{"role": ..., "content": ...}`.
       chunk: decoding steps between two pieces, up to 32.
       **settings: any of these:
-        `max_new_tokens` (128): limit of new tokens a prompt; the model's context is another.
+        `max_new_tokens` (128): a row; limit of new tokens; the model's context is another.
         `chat` (False): whether a text is one user message, to be put through the model's chat template.
         `temperature` (0): a row; 0 for the most probable token always.
         `top_k` (0): a row; draw from the `k` most probable tokens only; 0 for all.
@@ -231,7 +231,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4
         `min_p` (0): a row; draw from tokens at least this fraction as probable as the best.
         `repetition_penalty` (1), `presence_penalty` (0), `frequency_penalty` (0): a row; see `Penalties`.
         `logit_bias`: a row; token id -> number added to its logit.
-        `seed` (0): of the draws, a row; row `i` draws with `seed + i` if one is given for all.
+        `seed` (0): a number or a `jax.random.key`, for all rows, which sample independently of each other, or one a row.
         `stop`: a row; strings that end the text and are no part of it.
         `stop_ids`: a row; token ids that end the text, beside the model's own.
         `samples` (1): answers to each prompt, which share its prefill; each is a row.

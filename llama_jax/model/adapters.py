@@ -7,6 +7,7 @@ what is trained, saved and sharded; `combine` puts it over frozen parameters for
 import dataclasses
 import functools
 import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +126,22 @@ def combine(params: Parameters, adapters: Parameters, scale: float, dropout: Dro
     """
     tree = flatten_dict(params)
     for path, (a, b) in _pairs(adapters).items():
+        _require_matrix(tree, path)
         tree[path] = Adapted(tree[path], a, b, scale, _dropout_at(dropout, path, a))
     return unflatten_dict(tree)
+
+
+def _require_matrix(tree: Mapping, path: tuple[str, ...]) -> None:
+    """Refuses an adapter of a matrix that the parameters do not have.
+
+    Raises:
+      InputError: with what to do where the two have different forms.
+    """
+    if path not in tree:
+        other_form = (path[0] == "layers") != any(known[0] == "layers" for known in tree)
+        forms = "both stacked or both unrolled (llama_jax.stack, llama_jax.unstack)"
+        expected = forms if other_form else "adapters of this model"
+        raise InputError(f"adapters of {'/'.join(path)} given for parameters that do not have it; {expected} expected")
 
 
 def _dropout_at(dropout: Dropout | None, path: tuple[str, ...], a: Array) -> Dropout | None:
@@ -158,6 +173,7 @@ def merge(params: Parameters, adapters: Parameters, scale: float) -> Parameters:
     """
     tree = flatten_dict(params)
     for path, (a, b) in _pairs(adapters).items():
+        _require_matrix(tree, path)
         if isinstance(tree[path], Quantized):
             raise InputError(f"{'/'.join(path)} is quantised; merge into the parameters it was made from")
         tree[path] = _merged(tree[path], a, b, scale)

@@ -79,7 +79,8 @@ def choose_backend(
     """The backend that a name stands for.
 
     `auto` is, for whole rows, `splash` on TPUs and `cudnn` on GPUs where these kernels take them; else `reference` for few
-    scores (decoding, short rows) and `chunked` for many.
+    scores (decoding, short rows) and `chunked` for many. Kernels and `chunked` have no forward-mode derivative (`jax.jvp`):
+    name `reference` for one.
 
     Args:
       name: `auto` or a backend.
@@ -95,7 +96,7 @@ def choose_backend(
     """
     if name == "auto" and platform == "tpu" and fits_splash(queries, head_dim, parts):
         return "splash"
-    if name == "auto" and platform == "gpu" and fits_cudnn(head_dim, dtype, parts):
+    if name == "auto" and platform == "gpu" and fits_cudnn(head_dim, dtype, parts, queries):
         return "cudnn"
     if name == "auto":
         return "reference" if queries * keys <= _FEW_SCORES else "chunked"

@@ -22,7 +22,7 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.ring import Ring, block_size, ring_attention
 from llama_jax.model.splash import splash_attention
 from llama_jax.parallel.context import parts_of, require_divisible
-from llama_jax.parallel.sharding import partition_spec
+from llama_jax.parallel.sharding import Rules, partition_spec
 
 
 def attend_over_mesh(
@@ -42,7 +42,8 @@ def attend_over_mesh(
       mask: which keys a query sees; without positions, tokens are taken to be in the order of their row. A kernel on devices
         that share rows takes them in the order of `balanced_positions`, whatever the mask says.
       options: backend, rules, and how devices share keys. A kernel takes rows that see themselves; `auto` stands beside it for
-        tokens behind a cache.
+        tokens behind a cache. `auto` itself takes, for rows that see themselves and lie on one device each, the kernel of the
+        platform for which the program is compiled, where there is one for these sizes.
       scales: of integer keys and values.
 
     Raises:
@@ -55,7 +56,11 @@ def attend_over_mesh(
         return kernel(q, *in_float(k, v, scales, q.dtype), mask.documents, options.rules)
     if parts == 1:
         backend = "auto" if options.attention in KERNELS else options.attention
-        return attend(q, k, v, mask, backend=backend, scales=scales)
+        kernels = _kernels(q, k, options) if options.attention == "auto" and mask == Mask(documents=mask.documents) else {}
+        if not kernels:
+            return attend(q, k, v, mask, backend=backend, scales=scales)
+        default = functools.partial(_plain, backend=backend)
+        return lax.platform_dependent(q, *in_float(k, v, scales, q.dtype), mask.documents, default=default, **kernels)
     length = q.shape[2]
     if scales is not None or mask.start is not None or mask.lengths is not None:
         raise InputError(
@@ -70,6 +75,34 @@ def attend_over_mesh(
     local = _local(options, parts, length)
     specs = (q_spec, k_spec, k_spec, *token_specs[: len(tokens)])
     return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(q, k, v, *tokens)
+
+
+def _kernels(q: Array, k: Array, options: ModelOptions) -> dict[str, Callable[..., Array]]:
+    """The kernels that take whole rows of these sizes, by the platform for which a program is compiled."""
+    heads, length, head_dim = q.shape[1:]
+    if heads % parts_of("heads", options.rules) or k.shape[1] % parts_of("kv_heads", options.rules):
+        return {}
+    found: dict[str, Callable[..., Array]] = {}
+    if choose_backend("auto", length, length, "tpu", head_dim) == "splash":
+        found["tpu"] = functools.partial(_splash, rules=options.rules)
+    if choose_backend("auto", length, length, "gpu", head_dim, 1, q.dtype.name) == "cudnn":
+        found["cuda"] = functools.partial(_cudnn, rules=options.rules)
+    return found
+
+
+def _plain(q: Array, k: Array, v: Array, documents: Array | None, *, backend: str) -> Array:
+    return attend(q, k, v, Mask(documents=documents), backend=backend)
+
+
+# Compiled on their own so that a model of many layers traces each kernel once.
+@functools.partial(jax.jit, static_argnames="rules")
+def _splash(q: Array, k: Array, v: Array, documents: Array | None, *, rules: Rules) -> Array:
+    return splash_attention(q, k, v, documents, rules)
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def _cudnn(q: Array, k: Array, v: Array, documents: Array | None, *, rules: Rules) -> Array:
+    return cudnn_attention(q, k, v, documents, rules)
 
 
 def _local(options: ModelOptions, parts: int, length: int) -> Callable[..., Array]:

@@ -200,11 +200,13 @@ def _attention_backward(saved: tuple, d_out: Array) -> tuple:
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def fits_cudnn(head_dim: int, dtype: str, parts: int = 1) -> bool:
-    """Whether the kernel takes heads of that width and numbers of that type, and is there; not for rows on several devices."""
-    return (
-        parts == 1 and head_dim % 8 == 0 and head_dim <= _WIDEST_HEAD and dtype in ("bfloat16", "float16") and bool(_kernel())
-    )
+def fits_cudnn(head_dim: int, dtype: str, parts: int = 1, length: int = 2) -> bool:
+    """Whether the kernel is there and takes heads of that width, numbers of that type and rows of that length.
+
+    It takes no odd lengths and no rows on several devices.
+    """
+    sizes = parts == 1 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= _WIDEST_HEAD
+    return sizes and dtype in ("bfloat16", "float16") and bool(_kernel())
 
 
 def cudnn_attention(
@@ -227,10 +229,11 @@ def cudnn_attention(
       InputError: for types, heads or devices that the kernel does not take.
     """
     parts = parts_of("length", rules)
-    if not fits_cudnn(q.shape[-1], q.dtype.name, parts):
+    if not fits_cudnn(q.shape[-1], q.dtype.name, parts, q.shape[2]):
         raise InputError(
-            f"attention cudnn: heads of {q.shape[-1]} in {q.dtype.name} on {parts} device(s) a row given; bfloat16 or float16, "
-            f"heads of {_WIDEST_HEAD} or less, a multiple of 8, whole rows and a GPU with cuDNN expected (auto suits all)"
+            f"attention cudnn: heads of {q.shape[-1]} in {q.dtype.name} on {parts} device(s) a row given, {q.shape[2]} tokens; "
+            f"bfloat16 or float16, heads of {_WIDEST_HEAD} or less, a multiple of 8, whole rows of an even length and a GPU "
+            "with cuDNN expected (auto suits all)"
         )
     # The kernel wants tokens before heads, as the products before it leave them: these transposes cancel.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))

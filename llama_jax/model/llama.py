@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from llama_jax.axes import Array, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.model.adapters import Adapted
 from llama_jax.model.attention import Mask
 from llama_jax.model.cache import Cache
 from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gathered_weight, layer_class, scanned_layers
-from llama_jax.model.options import ModelOptions
+from llama_jax.model.options import ModelOptions, check_options
 from llama_jax.model.product import product
 from llama_jax.model.quantize import Quantized, Weight, dequantize, take_embeddings
 from llama_jax.model.remat import layer_parts
@@ -41,6 +43,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declares the parameters; see `llama_jax.accounting.parameter_shapes` for the tree."""
         config = self.config
+        self._require_parameters()
         self.embedding: Any = declare(self, "embedding", _INIT_STD, (config.vocab_size, config.dim))
         if self.options.scan:
             self.layers: Any = scanned_layers(config, self._parts()[-1][1])
@@ -50,6 +53,22 @@ class Llama(nn.Module):
         self.final_norm = RMSNorm(config)
         if not config.tied_head:
             self.head = declare(self, "head", _INIT_STD, (config.dim, config.vocab_size))
+
+    def _require_parameters(self) -> None:
+        """Refuses to run without parameters, or with those of the other form."""
+        held, form = self.variables.get("params", {}), "layers" if self.options.scan else "layers_0"
+        if self.is_initializing() or form in held:
+            return
+        if not held:
+            raise InputError(
+                "no parameters given; apply({'params': params}, tokens) expected, or after ToNNX(...) first .lazy_init(tokens)"
+            )
+        own, other = ("stacked", "unrolled") if self.options.scan else ("unrolled", "stacked")
+        function = "stack" if self.options.scan else "unstack"
+        raise InputError(
+            f"{other} parameters given to a module of {own} ones; llama_jax.{function}(params) expected, or "
+            f"Llama(config, ModelOptions(scan={not self.options.scan}))"
+        )
 
     def embed(self, inputs: Num[Array, "B T *D"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table in the compute dtype; embeddings pass through."""
@@ -139,8 +158,46 @@ class Llama(nn.Module):
         return self.unembed(self.features(inputs, documents).last)
 
 
+def require_inputs(inputs: Any) -> None:
+    """Refuses what is no batch of rows.
+
+    Raises:
+      InputError: for lists, and for arrays of other dimensions than those of token ids or embeddings.
+    """
+    if not hasattr(inputs, "shape") or not hasattr(inputs, "dtype"):
+        raise InputError(f"inputs: a {type(inputs).__name__} given; an array of token ids [B, T] expected: jnp.asarray([ids])")
+    tokens = jnp.issubdtype(inputs.dtype, jnp.integer)
+    if inputs.ndim != (2 if tokens else 3):
+        expected = "token ids [B, T]" if tokens else "embeddings [B, T, D], or token ids as integers,"
+        advice = "; inputs[None] is a batch of one" if inputs.ndim == (1 if tokens else 2) else ""
+        raise InputError(f"inputs: {inputs.dtype} of shape {list(inputs.shape)} given; {expected} expected{advice}")
+
+
+def parameter_dtype(params: Parameters) -> str:
+    """The dtype that parameters are in: that of the embedding table, or of the norms where the table is quantized."""
+    table = params["embedding"]
+    table = table.weight if isinstance(table, Adapted) else table
+    dtype = params["final_norm"]["scale"].dtype if isinstance(table, Quantized) else table.dtype
+    return jnp.dtype(dtype).name
+
+
 def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Llama:
-    """The module that fits the form of a parameter tree; `options` are those of `ModelOptions` except `scan`."""
+    """The module that fits a parameter tree: its form and, unless `dtype` is among the options, its dtype.
+
+    Args:
+      params: parameters, stacked or unrolled.
+      config: the architecture.
+      **options: of `ModelOptions`, except `scan`.
+
+    Raises:
+      InputError: for a tree that is none of parameters, and for unknown options.
+    """
+    if "embedding" not in params:
+        raise InputError(
+            f"params: a tree of {', '.join(map(str, params))[:60]} given; the parameters themselves expected, load(...).params"
+        )
+    check_options(options)
+    options = {"dtype": parameter_dtype(params), **options}
     return Llama(config, ModelOptions(scan="layers" in params, **options))  # type: ignore[arg-type]
 
 
@@ -156,7 +213,7 @@ def _logits(params: Parameters, inputs: Array, documents: Array | None, config: 
 
 def logits(
     params: Parameters,
-    inputs: Num[Array, "B T *D"],
+    inputs: Any,
     config: LlamaConfig,
     documents: Int[Array, "B T"] | None = None,
     **options: object,
@@ -168,9 +225,10 @@ def logits(
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
       config: the architecture.
       documents: document numbers of packed rows.
-      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
     """
-    return _logits(params, inputs, documents, config, model_for(params, config, **options).options)
+    require_inputs(inputs)
+    return _logits(params, jnp.asarray(inputs), documents, config, model_for(params, config, **options).options)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
@@ -186,18 +244,17 @@ def _hidden_states(params: Parameters, inputs: Array, config: LlamaConfig, optio
     return jnp.concatenate([embedded[None], after])
 
 
-def hidden_states(
-    params: Parameters, inputs: Num[Array, "B T *D"], config: LlamaConfig, **options: object
-) -> Float[Array, "L1 B T D"]:
+def hidden_states(params: Parameters, inputs: Any, config: LlamaConfig, **options: object) -> Float[Array, "L1 B T D"]:
     """The residual stream before the first layer and after each layer: `L + 1` entries, none of them through the final norm.
 
     Args:
       params: parameters, stacked or unrolled.
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
       config: the architecture.
-      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
     """
-    return _hidden_states(params, inputs, config, model_for(params, config, **options).options)
+    require_inputs(inputs)
+    return _hidden_states(params, jnp.asarray(inputs), config, model_for(params, config, **options).options)
 
 
 def embed(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

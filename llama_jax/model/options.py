@@ -1,7 +1,8 @@
 """How a model is run: choices that never change what it computes, only where, how fast and in how much memory."""
 
 import dataclasses
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
@@ -13,6 +14,21 @@ from llama_jax.parallel.sharding import TRAINING, Rules
 _FLOATS = ("float32", "bfloat16", "float16")
 _CONTEXT_ATTENTION = ("gathered", "ring")
 _CACHE_DTYPES = ("auto", *_FLOATS, "int8")
+
+
+def check_options(names: Iterable[str]) -> None:
+    """Refuses options that `ModelOptions` does not have, and `scan`, which the form of the parameters says.
+
+    Raises:
+      InputError: naming the first and the nearest that there is.
+    """
+    known = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "scan"]
+    for name in names:
+        if name == "scan":
+            raise InputError("option scan given; stacked or unrolled parameters say it (`stack`, `unstack`): leave it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"option {name!r} is unknown; the nearest is {near[0]}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,11 +137,15 @@ def quantize(params: Parameters, bits: int = 8, group: int = 32) -> Parameters:
       group: weights in a group, an even divisor of the inputs of every matrix.
 
     Raises:
-      InputError: for another number of bits, a group that does not fit, and a tree that is quantised already.
+      InputError: for another number of bits, a group that does not fit, and a tree that is quantised already or adapted.
     """
     finish = leaf_quantizer(bits, group)
     if any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))):
         raise InputError("the parameters are quantised already; quantize the ones they were made from")
+    if not all(isinstance(path[-1], jax.tree_util.DictKey) for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+        raise InputError(
+            "parameters with adapters over them given; quantize the plain ones, then combine these with the adapters"
+        )
     return jax.tree_util.tree_map_with_path(lambda path, leaf: finish(str(path[-1].key), leaf), params)
 
 

@@ -62,7 +62,12 @@ class Tokenizer(Protocol):
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a plain prompt, with the begin token first where the model expects it."""
+    """Token ids of a plain prompt, with the begin token first where the model expects it; `encode` never adds one.
+
+    Args:
+      tokenizer: of the model.
+      text: special tokens written in it stay text.
+    """
     begin = [tokenizer.begin_id] if tokenizer.adds_begin and tokenizer.begin_id is not None else []
     return begin + tokenizer.encode(text)
 

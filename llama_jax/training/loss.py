@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llama_jax.axes import Array, Float, Int, Parameters
+from llama_jax.axes import Array, Bool, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
 from llama_jax.errors import InputError
-from llama_jax.model.llama import Llama, apply, model_for
+from llama_jax.model.llama import Llama, apply, model_for, require_inputs
 from llama_jax.parallel.context import balanced_positions, parts_of
 from llama_jax.parallel.sharding import constrain
 from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, row_losses
@@ -33,7 +34,7 @@ def _ready(model: Llama, params: Parameters, batch: Batch) -> _Ready:
     parts, positions = parts_of("length", rules), None
     if parts > 1:
         positions = jnp.asarray(balanced_positions(batch.tokens.shape[1], parts))
-        batch = Batch(*[constrain(x[:, positions], ("batch", "length"), rules) for x in batch])
+        batch = jax.tree.map(lambda x: constrain(x[:, positions], ("batch", "length"), rules), batch)
     last = apply(model, params, batch.tokens, batch.documents, method="features", positions=positions).last
     return _Ready(last, apply(model, params, method="head_matrix"), batch.targets, batch.weights)
 
@@ -90,26 +91,32 @@ def next_token(z_loss: float) -> Objective:
 
 def mean_loss(
     params: Parameters,
-    tokens: Int[Array, "B T"],
+    tokens: Any,
     config: LlamaConfig,
-    weights: Float[Array, "B T"] | None = None,
+    weights: Num[Array, "B T"] | Bool[Array, "B T"] | None = None,
     **options: Any,
 ) -> Float[Array, ""]:
     """Mean loss of predicting each token from those before it, nats a token; differentiable in `params`.
 
     Args:
       params: parameters, stacked or unrolled.
-      tokens: token ids; the last one is only predicted, the first one only given.
+      tokens: token ids `[B, T]`, integers; the first one is only given and the last one only predicted. All `T` of them are
+        run, so that the length suits a kernel whenever `T` does; nothing is asked of what follows the last.
       config: the architecture.
-      weights: how much each token counts as a target; the first column does not matter. All alike by default. They are
-        constants: no gradient reaches them.
-      **options: `dtype`, `attention`, `remat`, `rules` of `ModelOptions`.
+      weights: how much each token counts as a target, numbers or booleans; the first column does not matter. All alike by
+        default. They are constants: their gradient is 0.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
 
     Raises:
-      InputError: for rows of fewer than two tokens.
+      InputError: for rows of fewer than two tokens, and for what is no array `[B, T]` of integers.
     """
+    require_inputs(tokens)
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"tokens: {tokens.dtype} given; token ids, integers, expected")
     if tokens.shape[1] < 2:
         raise InputError(f"rows of {tokens.shape[1]} tokens given; at least 2 expected, one to predict the other from")
-    counted = jnp.ones(tokens.shape, jnp.float32)[:, 1:] if weights is None else weights[:, 1:]
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], counted, jnp.ones_like(tokens[:, 1:]))
+    given = jnp.ones(tokens.shape) if weights is None else lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+    targets, counted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, given))
+    batch = Batch(tokens, targets, counted, None)
     return batch_loss(model_for(params, config, **options), params, batch, _MEAN_CHUNK) / jnp.sum(counted)

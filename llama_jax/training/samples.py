@@ -2,6 +2,7 @@
 
 import functools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llama_jax.axes import Parameters
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import check_prompts
 from llama_jax.generation.generate import Generator
+from llama_jax.generation.session import NotFiniteError
 from llama_jax.model.llama import Llama
 from llama_jax.text.stops import stop_ids
 from llama_jax.text.tokenizer import encode_prompt, load_tokenizer
@@ -65,8 +67,14 @@ class Samples:
         if not self._prompts:
             return
         options = self._model.options  # the programs are compiled at the first call, and found again at the later ones
-        generator = Generator(params, self._model.config, self._mesh, dtype=options.dtype, rules=options.rules)
-        rows = generator.generate(self._ids, self._new_tokens, stop_ids=stop_ids(self._tokenizer))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a few tokens on the mesh of a training, whatever it gathers
+            generator = Generator(params, self._model.config, self._mesh, dtype=options.dtype, rules=options.rules)
+        try:
+            rows = generator.generate(self._ids, self._new_tokens, stop_ids=stop_ids(self._tokenizer))
+        except NotFiniteError as error:  # the guard of the run decides what becomes of it
+            self._say(f"sample    {error}")
+            return
         file = self._file()
         for prompt, row in zip(self._prompts, rows):
             # The model may have more rows than the tokenizer has tokens; those have no text.

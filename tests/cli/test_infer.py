@@ -375,4 +375,4 @@ def test_weights_that_are_not_finite_make_no_json(tiny_directory, tmp_path, caps
     assert run("--model", broken, "--prompt", "a", "--max-new-tokens", 2, "--json", "--logprobs", 1) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "its weights hold NaN or infinity" in err
+    assert "row 1: logits that are NaN or infinite computed for new token 1" in err

@@ -11,11 +11,13 @@ import time
 
 import pytest
 from processes import INFER, KEEP
+from safetensors.numpy import load_file, save_file
 
 from llama_jax.cli.infer import main
-from llama_jax.cli.many import Job, batches
+from llama_jax.cli.many import Job, batch_settings, batches
 from llama_jax.cli.program import run_program
 from llama_jax.cli.requests import Request
+from llama_jax.generation.sampling import row_keys
 from llama_jax.generation.text import generate
 from llama_jax.weights.load import load
 
@@ -26,6 +28,10 @@ LINES = [
     {"prompt": "dog", "top_k": 5, "temperature": 2, "logit_bias": {"70": 2.5}, "repetition_penalty": 1.3},
     {"prompt": "The cat " * 9, "min_p": 0.1, "temperature": 1},
 ]
+
+
+OWN = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0,
+       "frequency_penalty": 0, "seed": 0, "logit_bias": {}, "stop": []}  # fmt: skip
 
 
 def written(path, lines) -> str:
@@ -52,7 +58,7 @@ def one_by_one(tiny, line: dict, index: int, **settings) -> list:
     if "logit_bias" in own:
         own["logit_bias"] = {int(token): value for token, value in own["logit_bias"].items()}
     prompt = line.get("prompt") or line["messages"]
-    return generate(tiny, [prompt], **{"seed": index, "max_new_tokens": 12, **settings, **own})
+    return generate(tiny, [prompt], **{"seed": row_keys(0, 1, index), "max_new_tokens": 12, **settings, **own})
 
 
 def test_answers_are_those_asked_one_by_one(tiny, tiny_directory, tmp_path, capsys):
@@ -249,8 +255,8 @@ def test_two_processes_do_not_write_one_file(tiny_directory, tmp_path, capsys):
 
 @pytest.mark.parametrize("done", [0, 3, 11])
 def test_batches(done):
-    """Every request that is not answered yet, in batches that do not depend on what is, of one limit, and sorted by length."""
-    requests = [Request(i, i + 1, None, "", {"max_new_tokens": 5 + i % 2}, "") for i in range(40)]
+    """Every request that is not answered yet, in batches that do not depend on what is, of like limits, sorted by length."""
+    requests = [Request(i, i + 1, None, "", {"max_new_tokens": 5 + 3 * (i % 2)}, 0, "") for i in range(40)]
     lengths = [(7 * i) % 40 for i in range(40)]
     found = list(batches(Job(requests, 1, None, 2, done), lengths))
     every = list(batches(Job(requests, 1, None, 2, 0), lengths))
@@ -260,6 +266,14 @@ def test_batches(done):
     assert all(request.number < 16 for batch in every[:8] for request in batch)
     first = [lengths[request.number] for batch in every[:4] for request in batch]
     assert first == sorted(first)
+
+
+def test_limits_of_their_own_fill_batches():
+    """Forty requests with forty limits are ten batches of four, not forty of one."""
+    requests = [Request(i, i + 1, None, "", {"max_new_tokens": 64 + i}, 0, "") for i in range(40)]
+    assert [len(batch) for batch in batches(Job(requests, 1, None, 4, 0), [9] * 40)] == [4] * 10
+    settings = batch_settings([request._replace(settings={**OWN, **request.settings}) for request in requests[:2]], 2)
+    assert settings["max_new_tokens"] == [64, 64, 65, 65]
 
 
 def test_an_output_of_other_weights_is_not_continued(tiny_directory, tmp_path, capsys):
@@ -295,3 +309,17 @@ def test_penalties_of_a_request_and_guessing(tiny_directory, tmp_path, capsys):
     assert run("--model", tiny_directory, "--input", name, "--output", output, "--speculate", 4) == 2
     assert f"{name}, line 3: a penalty given with --speculate" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_logits_that_are_no_numbers_name_their_line(tiny, tiny_directory, tmp_path, capsys):
+    """A damaged weight that only some prompts meet: what was answered before it stays, and the status is 2."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_directory, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.embed_tokens.weight"][tiny.tokenizer.encode("x")[0]] = float("nan")
+    save_file(tensors, damaged / "model.safetensors")
+    lines = written(tmp_path / "in.jsonl", [{"prompt": "The cat", "stop": "x"}, {"prompt": "ax"}])
+    common = ["--input", lines, "--max-new-tokens", 3, "--logit-bias", f"{tiny.tokenizer.encode('a')[0]}=1000"]
+    assert run("--model", damaged, *common, "--batch-size", 1, "--output", tmp_path / "out.jsonl") == 2
+    assert [answer["text"] for answer in objects((tmp_path / "out.jsonl").read_text())] == ["aaa"]
+    assert "line 3 of the input: row 1: logits that are NaN or infinite computed for new token 1" in capsys.readouterr().err

@@ -49,6 +49,18 @@ def test_greedy_is_the_most_probable_token_of_the_full_pass(generator):
         assert is_greedy(prompt, tokens)
 
 
+def test_each_row_has_its_own_limit(generator):
+    whole = ids(generator.generate(PROMPTS, 12))
+    for limits in ([1, 12, 0, 5, 12], np.asarray([1, 12, 0, 5, 12])):
+        assert ids(generator.generate(PROMPTS, limits)) == [row[:limit] for row, limit in zip(whole, limits)]
+    for bad, words in (
+        ([1, 2], "2 values given for 5 rows; one for all or one a row expected"),
+        ([1, 2, 3, 4, -1], "-1 given"),
+    ):
+        with pytest.raises(InputError, match=f"^max_new_tokens: {words}"):
+            generator.start(PROMPTS, bad)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_a_row_does_not_depend_on_its_neighbours(generator, temperature):
     """Nor on its place among them, on how far their prompts make its own be padded, or on rows that only fill up."""

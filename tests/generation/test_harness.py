@@ -43,7 +43,7 @@ def requests(*args):
 
 
 def test_loglikelihood_is_the_score(tiny, methods):
-    pairs = [("The cat", " sat on"), ("", "The dog"), ("A quick ", "brown fox")]
+    pairs = [("The cat", " sat on"), ("", "The dog"), ("A quick", " brown fox")]
     expected = score(tiny, *zip(*pairs))
     got = methods.loglikelihood(requests(*pairs))
     assert [greedy for _, greedy in got] == [result.greedy for result in expected]
@@ -96,8 +96,64 @@ def test_generate_until(tiny, methods):
     assert cut == plain[0][: plain[0].index(stop)]
     mixed = methods.generate_until(requests((prompts[1], {"max_gen_toks": 8}), (prompts[0], {"max_gen_toks": 2})))
     assert mixed == [plain[1], generate(tiny, prompts[:1], max_new_tokens=2)[0].text]
-    with pytest.raises(InputError, match="generation_kwargs 'num_beams' is unknown"):
-        methods.generate_until(requests(("The cat", {"num_beams": 4})))
+    by_name = [{"max_new_tokens": 2}, {"max_tokens": 2, "num_beams": 1}, {"max_gen_toks": 2, "max_tokens": 7}]
+    assert methods.generate_until(requests(*[(prompts[0], names) for names in by_name])) == [mixed[1]] * 3
+    assert methods.generate_until(requests((prompts[0], {"stop": [stop], "until": ["zzz"]}))) == [cut]
+    for bad, words in (
+        ({"num_beams": 4}, "num_beams: 4 given; 1 expected"),
+        ({"length_penalty": 1.0}, "'length_penalty' is unknown"),
+    ):
+        with pytest.raises(InputError, match=f"generation_kwargs {words}"):
+            methods.generate_until(requests(("The cat", bad)))
+
+
+PAIRS = [
+    ("The cat", " sat"), ("The cat ", "sat"), ("The cat  ", " sat"), ("Answer:\n", "yes"), ("Answer:\n\n", "\nyes"),
+    ("The c", "at"),
+    ("a\t ", "b"), ("The quick bro", "wn fox"), (" ", "dog"), ("th", "e"), ("x\n", "  y"), ("The cat. ", ""), ("你", "好"),
+]  # fmt: skip
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["begin token", "plain"])
+def test_pairs_are_those_of_the_harness(tiny, tiny_directory, kind):
+    """As lm-evaluation-harness 0.4.9 to 0.4.13 encodes pairs (`TemplateLM._encode_pair`), with transformers' tokenizer."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    theirs, model = AutoTokenizer.from_pretrained(tiny_directory), tiny
+    if kind == "begin token":
+        begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+        theirs.backend_tokenizer.post_processor = begin
+        model = tiny._replace(tokenizer=BeginsTexts(tiny.tokenizer))
+    ours = HarnessMethods(model, None, 3, 8)
+    for context, continuation in PAIRS:
+        kept = context.rstrip()
+        whole, alone = theirs.encode(context + continuation), theirs.encode(kept)
+        assert ours._pair(context, continuation) == (alone or [0], whole[len(alone) :]), (context, continuation)
+    assert ours._pair("", " dog") == ([0], theirs.encode(" dog", add_special_tokens=False))
+    assert ours._windows("The cat") == [([0], theirs.encode("The cat"))]
+
+
+class BeginsTexts:
+    """A tokenizer whose prompts begin with its token 0."""
+
+    begin_id, adds_begin = 0, True
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+
+def test_white_space_that_ends_a_template_belongs_to_the_answer(tiny, methods):
+    """ChatML ends with `assistant` and a line feed: what is scored begins with the line feed."""
+    prompt, following = methods._pair(methods.apply_chat_template([{"role": "user", "content": "Hi"}]), "Yes")
+    whole = tiny.tokenizer.encode_after_special("assistant\nYes")
+    alone = tiny.tokenizer.encode_after_special("assistant")
+    assert prompt[-len(alone) - 1 :] == [tiny.tokenizer.special_tokens["<|im_start|>"], *alone]
+    assert following == whole[len(alone) :]
 
 
 def test_a_conversation_goes_through_the_template(tiny, methods):

@@ -118,9 +118,38 @@ def test_mixed_batch():
     assert _sample(logits, make_sampling(6), positions).tolist() == greedy.tolist()
 
 
-def test_one_seed_for_all_rows_draws_differently():
-    assert make_sampling(3, seed=5).seed.tolist() == [5, 6, 7]
-    assert make_sampling(3, seed=[5, 5, 9]).seed.tolist() == [5, 5, 9]
+def keys(*args, **settings) -> list:
+    return jax.random.key_data(make_sampling(*args, **settings).key).tolist()
+
+
+def folded(key, row: int) -> list[int]:
+    return jax.random.key_data(jax.random.fold_in(key, row)).tolist()
+
+
+def test_keys_of_rows_are_jax_fold_in():
+    five, nine = jax.random.key(5), jax.random.key(9)
+    assert keys(3, seed=5) == keys(3, seed=five) == keys(3, seed=np.int64(5)) == [folded(five, row) for row in range(3)]
+    assert keys(2, seed=[5, 9]) == [folded(five, 0), folded(nine, 0)]  # each as it would be alone
+    assert keys(2, seed=jnp.stack([five, nine])) == [jax.random.key_data(key).tolist() for key in (five, nine)]
+
+
+def test_no_row_of_one_seed_is_a_row_of_another():
+    """A rollout of four samples a step with the step as its seed: two hundred different texts, not 53."""
+    together = np.concatenate([keys(4, seed=step) for step in range(50)])
+    assert len(np.unique(together, axis=0)) == 200
+
+
+def test_a_seed_or_a_key_may_be_traced():
+    """Row by row the keys of a call outside of `jit`, without a compilation for each seed."""
+    compiled = jax.jit(lambda seed: make_sampling(3, 1.0, seed=seed).key)
+    for seed in (5, 6):
+        got = [jax.random.key_data(compiled(given)).tolist() for given in (seed, jax.random.key(seed))]
+        assert got == [keys(3, seed=seed)] * 2
+    assert jax.random.key_data(compiled(jnp.asarray([4, 5, 6]))).tolist() == keys(3, seed=[4, 5, 6])
+    assert compiled._cache_size() == 3
+    for bad, words in ((jnp.zeros(2, jnp.int32), r"shape \[2\] given for 3 rows"), (0.5, "traced numbers of float32 given")):
+        with pytest.raises(InputError, match=f"^seed: {words}[^\n]*expected"):
+            compiled(bad)
 
 
 @pytest.mark.parametrize(("setting", "value"), [
@@ -133,6 +162,7 @@ def test_one_seed_for_all_rows_draws_differently():
     ("temperature", True), ("temperature", [True]), ("logit_bias", {True: 1.0}), ("logit_bias", {1: True}),
     ("logit_bias", {"a": 1.0}), ("logit_bias", {1: "much"}), ("logit_bias", {1 << 40: 1.0}),
     ("seed", -1), ("seed", 1 << 31), ("seed", 1 << 80), ("seed", 0.5), ("seed", [1]), ("seed", "x"),
+    ("seed", jax.random.PRNGKey(0)), ("seed", jax.random.split(jax.random.key(0), 3)),
 ])  # fmt: skip
 def test_bad_settings_are_named(setting, value):
     with pytest.raises(InputError, match=f"^{setting}: [^\n]*expected[^\n]*$"):

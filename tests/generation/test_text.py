@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from support import shallow
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import check_texts
 from llama_jax.generation.generate import Generator
-from llama_jax.generation.sampling import make_sampling
-from llama_jax.generation.text import Completion, encode_user, generate, stream
+from llama_jax.generation.sampling import make_sampling, row_keys
+from llama_jax.generation.session import NewTokens
+from llama_jax.generation.text import Completion, _Row, encode_user, generate, stream
 from llama_jax.weights.load import Pretrained, load
 
 PROMPTS = ["The cat sat", "你好 🎉", "a"]
@@ -47,16 +49,23 @@ def test_pieces_make_up_the_completions(tiny, completions, chunk):
         assert [piece.completion for piece in own] == [None] * (len(own) - 1) + [completion]
         assert "".join(piece.text for piece in own) == completion.text
         assert sum(piece.tokens for piece in own) == completion.new_tokens
-        assert max(piece.tokens for piece in own) == chunk
+        assert max(piece.tokens for piece in own) == min(chunk, completion.new_tokens - 1)  # the first token comes alone
 
 
 def test_settings_per_prompt(tiny, completions):
     """A row's settings and seed are its own."""
-    settings = {"temperature": [0.0, 1.0, 1.0], "top_k": [0, 0, 1], "seed": [9, 5, 6]}
+    settings = {"temperature": [0.0, 1.0, 1.0], "top_k": [0, 0, 1], "seed": row_keys(4, 3)[np.array([2, 1, 0])]}
     got = generate(tiny, PROMPTS, max_new_tokens=30, **settings)
     greedy = generate(tiny, PROMPTS, max_new_tokens=30)
     assert [row.token_ids for row in got] == [greedy[0].token_ids, completions[1].token_ids, greedy[2].token_ids]
     assert greedy[1].token_ids != completions[1].token_ids
+
+
+def test_each_row_has_its_own_limit(tiny, completions):
+    """Samples of a prompt too, and beside a limit that the context sets."""
+    got = generate(tiny, PROMPTS, max_new_tokens=[4, 30, 0], temperature=1.0, seed=4)
+    assert [row.token_ids for row in got] == [row.token_ids[:limit] for row, limit in zip(completions, (4, 30, 0))]
+    assert [row.new_tokens for row in generate(tiny, ["a"], samples=2, max_new_tokens=[2, 1])] == [2, 1]
 
 
 def test_chat_goes_through_the_template(tiny):
@@ -88,7 +97,7 @@ def test_a_prompt_that_fills_the_context(tiny):
     ("a", {"attention": "flash"}, "attention backend 'flash'"),
     ("a", {"tempreature": 1}, "setting 'tempreature' is unknown; the nearest is temperature"),
     ("a", {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
-    ("a", {"max_new_tokens": [3]}, r"max_new_tokens: \[3\] given; a whole number expected"),
+    ("a", {"max_new_tokens": [3, 4]}, "max_new_tokens: 2 values given for 1 rows; one for all or one a row expected"),
     ("a", {"stop": 3}, "stop: 3 given; texts that end an answer expected"),
     ("a", {"stop": [["a", 3]]}, "stop: .* one list a row expected"),
     ("a", {"logprobs": 1000}, "logprobs: 1000 given; 0 to 100 expected"),
@@ -130,3 +139,19 @@ def test_a_generator_of_another_model_is_refused(tiny):
         generate(tiny, ["a"], generator=Generator(tiny.params, other))
     with pytest.raises(InputError, match="chunk: 'a' given"):
         next(stream(tiny, ["a"], chunk="a"))
+
+
+def test_the_work_of_a_long_answer_grows_with_its_length_alone(tiny):
+    """Eight times the tokens, about eight times the time; it was fifty times."""
+
+    def seconds(pieces: int) -> float:
+        def once() -> float:
+            row, started = _Row(tiny.tokenizer, "a", [1], ["zzz"], []), time.process_time()
+            for _ in range(pieces):
+                row.take(NewTokens([70, 71], [-1.0, -2.0]), 10**9)
+            assert len(row.completion().token_ids) == 2 * pieces == row.count
+            return time.process_time() - started
+
+        return min(once() for _ in range(3))
+
+    assert seconds(4000) < 20 * seconds(500)

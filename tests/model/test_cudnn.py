@@ -114,7 +114,9 @@ def test_auto_takes_it_on_gpus_only_and_for_what_it_takes(present):
 
 def test_without_a_gpu_it_is_refused():
     q = jnp.zeros((1, 2, 8, 64), jnp.bfloat16)
-    with pytest.raises(InputError, match=r"heads of 64 in bfloat16 on 1 device\(s\) a row given; .* a GPU with cuDNN expected"):
+    with pytest.raises(
+        InputError, match=r"heads of 64 in bfloat16 on 1 device\(s\) a row given, 8 tokens; .* a GPU with cuDNN expected"
+    ):
         cudnn.cudnn_attention(q, q, q, None, TRAINING)
     with pytest.raises(InputError, match="attention backend cudnn given for one call"):
         attend(q, q, q, Mask(), backend="cudnn")

@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from support import LLAMA3_SCALING, TINY, VARIANTS, float64_logits, random_parameters, random_tokens, unrolled_parameters
 
 from llama_jax.errors import InputError
+from llama_jax.generation.generate import Generator
+from llama_jax.model.adapters import combine, init_adapters
 from llama_jax.model.layers import rms_norm, swiglu
 from llama_jax.model.llama import Llama, embed, hidden_states, logits
 from llama_jax.model.options import ModelOptions
+from llama_jax.model.quantize import quantize
 from llama_jax.model.rope import _by_halves, _by_product, inverse_frequencies, rotate, rotation
+from llama_jax.training.loss import mean_loss
 from llama_jax.weights.forms import stack, unstack
 
 SMALL = dataclasses.replace(TINY, layers=2)
@@ -175,3 +180,40 @@ def test_linen_parameters_move_to_nnx():
     )
     got = nnx.jit(lambda model, tokens: model(tokens))(bridged, tokens)
     np.testing.assert_allclose(got, float64_logits(params, tokens, config), atol=1e-6)
+
+
+def products(function, *args) -> set[str]:
+    """The dtypes that the matmuls of a function multiply, inside of loops and calls too."""
+    found: set[str] = set()
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.update(str(operand.aval.dtype) for operand in equation.invars)
+            for inner in jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "float16", "int8", "adapted"])
+def test_what_is_computed_in_is_what_the_parameters_are_in(form):
+    """Logits, hidden states, loss and the cache; another dtype only where one is given."""
+    dtype = form if "float" in form else "bfloat16"
+    params = jax.tree.map(lambda x: x.astype(dtype), unrolled_parameters(SMALL))
+    if form == "int8":
+        params = quantize(params)
+    if form == "adapted":
+        params = combine(params, unstack(init_adapters(jax.random.key(0), SMALL, 2, ("wq", "down"))), 1.0)
+    tokens = random_tokens(SMALL, (1, 6))
+    for function in (logits, hidden_states, mean_loss):
+        dtypes = products(functools.partial(function, config=SMALL), params, tokens)
+        assert dtype in dtypes
+        # Scores times values and the loss are summed in float32; what goes into a matmul is not.
+        assert "float32" not in dtypes or form in ("int8", "adapted") or function is mean_loss, function
+    wide = products(functools.partial(logits, config=SMALL, dtype="float32"), params, tokens)
+    assert "float32" in wide
+    generator = Generator(params, SMALL)
+    assert generator.programs.model.options.dtype == dtype
+    assert jax.eval_shape(lambda: generator.programs._init_cache(1, 16)).layers[0].keys.dtype == dtype

@@ -216,6 +216,12 @@ def test_mean_loss_weights_targets():
     expected, _ = plain_gradient(params, whole, CONFIG)
     mean = jax.jit(lambda params, tokens, weights: mean_loss(params, tokens, CONFIG, weights))
     np.testing.assert_allclose(mean(params, tokens, weights), expected, rtol=1e-5)
+    np.testing.assert_allclose(mean(params, tokens, weights > 0), expected, rtol=1e-5)
+    assert not np.any(jax.grad(mean, argnums=2)(params, tokens, weights))  # constants, in the divisor too
+    # All T tokens are run: [2, 128] suits the kernel, which takes 128 and not 127.
+    wide = dataclasses.replace(CONFIG, head_dim=64, context_length=128)
+    loss = functools.partial(mean_loss, config=wide, attention="splash")
+    assert jax.eval_shape(loss, parameters(wide), jnp.zeros((2, 128), jnp.int32)).shape == ()
     with pytest.raises(InputError, match="rows of 1 tokens"):
         mean_loss(params, tokens[:, :1], CONFIG)
 
