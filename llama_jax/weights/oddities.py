@@ -13,6 +13,7 @@ from llama_jax.weights.contents import Contents
 from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hugging_face import HuggingFaceSource
+from llama_jax.weights.hugging_face_config import unknown_keys
 from llama_jax.weights.open import Opened
 from llama_jax.weights.source import shown
 
@@ -32,6 +33,7 @@ def oddities(opened: Opened, held: Contents) -> list[str]:
         found.append("the head is tied to the embedding, and a copy of the embedding is stored as a head all the same")
     if isinstance(opened.source, HuggingFaceSource):
         found += _of_description(json_object(opened.source.directory / "config.json"), held)
+        found += _of_quantization(opened.source)
     return found
 
 
@@ -105,6 +107,12 @@ def _plain(value: object) -> str:
     return "none" if value is None else str(value).lower()
 
 
+def _of_quantization(source: HuggingFaceSource) -> Iterator[str]:
+    if source.scheme is not None:
+        yield (f"{len(source.scales)} weights are 8-bit floats and are dequantized when read; activations are not quantized "
+               "here, as they are where these weights are served")  # fmt: skip
+
+
 def _of_description(values: Mapping[str, Any], held: Contents) -> Iterator[str]:
     """What `config.json` says against what the tensors are."""
     declared = values.get("dtype") or values.get("torch_dtype")
@@ -113,5 +121,10 @@ def _of_description(values: Mapping[str, Any], held: Contents) -> Iterator[str]:
     if len(held.types) > 1:
         counted = ", ".join(f"{count} of {kind}" for kind, count in collections.Counter(held.types).items())
         yield f"the tensors are of several types: {counted}"
+    ignored = unknown_keys(values)
+    if ignored:
+        named = ", ".join(f"{shown(key)}: {shown(values[key])}" for key in ignored[:4])
+        rest = f" and {len(ignored) - 4} more" if len(ignored) > 4 else ""
+        yield f"config.json has keys that are unknown here, with values that change nothing: {named}{rest}"
     if values.get("tie_word_embeddings") is None:
         yield "config.json does not say whether the head is tied to the embedding; false, as in transformers, is taken"

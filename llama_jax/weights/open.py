@@ -15,7 +15,8 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hub import fetch, names_model
-from llama_jax.weights.hugging_face import HuggingFaceSource, inside
+from llama_jax.weights.hugging_face import HuggingFaceSource
+from llama_jax.weights.hugging_face_files import inside
 from llama_jax.weights.merged import CONFIG as ADAPTERS_CONFIG
 from llama_jax.weights.merged import MergedSource
 from llama_jax.weights.meta import MetaSource

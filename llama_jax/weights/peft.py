@@ -22,7 +22,8 @@ from llama_jax.errors import InputError
 from llama_jax.weights.files import json_object
 from llama_jax.weights.forms import stack
 from llama_jax.weights.fresh_directory import fresh_directory, write_synced
-from llama_jax.weights.hugging_face import NAMES, inside
+from llama_jax.weights.hugging_face import NAMES
+from llama_jax.weights.hugging_face_files import inside
 from llama_jax.weights.hugging_face_write import DTYPES, TensorSpec, write_safetensors
 from llama_jax.weights.merged import CONFIG
 from llama_jax.weights.safetensors_file import map_safetensors
