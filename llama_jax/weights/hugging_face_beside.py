@@ -11,8 +11,8 @@ from llama_jax.text.export import hugging_face_files
 from llama_jax.text.files import read_json
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face_files import inside
 from llama_jax.weights.hugging_face_describe import TokenIds
+from llama_jax.weights.hugging_face_files import inside
 from llama_jax.weights.open import Opened
 from llama_jax.weights.source import Source, blamed_on, shown
 

@@ -42,7 +42,8 @@ def save(directory, scheme, **more) -> dict[str, np.ndarray]:
 def refusal(directory) -> str:
     with pytest.raises(InputError) as refused:
         HuggingFaceSource.open(directory)
-    assert "\n" not in str(refused.value) and "remove" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "remove" not in str(refused.value)
     return str(refused.value)
 
 
@@ -94,7 +95,8 @@ def test_other_schemes_are_named(tmp_path, name):
     save(tmp_path, OTHERS[name])
     message = refusal(tmp_path)
     assert "config.json: the model is quantized (quantization_config" in message
-    assert f"'{name}'" in message and "fetch the model unquantized" in message
+    assert f"'{name}'" in message
+    assert "fetch the model unquantized" in message
 
 
 def test_quantized_tensors_without_a_word_in_the_config(tmp_path):
