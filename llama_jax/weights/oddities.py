@@ -55,6 +55,11 @@ def _of_rule(opened: Opened) -> Iterator[str]:
     metadata = opened.source.file.metadata if isinstance(opened.source, GgufSource) else {}
     if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in metadata:
         yield f"the file does not say how words are cut (tokenizer.ggml.pre); {assumed_rule(metadata)} is taken"
+    if "tokenizer.ggml.tokens" in metadata and "tokenizer.ggml.token_type" not in metadata:
+        yield "the file has no types of tokens: control are those that begin, end and fill, and known marks of turns"
+    scores = metadata.get("tokenizer.ggml.scores")
+    if metadata.get("tokenizer.ggml.model") == "llama" and (not isinstance(scores, list) or len({*scores}) == 1):
+        yield "all pieces have one score, so that pairs merge from left to right; the original tokenizer may cut otherwise"
 
 
 def _of_stops(opened: Opened) -> Iterator[str]:
