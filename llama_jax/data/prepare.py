@@ -21,7 +21,7 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 _TOKENIZER = "tokenizer.model"
 _TRAIN = "train.tokens"
 _HELD_OUT = "held_out.tokens"
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")  # they name its begin and end
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # begin, end, more tokens
 
 
 class PreparedData(NamedTuple):

@@ -2,11 +2,14 @@
 
 import collections
 import dataclasses
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.presets import PRESETS
+from llama_jax.text.chat import template_names
+from llama_jax.text.files import read_json
 from llama_jax.text.gguf import assumed_rule
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf
 from llama_jax.weights.contents import Contents
@@ -33,7 +36,7 @@ def oddities(opened: Opened, held: Contents) -> list[str]:
         found.append("the head is tied to the embedding, and a copy of the embedding is stored as a head all the same")
     if isinstance(opened.source, HuggingFaceSource):
         found += _of_description(json_object(opened.source.directory / "config.json"), held)
-        found += _of_quantization(opened.source)
+        found += [*_of_quantization(opened.source), *_of_begin(opened, opened.source.directory)]
     return found
 
 
@@ -110,6 +113,18 @@ def _plain(value: object) -> str:
     if isinstance(value, RopeScaling):
         return f"{value.rope_type} by {value.factor:g}"
     return "none" if value is None else str(value).lower()
+
+
+def _of_begin(opened: Opened, directory: pathlib.Path) -> Iterator[str]:
+    """What `tokenizer_config.json` says against what is done: about the begin token, and about chat templates."""
+    declared, tokenizer = read_json(directory / "tokenizer_config.json").get("add_bos_token"), opened.tokenizer
+    if tokenizer is not None and isinstance(declared, bool) and declared != tokenizer.adds_begin:
+        does = "puts the begin token before every text" if tokenizer.adds_begin else "puts no begin token before a text"
+        yield (f"tokenizer_config.json says add_bos_token: {str(declared).lower()}, yet tokenizer.json {does}; the latter is "
+               "followed, as in transformers 5")  # fmt: skip
+    names = template_names(directory)
+    if opened.template is None and names:
+        yield f"there are chat templates named {', '.join(map(shown, names[:6]))} and none named default: none is used"
 
 
 def _of_quantization(source: HuggingFaceSource) -> Iterator[str]:
