@@ -23,7 +23,7 @@ _TOKENIZER = "tokenizer.model"
 _TRAIN = "train.tokens"
 _HELD_OUT = "held_out.tokens"
 _DOCUMENTS = "begun as prompts are"  # how: once with every begin token that a tokenizer has
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")  # they name its begin and end
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # begin, end, more tokens
 
 
 class PreparedData(NamedTuple):

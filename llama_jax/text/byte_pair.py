@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from llama_jax.errors import InputError
-from llama_jax.text.files import read_json, special_token
+from llama_jax.text.files import special_token
 from llama_jax.text.surface import Surface, require_characters
 from llama_jax.text.tokenizer_json import read_tokenizer_json
 from llama_jax.text.turns import template_text, turn_tokens
@@ -159,7 +159,8 @@ class BytePairTokenizer:
 def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
     """Reads a `tokenizer.json`, and what the files beside it say about begin and end.
 
-    `adds_begin` is `add_bos_token` of `tokenizer_config.json`, else what the tokenizer's own post-processor does.
+    Whether prompts begin with the begin token is said by the tokenizer's own post-processor. An `add_bos_token` in
+    `tokenizer_config.json` is passed over where there is a `tokenizer.json`, as in transformers 5.
 
     Raises:
       InputError: for a damaged file, and for declared tokens that the vocabulary does not hold.
@@ -172,13 +173,10 @@ def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
     if first is not None and tokenizer.id_to_token(first) is None:
         raise InputError(f"{path}: post_processor adds id {first}, which the vocabulary does not hold")
     begin_id = _declared_id(path, tokenizer, "bos_token")
-    adds_begin = read_json(path.parent / "tokenizer_config.json").get("add_bos_token")
     end_id = _declared_id(path, tokenizer, "eos_token")
     if begin_id is None and first != end_id:
         begin_id = first
-    if adds_begin is None:
-        adds_begin = first == begin_id
-    return BytePairTokenizer(tokenizer, begin_id, end_id, begin_id is not None and bool(adds_begin), promoted)
+    return BytePairTokenizer(tokenizer, begin_id, end_id, begin_id is not None and first == begin_id, promoted)
 
 
 def _with_special(tokenizer: tokenizers.Tokenizer, tokens: tuple[str, ...]) -> tokenizers.Tokenizer:

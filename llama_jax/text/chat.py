@@ -336,7 +336,7 @@ def template_from_directory(directory: pathlib.Path) -> ChatTemplate | None:
     """The template in a model's directory: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`.
 
     Raises:
-      InputError: for damaged files, and for several templates none of which is named `default`.
+      InputError: for damaged files. Of several templates none of which is named `default`, none is taken.
     """
     path = directory / "chat_template.jinja"
     declared = read_json(directory / "tokenizer_config.json").get("chat_template")
@@ -346,18 +346,32 @@ def template_from_directory(directory: pathlib.Path) -> ChatTemplate | None:
     return ChatTemplate(source, special_token(directory, "bos_token"), special_token(directory, "eos_token"))
 
 
+def template_names(directory: pathlib.Path) -> tuple[str, ...]:
+    """The names of the templates in a list of `tokenizer_config.json`; empty where there is one without a name, or none.
+
+    Raises:
+      InputError: for damaged files.
+    """
+    return tuple(_named(directory, read_json(directory / "tokenizer_config.json").get("chat_template")))
+
+
 def _default_template(directory: pathlib.Path, declared: object) -> str | None:
-    """One template, given as text or as a list of named ones."""
+    """One template, given as text or as the one named `default` of several."""
+    return declared if isinstance(declared, str) else _named(directory, declared).get("default")
+
+
+def _named(directory: pathlib.Path, declared: object) -> dict[str, str]:
+    """Templates by name: a list of objects, as files have it, or one object."""
     if declared is None or isinstance(declared, str):
-        return declared
-    entries = declared if isinstance(declared, list) else []
-    named = (entry.get("template") for entry in entries if isinstance(entry, dict) and entry.get("name") == "default")
-    source = next(named, None)
-    if not isinstance(source, str):
+        return {}
+    pairs = list(declared.items()) if isinstance(declared, dict) else None
+    if isinstance(declared, list) and all(isinstance(entry, dict) for entry in declared):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in declared]
+    if pairs is None or not all(isinstance(name, str) and isinstance(source, str) for name, source in pairs):
         raise InputError(
-            f"{directory / 'tokenizer_config.json'}: chat_template should be text, or a list with one named default"
+            f"{directory / 'tokenizer_config.json'}: chat_template should be text, or a list of objects with name and template"
         )
-    return source
+    return dict(pairs)
 
 
 def template_from_gguf(metadata: Mapping[str, object]) -> ChatTemplate | None:

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from llama_jax.errors import InputError
 
@@ -62,11 +62,11 @@ def special_token(directory: pathlib.Path, role: str) -> str | None:
     declared = (read_json(directory / name).get(role) for name in _SPECIAL_TOKEN_FILES)
     value = next((value for value in declared if value is not None), None)
     text = value.get("content") if isinstance(value, dict) else value
-    if text is not None and not _is_text(text):
+    if text is not None and not is_text(text):
         raise InputError(f"{directory}: {role} is {value!r:.80}, a string expected")
     return text
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether a value of a JSON file is a string that UTF-8 can hold: JSON can spell half of a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -4,6 +4,7 @@ Source: llama.cpp, which defines the format.
 """
 
 import collections
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from llama_jax.text.surface import require_characters
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.turns import turn_tokens
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; the others are 1 normal, 5 unused, 6 byte
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # token types; 5 is unused
+_UNKNOWN_TOKEN = "<unk>"
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>")
 _LARGEST_SCORE = 1e30
@@ -88,8 +91,8 @@ def assumed_rule(metadata: Mapping[str, object]) -> str:
 
 def _sentence_piece(metadata: Mapping[str, object]) -> SentencePieceTokenizer:
     """Kind `llama`: pieces with scores, merged best score first."""
-    vocabulary = _vocabulary(metadata)
-    scores = _values(metadata, "scores", float)
+    vocabulary = _with_unknown(metadata, _vocabulary(metadata))
+    scores = _scores(metadata, len(vocabulary.tokens))
     if len(scores) != len(vocabulary.tokens):
         raise InputError(f"tokenizer.ggml.scores: {len(scores)} given for {len(vocabulary.tokens)} tokens")
     if not all(abs(score) < _LARGEST_SCORE for score in scores):  # nor is it for what is no number
@@ -106,12 +109,30 @@ def _sentence_piece(metadata: Mapping[str, object]) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(processor, begin, end, adds_begin, vocabulary.promoted)
 
 
+def _scores(metadata: Mapping[str, object], count: int) -> list[float]:
+    """The scores of all pieces; zeros, with which pairs merge from left to right, where a file has none, as in llama.cpp."""
+    return [0.0] * count if "tokenizer.ggml.scores" not in metadata else _values(metadata, "scores", float)
+
+
+def _with_unknown(metadata: Mapping[str, object], vocabulary: _Vocabulary) -> _Vocabulary:
+    """The vocabulary with its unknown token of that type: some writers call it control (`LlamaHfVocab` of `gguf`)."""
+    if _UNKNOWN in vocabulary.kinds:
+        return vocabulary
+    number = _token_id(metadata, "unknown_token_id", vocabulary, None)
+    if number is None and _UNKNOWN_TOKEN in vocabulary.tokens:
+        number = vocabulary.tokens.index(_UNKNOWN_TOKEN)
+    kinds = [_UNKNOWN if at == number else kind for at, kind in enumerate(vocabulary.kinds)]
+    return vocabulary._replace(kinds=kinds)
+
+
 _READERS: dict[str, Callable[[Mapping[str, object]], Tokenizer]] = {"gpt2": _byte_pair, "llama": _sentence_piece}
 
 
 def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     """The tokens and their types, checked to belong together."""
-    tokens, kinds = _values(metadata, "tokens", str), _values(metadata, "token_type", int)
+    tokens = _values(metadata, "tokens", str)
+    typed = "tokenizer.ggml.token_type" in metadata
+    kinds = _values(metadata, "token_type", int) if typed else _assumed_kinds(metadata, tokens)
     if len(tokens) != len(kinds):
         raise InputError(f"tokenizer.ggml.token_type: {len(kinds)} types given for {len(tokens)} tokens")
     token, count = next(iter(collections.Counter(tokens).most_common(1)), ("", 1))
@@ -124,10 +145,24 @@ def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     wrong = next((kind for kind in kinds if not 1 <= kind <= 6), None)
     if wrong is not None:
         raise InputError(f"tokenizer.ggml.token_type: type {wrong!r:.20} given, 1 to 6 expected")
-    ordinary = (token for token, kind in zip(tokens, kinds) if kind == _USER_DEFINED)
-    promoted = turn_tokens(ordinary, str(metadata.get("tokenizer.chat_template", "")))
+    plain = _USER_DEFINED if typed else _NORMAL
+    ordinary = (token for token, kind in zip(tokens, kinds) if kind == plain)
+    # Of tokens without types only the known ones: "[0]" is a word of a vocabulary, and stands in many a template.
+    promoted = turn_tokens(ordinary, str(metadata.get("tokenizer.chat_template", "")) if typed else "")
     own = set(promoted)
     return _Vocabulary(tokens, [_CONTROL if token in own else kind for token, kind in zip(tokens, kinds)], promoted)
+
+
+def _assumed_kinds(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
+    """Types of tokens in a file without them: control for those that begin, end and fill, bytes by their names."""
+    spelled = metadata.get("tokenizer.ggml.model") == "llama"
+    defaults = {"bos": 1, "eos": 2} if spelled else {}  # llama.cpp's
+    roles = ("bos", "eos", "eot", "eom", "padding")
+    control = [metadata.get(f"tokenizer.ggml.{role}_token_id", defaults.get(role)) for role in roles]
+    return [
+        _CONTROL if number in control else _BYTE if spelled and _BYTE_PIECE.fullmatch(token) else _NORMAL
+        for number, token in enumerate(tokens)
+    ]
 
 
 def _value(metadata: Mapping[str, object], name: str, kind: type, default: Any = None) -> Any:

@@ -75,10 +75,15 @@ class SplitRule(NamedTuple):
     adds_begin: bool
 
 
+# Names of Llama 3's pattern, with what else llama.cpp's `llama-vocab.cpp` says of each: those of its type LLAMA3 take whole
+# words first and begin with the begin token; DBRX, SMAUG (Llama 3's derivatives whose tokenizer.json lacks `ignore_merges`)
+# and CHATGLM4 do neither.
+_LLAMA3_NAMES = ("llama-bpe", "llama-v3", "llama3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+_LLAMA3_MERGING = ("smaug-bpe", "dbrx", "glm4", "chatglm-bpe")
+
 SPLIT_RULES = {
-    "llama-bpe": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
-    "llama-v3": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
-    "llama3": SplitRule(_llama3_splitter, whole_words=True, adds_begin=True),
+    **{name: SplitRule(_llama3_splitter, whole_words=True, adds_begin=True) for name in _LLAMA3_NAMES},
+    **{name: SplitRule(_llama3_splitter, whole_words=False, adds_begin=False) for name in _LLAMA3_MERGING},
     "smollm": SplitRule(_smollm_splitter, whole_words=False, adds_begin=False),
     "gpt-2": SplitRule(_gpt2_splitter, whole_words=False, adds_begin=False),
     "default": SplitRule(_default_splitter, whole_words=False, adds_begin=False),

@@ -1,12 +1,14 @@
 """Tokenizers behind one protocol: text to token ids and back, at once or token by token."""
 
 import codecs
+import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 from llama_jax.errors import InputError
-from llama_jax.text.byte_pair import load_byte_pair
+from llama_jax.text.added_tokens import with_added_tokens
+from llama_jax.text.byte_pair import BytePairTokenizer, load_byte_pair
 from llama_jax.text.files import read_json
 from llama_jax.text.llama3 import load_llama3
 from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
@@ -127,16 +129,13 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
         return load_byte_pair(path)
     if is_tiktoken(head):
         return load_llama3(path)
-    tokenizer = load_sentence_piece(path)
-    _refuse_added_tokens(path.parent / "added_tokens.json", tokenizer)
-    return tokenizer
+    tokenizer = with_added_tokens(load_sentence_piece(path), path.parent)
+    return _as_declared(tokenizer, path.parent)
 
 
-def _refuse_added_tokens(path: pathlib.Path, tokenizer: SentencePieceTokenizer) -> None:
-    """Tokens that only added_tokens.json knows would be read as plain text, unnoticed."""
-    pieces = set(tokenizer.processor.id_to_piece(list(range(tokenizer.vocab_size))))
-    added = [token for token in read_json(path) if token not in pieces]
-    if added:
-        raise InputError(
-            f"{path}: {added[0]!r:.60} is not in tokenizer.model; save the tokenizer as tokenizer.json, which holds both"
-        )
+def _as_declared(tokenizer: SentencePieceTokenizer | BytePairTokenizer, directory: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.model`, with prompts that begin as `add_bos_token` beside it says."""
+    adds = read_json(directory / "tokenizer_config.json").get("add_bos_token")
+    if adds is None:
+        return tokenizer
+    return dataclasses.replace(tokenizer, adds_begin=bool(adds) and tokenizer.begin_id is not None)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from llama_jax.axes import PyTree
+from llama_jax.axes import Array, PyTree
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.weights.checkpoint_files import Restored, has_files, list_steps, newest_whole, numbered, set_aside, step_manifest
@@ -36,6 +36,8 @@ from llama_jax.weights.manifest import Manifest, check_content, check_like, desc
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+
+_SMALLEST_CHUNK = 1 << 18  # bytes: with smaller ones there are more of them than it takes
 
 _DISCARDED = ".discarded"  # at the end of a name: about to be deleted
 
@@ -106,7 +108,8 @@ class Checkpoints:
         if self._hosts.first:
             _sweep(self._directory, step)
         meta = ocp.args.JsonSave(seal(describe(step, state, metadata)))
-        refused = self._told(self._start(step, ocp.args.Composite(state=ocp.args.StandardSave(state), meta=meta)))
+        saved = ocp.args.StandardSave(state, save_args=jax.tree.map(_layer_a_chunk, state))
+        refused = self._told(self._start(step, ocp.args.Composite(state=saved, meta=meta)))
         if refused:
             raise refused
         if failure:
@@ -291,6 +294,14 @@ def read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
     return state
 
 
+def _layer_a_chunk(leaf: Array) -> ocp.SaveArgs:
+    """How an array is cut in the files: stacked matrices by layers, so that one of them can be read alone."""
+    if leaf.ndim < 3:
+        return ocp.SaveArgs()
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    return ocp.SaveArgs(chunk_byte_size=max(math.prod(shard[1:]) * leaf.dtype.itemsize, _SMALLEST_CHUNK), shard_axes=(0,))
+
+
 def _tidy(directory: Path) -> None:
     """Makes the directory, or sets aside what no save leaves behind."""
     try:
@@ -324,7 +335,7 @@ def _read(where: Path, like: PyTree) -> PyTree:
     """The arrays in a checkpoint, whatever their content; this process waits for no other."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     arguments = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
-    with _blamed_on_files(where), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+    with blamed_on_files(where), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(where / "state", args=arguments)
 
 
@@ -340,7 +351,7 @@ def check_arrays(directory: Path, step: int, together: int) -> None:
       CorruptError: if an array, or the manifest, is not what was saved.
     """
     manifest, where = step_manifest(directory, step), directory.absolute() / str(step)
-    with _blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.metadata(where / "state").item_metadata.tree
     known = by_path(tree)
     for path in manifest.arrays:
@@ -352,13 +363,13 @@ def check_arrays(directory: Path, step: int, together: int) -> None:
         leaves = [shapes[path] if path in group else ocp.PLACEHOLDER for path in paths]
         like = jax.tree.unflatten(jax.tree.structure(tree), leaves)
         arguments = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
-        with _blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             state = by_path(reader.restore(where / "state", args=arguments))
         check_content(manifest, {path: state[path] for path in group}, where)
 
 
 @contextlib.contextmanager
-def _blamed_on_files(where: Path) -> Iterator[None]:
+def blamed_on_files(where: Path) -> Iterator[None]:
     """Turns whatever a damaged file makes Orbax and TensorStore raise into `CorruptError`."""
     try:
         yield

@@ -58,6 +58,7 @@ def _fold(array: Array, start: Array) -> Array:
 
 
 _fold_whole = jax.jit(fold)
+fold_part = jax.jit(_fold)  # the sums of a part of an array add up to those of the whole, modulo 2^32
 
 
 def _bits(array: Array) -> Array:

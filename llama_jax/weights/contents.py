@@ -8,6 +8,7 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401 (tells numpy of bfloat16)
 import numpy as np
 
+from llama_jax.accounting import parameter_count
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.gguf_config import DIVISORS
 from llama_jax.weights.hugging_face import NAMES as HUGGING_FACE_NAMES
@@ -87,6 +88,9 @@ def _stored(source: Source) -> Iterator[Stored]:
         yield from _of_run(source)
     elif isinstance(source, MergedSource):
         yield from _stored(source.base)
+        added = parameter_count(source.config) - parameter_count(source.base.config)  # a larger vocabulary, a head of its own
+        if added:
+            yield Stored(added, "float32", 4 * added, counts=True)
 
 
 def _counts(name: str, source: Source) -> bool:

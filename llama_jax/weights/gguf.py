@@ -92,4 +92,6 @@ def _require_decoders(tensors: dict[str, GgufTensor]) -> None:
     unsupported = {tensor.type: name for name, tensor in tensors.items() if tensor.type not in DECODERS}
     if unsupported:
         named = ", ".join(f"{kind} ({shown(name)})" for kind, name in unsupported.items())
-        raise InputError(f"element types not supported: {named}; requantise the file to one of {', '.join(DECODERS)}")
+        raise InputError(
+            f"element types not supported: {named}; take a file of, or requantize this one to, one of {', '.join(DECODERS)}"
+        )

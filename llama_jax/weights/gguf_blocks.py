@@ -15,13 +15,10 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llama_jax.weights.gguf_k_blocks import float16, q2_k, q3_k, q4_k, q5_k, q6_k
+from llama_jax.weights.gguf_k_blocks import UNEVEN, float16, iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
 
 Decode = Callable[[np.ndarray], np.ndarray]
 Fill = Callable[[np.ndarray, np.ndarray], None]  # from blocks, uint8 `[n, bytes]`, into weights, float32 `[n, length]`
-
-# The 16 steps of IQ4_NL, closer together near zero.
-_UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 _STRIP = 1 << 16  # weights decoded at a time: 256 KiB of float32
 
@@ -99,8 +96,8 @@ def _q4_1(blocks: np.ndarray, weights: np.ndarray) -> None:
 
 
 def _iq4_nl(blocks: np.ndarray, weights: np.ndarray) -> None:
-    weights[:, :16] = _UNEVEN[blocks[:, 2:] & 15]
-    weights[:, 16:] = _UNEVEN[blocks[:, 2:] >> 4]
+    weights[:, :16] = UNEVEN[blocks[:, 2:] & 15]
+    weights[:, 16:] = UNEVEN[blocks[:, 2:] >> 4]
     weights *= float16(blocks[:, :2])
 
 
@@ -144,7 +141,7 @@ BLOCK_TYPES: dict[int, BlockType] = {
     20: _quantised("IQ4_NL", 32, 18, _iq4_nl),
     21: BlockType("IQ3_S", 256, 110),
     22: BlockType("IQ2_S", 256, 82),
-    23: BlockType("IQ4_XS", 256, 136),
+    23: _quantised("IQ4_XS", 256, 136, iq4_xs),
     24: BlockType("I8", 1, 1),
     25: BlockType("I16", 1, 2),
     26: BlockType("I32", 1, 4),
@@ -155,5 +152,7 @@ BLOCK_TYPES: dict[int, BlockType] = {
     34: BlockType("TQ1_0", 256, 54),
     35: BlockType("TQ2_0", 256, 66),
     39: BlockType("MXFP4", 32, 17),
+    40: BlockType("NVFP4", 64, 36),
+    41: BlockType("Q1_0", 128, 18),
 }
 DECODERS: dict[str, Decode] = {block.name: block.decode for block in BLOCK_TYPES.values() if block.decode is not None}

@@ -219,7 +219,8 @@ class _Header:
         shape = tuple(self.number(_UINT64) for _ in range(rank))[::-1]
         kind, offset = self.number(_UINT32), self.number(_UINT64)
         if kind not in BLOCK_TYPES:
-            self.refuse(f"unknown element type {kind} of a tensor")
+            supported = ", ".join(DECODERS)
+            raise InputError(f"a tensor has element type {kind}, which is not supported; supported are {supported}")
         block = BLOCK_TYPES[kind]
         if min(shape) < 1 or shape[-1] % block.length:
             self.refuse(f"a tensor of shape {shape} and type {block.name} (rows are whole blocks of {block.length})")

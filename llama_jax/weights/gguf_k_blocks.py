@@ -7,6 +7,7 @@
 | Q4_K | `d s q - m o`, q of 4 bits | 8 of 32 | 6 bits each |
 | Q5_K | `d s q - m o`, q of 5 bits | 8 of 32 | 6 bits each |
 | Q6_K | `d s (q - 32)`, q of 6 bits | 16 of 16 | a signed byte |
+| IQ4_XS | `d s u[q]`, q of 4 bits, `u` the steps of IQ4_NL | 8 of 32 | 6 bits, 32 taken off |
 
 `d` and `m` are float16, one a block. The functions here take blocks, uint8 `[blocks, bytes]`, and fill float32
 `[blocks, 256]`. The order of the operations in float32 is ggml's, so that the weights are equal bit for bit.
@@ -15,6 +16,9 @@ Source: `ggml-common.h` and `ggml-quants.c` of the ggml project.
 """
 
 import numpy as np
+
+# The 16 steps of IQ4_NL and IQ4_XS, closer together near zero.
+UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 
 _HALVES = np.array([[0], [4]], np.uint8)  # shifts, against bytes on the last axis
 _QUARTERS = np.array([[0], [2], [4], [6]], np.uint8)
@@ -69,6 +73,14 @@ def q6_k(blocks: np.ndarray, weights: np.ndarray) -> None:
     weights[:] = high
     weights -= 32
     _scale(weights, float16(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8))
+
+
+def iq4_xs(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """136 bytes: `d`, 2 of the upper two bits of the scales, 4 of their low halves, 128 of halves."""
+    weights[:] = UNEVEN[_unpacked(blocks[:, 8:], 16, _HALVES, 15)]
+    # Scales in the order of the weights: the low half of a byte before its high half, the lowest two bits first.
+    scales = _unpacked(blocks[:, 4:8], 1, _HALVES, 15) | _unpacked(blocks[:, 2:4], 1, _QUARTERS, 3) << 4
+    _scale(weights, float16(blocks[:, :2]) * (scales.astype(np.float32) - 32))
 
 
 def _unpacked(data: np.ndarray, run: int, shifts: np.ndarray, mask: int) -> np.ndarray:

@@ -15,6 +15,7 @@ _NAME = re.compile(r"([a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*)(?:@(\w[\w./-]*))?",
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
           "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+_PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")  # where there is no safetensors
 
 # By the name of the client's error.
 _REASONS = {
@@ -49,7 +50,10 @@ def fetch(path: pathlib.Path) -> pathlib.Path:
         advice = "to fetch a model of that name from the Hugging Face Hub: pip install 'llama-jax[hf]'"
         raise InputError(f"{path}: nothing there; {advice}") from None
     try:
-        return pathlib.Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(_FILES)))
+        found = pathlib.Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(_FILES)))
+        if not any(found.glob("model*.safetensors")):
+            snapshot_download(match[1], revision=match[2], allow_patterns=[*_FILES, *_PICKLES])
+        return found
     except Exception as error:  # the client's own, those of its HTTP library, those of the file system
         reason = _REASONS.get(type(error).__name__, f"{type(error).__name__}: {shown(str(error))}")
         raise InputError(

@@ -1,9 +1,8 @@
-"""LLaMA weights from a directory as Hugging Face lays it out: `config.json` and safetensors files."""
+"""LLaMA weights from a directory as Hugging Face lays it out: `config.json`, and safetensors files or PyTorch's."""
 
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +10,13 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.weights.files import json_object
 from llama_jax.weights.hugging_face_config import config_from_hugging_face
-from llama_jax.weights.safetensors_file import map_safetensors
-from llama_jax.weights.source import blamed_on, file_shapes, oriented, require_tensors, shown
+from llama_jax.weights.hugging_face_files import description, stored_tensors
+from llama_jax.weights.hugging_face_quantized import dequantized, quantization, split_scales
+from llama_jax.weights.pth import PthFile
+from llama_jax.weights.source import blamed_on, file_shapes, oriented, require_tensors
 
-__all__ = ["NAMES", "HuggingFaceSource", "config_from_hugging_face", "inside"]
+__all__ = ["NAMES", "HuggingFaceSource", "config_from_hugging_face"]
 
 NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -33,10 +33,7 @@ NAMES = {
     "head": "lm_head.weight",
 }
 
-_INDEX = "model.safetensors.index.json"
-_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 _COMPARED_ROWS = 1024
-_BUFFER = "rotary_emb.inv_freq"  # that old versions stored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,11 +44,17 @@ class HuggingFaceSource:
       directory: where it is.
       config: the architecture that its `config.json` declares.
       tensors: by the name in the files, `[out, in]`, views of the mapped files.
+      pickles: the file of PyTorch's that holds each tensor; empty for safetensors.
+      scheme: how the weights are quantized, by `config.json`; `None` where they are not.
+      scales: of the weights in 8-bit floats, by their names.
     """
 
     directory: pathlib.Path
     config: LlamaConfig
     tensors: dict[str, np.ndarray]
+    pickles: Mapping[str, PthFile]
+    scheme: Mapping[str, Any] | None
+    scales: Mapping[str, np.ndarray]
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "HuggingFaceSource":
@@ -65,78 +68,30 @@ class HuggingFaceSource:
         """
         directory = pathlib.Path(directory)
         with blamed_on(directory):
-            values = _description(directory, "config.json")
+            values = description(directory, "config.json")
             with blamed_on("config.json"):
-                config = config_from_hugging_face(values)
-            tensors = _tensors(directory)
+                config, scheme = config_from_hugging_face(values), quantization(values)
+            tensors, pickles = stored_tensors(directory, scheme is not None)
+            tensors, scales = (tensors, {}) if scheme is None else split_scales(tensors, scheme)
             _require_fitting(config, tensors)
-        return cls(directory, config, tensors)
+        return cls(directory, config, tensors, pickles, scheme, scales)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor in the canonical orientation (a view of the file); see `Source.read`."""
-        return oriented(name, self.tensors[NAMES[name].format(layer)])
+        """One tensor in the canonical orientation (a view of the file, where it is not quantized); see `Source.read`.
 
+        Raises:
+          InputError: for a tensor of a file of PyTorch's that does not match its checksum.
+        """
+        stored = NAMES[name].format(layer)
+        tensor = self.pickles[stored].read(stored) if stored in self.pickles else self.tensors[stored]
+        if stored in self.scales and self.scheme is not None:
+            tensor = dequantized(tensor, self.scales[stored], self.scheme)
+        return oriented(name, tensor)
 
-def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """A file of the directory; a link may lead only into it, or into the blobs of the same download cache.
-
-    Raises:
-      InputError: for a link that leads elsewhere.
-    """
-    path = directory / name
-    home = directory.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    target = path.resolve()
-    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise InputError(f"{name} links to {target}, outside of the directory; copy the file instead")
-    return path
-
-
-def _description(directory: pathlib.Path, name: str) -> dict[str, Any]:
-    """The object in a small JSON file of the directory."""
-    path = inside(directory, name)
-    with blamed_on(name):
-        return json_object(path)
-
-
-def _weight_map(directory: pathlib.Path) -> dict[str, str] | None:
-    """Which safetensors file holds each tensor, by the index; `None` where one file holds all."""
-    if (directory / "model.safetensors").is_file():
-        return None
-    if not (directory / _INDEX).is_file():
-        raise InputError(f"neither model.safetensors nor {_INDEX}; save the model as safetensors")
-    names = _description(directory, _INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise InputError("the index has no weight_map")
-    for name in names.values():
-        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-            raise InputError(f"the index names the file {shown(name)}; a plain name ending in .safetensors expected")
-    return names
-
-
-def _tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor by name, without the buffers that old versions stored."""
-    tensors: dict[str, np.ndarray] = {}
-    held: dict[str, str] = {}
-    weight_map = _weight_map(directory)
-    for shard in ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values())):
-        for name, tensor in map_safetensors(inside(directory, shard)).items():
-            if name in tensors:
-                raise InputError(f"tensor {shown(name)} is in two files, one of them {shard}")
-            tensors[name], held[name] = tensor, shard
-    if weight_map is not None:
-        _require_placed(weight_map, held)
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFER)}
-
-
-def _require_placed(weight_map: Mapping[str, str], held: Mapping[str, str]) -> None:
-    """Refuses an index that places tensors otherwise than the files: others read by it."""
-    for name in sorted({*weight_map, *held}):
-        there, here = weight_map.get(name), held.get(name)
-        if there != here and not name.endswith(_BUFFER):
-            found = "no file has it" if here is None else f"it is in {here}"
-            placed = f"in {there}" if there else "nowhere"
-            raise InputError(f"{_INDEX} places tensor {shown(name)} {placed}, but {found}; fetch the index and the files again")
+    def dtype(self, name: str, layer: int | None) -> np.dtype:
+        """The dtype that `read` gives; nothing is read."""
+        stored = NAMES[name].format(layer)
+        return np.dtype(np.float32) if stored in self.scales else self.tensors[stored].dtype
 
 
 def _require_fitting(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> None:

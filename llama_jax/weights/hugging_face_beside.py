@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.text.chat import ChatTemplate
+from llama_jax.text.chat import ChatTemplate, template_from_directory
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.files import read_json
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face import inside
 from llama_jax.weights.hugging_face_describe import TokenIds
+from llama_jax.weights.hugging_face_files import inside
 from llama_jax.weights.open import Opened
 from llama_jax.weights.source import Source, blamed_on, shown
 
@@ -52,7 +52,9 @@ def files_beside(opened: Opened) -> Beside:
     if opened.format == "hugging_face":
         generation = read_json(opened.path / "generation_config.json")
         declared = {**read_json(opened.path / "config.json"), **generation}
-        files = _copied(opened.path)
+        files = _copied(opened.beside or opened.path)
+        if opened.template is not None and opened.template != template_from_directory(opened.beside or opened.path):
+            files["chat_template.jinja"] = opened.template.source.encode()  # it lies beside adapters
     else:
         declared = _declared(opened.source)
         files = _written(opened.tokenizer, opened.template)

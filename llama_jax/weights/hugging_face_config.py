@@ -5,6 +5,7 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
+from llama_jax.weights.hugging_face_quantized import KEYS, quantization
 from llama_jax.weights.source import shown
 from llama_jax.weights.values import flag, quotient, real, whole
 
@@ -22,6 +23,13 @@ _FIXED = {
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
 }
+
+# Keys of other models and tools, each with the value at which they change nothing (as do null, false and empty values).
+_NEUTRAL: dict[str, object] = {
+    "embedding_multiplier": 1.0, "logit_scale": 1.0, "logits_scaling": 1.0,
+    "n_shared_experts": 0, "num_experts": 0, "num_experts_per_tok": 0, "num_local_experts": 0, "num_nextn_predict_layers": 0,
+    "qkv_bias": False, "residual_multiplier": 1.0, "rotary_pct": 1.0, "router_aux_loss_coef": 0.0, "scale_emb": 1.0,
+}  # fmt: skip
 
 # Known keys that change no logit: tokens, generation, training, book-keeping of transformers and of other tools.
 _HARMLESS = {
@@ -54,7 +62,8 @@ def config_from_hugging_face(values: Mapping[str, Any]) -> LlamaConfig:
     Keys that a file may leave out have the defaults of transformers' `LlamaConfig`.
 
     Raises:
-      InputError: naming the key, for another kind of model, a missing or wrong value, or a key whose effect is unknown.
+      InputError: naming the key, for another kind of model, a missing or wrong value, a quantized model, or a key whose
+        effect is unknown and whose value is not one that means nothing (see `unknown_keys`).
     """
     _require_plain_llama(values)
     heads = whole(values, "num_attention_heads")
@@ -77,15 +86,31 @@ def config_from_hugging_face(values: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
+def unknown_keys(values: Mapping[str, Any]) -> list[str]:
+    """Keys of a `config.json` that are not understood here, sorted: those that a model is loaded without."""
+    return sorted(values.keys() - _READ - _FIXED.keys() - _HARMLESS - {*KEYS})
+
+
 def _require_plain_llama(values: Mapping[str, Any]) -> None:
     if values.get("model_type") != "llama":
         raise InputError(f"model_type is {shown(values.get('model_type'))}; only 'llama' is supported")
     for key, plain in _FIXED.items():
         if values.get(key) not in (None, plain):
             raise InputError(f"{key} is {shown(values[key])}; only {plain!r} is supported")
-    unknown = sorted(values.keys() - _READ - _FIXED.keys() - _HARMLESS)
+    quantization(values)
+    unknown = [key for key in unknown_keys(values) if not _is_neutral(key, values)]
     if unknown:
         raise InputError(f"keys {shown(unknown)} are unknown and might change the model; remove those that do not")
+
+
+def _is_neutral(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether an unknown key has a value that switches nothing on."""
+    value = values[key]
+    if key == "layer_types":
+        return isinstance(value, list) and all(kind == "full_attention" for kind in value)
+    if key in ("sliding_window", "max_window_layers") and values.get("use_sliding_window") is False:
+        return True
+    return value is None or value is False or value in ("", [], {}) or (key in _NEUTRAL and value == _NEUTRAL[key])
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +132,8 @@ def _require_known_rope(rope: Mapping[str, Any]) -> None:
         raise InputError(f"rope_type {shown(kind)} is not supported; {', '.join(_ROPE_KEYS)} are")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(f"partial_rotary_factor is {shown(rope['partial_rotary_factor'])}; only 1.0 is supported")
-    unknown = sorted(rope.keys() - {"rope_type", "rope_theta", "partial_rotary_factor"} - _ROPE_KEYS[kind])
+    known = {"rope_type", "rope_theta", "partial_rotary_factor"} | _ROPE_KEYS[kind]
+    unknown = sorted(key for key in rope.keys() - known if rope[key] is not False)
     if unknown:
         raise InputError(f"rotary parameters {shown(unknown)} are unknown with rope_type {kind}")
 

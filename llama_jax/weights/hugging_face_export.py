@@ -21,7 +21,7 @@ from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.fresh_directory import fresh_directory, write_synced
 from llama_jax.weights.gguf import NAMES as GGUF_NAMES
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face import NAMES
+from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource
 from llama_jax.weights.hugging_face_beside import Beside, files_beside, files_of
 from llama_jax.weights.hugging_face_describe import config_values, generation_values, model_card
 from llama_jax.weights.hugging_face_write import (
@@ -200,6 +200,8 @@ def _stored_dtype(source: Source, path: str, layer: int | None) -> np.dtype:
         return source.files[0].tensors[META_NAMES[path].format(layer)].storage.dtype
     if isinstance(source, GgufSource):
         return DTYPES.get(source.file.tensors[GGUF_NAMES[path].format(layer)].type, DTYPES["F32"])
+    if isinstance(source, HuggingFaceSource):
+        return source.dtype(path, layer)
     return source.dtype(path) if isinstance(source, RunSource) else source.read(path, layer).dtype
 
 

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Parameters, PyTree
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
@@ -17,7 +18,8 @@ from llama_jax.weights.forms import unrolled
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import Report, report
 from llama_jax.weights.restore import restore_parameters
-from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSource, origin_of
+from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSlices, RunSource, origin_of
+from llama_jax.weights.slices import verified_parameters
 
 __all__ = ["RUN_CHECKPOINTS", "RUN_TOKENIZER", "Form", "Pretrained", "load"]
 
@@ -59,7 +61,7 @@ def load(
       dtype: type of the parameters in memory.
       form: `unrolled` (fastest to decode with) or `stacked` (the form of training).
       mesh: devices to lay the parameters out over: no device and no host ever holds more than its shards and one tensor of
-        one layer (of all layers, for a run). The default device where `None`.
+        one layer (its shards of all layers, for a run). The default device where `None`.
       rules: axis name -> mesh axes, for `mesh`.
       finish: called with the path and the array of each parameter as it comes, before the next is read; what it returns takes
         its place. With `llama_jax.model.quantize.leaf_quantizer(8)` the wide model never is in memory.
@@ -71,23 +73,36 @@ def load(
     """
     check_form(form, dtype)
     opened = open_model(path)
-    if isinstance(opened.source, RunSource) and (opened.source.stacked or form == "unrolled"):
-        params, origin = _restored(opened.source, dtype, form, mesh, rules, finish)
-    elif isinstance(opened.source, RunSource):  # layer by layer, as with the files of others
-        params = assemble(opened.source, form, dtype, mesh, rules, finish)
-        origin = origin_of(opened.source.directory, opened.source.verified)
+    source = opened.source
+    if isinstance(source, RunSource) and mesh is None:
+        params, origin = _by_layers(source, dtype, form, rules, finish)
+    elif isinstance(source, RunSource) and mesh is not None and (source.stacked or form == "unrolled"):
+        params, origin = _restored(source, dtype, form, mesh, rules, finish)
+    elif isinstance(source, RunSource):  # layer by layer, as with the files of others
+        params = assemble(source, form, dtype, mesh, rules, finish)
+        origin = origin_of(source.directory, source.verified)
     else:
-        params, origin = assemble(opened.source, form, dtype, mesh, rules, finish), opened.origin
+        params, origin = assemble(source, form, dtype, mesh, rules, finish), opened.origin
     facts = report(opened._replace(origin=origin))
     return Pretrained(opened.source.config, params, opened.tokenizer, opened.template, opened.stop_ids, origin, facts)
 
 
+def _by_layers(source: RunSource, dtype: DTypeLike, form: Form, rules: Rules, finish: Finish) -> tuple[Parameters, str]:
+    """The parameters of a run, read and verified a layer at a time, and a line that says where they come from."""
+    restored = verified_parameters(
+        source.directory / RUN_CHECKPOINTS,
+        lambda checkpoint: assemble(RunSlices(source, checkpoint), form, dtype, None, rules, finish),
+    )
+    if restored is None:
+        raise InputError(f"{source.directory / RUN_CHECKPOINTS}: no checkpoint there, the checkpoints of a run expected")
+    return restored.state, origin_of(source.directory, restored)
+
+
 def _restored(
-    source: RunSource, dtype: DTypeLike, form: Form, mesh: Mesh | None, rules: Rules, finish: Finish
+    source: RunSource, dtype: DTypeLike, form: Form, mesh: Mesh, rules: Rules, finish: Finish
 ) -> tuple[Parameters, str]:
-    """The parameters of a run and a line that says where they come from."""
-    if mesh is not None:
-        check_divisible(source.config, mesh, rules)
+    """The parameters of a run over a mesh, each shard read where it lives, and a line that says where they come from."""
+    check_divisible(source.config, mesh, rules)
 
     def place(path: str, leaf: Array) -> dict[str, PyTree]:
         """A parameter in the form asked for."""

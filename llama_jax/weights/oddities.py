@@ -2,17 +2,21 @@
 
 import collections
 import dataclasses
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.presets import PRESETS
+from llama_jax.text.chat import template_names
+from llama_jax.text.files import read_json
 from llama_jax.text.gguf import assumed_rule
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf
 from llama_jax.weights.contents import Contents
 from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hugging_face import HuggingFaceSource
+from llama_jax.weights.hugging_face_config import unknown_keys
 from llama_jax.weights.open import Opened
 from llama_jax.weights.source import shown
 
@@ -32,6 +36,7 @@ def oddities(opened: Opened, held: Contents) -> list[str]:
         found.append("the head is tied to the embedding, and a copy of the embedding is stored as a head all the same")
     if isinstance(opened.source, HuggingFaceSource):
         found += _of_description(json_object(opened.source.directory / "config.json"), held)
+        found += [*_of_quantization(opened.source), *_of_begin(opened, opened.source.directory)]
     return found
 
 
@@ -53,6 +58,11 @@ def _of_rule(opened: Opened) -> Iterator[str]:
     metadata = opened.source.file.metadata if isinstance(opened.source, GgufSource) else {}
     if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in metadata:
         yield f"the file does not say how words are cut (tokenizer.ggml.pre); {assumed_rule(metadata)} is taken"
+    if "tokenizer.ggml.tokens" in metadata and "tokenizer.ggml.token_type" not in metadata:
+        yield "the file has no types of tokens: control are those that begin, end and fill, and known marks of turns"
+    scores = metadata.get("tokenizer.ggml.scores")
+    if metadata.get("tokenizer.ggml.model") == "llama" and (not isinstance(scores, list) or len({*scores}) == 1):
+        yield "all pieces have one score, so that pairs merge from left to right; the original tokenizer may cut otherwise"
 
 
 def _of_stops(opened: Opened) -> Iterator[str]:
@@ -105,6 +115,24 @@ def _plain(value: object) -> str:
     return "none" if value is None else str(value).lower()
 
 
+def _of_begin(opened: Opened, directory: pathlib.Path) -> Iterator[str]:
+    """What `tokenizer_config.json` says against what is done: about the begin token, and about chat templates."""
+    declared, tokenizer = read_json(directory / "tokenizer_config.json").get("add_bos_token"), opened.tokenizer
+    if tokenizer is not None and isinstance(declared, bool) and declared != tokenizer.adds_begin:
+        does = "puts the begin token before every text" if tokenizer.adds_begin else "puts no begin token before a text"
+        yield (f"tokenizer_config.json says add_bos_token: {str(declared).lower()}, yet tokenizer.json {does}; the latter is "
+               "followed, as in transformers 5")  # fmt: skip
+    names = template_names(directory)
+    if opened.template is None and names:
+        yield f"there are chat templates named {', '.join(map(shown, names[:6]))} and none named default: none is used"
+
+
+def _of_quantization(source: HuggingFaceSource) -> Iterator[str]:
+    if source.scheme is not None:
+        yield (f"{len(source.scales)} weights are 8-bit floats and are dequantized when read; activations are not quantized "
+               "here, as they are where these weights are served")  # fmt: skip
+
+
 def _of_description(values: Mapping[str, Any], held: Contents) -> Iterator[str]:
     """What `config.json` says against what the tensors are."""
     declared = values.get("dtype") or values.get("torch_dtype")
@@ -113,5 +141,10 @@ def _of_description(values: Mapping[str, Any], held: Contents) -> Iterator[str]:
     if len(held.types) > 1:
         counted = ", ".join(f"{count} of {kind}" for kind, count in collections.Counter(held.types).items())
         yield f"the tensors are of several types: {counted}"
+    ignored = unknown_keys(values)
+    if ignored:
+        named = ", ".join(f"{shown(key)}: {shown(values[key])}" for key in ignored[:4])
+        rest = f" and {len(ignored) - 4} more" if len(ignored) > 4 else ""
+        yield f"config.json has keys that are unknown here, with values that change nothing: {named}{rest}"
     if values.get("tie_word_embeddings") is None:
         yield "config.json does not say whether the head is tied to the embedding; false, as in transformers, is taken"

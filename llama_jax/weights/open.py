@@ -15,7 +15,8 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hub import fetch, names_model
-from llama_jax.weights.hugging_face import HuggingFaceSource, inside
+from llama_jax.weights.hugging_face import HuggingFaceSource
+from llama_jax.weights.hugging_face_files import inside
 from llama_jax.weights.merged import CONFIG as ADAPTERS_CONFIG
 from llama_jax.weights.merged import MergedSource
 from llama_jax.weights.meta import MetaSource
@@ -49,6 +50,7 @@ class Opened(NamedTuple):
       format: which kind of files it is.
       path: where it is.
       origin: one line that says what it is; for people.
+      beside: where the files of its tokenizer are, if not at `path`.
     """
 
     source: Source
@@ -58,6 +60,7 @@ class Opened(NamedTuple):
     format: Format
     path: pathlib.Path
     origin: str
+    beside: pathlib.Path | None = None
 
 
 def open_model(path: str | pathlib.Path) -> Opened:
@@ -147,9 +150,21 @@ def _stops(tokenizer: Tokenizer, template: ChatTemplate | None, declared: tuple[
 
 
 def merged(base: Opened, adapters: "Adapters", path: pathlib.Path) -> Opened:
-    """An opened model with adapters from `path` merged into its weights as they are read."""
-    origin = f"{base.origin} with adapters {path.absolute().name}"
-    return base._replace(source=MergedSource(base.source, adapters), origin=origin)
+    """An opened model with adapters from `path` merged into its weights as they are read.
+
+    A tokenizer or a chat template beside the adapters takes the place of the model's, whose stops stay.
+    """
+    source = MergedSource(base.source, adapters)
+    untied = ", its head no longer tied to the embedding" if base.source.config.tied_head > source.config.tied_head else ""
+    opened = base._replace(source=source, origin=f"{base.origin} with adapters {path.absolute().name}{untied}")
+    if (path / RUN_CHECKPOINTS).is_dir():
+        return opened
+    template = template_from_directory(path) or base.template
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return opened._replace(template=template)
+    tokenizer = load_tokenizer(path)
+    stops = _stops(tokenizer, template, tuple(token for token in base.stop_ids if token < tokenizer.vocab_size))
+    return opened._replace(tokenizer=tokenizer, template=template, stop_ids=stops, beside=path)
 
 
 def base_of(path: pathlib.Path) -> pathlib.Path | None:

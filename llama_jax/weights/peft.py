@@ -1,6 +1,8 @@
 """Adapters in files of their own, as the package PEFT writes and reads them.
 
-A directory with `adapter_config.json` and `adapter_model.safetensors`: of each matrix `lora_A [r, in]` and `lora_B [out, r]`.
+A directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`): of each matrix `lora_A [r, in]` and
+`lora_B [out, r]`, and whole tensors in the place of the model's (`modules_to_save`, a resized vocabulary). What ranks and
+scales of their own single matrices have becomes one rank, with zeros, and one scale, the rest of it in `b`.
 Heads of queries and keys have the same layout there as here, so nothing is reordered.
 """
 
@@ -22,24 +24,40 @@ from llama_jax.errors import InputError
 from llama_jax.weights.files import json_object
 from llama_jax.weights.forms import stack
 from llama_jax.weights.fresh_directory import fresh_directory, write_synced
-from llama_jax.weights.hugging_face import NAMES, inside
+from llama_jax.weights.hugging_face import NAMES
+from llama_jax.weights.hugging_face_files import inside
 from llama_jax.weights.hugging_face_write import DTYPES, TensorSpec, write_safetensors
 from llama_jax.weights.merged import CONFIG
+from llama_jax.weights.peft_targets import (
+    PREFIX,
+    WHOLE,
+    Place,
+    alpha,
+    chosen_layers,
+    factor_name,
+    listed,
+    module_of,
+    places,
+    ranks,
+)
+from llama_jax.weights.pth import PthFile
 from llama_jax.weights.safetensors_file import map_safetensors
-from llama_jax.weights.source import Shape, blamed_on, flat_shapes, require_tensors, shown, tree_shapes
+from llama_jax.weights.source import Shape, blamed_on, flat_shapes, oriented, require_tensors, shown, tree_shapes
 from llama_jax.weights.values import flag, real, whole
 
 TENSORS = "adapter_model.safetensors"
 
+PICKLE = "adapter_model.bin"
+_TYPES = ("float64", "float32", "float16", "bfloat16")
+
 _PATHS = {path.rsplit("/", 1)[-1]: path for path in NAMES if path.rsplit("/", 1)[-1] in LAYER_MATRICES}
-_FACTORS = {"a": "lora_A", "b": "lora_B"}
 # Keys of the description that say nothing about what the adapters compute, or that are read here. Every other one must be
 # empty: a key that is not understood may change the result.
 _HARMLESS = frozenset(
-    {"alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
-     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
-     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
-     "target_modules", "task_type", "use_rslora"}
+    {"alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
+     "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+     "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"}
 )  # fmt: skip
 
 
@@ -51,11 +69,15 @@ class Adapters:
       tree: stacked, `{"a", "b"}` at the names that are adapted.
       scale: what `a b` is multiplied by, alpha / rank.
       base: where the model is that they belong to; `None` where the files do not say.
+      replaced: whole tensors that take the place of the model's, by canonical path and layer, as `Source.read` gives them.
+      tied: whether a head that is tied to the embedding follows it where that is adapted or replaced.
     """
 
     tree: Parameters
     scale: float
     base: str | None = None
+    replaced: Mapping[Place, np.ndarray] = dataclasses.field(default_factory=dict)
+    tied: bool = False
 
     @property
     def rank(self) -> int:
@@ -79,11 +101,6 @@ def require_fit(tree: Parameters, config: LlamaConfig) -> None:
     require_tensors(shapes, found)
 
 
-def _file_name(path: str, layer: int, factor: str) -> str:
-    """The name of a factor in the file."""
-    return f"base_model.model.{NAMES[path].format(layer).removesuffix('.weight')}.{_FACTORS[factor]}.weight"
-
-
 def save_adapters(adapters: Adapters, directory: str | os.PathLike[str], dtype: str = "float32", dropout: float = 0.0) -> None:
     """Writes adapters as PEFT does; the directory appears when it is whole.
 
@@ -94,8 +111,12 @@ def save_adapters(adapters: Adapters, directory: str | os.PathLike[str], dtype: 
       dropout: that they were trained with; for the description alone.
 
     Raises:
-      InputError: for a directory that is not empty, a disk without room, and another dtype.
+      InputError: for a directory that is not empty, a disk without room, another dtype, and for adapters of other tensors
+        than the matrices of the layers.
     """
+    others = [*adapters.tree.keys() & {"embedding", "head"}, *(path for path, _ in adapters.replaced)]
+    if others:
+        raise InputError(f"adapters of {shown(others[0])} given; those of the matrices of the layers alone can be written")
     kinds = {kind.name: kind for kind in DTYPES.values()}
     if dtype not in kinds:
         raise InputError(f"dtype {shown(dtype)} given; one of {', '.join(kinds)} expected")
@@ -112,7 +133,7 @@ def _by_file_name(tree: Parameters) -> dict[str, np.ndarray]:
     for path, stacked in flatten_dict(stack(tree), sep="/").items():
         matrix, factor = path.rsplit("/", 1)
         for layer, array in enumerate(np.asarray(stacked)):
-            arrays[_file_name(matrix, layer, factor)] = array.T
+            arrays[factor_name((matrix, layer), factor)] = array.T
     return arrays
 
 
@@ -141,17 +162,22 @@ def read_adapters(directory: str | os.PathLike[str], config: LlamaConfig) -> Ada
     directory = pathlib.Path(directory)
     with blamed_on(directory):
         values = _checked_description(directory)
-        rank = whole(values, "r")
-        tensors = map_safetensors(inside(directory, TENSORS))
-        shapes = _expected(config, rank, tensors)
-        require_tensors(shapes, {name: tensor.shape for name, tensor in tensors.items()})
-        if rank < 1 or not shapes:
-            raise InputError(f"rank {rank} and {len(shapes)} tensors; one or more of both expected")
-        scale = real(values, "lora_alpha") / (rank**0.5 if flag(values, "use_rslora", False) else rank)
-        if not abs(scale) <= np.finfo(np.float32).max:  # nor is it for what is no number
-            raise InputError(f"lora_alpha is {shown(values['lora_alpha'])}; a finite number expected")
+        tensors = _stored(directory)
+        size = _vocabulary(config, tensors)
+        whole_ones = _whole_ones(config, values, tensors)
+        adapted = _adapted(config, values, tensors)
+        wide = dataclasses.replace(config, vocab_size=size)
+        _require_fitting(wide, tensors, whole_ones, adapted)
+        if not (whole_ones or adapted) or min(adapted.values(), default=1) < 1:
+            raise InputError(f"rank {shown(values.get('r'))} and {len(tensors)} tensors; one or more of both expected")
+        scales = {place: _scale(values, alpha(values, place), rank) for place, rank in adapted.items()}
+        scale = _scale(values, real(values, "lora_alpha"), whole(values, "r"))
+        scale = scale if scale or not any(scales.values()) else 1.0
+        replaced = {place: oriented(place[0], tensors[name]) for place, name in whole_ones.items()}
+        tied = flag(values, "ensure_weight_tying", False) or _is_tied(replaced, resized=size != config.vocab_size)
         base = values.get("base_model_name_or_path")
-    return Adapters(_tree(config, tensors), scale, base if isinstance(base, str) and base else None)
+    tree = _tree(wide, tensors, adapted, scales, scale)
+    return Adapters(tree, scale, base if isinstance(base, str) and base else None, replaced, tied)
 
 
 def _checked_description(directory: pathlib.Path) -> Mapping[str, Any]:
@@ -163,30 +189,135 @@ def _checked_description(directory: pathlib.Path) -> Mapping[str, Any]:
             kind = f"peft_type {shown(values.get('peft_type'))}, bias {shown(values.get('bias'))}"
             raise InputError(f"{kind}; LORA and none expected")
         if values.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
-            raise InputError(f"init_lora_weights {shown(values['init_lora_weights'])} changes the base; save them converted")
+            raise InputError(f"init_lora_weights {shown(values['init_lora_weights'])} changes the base; save them converted "
+                             "(path_initial_model_for_weight_conversion of PEFT's save_pretrained)")  # fmt: skip
         strange = [key for key, value in values.items() if value and key not in _HARMLESS]
         if strange:
-            raise InputError(f"{shown(strange[0])} is {shown(values[strange[0]])}; nothing expected there for plain LoRA")
+            raise InputError(f"{shown(strange[0])} is {shown(values[strange[0]])}, which is not plain LoRA and not supported; "
+                             "merge the adapters with PEFT's merge_and_unload, and give the merged model")  # fmt: skip
     return values
 
 
-def _expected(config: LlamaConfig, rank: int, tensors: Mapping[str, np.ndarray]) -> dict[str, Shape]:
-    """Names and shapes of all factors of the matrices that the file has any factor of."""
-    shapes: dict[str, Shape] = {}
-    for path in _PATHS.values():
-        _, inputs, outputs = flat_shapes(config)[path]
-        sides = {"a": (rank, inputs), "b": (outputs, rank)}
-        names = {_file_name(path, layer, factor): side for layer in range(config.layers) for factor, side in sides.items()}
-        shapes |= names if any(name in tensors for name in names) else {}
-    return shapes
+def _stored(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of the one file that there is, by name, without the name that PEFT gives adapters in memory."""
+    if not (directory / TENSORS).exists() and (directory / PICKLE).is_file():
+        file = PthFile.open(inside(directory, PICKLE))
+        found = {name: file.read(name) for name in file.tensors}
+    else:
+        found = map_safetensors(inside(directory, TENSORS))
+    strange = next((name for name, tensor in found.items() if tensor.dtype.name not in _TYPES), None)
+    if strange is not None:
+        raise InputError(f"tensor {shown(strange)} has type {found[strange].dtype}; supported are {', '.join(_TYPES)}")
+    return {name.replace(".default.", ".").removesuffix(".default"): tensor for name, tensor in found.items()}
 
 
-def _tree(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Parameters:
-    """The factors stacked, float32."""
-    tree = {}
-    for path in _PATHS.values():
-        for factor in _FACTORS:
-            names = [_file_name(path, layer, factor) for layer in range(config.layers)]
-            if names[0] in tensors:
-                tree[f"{path}/{factor}"] = np.stack([tensors[name].T.astype(np.float32) for name in names])
+def _whole_ones(config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[Place, str]:
+    """The tensors of the model that the file has whole, with their names there.
+
+    Raises:
+      InputError: where the description lists others.
+    """
+    everything = places(dataclasses.replace(config, tied_head=False))
+    found = {place: name for place in everything for name in _whole_names(place) if name in tensors}
+    saved = values.get("modules_to_save") or []
+    held = {module_of(place).split(".")[-1] for place in found}
+    missing = next((name for name in saved if name not in held), None) if isinstance(saved, list) else saved
+    if missing is not None:
+        raise InputError(f"'modules_to_save' names {shown(missing)}, which the file does not have as a tensor of this model")
+    return found
+
+
+def _require_fitting(
+    config: LlamaConfig, tensors: Mapping[str, np.ndarray], whole_ones: Mapping[Place, str], adapted: Mapping[Place, int]
+) -> None:
+    """Refuses other names and shapes than those of whole tensors and of the factors of what is adapted."""
+    expected = {name: _shape(config, place) for place, name in whole_ones.items()}
+    for place, rank in adapted.items():
+        inputs, outputs = _sides(config, place)
+        expected |= {factor_name(place, "a"): (rank, inputs), factor_name(place, "b"): (outputs, rank)}
+    require_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def _whole_names(place: Place) -> list[str]:
+    return [f"{PREFIX}{module_of(place)}{end}" for end in WHOLE]
+
+
+def _vocabulary(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> int:
+    """The size of the vocabulary: that of an embedding or a head in the file, which a fine-tuning may have resized.
+
+    Raises:
+      InputError: where one of the two is resized and the other is the model's.
+    """
+    sizes = {path: len(tensors[name]) for path in ("embedding", "head") for name in _whole_names((path, None))
+             if name in tensors and tensors[name].ndim == 2}  # fmt: skip
+    size = next(iter(sizes.values()), config.vocab_size)
+    missing = {"embedding", "head"} - sizes.keys() if size != config.vocab_size else set()
+    if "embedding" in missing or (missing and not config.tied_head):
+        raise InputError(f"the vocabulary is resized from {config.vocab_size} to {size}, and there is no "
+                         f"{missing.pop()} of that size; save both with modules_to_save")  # fmt: skip
+    return size
+
+
+def _shape(config: LlamaConfig, place: Place) -> Shape:
+    """The shape of a tensor in the file that replaces one of the model."""
+    shape = flat_shapes(dataclasses.replace(config, tied_head=False))[place[0]]
+    shape = shape if place[1] is None else shape[1:]
+    return shape if place[0] == "embedding" else shape[::-1]
+
+
+def _sides(config: LlamaConfig, place: Place) -> tuple[int, int]:
+    """Inputs and outputs of a matrix; those of the embedding are the vocabulary and the width."""
+    outputs, inputs = _shape(config, place)
+    return (outputs, inputs) if place[0] == "embedding" else (inputs, outputs)
+
+
+def _adapted(config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[Place, int]:
+    """The matrices that are adapted, or should be by the description, with their ranks."""
+    known, rank, layers = ranks(values), whole(values, "r"), chosen_layers(values)
+    found = {}
+    for place in places(dataclasses.replace(config, tied_head=False)):
+        if place[0] not in ("embedding", "head", *_PATHS.values()):
+            continue
+        first = tensors.get(factor_name(place, "a"))
+        if first is not None or factor_name(place, "b") in tensors or (listed(values, place, layers) and place[1] is not None):
+            own = first.shape[0] if first is not None and first.ndim else rank
+            found[place] = own if own in known else rank
+    return found
+
+
+def _scale(values: Mapping[str, Any], numerator: float, rank: int) -> float:
+    scale = numerator / (max(rank, 1) ** 0.5 if flag(values, "use_rslora", False) else max(rank, 1))
+    if not abs(scale) <= np.finfo(np.float32).max:  # nor is it for what is no number
+        raise InputError(f"lora_alpha is {shown(numerator)}; a finite number expected")
+    return scale
+
+
+def _is_tied(replaced: Mapping[Place, np.ndarray], resized: bool) -> bool:
+    """Whether a tied head is the embedding still: saved with the same numbers, or resized and not saved."""
+    embedding, head = (replaced.get((path, None)) for path in ("embedding", "head"))
+    if embedding is None or head is None:
+        return resized
+    return np.array_equal(embedding, head.T)
+
+
+def _tree(
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    adapted: Mapping[Place, int],
+    scales: Mapping[Place, float],
+    scale: float,
+) -> Parameters:
+    """The factors, float32, those of the layers stacked: of one rank, with zeros where there are less columns or none."""
+    tree: dict[str, np.ndarray] = {}
+    rank = max(adapted.values(), default=0)
+    for place in adapted:
+        path, layer = place
+        inputs, outputs = _sides(config, place)
+        for factor, shape in (("a", (inputs, rank)), ("b", (rank, outputs))):
+            stacked = shape if layer is None else (config.layers, *shape)
+            whole_factor = tree.setdefault(f"{path}/{factor}", np.zeros(stacked, np.float32))
+            own = tensors[factor_name(place, factor)].T.astype(np.float32)
+            if factor == "b" and scales[place] != scale:
+                own *= np.float32(scales[place] / scale)
+            (whole_factor if layer is None else whole_factor[layer])[: own.shape[0], : own.shape[1]] = own
     return unflatten_dict(tree, sep="/")

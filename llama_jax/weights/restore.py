@@ -68,18 +68,6 @@ def restore_parameters(
     return newest
 
 
-def restore_parameter(
-    directory: Path, step: int, path: str, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None,
-    rules: Rules = TRAINING,
-) -> Array:  # fmt: skip
-    """One verified parameter of one checkpoint; arguments as for `restore_parameters`.
-
-    Raises:
-      CorruptError: if its content is not what was saved.
-    """
-    return _restore(directory.absolute(), step, [path], dtype, mesh, rules)[path]
-
-
 def _restore(
     directory: Path, step: int, paths: Sequence[str], dtype: jax.typing.DTypeLike | None, mesh: Mesh | None, rules: Rules
 ) -> dict[str, Array]:

@@ -16,6 +16,7 @@ from llama_jax.weights.source import Shape, blamed_on, of_layer, require_tensors
 if TYPE_CHECKING:
     from llama_jax.weights.checkpoint_files import Restored
     from llama_jax.weights.manifest import Manifest
+    from llama_jax.weights.slices import SlicedCheckpoint
 
 # A run directory as `train.py` lays it out.
 RUN_CHECKPOINTS = "checkpoints"
@@ -97,7 +98,6 @@ class RunSource:
     directory: pathlib.Path
     config: LlamaConfig
     manifest: "Manifest"
-    _held: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "RunSource":
@@ -128,29 +128,53 @@ class RunSource:
         Raises:
           CorruptError: if all checkpoints are damaged.
         """
-        from llama_jax.weights.restore import restore_parameters  # Orbax takes seconds to import
+        from llama_jax.weights.slices import verified_parameters  # Orbax takes seconds to import
 
-        return restore_parameters(self.directory / RUN_CHECKPOINTS, place=lambda path, leaf: {})
+        restored = verified_parameters(self.directory / RUN_CHECKPOINTS, lambda checkpoint: checkpoint.verify())
+        if restored is None:
+            raise InputError(f"{self.directory / RUN_CHECKPOINTS}: no checkpoint there, the checkpoints of a run expected")
+        return restored
+
+    @functools.cached_property
+    def _slices(self) -> "SlicedCheckpoint":
+        from llama_jax.weights.slices import SlicedCheckpoint
+
+        return SlicedCheckpoint(self.directory / RUN_CHECKPOINTS, self.verified.step)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor, as it was trained; see `Source.read`.
-
-        Of a run with scanned layers, a checkpoint holds all layers of a parameter in one array, and the last one read stays in
-        memory: read its layers one after the other, see `llama_jax.weights.order`.
-        """
-        path = self._path(name, layer)
-        if path not in self._held:
-            from llama_jax.weights.restore import restore_parameter
-
-            self._held.clear()
-            self._held[path] = np.asarray(restore_parameter(self.directory / RUN_CHECKPOINTS, self.verified.step, path))
-        array = self._held[path]
-        return array[layer] if layer is not None and self.stacked else array
+        """One tensor of one layer, as it was trained; see `Source.read`."""
+        return RunSlices(self, self._slices).read(name, layer)
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a parameter, by the manifest; nothing is read."""
-        return np.dtype(self.manifest.arrays[f"params/{self._path(name, 0)}"].dtype)
+        return np.dtype(self.manifest.arrays[f"params/{self.path(name, 0)}"].dtype)
 
-    def _path(self, name: str, layer: int | None) -> str:
+    def path(self, name: str, layer: int | None) -> str:
         """Where a checkpoint has a parameter: with those of all layers, or in a run with unrolled layers, in its own."""
         return name if layer is None or self.stacked else of_layer(name, layer)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunSlices:
+    """One checkpoint of a run as a `Source`, verified as it is read: each parameter from its first layer to its last.
+
+    Attributes:
+      run: of which it is.
+      checkpoint: its arrays.
+    """
+
+    run: RunSource
+    checkpoint: "SlicedCheckpoint"
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The architecture that was trained."""
+        return self.run.config
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One tensor; see `Source.read`.
+
+        Raises:
+          CorruptError: if the content of a parameter is not what was saved; known when its last layer is read.
+        """
+        return self.checkpoint.read(self.run.path(name, layer), layer if self.run.stacked else None)

@@ -9,7 +9,7 @@ Source: the format's own description; eight bytes hold the length of a JSON head
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -22,16 +22,24 @@ from llama_jax.weights.source import shown
 # Codes of the element types that weights have.
 _DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
            "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+# And those of quantized files, which are no weights by themselves.
+_NARROW = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype(bool),
+           **{f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)}}  # fmt: skip
 _LENGTH = 8
 _LARGEST_HEADER = 16 << 20  # bytes; that of the largest model has 200 KB, and parsed it is many times as large
 
 
-def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def map_safetensors(path: str | os.PathLike[str], narrow: bool = False) -> dict[str, np.ndarray]:
     """The tensors of a file by name, nothing read but the header.
+
+    Args:
+      path: the file.
+      narrow: whether 8-bit floats and whole numbers are taken as well, for a caller who checks types itself.
 
     Raises:
       InputError: naming the file (not its directory), for one that is damaged or holds a type other than F64, F32, F16, BF16.
     """
+    types = {**_DTYPES, **_NARROW} if narrow else _DTYPES
     name = os.path.basename(path)
     with _damage_named(name):
         _require_short_header(path)
@@ -40,7 +48,7 @@ def map_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         data = np.asarray(np.memmap(path, np.uint8, "r"))
         start = _LENGTH + int.from_bytes(data[:_LENGTH].tobytes(), "little")
         header = json.loads(data[_LENGTH:start].tobytes())
-        return {tensor: _view(data[start:], tensor, at) for tensor, at in header.items() if tensor != "__metadata__"}
+        return {tensor: _view(data[start:], tensor, at, types) for tensor, at in header.items() if tensor != "__metadata__"}
 
 
 def _require_short_header(path: str | os.PathLike[str]) -> None:
@@ -52,12 +60,12 @@ def _require_short_header(path: str | os.PathLike[str]) -> None:
         raise InputError(f"{os.path.basename(path)} has a header of {length} bytes, larger than any model's")
 
 
-def _view(data: np.ndarray, name: str, at: dict[str, Any]) -> np.ndarray:
+def _view(data: np.ndarray, name: str, at: dict[str, Any], types: Mapping[str, np.dtype]) -> np.ndarray:
     """One tensor; the library has checked that it fits."""
-    if at["dtype"] not in _DTYPES:
-        raise InputError(f"tensor {shown(name)} has type {at['dtype']}; supported are {', '.join(_DTYPES)}")
+    if at["dtype"] not in types:
+        raise InputError(f"tensor {shown(name)} has type {at['dtype']}; supported are {', '.join(types)}")
     begin, end = at["data_offsets"]
-    return data[begin:end].view(_DTYPES[at["dtype"]]).reshape(at["shape"])
+    return data[begin:end].view(types[at["dtype"]]).reshape(at["shape"])
 
 
 @contextlib.contextmanager

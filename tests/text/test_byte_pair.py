@@ -13,6 +13,7 @@ from trained import byte_level
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer, load_byte_pair
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
+from llama_jax.text.tokenizer import encode_prompt
 
 
 def save(directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, **config: object) -> pathlib.Path:
@@ -69,14 +70,26 @@ def with_begin(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         (True, {}, (0, None, True)),
         (True, {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}}, (0, 2, True)),
         (False, {"bos_token": "<|im_start|>"}, (1, None, False)),
-        (False, {"bos_token": "<|im_start|>", "add_bos_token": True}, (1, None, True)),
-        (True, {"bos_token": "<|endoftext|>", "add_bos_token": False}, (0, None, False)),
+        (False, {"bos_token": "<|im_start|>", "add_bos_token": True}, (1, None, False)),
+        (True, {"bos_token": "<|endoftext|>", "add_bos_token": False}, (0, None, True)),
     ],
 )
 def test_begin_and_end_are_those_of_the_models_files(tmp_path: pathlib.Path, prepends: bool, config: dict, expected: tuple):
     tokenizer = with_begin(byte_level()) if prepends else byte_level()
     ours = load_byte_pair(save(tmp_path, tokenizer, **config))
     assert (ours.begin_id, ours.end_id, ours.adds_begin) == expected
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("declared", [None, True, False])
+@pytest.mark.parametrize("prepends", [False, True])
+def test_prompts_begin_as_in_transformers_5(tmp_path: pathlib.Path, prepends: bool, declared: bool | None):
+    """The post-processor of tokenizer.json decides, whatever `add_bos_token` says."""
+    tokenizer = with_begin(byte_level()) if prepends else byte_level()
+    config = {} if declared is None else {"add_bos_token": declared}
+    path = save(tmp_path, tokenizer, bos_token="<|endoftext|>", tokenizer_class="PreTrainedTokenizerFast", **config)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert encode_prompt(load_byte_pair(path), "in the age") == theirs("in the age").input_ids
 
 
 def test_special_tokens_map_is_read_too(tmp_path: pathlib.Path):

@@ -12,7 +12,7 @@ from trained import byte_level
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
-from llama_jax.text.chat import ChatTemplate, encode_chat, template_from_directory, template_from_gguf
+from llama_jax.text.chat import ChatTemplate, encode_chat, template_from_directory, template_from_gguf, template_names
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -191,11 +191,21 @@ def test_templates_of_a_directory(tmp_path: pathlib.Path):
     assert template_from_directory(tmp_path) == ChatTemplate("J ü", None, None)
 
 
-@pytest.mark.parametrize("declared", [7, [], [{"name": "rag", "template": "R"}], ["x"]])
-def test_a_directory_without_a_default_template_is_refused(tmp_path: pathlib.Path, declared: object):
+@pytest.mark.parametrize("declared", [7, [{"name": "rag", "template": 3}], ["x"], [{"name": ["a"], "template": "R"}]])
+def test_templates_that_are_none_are_refused(tmp_path: pathlib.Path, declared: object):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": declared}))
-    with pytest.raises(InputError, match="chat_template should be text, or a list with one named default"):
+    with pytest.raises(InputError, match="chat_template should be text, or a list of objects with name and template"):
         template_from_directory(tmp_path)
+
+
+def test_of_templates_without_a_default_none_is_taken(tmp_path: pathlib.Path):
+    """They do not keep anybody from plain prompts."""
+    for declared in ([], [{"name": "rag", "template": "R"}, {"name": "tool_use", "template": "T"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": declared}))
+        assert template_from_directory(tmp_path) is None
+        assert template_names(tmp_path) == tuple(entry["name"] for entry in declared)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"rag": "R", "default": "D"}}))
+    assert template_from_directory(tmp_path) == ChatTemplate("D", None, None)
 
 
 def test_a_template_file_beyond_measure_is_refused(tmp_path: pathlib.Path):

@@ -13,7 +13,7 @@ from trained import byte_level
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
-from llama_jax.text.export import gguf_metadata
+from llama_jax.text.export import gguf_metadata, hugging_face_files
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt
@@ -80,6 +80,7 @@ def cut_by(patterns: list[str], text: str) -> list[str]:
     [
         ("llama-bpe", [LLAMA3]),
         ("llama3", [LLAMA3]),
+        ("smaug-bpe", [LLAMA3]),
         ("gpt-2", [GPT2]),
         ("smollm", [r"\p{N}", GPT2]),
         ("default", [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"]),
@@ -104,6 +105,23 @@ def tiny(**values: object) -> Metadata:
 def test_llama3_takes_a_whole_word_where_it_is_a_token():
     assert tokenizer_from_gguf(tiny()).encode("abcd") == [5]
     assert tokenizer_from_gguf(tiny(pre="gpt-2")).encode("abcd") == [4, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"])
+def test_other_names_of_llama3s_rule(name: str):
+    """As llama.cpp has them: the pattern, whole words first, and a begin token."""
+    tokenizer, llama3 = tokenizer_from_gguf(tiny(pre=name)), tokenizer_from_gguf(tiny())
+    assert str(tokenizer.tokenizer.pre_tokenizer) == str(llama3.tokenizer.pre_tokenizer)
+    assert encode_prompt(tokenizer, "abcd") == [6, 5]
+
+
+@pytest.mark.parametrize("name", ["smaug-bpe", "dbrx", "glm4", "chatglm-bpe"])
+def test_llama3s_pattern_without_the_rest_of_its_rule(name: str):
+    """As llama.cpp has them: merges decide about whole words too, and there is no begin token unless the file says so."""
+    tokenizer, llama3 = tokenizer_from_gguf(tiny(pre=name)), tokenizer_from_gguf(tiny())
+    assert str(tokenizer.tokenizer.pre_tokenizer) == str(llama3.tokenizer.pre_tokenizer)
+    assert encode_prompt(tokenizer, "abcd") == [4, 2, 3]
+    assert encode_prompt(tokenizer_from_gguf(tiny(pre=name, add_bos_token=True)), "abcd") == [6, 4, 2, 3]
 
 
 def test_user_defined_tokens_are_matched_in_text_and_control_tokens_are_not():
@@ -167,6 +185,55 @@ def test_sentence_piece_in_gguf_without_the_first_space(sentence_piece_path: pat
     assert tokenizer.encode(" for it") == original.encode("for it")
     assert tokenizer.decode(tokenizer.encode(" for it")) == " for it"
     assert not tokenizer.adds_begin
+
+
+def merged_from_the_left(tokens: list[str], text: str) -> list[str]:
+    """Pieces of a text when every pair is worth the same: the first that spells a token merges, again and again."""
+    pieces = list("▁" + text.replace(" ", "▁"))
+    while True:
+        at = next((n for n in range(len(pieces) - 1) if pieces[n] + pieces[n + 1] in tokens), None)
+        if at is None:
+            break
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    spelled = [[piece] if piece in tokens else [f"<0x{byte:02X}>" for byte in piece.encode()] for piece in pieces]
+    return [piece for run in spelled for piece in run]
+
+
+@pytest.mark.parity
+def test_what_the_gguf_packages_own_vocabulary_writes(tmp_path: pathlib.Path, sentence_piece: SentencePieceTokenizer):
+    """`LlamaHfVocab` calls `<unk>` control and gives every piece one score."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("transformers")
+    for name, content in hugging_face_files(sentence_piece).items():
+        (tmp_path / name).write_bytes(content)
+    entries = list(gguf.LlamaHfVocab(tmp_path).all_tokens())
+    tokens = [text.decode() for text, _, _ in entries]
+    kinds = [int(kind) for _, _, kind in entries]
+    assert 2 not in kinds
+    assert kinds[tokens.index("<unk>")] == 3
+    values = {"model": "llama", "tokens": tokens, "scores": [score for _, score, _ in entries], "token_type": kinds}
+    tokenizer = tokenizer_from_gguf(with_values({}, **values))
+    assert "<unk>" not in tokenizer.special_tokens
+    assert {"<s>", "</s>"} <= tokenizer.special_tokens.keys()
+    for text in ("in the age of", "forth and  back", "ünd 中", "a"):
+        assert [tokens[token] for token in tokenizer.encode(text)] == merged_from_the_left(tokens, text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_absent_types_and_scores(sentence_piece_path: pathlib.Path, texts: list[str]):
+    metadata = sentence_piece_metadata(sentence_piece_path)
+    whole, untyped = (tokenizer_from_gguf(with_values(metadata, **more)) for more in ({}, {"token_type": None}))
+    for text in texts:
+        assert untyped.encode(text) == whole.encode(text)
+    assert untyped.special_tokens == whole.special_tokens == {"<s>": 1, "</s>": 2, "<|im_end|>": 3}
+    unscored = tokenizer_from_gguf(with_values(metadata, scores=None))
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ordinary = [token for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"]) if kind == 1]
+    for text in ("in the age of", "for it", "ünd"):
+        assert [tokens[token] for token in unscored.encode(text)] == merged_from_the_left(ordinary, text)
+    byte_pairs = tokenizer_from_gguf(tiny(token_type=None))
+    assert byte_pairs.special_tokens == {"<|x|>": 6}
+    assert byte_pairs.encode("abcd") == [5]
 
 
 @pytest.mark.parametrize(

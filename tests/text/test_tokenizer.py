@@ -13,7 +13,7 @@ from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.llama3 import Llama3Tokenizer
 from llama_jax.text.sentence_piece import SentencePieceTokenizer
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 
 
 def test_all_kinds_fulfil_the_protocol(tokenizer: Tokenizer):
@@ -43,13 +43,66 @@ def test_llama3s_ranks_are_told_from_a_sentence_piece_model(tmp_path: pathlib.Pa
     assert isinstance(load_tokenizer(tmp_path), Llama3Tokenizer)
 
 
-def test_added_tokens_that_the_model_file_lacks_are_refused(tmp_path: pathlib.Path, sentence_piece_path: pathlib.Path):
-    shutil.copy(sentence_piece_path, tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<s>": 1, "<|im_end|>": 3}')
-    load_tokenizer(tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 500}')
-    with pytest.raises(InputError, match=r"'<\|im_start\|>' is not in tokenizer.model"):
-        load_tokenizer(tmp_path)
+def added(number: int, text: str, special: bool) -> dict:
+    """An entry of `added_tokens_decoder`."""
+    flags = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    return {str(number): {"content": text, "special": special} | flags}
+
+
+@pytest.fixture
+def with_config(tmp_path: pathlib.Path, sentence_piece_path: pathlib.Path):
+    """Writes a directory with a SentencePiece model and what `tokenizer_config.json` says beside it."""
+    shutil.copy(sentence_piece_path, tmp_path / "tokenizer.model")
+
+    def write(**values: object) -> pathlib.Path:
+        """The directory."""
+        named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | values))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("legacy", [None, False, True])
+@pytest.mark.parametrize("file", ["added_tokens.json", "added_tokens_decoder"])
+def test_added_tokens_beside_a_sentence_piece_model(with_config, legacy: bool | None, file: str):
+    """Against transformers 5: ids of texts with tokens that only the files beside the model know."""
+    transformers = pytest.importorskip("transformers")
+    size = load_tokenizer(with_config()).vocab_size
+    own = {} if legacy is None else {"legacy": legacy}
+    if file == "added_tokens.json":
+        directory = with_config(add_bos_token=True, pad_token="<pad>", **own)
+        (directory / file).write_text(json.dumps({"<sep>": size + 1, "<pad>": size}))
+    else:
+        decoder = added(size, "<pad>", True) | added(size + 1, "<sep>", False) | added(1, "<s>", True)
+        directory = with_config(add_bos_token=True, added_tokens_decoder=decoder, **own)
+    tokenizer, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(str(directory))
+    assert (tokenizer.vocab_size, tokenizer.special_tokens["<pad>"]) == (size + 2, size)
+    assert "<sep>" not in tokenizer.special_tokens
+    for text in ("", "a", "in the<sep>and <sep> of", "<sep>the", "  and\n<sep>\n", "ünd 中<sep>"):
+        assert encode_prompt(tokenizer, text) == theirs(text).input_ids
+        assert tokenizer.decode(theirs(text).input_ids) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+    assert size not in tokenizer.encode("a <pad> in a text stays text")
+
+
+def test_added_tokens_that_cannot_be_are_refused(with_config):
+    directory = with_config()
+    size = load_tokenizer(directory).vocab_size
+    (directory / "added_tokens.json").write_text('{"<s>": 1}')
+    assert isinstance(load_tokenizer(directory), SentencePieceTokenizer)
+    for content, words in (({"<a>": size + 1}, "ids"), ({"<a>": "7"}, "its id expected"), ({"": size}, "its id expected")):
+        (directory / "added_tokens.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=words):
+            load_tokenizer(directory)
+    (directory / "added_tokens.json").write_text(json.dumps({"<a>": size}))
+    with pytest.raises(InputError, match=f"id {size} is '<b>' here and '<a>' elsewhere"):
+        load_tokenizer(with_config(added_tokens_decoder=added(size, "<b>", True)))
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_bos_token_beside_a_sentence_piece_model(with_config, adds: bool):
+    assert load_tokenizer(with_config(add_bos_token=adds)).adds_begin is adds
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000])

@@ -8,7 +8,7 @@ import pytest
 
 from llama_jax.weights.gguf_blocks import BLOCK_TYPES, DECODERS
 
-QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
 
 
 def assert_same_bits(decoded: np.ndarray, expected: np.ndarray) -> None:
@@ -47,7 +47,7 @@ def test_arbitrary_bytes_decode_as_in_the_original_library(name):
 # Zeros of both signs, the smallest and largest numbers, infinity and what is no number, for every float16 of a block.
 EXTREME = np.array([0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0, np.inf, -np.inf, np.nan], np.float16)
 FLOAT16_AT = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-              "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0]}  # fmt: skip
+              "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0]}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", QUANTISED)

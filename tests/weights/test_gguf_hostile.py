@@ -14,8 +14,10 @@ from matrix import ALL, rounds
 
 from llama_jax.errors import InputError
 from llama_jax.weights.gguf import GgufSource
+from llama_jax.weights.gguf_blocks import DECODERS
 
-KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+         "IQ4_XS"]  # fmt: skip
 ROUNDS = rounds(60, 300)  # for each kind, and for the parts
 
 # The smallest LLaMA whose matrices have rows of 256: V 3, D 256, L 1, N 1, K 1, H 2, F 1.
@@ -161,3 +163,12 @@ def test_dimensions_whose_product_overflows_are_refused(tmp_path, shape):
     path.write_bytes(data.replace(old, new))
     with pytest.raises(InputError, match="cut short"):
         GgufSource.open(path)
+
+
+@pytest.mark.parametrize("kind", sorted(kind.name for kind in gguf.GGML_QUANT_SIZES if kind.name not in DECODERS))
+def test_types_that_are_not_supported_are_not_called_damage(tmp_path, kind):
+    """Every type that the original library knows the size of."""
+    with pytest.raises(InputError) as refused:
+        GgufSource.open(write(tmp_path / "model.gguf", kind)[0])
+    assert f"element types not supported: {kind} (" in str(refused.value)
+    assert "damaged" not in str(refused.value)

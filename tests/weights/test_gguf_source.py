@@ -97,4 +97,4 @@ def test_tensors_that_do_not_fit_are_refused_by_name(write_gguf):
 def test_unsupported_element_types_are_refused_by_name(write_gguf):
     message = refusal(write_gguf(types={"output.weight": "MXFP4", "blk.0.ffn_up.weight": "MXFP4"}))
     assert "MXFP4 ('blk.0.ffn_up.weight')" in message
-    assert "requantise the file to one of F32, F16, Q4_0" in message
+    assert "take a file of, or requantize this one to, one of F32, F16, Q4_0" in message

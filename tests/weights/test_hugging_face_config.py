@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
 from llama_jax.presets import PRESETS
-from llama_jax.weights.hugging_face import config_from_hugging_face
+from llama_jax.weights.hugging_face_config import config_from_hugging_face, unknown_keys
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
@@ -180,3 +180,24 @@ def test_what_would_change_the_logits_is_refused_by_name(changes, named):
     message = refusal(**changes)
     assert named in message
     assert len(message) < 400
+
+
+@pytest.mark.parametrize("values", [
+    {"sliding_window": None, "quantization_config": None, "use_sliding_window": False, "auto_map": {}, "new_thing": ""},
+    {"layer_types": ["full_attention"] * 30}, {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
+    {"logit_scale": 1.0, "residual_multiplier": 1, "num_experts": 0},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "finetuned": False}},
+])  # fmt: skip
+def test_unknown_keys_that_switch_nothing_on_are_named_and_ignored(values):
+    plain = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}} if "rope_scaling" in values else {}
+    assert config_from_hugging_face(SMOLLM2 | values) == config_from_hugging_face(SMOLLM2 | plain)
+    unknown = values.keys() - {"quantization_config", "rope_scaling"}
+    assert unknown_keys(SMOLLM2 | values) == sorted(unknown)
+
+
+@pytest.mark.parametrize("values", [
+    {"sliding_window": 4096}, {"logit_scale": 0.5}, {"num_experts": 8}, {"layer_types": ["sliding_attention"] * 30},
+    {"use_qk_norm": True}, {"new_thing": 0},
+])  # fmt: skip
+def test_unknown_keys_that_might_change_the_model_are_refused(values):
+    assert next(iter(values)) in refusal(**values)

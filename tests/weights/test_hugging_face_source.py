@@ -121,7 +121,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(directory, tensors):
     save(directory, tensors | {"model.norm.weight": np.zeros(3, np.float32)})
     assert "1 misshapen: 'model.norm.weight (3,) where (24,) is expected'" in refusal(directory)
     save(directory, tensors | {"model.norm.weight": np.zeros(24, np.int32)})
-    assert "'model.norm.weight' has type I32" in refusal(directory)
+    assert "'model.norm.weight' has type int32" in refusal(directory)
 
 
 def test_damaged_files_are_refused(directory):

@@ -6,6 +6,8 @@ import inspect
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +18,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hub import TEMPLATE, TINY_CONTEXT
 from support import TINY, float64_logits, random_parameters, random_tokens, unrolled_parameters
 
+from llama_jax.accounting import parameter_shapes
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.generation.text import generate
 from llama_jax.model.llama import logits
 from llama_jax.model.quantize import leaf_quantizer, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
-from llama_jax.weights import restore
+from llama_jax.weights import slices
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.checksum import by_path
 from llama_jax.weights.forms import stack, unstack
 from llama_jax.weights.hugging_face_export import export_hugging_face
 from llama_jax.weights.load import load
 from llama_jax.weights.open import open_model
 from llama_jax.weights.report import report
+from llama_jax.weights.slices import SlicedCheckpoint
 
 
 def test_hugging_face_directory(tiny_directory):
@@ -164,36 +167,85 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(run):
 
 def test_damage_that_shows_late_begins_anew(run, monkeypatch):
     """The last array of the newest checkpoint is another: nothing of that step is in the result."""
-    read, steps = restore.read_arrays, []
+    read, steps = SlicedCheckpoint.read, []
 
-    def damaged(directory, manifest, like):
-        steps.append(manifest.step)
-        state = read(directory, manifest, like)
-        if manifest.step == 9 and "feed_forward_norm" in str(jax.tree.structure(state)):
+    def damaged(self, path, layer):
+        steps.append(self._manifest.step)
+        if steps[-1] == 9 and "feed_forward_norm" in path and layer == CONFIG.layers - 1:
             raise CorruptError("damaged at last")
-        return state
+        return read(self, path, layer)
 
-    monkeypatch.setattr(restore, "read_arrays", damaged)
-    monkeypatch.setattr(restore, "_TOGETHER", 0)  # each array is read alone
+    monkeypatch.setattr(SlicedCheckpoint, "read", damaged)
     expected = jax.tree.leaves(random_parameters(CONFIG, seed=5))
     restored = jax.tree.leaves(load(run, form="stacked").params)
-    half = len(steps) // 2
-    assert half > 1
-    assert steps == [9] * half + [5] * half
+    assert steps.count(9) > CONFIG.layers
+    assert steps == sorted(steps, reverse=True)
+    assert steps.count(5) == 3 + 9 * CONFIG.layers
     assert all(map(np.array_equal, restored, expected))
 
 
-def test_of_a_run_one_array_is_held_and_read_once(run, tmp_path, monkeypatch):
-    """An export verifies all arrays first, since half of it cannot be taken back, and then reads each once."""
-    read, paths = restore.read_arrays, collections.Counter()
-    monkeypatch.setattr(restore, "read_arrays", lambda d, m, like: paths.update(by_path(like).keys()) or read(d, m, like))
+def test_of_a_run_every_slice_is_verified_and_then_read_once(run, tmp_path, monkeypatch):
+    """An export verifies all slices first, since half of it cannot be taken back, and then reads each once."""
+    read, places = SlicedCheckpoint.read, collections.Counter()
+    monkeypatch.setattr(SlicedCheckpoint, "read", lambda s, *place: places.update([place]) or read(s, *place))
     opened = open_model(run)._replace(tokenizer=None)  # transformers could not read this one
     export_hugging_face(opened, tmp_path / "out", max_shard_size="100KB")
-    assert len(paths) == len(jax.tree.leaves(random_parameters(CONFIG)))
-    assert set(paths.values()) == {2}
-    assert len(opened.source._held) == 1
+    assert len(places) == 3 + 9 * CONFIG.layers  # embedding, norm, head, and of every layer seven matrices and two norms
+    assert set(places.values()) == {2}
     params = load(tmp_path / "out", form="stacked").params
     assert jax.tree.all(jax.tree.map(np.array_equal, params, random_parameters(CONFIG, seed=9)))
+
+
+def test_a_flipped_slice_is_damage(run, monkeypatch):
+    """The sums of the layers add up to the checksum of the whole array, so that one number of one layer shows."""
+    fold = slices.fold_part
+    SlicedCheckpoint(run / "checkpoints", 9).verify()
+
+    def flipped(array, start):
+        return fold(array.at[0].add(1) if start else array, start)
+
+    monkeypatch.setattr(slices, "fold_part", flipped)
+    with pytest.raises(CorruptError, match=r"layers/.* is damaged: checksum"):
+        SlicedCheckpoint(run / "checkpoints", 9).verify()
+
+
+PEAK = """
+import resource, sys
+import jax, numpy as np
+from llama_jax.weights.load import load
+from llama_jax.weights.open import open_model
+from llama_jax.weights.slices import SlicedCheckpoint
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+source = open_model(sys.argv[1]).source
+checkpoint = SlicedCheckpoint(source.directory / "checkpoints", 1)
+checkpoint.read("layers/attention_norm/scale", 0)
+for path in ("attention/wq", "feed_forward/gate"):  # compiles, warms what reads
+    checkpoint.read("layers/" + path, 0)
+before = peak()
+for layer in range(source.config.layers):
+    source.read("layers/feed_forward/gate", layer)
+exported = peak() - before
+before = peak()
+params = load(sys.argv[1], form="unrolled").params
+result = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(exported, peak() - before - result)
+"""
+
+
+def test_a_run_is_read_by_slices_of_layers(tmp_path, sentence_piece_file):
+    """Beside the result about one layer's largest matrix is in memory, and not the array of all layers: 3 MB of 72."""
+    config = dataclasses.replace(CONFIG, layers=24, dim=256, ffn_dim=3072, vocab_size=500)
+    with Checkpoints.open(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
+        params = jax.tree.map(lambda shape: jnp.ones(shape), parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+        checkpoints.save(1, {"params": params}, {"model": dataclasses.asdict(config)})
+    shutil.copy(sentence_piece_file, tmp_path / "run" / "tokenizer.model")
+    largest = config.dim * config.ffn_dim * 4
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "run")], capture_output=True, text=True, check=True)
+    exported, loaded = map(int, done.stdout.split())
+    assert exported < 6 * largest  # a slice, its copy on the device for the checksum, what the reader of the files holds
+    assert loaded < 8 * largest
+    assert 8 * largest < config.layers * largest / 2
 
 
 def test_a_run_with_unrolled_layers_is_the_same_model(run, tmp_path):

@@ -24,9 +24,14 @@ from llama_jax.model.adapters import combine, init_adapters, merge
 from llama_jax.model.llama import logits
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.forms import stack, unstack
+from llama_jax.weights.hugging_face import NAMES
 from llama_jax.weights.load import load
+from llama_jax.weights.merged import MergedSource
 from llama_jax.weights.open import open_model
-from llama_jax.weights.peft import CONFIG, TENSORS, Adapters, read_adapters, save_adapters
+from llama_jax.weights.parameter_source import ParameterSource
+from llama_jax.weights.peft import CONFIG, PICKLE, TENSORS, Adapters, read_adapters, save_adapters
+from llama_jax.weights.peft_targets import places
+from llama_jax.weights.source import oriented
 
 
 def random_adapters(config=TINY, rank=4, targets=LAYER_MATRICES):
@@ -135,12 +140,16 @@ def test_exported_from_a_run(tiny_directory, tmp_path, capsys):
 BROKEN = {
     "peft_type": ({"peft_type": "IA3"}, "peft_type 'IA3'"), "bias": ({"bias": "all"}, "bias 'all'"),
     "dora": ({"use_dora": True}, "'use_dora' is True"), "pissa": ({"init_lora_weights": "pissa"}, "changes the base"),
-    "pattern": ({"rank_pattern": {"q_proj": 8}}, "'rank_pattern'"), "unknown": ({"new_trick": 3}, "'new_trick' is 3"),
+    "pattern": ({"alpha_pattern": {"(a+)+": 8}}, "is not known to take little time"),
+    "unknown": ({"new_trick": 3}, "'new_trick' is 3"),
     "rank": ({"r": 8}, "misshapen"), "no rank": ({"r": None}, "r is missing"), "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
     "not a number": ({"lora_alpha": float("nan")}, "lora_alpha is nan; a finite number"),
     "no end": ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
     "beyond float32": ({"lora_alpha": 1e300}, "lora_alpha is 1e"),
-    "saved": ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
+    "saved": ({"modules_to_save": ["lm_head"]}, "'modules_to_save' names 'lm_head', which the file does not have"),
+    "layers": ({"layers_to_transform": ["x"]}, "layers_to_transform is"),
+    "tokens": ({"trainable_token_indices": [3]}, "not supported"),
+    "dora, advice": ({"use_dora": True}, "merge the adapters with PEFT's merge_and_unload"),
 }  # fmt: skip
 
 
@@ -162,7 +171,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "out" / TENSORS)
     with pytest.raises(InputError, match="1 missing: 'base_model"):
         read_adapters(tmp_path / "out", TINY)
-    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4), np.float32)}, tmp_path / "out" / TENSORS)
+    save_file(tensors | {"base_model.model.score.lora_A.weight": np.zeros((4, 4), np.float32)}, tmp_path / "out" / TENSORS)
     with pytest.raises(InputError, match="1 unexpected: 'base_model"):
         read_adapters(tmp_path / "out", TINY)
     shutil.rmtree(tmp_path / "out")
@@ -170,6 +179,141 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
         read_adapters(tmp_path / "out", TINY)
     with pytest.raises(InputError, match="dtype 'int8' given"):
         save_adapters(Adapters(random_adapters(targets=("wq",)), 2.0), tmp_path / "other", dtype="int8")
+
+
+def source_of(config, seed=0):
+    """A model in memory as a source, and its tensors as PEFT's base would have them, by module."""
+    params = random_parameters(config, seed)
+    weights = {name.removesuffix(".weight"): tensor for name, tensor in expected_tensors(params).items()}
+    return ParameterSource(config, params), weights
+
+
+def write_peft(directory, tensors, pickle=False, **values):
+    """Files as PEFT writes them: the tensors' names, and those keys of the description that matter."""
+    directory.mkdir()
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": [], "modules_to_save": None}
+    (directory / CONFIG).write_text(json.dumps(described | values))
+    tensors = {f"base_model.model.{name}": np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    if pickle:
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, directory / PICKLE)
+    else:
+        save_file(tensors, directory / TENSORS)
+    return directory
+
+
+def lora(rng, weights, module, rank):
+    """The two factors of a module, by their names in the file, and what they add, without the scale."""
+    outputs, inputs = weights[module].shape
+    down, up = (rng.normal(0, 0.3, shape).astype(np.float32) for shape in ((rank, inputs), (outputs, rank)))
+    return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, up.astype(np.float64) @ down.astype(np.float64)
+
+
+def placed(config):
+    """Path and layer by the name in Hugging Face's files."""
+    return {NAMES[path].format(layer): (path, layer) for path, layer in places(config)}
+
+
+def require_modules(source, weights):
+    """That a source has exactly the weights of these modules."""
+    for name, (path, layer) in placed(source.config).items():
+        read = oriented(path, source.read(path, layer))
+        np.testing.assert_allclose(read, weights[name.removesuffix(".weight")], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pickle", [False, True])
+def test_ranks_scales_and_layers_of_single_modules(pickle, tmp_path):
+    """A regular expression as target, layers left out, patterns by name, by path and by expression; the first that matches."""
+    base, weights = source_of(TINY)
+    rng, tensors = np.random.default_rng(3), {}
+    rank_of = {"model.layers.1.self_attn.q_proj": 2, "model.layers.2.self_attn.q_proj": 4, "model.layers.1.mlp.down_proj": 6}
+    alpha_of = dict(zip(rank_of, (3.0, 5.0, 8.0)))
+    for module, rank in rank_of.items():
+        factors, added = lora(rng, weights, module, rank)
+        tensors |= factors
+        weights[module] = weights[module] + added * alpha_of[module] / rank
+    rank_pattern = {"model.layers.1.self_attn.q_proj": 2, "down_proj": 6}
+    alpha_pattern = {r"layers\.1\.self_attn\.(q|k)_proj": 3.0, "q_proj": 5.0}
+    directory = write_peft(tmp_path / "out", tensors, pickle, target_modules=r".*\.(q_proj|down_proj)",
+                           layers_to_transform=[1, 2], rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)  # fmt: skip
+    require_modules(MergedSource(base, read_adapters(directory, TINY)), weights)
+
+
+def test_layers_that_are_listed_and_missing(tmp_path):
+    weights = source_of(TINY)[1]
+    tensors = lora(np.random.default_rng(1), weights, "model.layers.1.mlp.up_proj", 4)[0]
+    directory = write_peft(tmp_path / "one", tensors, target_modules=["up_proj"], layers_to_transform=1)
+    assert read_adapters(directory, TINY).tree["layers"]["feed_forward"]["up"]["a"].shape[0] == TINY.layers
+    with pytest.raises(InputError, match=r"missing: 'base_model\.model\.model\.layers\.0\.mlp\.up_proj\.lora_A\.weight'"):
+        read_adapters(write_peft(tmp_path / "all", tensors, target_modules=["up_proj"]), TINY)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_on_embedding_and_head(tied, tmp_path):
+    """As in PEFT a tied head does not follow the embedding."""
+    config = dataclasses.replace(TINY, tied_head=tied)
+    base, weights = source_of(config)
+    rng, embedding = np.random.default_rng(4), "model.embed_tokens"
+    weights.setdefault("lm_head", weights[embedding])
+    factors, added = lora(rng, weights, "lm_head", 4)
+    vectors, lookup = rng.normal(0, 0.3, (4, config.vocab_size)), rng.normal(0, 0.3, (config.dim, 4))
+    tensors = factors | {f"{embedding}.lora_embedding_A": vectors.astype(np.float32),
+                         f"{embedding}.lora_embedding_B": lookup.astype(np.float32)}  # fmt: skip
+    directory = write_peft(tmp_path / "out", tensors, target_modules=["embed_tokens", "lm_head"])
+    weights["lm_head"] = weights["lm_head"] + added * 2
+    weights[embedding] = weights[embedding] + (lookup @ vectors).T * 2
+    merged = MergedSource(base, read_adapters(directory, config))
+    assert merged.config == TINY
+    require_modules(merged, weights)
+
+
+@pytest.mark.parametrize("ending", ["weight", "modules_to_save.weight", "base_layer.weight"])
+def test_a_resized_vocabulary(ending, tmp_path):
+    base, weights = source_of(TINY)
+    rng, larger = np.random.default_rng(5), TINY.vocab_size + 3
+    for module in ("model.embed_tokens", "lm_head"):
+        weights[module] = rng.normal(0, 1, (larger, TINY.dim)).astype(np.float32)
+    saved = {f"{module}.{ending}": weights[module] for module in ("model.embed_tokens", "lm_head")}
+    named = None if ending == "base_layer.weight" else ["embed_tokens", "lm_head"]
+    merged = MergedSource(base, read_adapters(write_peft(tmp_path / "out", saved, modules_to_save=named), TINY))
+    assert merged.config == dataclasses.replace(TINY, vocab_size=larger)
+    require_modules(merged, weights)
+    one = {f"model.embed_tokens.{ending}": weights["model.embed_tokens"]}
+    with pytest.raises(InputError, match=f"resized from {TINY.vocab_size} to {larger}, and there is no head of that size"):
+        read_adapters(write_peft(tmp_path / "half", one), TINY)
+
+
+@pytest.mark.parametrize(("saved", "tied"), [
+    (("model.embed_tokens",), False), (("lm_head",), False), (("model.embed_tokens", "lm_head"), True),
+])  # fmt: skip
+def test_whole_tensors_of_a_tied_model(saved, tied, tmp_path):
+    """A tied head stays what it was where the embedding alone is saved, and is tied where both are and are equal."""
+    config = dataclasses.replace(TINY, tied_head=True)
+    base, weights = source_of(config)
+    weights["lm_head"] = weights["model.embed_tokens"]
+    new = np.random.default_rng(6).normal(0, 1, (config.vocab_size, config.dim)).astype(np.float32)
+    weights |= dict.fromkeys(saved, new)
+    names = [module.split(".")[-1] for module in saved]
+    directory = write_peft(tmp_path / "out", {f"{module}.weight": new for module in saved}, modules_to_save=names)
+    merged = MergedSource(base, read_adapters(directory, config))
+    assert merged.config.tied_head is tied
+    require_modules(merged, weights)
+
+
+def test_a_tokenizer_beside_adapters_is_theirs(tiny_directory, tmp_path):
+    """And so is the chat template; an export takes both along."""
+    _, config = loaded(tiny_directory)
+    save_adapters(Adapters(random_adapters(config), 0.5, str(tiny_directory)), tmp_path / "mine")
+    state = json.loads((tiny_directory / "tokenizer.json").read_text())
+    state["added_tokens"].append(state["added_tokens"][-1] | {"id": config.vocab_size + 5, "content": "<|new|>"})
+    (tmp_path / "mine" / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "mine" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    opened = open_model(tmp_path / "mine")
+    assert "<|new|>" in opened.tokenizer.special_tokens
+    assert opened.template.source == "{{ messages[0]['content'] }}!"
+    assert verb.main(["merge", str(tiny_directory), str(tmp_path / "mine"), str(tmp_path / "out")]) == 0
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "mine" / name).read_bytes()
 
 
 def test_scales_of_rank_stabilised_adapters(tmp_path):

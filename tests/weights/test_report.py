@@ -200,6 +200,20 @@ def test_turn_tokens_that_are_not_special(directory):
     assert any(sentence.startswith("'<|im_end|>' structure conversations, yet") for sentence in report(opened).odd)
 
 
+def test_what_the_tokenizers_description_says_against_what_is_done(directory):
+    """The begin token of transformers 5, and chat templates none of which is the default."""
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    does = open_model(directory).tokenizer.adds_begin
+    named = [{"name": "rag", "template": "R"}]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": not does, "chat_template": named}))
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    opened = open_model(directory)
+    odd = report(opened).odd
+    assert opened.tokenizer.adds_begin is does
+    assert any(line.startswith(f"tokenizer_config.json says add_bos_token: {str(not does).lower()}, yet") for line in odd)
+    assert "there are chat templates named 'rag' and none named default: none is used" in odd
+
+
 def test_a_foreign_template(directory):
     (directory / "chat_template.jinja").write_text("{{ messages[0].content | upper }}")
     assert report(open_model(directory)).chat_template == "foreign"
