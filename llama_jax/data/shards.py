@@ -184,7 +184,6 @@ class _Folder:
             dropped=self._dropped,
             documents=sum(file.documents for file in shards),
             tokens=sum(file.size for file in shards),
-            bytes_of_text=sum(file.bytes_of_text for file in shards),
             train=tuple(map(_entry, opened[TRAIN])),
             held_out_shards=tuple(map(_entry, opened[HELD_OUT])),
         )
@@ -237,7 +236,8 @@ def _stat(file: SourceFile) -> tuple[int, int]:
 
 
 def _entry(file: TokenFile) -> ShardEntry:
-    return ShardEntry(file.path.name, file.documents, file.size, file.path.stat().st_size, file_sha256(file.path))
+    size, digest = file.path.stat().st_size, file_sha256(file.path)
+    return ShardEntry(file.path.name, file.documents, file.size, file.bytes_of_text, size, digest)
 
 
 @contextlib.contextmanager
