@@ -98,8 +98,16 @@ def state_bytes(state: TrainState) -> dict[str, bytes]:
 
 
 def read_lines(directory: pathlib.Path) -> list[dict]:
-    """The metrics of a run; every line is to be one JSON object."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    """The metrics of a run; every line is to be one JSON object. What is evaluated after a step belongs to the step's line."""
+    entries: list[dict] = []
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entries and entries[-1]["step"] == entry["step"] and "event" not in entry | entries[-1]:
+            assert all(name == "step" or name.startswith("held_out/") for name in entry)
+            entries[-1] |= entry
+        else:
+            entries.append(entry)
+    return entries
 
 
 def without_speed(lines: list[dict]) -> list[dict]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from llama_jax.cli.compilation import keep_compiled_programs
 from llama_jax.cli.options import OptionParser, add_model_options, resolve_dtype
 from llama_jax.cli.writing import note
+from llama_jax.data.corpus import read_corpus
+from llama_jax.data.sources import left_out
 from llama_jax.errors import InputError
 
 Figures = Mapping[str, float]  # by name; one result
@@ -14,9 +16,10 @@ Figures = Mapping[str, float]  # by name; one result
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `eval`."""
-    parser = OptionParser(prog, "Loss of a LLaMA on text, in nats a token and bits a byte; accuracy on questions.")
+    parser = OptionParser(prog, "Loss of a LLaMA on text, in nats/token and bits/byte; accuracy on questions.")
     add_model_options(parser)
-    parser.add_argument("--text", action="append", default=[], metavar="FILE", help="UTF-8 text; may be given several times")
+    parser.add_argument("--text", action="append", default=[], metavar="FILE",
+                        help="text, or records with text (.jsonl ...); may be given several times")  # fmt: skip
     parser.add_argument("--data", action="append", default=[], metavar="DIR",
                         help="folder that prepare wrote: its held-out part; may be given several times")  # fmt: skip
     parser.add_argument(
@@ -28,18 +31,16 @@ def make_parser(prog: str) -> OptionParser:
     return parser
 
 
-def read_text(path: pathlib.Path) -> str:
-    """The content of a text file.
+def read_texts(path: str) -> list[str]:
+    """The texts of a file, as `prepare` reads it, without those that are empty.
 
     Raises:
-      InputError: if it cannot be read as UTF-8.
+      InputError: if it cannot be read, or holds no text.
     """
-    try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); --text takes a text file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}; convert it first") from None
+    texts = [document.text for document in read_corpus([path]) if document.text]
+    if not texts:
+        raise InputError(f"{path}: no text in it; --text takes text, or records with text")
+    return texts
 
 
 def lines_of(figures: Figures) -> list[str]:
@@ -66,7 +67,10 @@ def main(arguments: list[str], prog: str = "eval") -> int:
     options = make_parser(prog).parse(arguments)
     if not options.text and not options.data and not options.choices:
         raise InputError("nothing to evaluate on: --text FILE, --data DIR (prepared) or --choices FILE (questions) expected")
-    texts = {name: read_text(pathlib.Path(name)) for name in options.text}
+    texts = {name: read_texts(name) for name in options.text}
+    missing = left_out(options.text)
+    if missing is not None:
+        note(f"--text: {missing}")
     from llama_jax.data.token_set import TokenSet
     from llama_jax.generation.generate import Generator
     from llama_jax.training.choices import evaluate_choices, read_questions
@@ -82,7 +86,7 @@ def main(arguments: list[str], prog: str = "eval") -> int:
         note(line)
     losses = {name: evaluate_text(model, text, options.length, dtype=dtype) for name, text in texts.items()}
     if len(losses) > 1:
-        losses["total"] = together([(result, len(texts[name].encode())) for name, result in losses.items()])
+        losses["total"] = together(list(losses.values()))
     losses |= {name: evaluate_prepared(model, data, options.length, dtype=dtype) for name, data in prepared.items()}
     generator = Generator(model.params, model.config, dtype=dtype) if questions else None
     accuracies = {name: evaluate_choices(model, asked, generator) for name, asked in questions.items()}

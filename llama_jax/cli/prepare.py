@@ -25,11 +25,13 @@ def make_parser(prog: str) -> OptionParser:
     """The options of `prepare`."""
     parser = OptionParser(prog, "Turn text into token files, in parallel; the same command goes on after an interruption.")
     parser.add_argument("--input", action="append", required=True, metavar="PATH",
-                        help="text, .jsonl, .parquet, or a folder of them; may be given several times")  # fmt: skip
+                        help="text, .json, .jsonl, .csv, .tsv (.gz, .zst ...), .parquet, or a folder of them")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, for data.sources of a training")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer file or folder, or a model with one")
     parser.add_argument("--template", default="auto", metavar="NAME|FILE",
                         help="chat template: llama2, llama3, chatml or a file; auto: the one beside the tokenizer")  # fmt: skip
+    parser.add_argument("--field", action="append", default=[], metavar="FIELD=NAME",
+                        help="what the files call a field, as in text=body; may be given several times")  # fmt: skip
     parser.add_argument("--held-out", type=float, default=0.01, metavar="SHARE", help="of the records, kept for evaluation")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
                         metavar="N", help="processes that encode; the result does not depend on them")  # fmt: skip
@@ -41,10 +43,14 @@ def main(arguments: list[str], prog: str = "prepare") -> int:
     """Runs `prepare` and returns its exit status."""
     options = make_parser(prog).parse(arguments)
     from llama_jax.data.shards import Settings, prepare_set
+    from llama_jax.data.sources import left_out
     from llama_jax.data.token_set import TokenSet
 
     started = time.perf_counter()
-    settings = Settings(options.held_out, options.shard_tokens, options.workers)
+    settings = Settings(options.held_out, options.shard_tokens, options.workers, read_fields(options.field))
+    missing = left_out(options.input)
+    if missing is not None:
+        print(f"--input: {missing}", file=sys.stderr, flush=True)
     directory = pathlib.Path(options.output)
     with Progress() as progress:
         manifest, kept = prepare_set(
@@ -58,6 +64,23 @@ def main(arguments: list[str], prog: str = "prepare") -> int:
     notes += [f"shards: {len(manifest.shards)}" + (f" ({kept} of them from before)" if kept else "")]
     print(f"{shlex.quote(options.output)}: {manifest.kind}, {', '.join(notes)}; {seconds:.1f} s")
     return 0
+
+
+def read_fields(given: list[str]) -> dict[str, str]:
+    """Fields of records with their names in the files, from `FIELD=NAME`.
+
+    Raises:
+      InputError: for another form, a field that records do not have, and one that is given twice.
+    """
+    from llama_jax.data.records import FIELD_NAMES
+
+    fields: dict[str, str] = {}
+    for pair in given:
+        field, _, name = pair.partition("=")
+        if field not in FIELD_NAMES or not name or field in fields:
+            raise InputError(f"--field: {pair!r} given, FIELD=NAME expected, once a field, of {', '.join(FIELD_NAMES)}")
+        fields[field] = name
+    return fields
 
 
 def read_text(path: str, template: str) -> "Text":

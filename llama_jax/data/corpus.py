@@ -1,16 +1,15 @@
 """Documents of a corpus: files and folders of the user, or the sources of Python's standard library."""
 
 import hashlib
-import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_jax.data.records import list_files, read_records
+from llama_jax.data.sources import sorted_files
 from llama_jax.errors import InputError
-
-TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 
 # Tests and bundled copies of other projects; `encodings` and files named for the platform are tables made by programs.
 _NOT_LIBRARY = {
@@ -37,19 +36,20 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def read_corpus(paths: Sequence[str | Path]) -> Iterator[Document]:
-    """Reads files and folders, in the order given, as UTF-8 and without changing a byte.
+    """The texts of files and folders, in the order given, as `prepare` reads them: see `data.sources`.
 
-    A folder yields its files with a text suffix (`TEXT_SUFFIXES`), subfolders included, hidden ones not, sorted by
-    path. A file that is named directly is read whatever its suffix.
+    A text file is one document, named by its path; a record of JSON, a table or Parquet is one, named by its text.
 
     Raises:
-      InputError: naming the path that does not exist, is not UTF-8, or is a folder without text.
+      InputError: naming what cannot be read or is no text: conversations are for `prepare`.
     """
-    for path in map(Path, paths):
-        if path.is_dir():
-            yield from _read_folder(path)
-        else:
-            yield Document(path.name, _read_text(path))
+    for record in read_records(list_files(paths)):
+        if not isinstance(record.body, str):
+            raise InputError(
+                f"{record.name}: a conversation, text expected; turn it into tokens (python -m llama_jax prepare --input ...) "
+                "and name the folder in data.sources, or in eval --data"
+            )
+        yield Document(record.key, record.body)
 
 
 def standard_library() -> Iterator[Document]:
@@ -71,29 +71,3 @@ def standard_library() -> Iterator[Document]:
 
 def _is_library(relative: Path) -> bool:
     return not relative.parts[0].startswith(_NOT_LIBRARY_PREFIXES)
-
-
-def sorted_files(root: Path, suffixes: tuple[str, ...], left_out: Set[str] = frozenset()) -> list[Path]:
-    """Files below `root`, hidden ones and folders named in `left_out` excepted, by relative path with `/` on any system."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _read_folder(root: Path) -> Iterator[Document]:
-    paths = sorted_files(root, TEXT_SUFFIXES)
-    if not paths:
-        raise InputError(f"{root}: no text in this folder; files ending in {', '.join(TEXT_SUFFIXES)} expected")
-    for path in paths:
-        yield Document(path.relative_to(root).as_posix(), _read_text(path))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8 or leave it out") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; a readable file or folder of text expected") from None

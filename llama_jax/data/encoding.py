@@ -2,9 +2,10 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from llama_jax.data.processes import WorkerDied, Workers
 from llama_jax.data.records import Messages, Record
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, encode_dialogue
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 
 _CHUNK_BYTES, _CHUNK_RECORDS = 1 << 18, 1024  # of the sources: what a worker is given at once
 
@@ -46,38 +47,52 @@ class Document(NamedTuple):
 def encode_record(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[Document]:
     """The documents of a record: one, or two for a pair of answers.
 
-    Text stands between the tokenizer's begin and end tokens, where it has them; a conversation as the template has it.
-    Of a conversation all turns of the assistant are learned from, of a pair the last turn only.
+    Text begins as prompts of the model do, and ends with the tokenizer's end token, where it has one; a conversation is
+    what the template makes of it. Of a conversation all turns of the assistant are learned from (but those of weight 0), of
+    a pair the last turn only.
 
     Raises:
       InputError: naming the record.
     """
     if isinstance(record.body, str):
-        begin, end = ([] if token is None else [token] for token in (tokenizer.begin_id, tokenizer.end_id))
-        ids = np.array(begin + tokenizer.encode(record.body) + end, np.uint32)
+        ids = np.array(encode_text(tokenizer, record.body), np.uint32)
         return [Document(ids, None, len(record.body.encode()))]
     if template is None:
         raise InputError(
             f"{record.name}: a conversation, but the tokenizer comes without a chat template; name one (--template)"
         )
     try:
-        return [_encode_chat(messages, tokenizer, template, record.kind == "pairs") for messages in record.body]
+        return [_encode_chat(messages, tokenizer, template, record) for messages in record.body]
     except InputError as error:
         raise InputError(f"{record.name}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{record.name}: nested too deep; mend the record") from None
 
 
-def _encode_chat(messages: Messages, tokenizer: Tokenizer, template: ChatTemplate, only_last: bool) -> Document:
-    dialogue = encode_dialogue(template, tokenizer, messages)
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a whole text: begun as prompts are, and ended where the tokenizer has an end token."""
+    return encode_prompt(tokenizer, text) + ([] if tokenizer.end_id is None else [tokenizer.end_id])
+
+
+def _encode_chat(messages: Messages, tokenizer: Tokenizer, template: ChatTemplate, record: Record) -> Document:
+    dialogue = encode_dialogue(template, tokenizer, messages, record.tools)
     mask = np.array(dialogue.mask, bool)
-    said = [len(message["content"].encode()) for message in messages if message["role"] == "assistant"]
-    if only_last:
-        if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+    said = [_said_bytes(message) for message in messages if message["role"] == "assistant" and message.get("weight", 1)]
+    if record.kind == "pairs":
+        last_said = messages[-1]["role"] == "assistant" and (messages[-1]["content"].strip() or "tool_calls" in messages[-1])
+        if not last_said or not messages[-1].get("weight", 1) or not mask.any():
             raise InputError("an answer that is empty, or not the assistant's; text expected")
         last = int(np.flatnonzero(mask)[-1])
         others = np.flatnonzero(~mask[:last])
         mask[: others[-1] + 1 if others.size else 0] = False
         said = said[-1:]
     return Document(np.array(dialogue.token_ids, np.uint32), mask, sum(said))
+
+
+def _said_bytes(message: Mapping[str, Any]) -> int:
+    """UTF-8 bytes of what a message says, calls as JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return sum(len(text.encode()) for text in (message["content"], *calls))
 
 
 def encode_all(records: Iterable[Record], encoder: Encoder, workers: int) -> Iterator[tuple[Record, list[Document]]]:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from llama_jax.data.atomic import atomic_write, sync_directory
 from llama_jax.data.corpus import Document
-from llama_jax.data.split import Progress, Split, ignore_progress, measure
+from llama_jax.data.encoding import encode_text
+from llama_jax.data.split import Part, Progress, Split, ignore_progress, measure
 from llama_jax.data.token_file import TokenFile, write_tokens
 from llama_jax.data.token_header import VERSION
 from llama_jax.data.vocabulary import train_vocabulary
@@ -25,10 +26,10 @@ _BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")  # they
 
 
 class PreparedData(NamedTuple):
-    """Data ready for training: two token files and the tokenizer that made them."""
+    """Data ready for training: two token files and the tokenizer that made them; no second file where nothing is held out."""
 
     train: TokenFile
-    held_out: TokenFile
+    held_out: TokenFile | None
     tokenizer_path: Path
 
 
@@ -58,7 +59,7 @@ def prepare(
 ) -> PreparedData:
     """Encodes and stores the two sides of a split, or opens and verifies what an earlier call with the same input stored.
 
-    A document is stored as begin token, text, end token, where the tokenizer has them.
+    A document is stored as begin token (where prompts have one), text, end token (where there is one).
 
     Args:
       directory: keeps the results, each in a folder of its own that appears only when it is whole.
@@ -77,16 +78,14 @@ def prepare(
     if not entry.is_dir():
         _publish(entry, functools.partial(_build, recipe, on_progress))
     try:
-        return _open(entry, tokenizer_path)
+        return _open(entry, split, tokenizer_path)
     except InputError as error:
         raise CorruptError(f"{error} (after removing {entry})") from None
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of each document between the tokenizer's begin and end tokens, where it has them."""
-    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
-    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-    return (begin + tokenizer.encode(document.text) + end for document in documents)
+    """The ids of each document, begun as prompts of the model are, and ended where the tokenizer has an end token."""
+    return (encode_text(tokenizer, document.text) for document in documents)
 
 
 def hash_tokenizer(path: Path) -> str:
@@ -170,13 +169,18 @@ def _build(recipe: _Recipe, on_progress: Progress, folder: Path) -> None:
     tokenizer_path = recipe.tokenizer_path or _train_tokenizer(recipe, on_progress, folder / _TOKENIZER)
     tokenizer, digest = load_tokenizer(tokenizer_path), hash_tokenizer(tokenizer_path)
     total, done = sum(part.bytes_of_text for part in recipe.split), 0
-    for name, part in zip((_TRAIN, _HELD_OUT), recipe.split):
+    for name, part in _named(recipe.split):
         reported = _report(part.documents(), done, total, on_progress)
         write_tokens(folder / name, encode_documents(reported, tokenizer), vocab_size=tokenizer.vocab_size,
                      bytes_of_text=part.bytes_of_text, tokenizer_sha256=digest, sources_sha256=part.sha256)  # fmt: skip
         done += part.bytes_of_text
         if measure(part.documents).sha256 != part.sha256:
             raise InputError("the text changed while it was being prepared; try again when nothing writes to it")
+
+
+def _named(split: Split) -> list[tuple[str, Part]]:
+    """The sides of a split that have text, by the names of their files."""
+    return [(name, part) for name, part in zip((_TRAIN, _HELD_OUT), split) if part.bytes_of_text]
 
 
 def _train_tokenizer(recipe: _Recipe, on_progress: Progress, path: Path) -> Path:
@@ -194,12 +198,12 @@ def _report(documents: Iterable[Document], done: int, total: int, on_progress: P
         on_progress("encode", done, total)
 
 
-def _open(entry: Path, tokenizer_path: Path | None) -> PreparedData:
+def _open(entry: Path, split: Split, tokenizer_path: Path | None) -> PreparedData:
     tokenizer_path = tokenizer_path or entry / _TOKENIZER
-    files = [TokenFile.open(entry / name) for name in (_TRAIN, _HELD_OUT)]
+    files = [TokenFile.open(entry / name) for name, _ in _named(split)]
     digest = hash_tokenizer(tokenizer_path)
     for file in files:
         file.verify()
         if file.header.tokenizer_sha256 != digest:
             raise CorruptError(f"{file.path}: made with another tokenizer than {tokenizer_path}; prepare the data again")
-    return PreparedData(files[0], files[1], tokenizer_path)
+    return PreparedData(files[0], files[1] if len(files) > 1 else None, tokenizer_path)

@@ -39,11 +39,13 @@ class Settings(NamedTuple):
       held_out: share of the records kept out of training, from 0 to below 1.
       shard_tokens: at which a shard ends; its last document is whole.
       workers: processes; changes nothing in the result.
+      fields: for fields of a record, their names in the files; a part of the names of the sources.
     """
 
     held_out: float = 0.01
     shard_tokens: int = 100_000_000
     workers: int = 1
+    fields: Mapping[str, str] = {}
 
 
 class Prepared(NamedTuple):
@@ -86,7 +88,7 @@ def prepare_set(
       InputError: naming what cannot be read or encoded; or if the folder holds, or another process writes, something else.
     """
     _check(settings)
-    files = list_files(paths)
+    files = list_files(paths, settings.fields)
     directory.mkdir(parents=True, exist_ok=True)
     with _only_writer(directory):
         sources, stats = _hash_sources(files, on_progress), [_stat(file) for file in files]

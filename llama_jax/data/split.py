@@ -46,21 +46,21 @@ def split_documents(documents: Documents, fraction: float, on_progress: Progress
 
     Args:
       documents: gives the documents anew at each call, such as `standard_library`.
-      fraction: share of the text kept for evaluation, above 0 and below 1.
+      fraction: share of the text kept for evaluation, below 1; 0 for none.
       on_progress: called with `read`, the readings done and the number of them.
 
     Raises:
       InputError: for a senseless fraction, and where there is too little text to divide.
     """
-    if not 0 < fraction < 1:
-        raise InputError(f"held_out_fraction: {fraction} given, a number above 0 and below 1 expected")
+    if not 0 <= fraction < 1:
+        raise InputError(f"held_out_fraction: {fraction} given, a number from 0 to below 1 expected")
     for choose in (_select, _cut_last):
         on_progress("read", 0, 2)
         train = measure(functools.partial(choose, documents, fraction, False))
         on_progress("read", 1, 2)
         held_out = measure(functools.partial(choose, documents, fraction, True))
         on_progress("read", 2, 2)
-        if train.bytes_of_text and held_out.bytes_of_text:
+        if train.bytes_of_text and (held_out.bytes_of_text or fraction == 0):
             return Split(train, held_out)
     raise InputError(f"too little text to hold out {fraction} of it for evaluation; give more text")
 

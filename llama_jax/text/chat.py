@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
@@ -16,6 +16,8 @@ from llama_jax.text.tokenizer import Tokenizer
 # A comment in Jinja, so that it goes along wherever a template is written, and means nothing to others.
 APART = "{#- The words of messages become tokens apart from those around them. -#}\n"
 ROLES = ("system", "user", "assistant", "tool", "ipython")
+Tools = Sequence[Mapping[str, Any]] | None
+_MORE = {"assistant": {"tool_calls", "weight"}, "tool": {"name", "tool_call_id"}}  # keys beside role and content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,14 @@ class ChatTemplate:
         """
         return self.source.startswith(APART)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Tools = None) -> str:
         """A conversation as text.
 
         Args:
-          messages: `{"role": ..., "content": ...}`, both text, in the order of speaking.
+          messages: `{"role": ..., "content": ...}`, both text, in the order of speaking; of the assistant also
+            `tool_calls`, of a tool `name` and `tool_call_id`. `weight` is not the template's matter.
           add_generation_prompt: whether to end with the words that make the model answer.
+          tools: functions that the model may call.
 
         Raises:
           InputError: for malformed messages, and with the template's own message where it refuses them.
@@ -53,9 +57,9 @@ class ChatTemplate:
         _check(messages)
         tokens = {"bos_token": self.begin_token, "eos_token": self.end_token}
         known = {name: token for name, token in tokens.items() if token is not None}
-        plain = [dict(message) for message in messages]
+        plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         return render(self.source, {"messages": plain, "add_generation_prompt": add_generation_prompt,
-                                    "tools": None, "documents": None, **known})  # fmt: skip
+                                    "tools": tools and list(tools), "documents": None, **known})  # fmt: skip
 
 
 def encode_chat(
@@ -86,24 +90,28 @@ class Dialogue(NamedTuple):
     mask: list[bool]
 
 
-def encode_dialogue(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Dialogue:
+def encode_dialogue(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Tools = None
+) -> Dialogue:
     """Token ids of a whole conversation, and which of them the assistant says in any of its turns.
 
     The ids are those of `encode_chat` without a generation prompt. The assistant says its contents and what ends its
     turn, up to and including the next special token if nothing but white space stands before that; the model must
     learn to stop. The words that open a turn are never its own. A token on the border between content and the
-    template's words belongs to the assistant if any of its characters does.
+    template's words belongs to the assistant if any of its characters does. A message with `tool_calls` is said as the
+    template writes it behind a generation prompt. A message of `weight` 0 is not learned from.
 
     Raises:
-      InputError: as `encode_chat`; for a template that drops, moves, repeats or changes what the assistant says; for
-        a tokenizer that changes the text.
+      InputError: as `encode_chat`; for a template that drops, moves, repeats or changes what the assistant says, or does
+        not write its `tool_calls` or the `tools`; for a tokenizer that changes the text.
     """
-    writing = _Writing(template, tokenizer, messages)
-    rendered = template.render(writing.messages, add_generation_prompt=False)
-    probe = template.render(writing.probes(), add_generation_prompt=False)
+    writing = _Writing(template, tokenizer, messages, tools)
+    rendered = writing.render(writing.messages)
+    probe = writing.render(writing.probes())
+    writing.require_written()
     marks = writing.marks
     contents = said_spans(rendered, probe, writing.said(), marks.opening, marks.closing)
-    turns = writing.turns(rendered, contents)
+    turns = writing.learned(writing.turns(rendered, contents), writing.call_turns(rendered))
     stretches = list(writing.stretches(rendered))
     mask = [inside for stretch in stretches for inside in writing.inside(stretch, turns)]
     ids = _begin_once(tokenizer, [token for stretch in stretches for token in stretch.ids])
@@ -131,14 +139,30 @@ class _Stretch(NamedTuple):
 class _Writing:
     """A conversation on its way through a template: contents with marks in, rendered text to tokens."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Tools = None
+    ) -> None:
         _check(messages)
         texts = [template.source, template.begin_token or "", template.end_token or "", *tokenizer.special_tokens]
-        self.marks = _Marks(*_unused_characters([*texts, *(message["content"] for message in messages)], 4))
-        self._tokenizer = tokenizer
+        texts += _texts([tools, *(list(message.values()) for message in messages)])
+        self.marks = _Marks(*_unused_characters(texts, 4))
+        self._template, self._tokenizer = template, tokenizer
         self._special = _any_of(tokenizer.special_tokens)
         self._seam = self.marks.seam if template.encodes_apart else ""
-        self.messages = [{**message, "content": self._written(message["content"])} for message in messages]
+        self.messages = [{**self._marked(message), "content": self._written(message["content"])} for message in messages]
+        self._tools: Tools = self._marked(tools)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+        """Some messages as the template writes them, with the tools."""
+        return self._template.render(messages, prompt, self._tools)
+
+    def _marked(self, value: Any) -> Any:
+        """A value with a mark before each special token in its texts."""
+        if isinstance(value, str):
+            return re.sub(f"(?={self._special})", self.marks.plain, value)
+        if isinstance(value, Mapping):
+            return {self._marked(key): self._marked(part) for key, part in value.items()}
+        return [self._marked(part) for part in value] if isinstance(value, list | tuple) else value
 
     def _written(self, content: str) -> str:
         """A content with a mark before each place where a special token begins, overlapping ones included."""
@@ -151,14 +175,55 @@ class _Writing:
 
     def said(self) -> list[Said]:
         """What the assistant says."""
-        return [self._said(message["content"]) for message in self.messages if message["role"] == "assistant"]
+        return [self._said(message["content"]) for message in self.messages if _speaks(message)]
 
-    def probes(self) -> list[dict[str, str]]:
+    def probes(self) -> list[dict[str, Any]]:
         """The messages, with the assistant's contents trimmed and between marks."""
-        return [self._probe(message) if message["role"] == "assistant" else message for message in self.messages]
+        return [self._probe(message) if _speaks(message) else message for message in self.messages]
 
-    def _probe(self, message: dict[str, str]) -> dict[str, str]:
+    def _probe(self, message: dict[str, Any]) -> dict[str, Any]:
         return {**message, "content": self.marks.opening + self._said(message["content"]).core + self.marks.closing}
+
+    def require_written(self) -> None:
+        """Refuses a template that does not write every call, with its arguments, or every tool.
+
+        Names and arguments with marks in them must leave as many marks in what the template writes.
+        """
+        opening, closing = self.marks.opening, self.marks.closing
+        calls = [call for message in self.messages for call in message.get("tool_calls", ())]
+        if calls:
+            probe = self.render([_with_marked_calls(message, opening, closing) for message in self.messages])
+            if min(probe.count(opening), probe.count(closing)) < len(calls):
+                raise _unwritten("tool_calls")
+        if self._tools:
+            tools = [{**tool, "function": _with_marked_name(tool["function"], opening)} for tool in self._tools]
+            if self._template.render(self.messages, False, tools).count(opening) < len(tools):
+                raise _unwritten("tools")
+
+    def call_turns(self, rendered: str) -> Iterator[Span]:
+        """Where the messages with calls stand: from a generation prompt before each to the end of its turn.
+
+        Raises:
+          InputError: if the template does not write a conversation message by message.
+        """
+        for number, message in enumerate(self.messages):
+            if message.get("tool_calls"):
+                if number == 0:
+                    raise InputError("messages[0]: tool_calls in the first message; a message before it expected")
+                before, after = self.render(self.messages[:number], True), self.render(self.messages[: number + 1])
+                if not rendered.startswith(after) or not after.startswith(before):
+                    raise InputError(
+                        "chat template: what it writes for a message with tool_calls depends on other messages, so its "
+                        "tokens cannot be told from the others (no loss mask); give a template that does not"
+                    )
+                yield Span(len(before), len(after.rstrip()))
+
+    def learned(self, spoken: Sequence[Span], called: Iterable[Span]) -> list[Span]:
+        """The turns of the assistant, in order, without those of weight 0."""
+        spoken_turns, called_turns = iter(spoken), iter(called)
+        own = (message for message in self.messages if message["role"] == "assistant")
+        turns = [(next(spoken_turns if _speaks(message) else called_turns), message.get("weight", 1)) for message in own]
+        return [turn for turn, weight in turns if weight]
 
     def turns(self, rendered: str, contents: Sequence[Span]) -> list[Span]:
         """The contents, each with the special token that closes its turn if only white space stands before that."""
@@ -196,12 +261,57 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
     if not messages:
         raise InputError("messages: none given, at least one expected")
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise InputError(f"messages[{number}]: {message!r:.60} given, a mapping with role and content expected")
         if message["role"] not in ROLES:
             raise InputError(f"messages[{number}].role: {message['role']!r:.60} given, one of {', '.join(ROLES)} expected")
+        unknown = set(message) - {"role", "content"} - _MORE.get(message["role"], set())
+        if unknown:
+            raise InputError(
+                f"messages[{number}]: {', '.join(sorted(map(str, unknown))):.60} of a message of the {message['role']} given, "
+                "role and content expected"
+            )
+        if message.get("weight", 1) not in (0, 1):
+            raise InputError(f"messages[{number}].weight: {message['weight']!r:.20} given, 0 or 1 expected")
         if not isinstance(message["content"], str):
             raise InputError(f"messages[{number}].content: {type(message['content']).__name__} given, text expected")
+
+
+def _speaks(message: Mapping[str, Any]) -> bool:
+    """Whether a message is the assistant's and its content is all of it."""
+    return message["role"] == "assistant" and not message.get("tool_calls")
+
+
+def _texts(value: object) -> list[str]:
+    """All texts in a value."""
+    if isinstance(value, str):
+        return [value]
+    parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    return [text for part in parts for text in _texts(part)] if isinstance(parts, list | tuple) else []
+
+
+def _with_marked_calls(message: Mapping[str, Any], opening: str, closing: str) -> Mapping[str, Any]:
+    """A message whose calls have one mark in the name of the function and another one in the arguments."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = _with_marked_name(call["function"], opening)
+        given = function.get("arguments")
+        arguments = {**given, closing: ""} if isinstance(given, Mapping) else f"{given}{closing}"
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
+
+
+def _with_marked_name(function: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    return {**function, "name": f"{function['name']}{mark}"}
+
+
+def _unwritten(what: str) -> InputError:
+    return InputError(
+        f"chat template: it does not write {what}, which would be lost; give the model's own template, which knows tools "
+        f"(--template), or leave {what} out"
+    )
 
 
 def _any_of(tokens: Mapping[str, int]) -> str:

@@ -12,7 +12,8 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.utils import Namespace
 
 _BUDGET = 1 << 24
-FORBIDDEN = _BUDGET + 1
+_WORK_PER_CHARACTER = 16  # of what a template is given, where that makes more than the budget
+FORBIDDEN = 1 << 62
 STEP_COST = 256  # an iteration or a call
 _ENTRY_COST = 64  # a value held by a list
 _DEEPEST = 200
@@ -20,15 +21,19 @@ LOOKUP_COST = 32  # an entry or attribute looked up
 
 
 class Meter:
-    """What one rendering may still cost."""
+    """What one rendering may still cost: the same for all, and more for conversations of more than a million characters.
 
-    def __init__(self) -> None:
-        self._left = _BUDGET
+    Attributes:
+      left: what may be charged.
+    """
+
+    def __init__(self, characters: int = 0) -> None:
+        self.left = max(_BUDGET, _WORK_PER_CHARACTER * characters)
 
     def charge(self, cost: int) -> None:
         """Takes a cost off, before it arises."""
-        self._left -= cost
-        if self._left < 0:
+        self.left -= cost
+        if self.left < 0:
             raise SecurityError("it asks for more work than any conversation needs")
 
 
@@ -47,12 +52,13 @@ def cost(value: object) -> int:
       SecurityError: for a value so deep that hashing, comparing or printing it could exhaust the stack.
     """
     total, waiting = 0, [(value, 0)]
-    while waiting and total <= _BUDGET:
+    limit = METER.get().left
+    while waiting and total <= limit:
         item, depth = waiting.pop()
         total += _ENTRY_COST + size(item)
         if depth > _DEEPEST:
             raise SecurityError(f"it nests values more than {_DEEPEST} deep")
-        if total <= _BUDGET:
+        if total <= limit:
             waiting += [(part, depth + 1) for part in _parts(item)]
     return total
 

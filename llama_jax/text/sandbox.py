@@ -2,7 +2,8 @@
 
 Jinja's sandbox keeps a template away from Python's internals, but not from `'a' * 10**9`, from `x ~ x` forty times
 over or from loops inside loops. Here every step costs, and every value costs its size before anything walks over it;
-what a template may cost is bounded (about a second and 100 MB), and the same template always costs the same.
+what a template may cost is bounded (about a second and 100 MB; for a conversation of more than a million characters in
+proportion to it), and the same template always costs the same.
 """
 
 import datetime
@@ -24,6 +25,7 @@ from llama_jax.text import meter
 
 LARGEST_SOURCE = 64 << 10
 LARGEST_OUTPUT = 1 << 20
+_OUTPUT_PER_CHARACTER = 4  # of what a template is given, where that makes more
 
 _FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items", "last", "length",
@@ -242,11 +244,12 @@ def render(source: str, variables: Mapping[str, object]) -> str:
 
     Raises:
       InputError: with the template's own message where it refuses; also for syntax errors, undefined attributes,
-        names that are not allowed, too much work and output above 1 MiB.
+        names that are not allowed, too much work, and output above 1 MiB and four times what the template is given.
     """
     if len(source) > LARGEST_SOURCE:
         raise InputError(f"chat template: {len(source)} characters given, at most {LARGEST_SOURCE} allowed")
-    token = meter.METER.set(meter.Meter())
+    given = _characters(variables)
+    token = meter.METER.set(meter.Meter(given))
     try:
         text = _compiled(source).render(variables)
     except Exception as error:  # the template is a program of strangers: whatever it raises is its own fault
@@ -254,6 +257,21 @@ def render(source: str, variables: Mapping[str, object]) -> str:
         raise InputError(f"chat template: {reason}") from None
     finally:
         meter.METER.reset(token)
-    if len(text) > LARGEST_OUTPUT:
-        raise InputError(f"chat template: it made {len(text)} characters, at most {LARGEST_OUTPUT} allowed")
+    largest = max(LARGEST_OUTPUT, _OUTPUT_PER_CHARACTER * given)
+    if len(text) > largest:
+        raise InputError(f"chat template: it made {len(text)} characters, at most {largest} allowed")
     return text
+
+
+def _characters(value: object) -> int:
+    """Characters of all texts in a value."""
+    total, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, Mapping):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            waiting += item
+    return total

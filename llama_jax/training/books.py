@@ -61,10 +61,10 @@ class Books:
         self.log.add(figures)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Keeps the figures of a step."""
+        """Keeps figures of a step: those of its update, or of the evaluation after it."""
         self._metrics.write(step, metrics)
         self._trackers.log(step, metrics)
-        self._loss = metrics.get("train/loss")
+        self._loss = metrics.get("train/loss", self._loss)
         self._heartbeat.beat(step, self._loss)
 
     def go_back(self, step: int, to: int, rewind: Rewind) -> None:

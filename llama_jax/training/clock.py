@@ -19,7 +19,7 @@ class Clock:
 
     Attributes:
       part: the one under way, `None` for none.
-      turns: times that a part has begun or ended: what does not grow stands still.
+      turns: times that a part has begun or ended, or given a sign of life: what does not grow stands still.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -47,6 +47,10 @@ class Clock:
             self._seconds[part] = self._seconds.get(part, 0.0) + spent - inner
             if self._open:
                 self._open[-1] += spent
+
+    def alive(self) -> None:
+        """A sign of life from inside a part that takes long, such as after each batch of an evaluation."""
+        self.turns += 1
 
     def claim(self, part: str) -> None:
         """Gives a part all the time since the last `take` that no part has claimed yet."""

@@ -36,6 +36,8 @@ class RunConfig:
       overwrite: start anew even where `dir` holds a run; otherwise that run is resumed.
       log_every: steps between two lines of metrics.
       eval_every: steps between two evaluations on held-out text; 0 for none.
+      eval_tokens: held-out tokens that an evaluation reads, the same ones each time, chosen by `data.seed`, of each data set in
+        proportion to its size; 0 for all.
       checkpoint_every: steps between two checkpoints; the last step always has one.
       keep_checkpoints: newest checkpoints to keep; two or more leave one to fall back on when the newest is damaged.
       max_time: wall time of this program, start-up included, as HH:MM:SS or in seconds: the run is saved and ended after the
@@ -58,6 +60,7 @@ class RunConfig:
     overwrite: bool = False
     log_every: int = 10
     eval_every: int = 100
+    eval_tokens: int = 2_000_000
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     max_time: str | int | None = None

@@ -11,6 +11,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**32 - 1),
     "run.log_every": (1, 10**9),
     "run.eval_every": (0, 10**9),
+    "run.eval_tokens": (0, 10**15),
     "run.checkpoint_every": (1, 10**9),
     "run.keep_checkpoints": (1, 10**6),
     "run.sample_tokens": (1, 10**6),

@@ -43,7 +43,7 @@ class DataConfig:
         tokenizer is that of the run.
       vocab_size: of the tokenizer to train when `tokenizer` is not given; at most `model.vocab_size`.
       tokenizer: path of an existing tokenizer file; null to train one on the text.
-      held_out_fraction: share of the documents kept out of training, for evaluation; of a single file, its end.
+      held_out_fraction: share of the documents kept out of training, for evaluation; of a single file, its end; 0 for none.
       length: `T`, tokens predicted in a row.
       batch_rows: rows of one optimizer update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in; divides `batch_rows`.

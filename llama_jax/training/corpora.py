@@ -9,6 +9,7 @@ from llama_jax.data.corpus import read_corpus, standard_library
 from llama_jax.data.manifest import manifest_sha256
 from llama_jax.data.packing import pack
 from llama_jax.data.prepare import PreparedData, hash_tokenizer, prepare
+from llama_jax.data.sources import left_out
 from llama_jax.data.split import Split, split_documents
 from llama_jax.data.steps import Steps
 from llama_jax.data.token_set import TokenSet
@@ -41,7 +42,7 @@ class RunData(NamedTuple):
     """All data of a run.
 
     Attributes:
-      corpora: at least one; at least one has a held-out part.
+      corpora: at least one.
       tokenizer_path: the tokenizer that made them, file or folder.
       tokenizer_sha256: of its files.
     """
@@ -79,12 +80,10 @@ def open_data(config: TrainConfig, split: Split | None = None, say: Say = lambda
       say: told of work that takes long.
 
     Raises:
-      InputError: for data of different tokenizers, without a held-out part, or with tokens that the model does not have.
+      InputError: for data of different tokenizers, or with tokens that the model does not have.
     """
     data = config.data
     opened = _open_sources(data) if data.sources else _open_text(config, split or _split_text(data), say)
-    if not opened.held_out:
-        raise InputError("data.sources: none has a held-out part; prepare one with --held-out 0.01")
     _require_vocabulary(opened, config.model.vocab_size)
     return opened
 
@@ -164,6 +163,9 @@ def _open_text(config: TrainConfig, split: Split, say: Say) -> RunData:
             say({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
 
     data = config.data
+    missing = left_out(data.paths)
+    if missing is not None:
+        say(f"data.paths: {missing}")
     made: PreparedData = prepare(
         Path(config.run.dir) / "data",
         split,

@@ -1,8 +1,10 @@
-"""Held-out loss: every token of a token file predicted once, in nats a token and bits a byte of text."""
+"""Held-out loss in nats/token and bits/byte of the text that was scored; of pairs of answers the loss of the objective."""
 
+import collections
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -12,64 +14,252 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.axes import Array, Parameters
 from llama_jax.data.batch import Batch
 from llama_jax.data.batches import sequential_rows, sequential_windows
-from llama_jax.data.packing import Name, pack
+from llama_jax.data.packing import Cut, Name, Packing, pack
+from llama_jax.data.permutation import permute
 from llama_jax.data.token_set import TokenSet
 from llama_jax.data.tokens import Tokens, largest_token
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, model_for
-from llama_jax.parallel.sharding import batch_spec
-from llama_jax.text.tokenizer import encode_prompt
+from llama_jax.parallel.sharding import Rules, batch_spec
+from llama_jax.text.surface import Surface
+from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 from llama_jax.training.corpora import require_same_tokenizer
-from llama_jax.training.hosts import place
-from llama_jax.training.loss import batch_loss
+from llama_jax.training.hosts import placed_rows
+from llama_jax.training.loss import Objective, batch_loss
 from llama_jax.weights.load import Pretrained
 
 _TEXT_CHUNK = 1024  # tokens whose logits exist at one time
+_EVALUATION = 1 << 61  # set in the seed that chooses sequences for evaluations, and in no other
 
 
 class Evaluation(NamedTuple):
     """How well a text is predicted.
 
     Attributes:
-      tokens: targets that counted: every token of a document but its first.
-      nats_per_token: mean of -log p.
-      bits_per_byte: the same, in bits a byte of UTF-8 text: comparable between tokenizers. All bytes count, those of a first
-        token that is not predicted too.
+      tokens: targets that were scored: of text every token of a document but its first.
+      nats_per_token: mean of -log p; not a number where nothing was scored.
+      bits_per_byte: the same, in bits/byte of the UTF-8 text of the targets that were scored: comparable between tokenizers.
+      bytes: of that text.
     """
 
     tokens: int
     nats_per_token: float
     bits_per_byte: float
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """What a display shows."""
+        return self.nats_per_token
+
+    def metrics(self) -> dict[str, float | int]:
+        """By their names in the metrics file."""
+        return {
+            "held_out/loss": self.nats_per_token,
+            "held_out/bits_per_byte": self.bits_per_byte,
+            "held_out/tokens": self.tokens,
+        }
+
+    def line(self) -> str:
+        """For the table at the end of a run."""
+        return f"{self.nats_per_token:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte ({self.tokens} tokens)"
 
 
-def make_evaluation(nats: float, tokens: int, bytes_of_text: int) -> Evaluation:
-    """An evaluation from the summed loss."""
-    return Evaluation(tokens, nats / max(1, tokens), nats / math.log(2) / max(1, bytes_of_text))
+class PairEvaluation(NamedTuple):
+    """How well held-out pairs of answers are told apart (DPO).
+
+    Attributes:
+      pairs: that were scored.
+      loss: mean of the objective.
+      more: its further means: `accuracy`, `margin`, `chosen`, `rejected`.
+    """
+
+    pairs: int
+    loss: float
+    more: Mapping[str, float]
+
+    def metrics(self) -> dict[str, float | int]:
+        """By their names in the metrics file."""
+        more = {f"held_out/{name}": value for name, value in self.more.items()}
+        return {"held_out/loss": self.loss, **more, "held_out/pairs": self.pairs}
+
+    def line(self) -> str:
+        """For the table at the end of a run."""
+        accuracy, margin = self.more["accuracy"], self.more["margin"]
+        return f"loss {self.loss:.4f}, accuracy {accuracy:.1%}, margin {margin:.4f} ({self.pairs} pairs)"
 
 
-def together(parts: Sequence[tuple[Evaluation, int]]) -> Evaluation:
-    """The evaluation of several texts, given with their bytes, as one: every token counts alike."""
-    nats = math.fsum(part.nats_per_token * part.tokens for part, _ in parts)
-    return make_evaluation(nats, sum(part.tokens for part, _ in parts), sum(size for _, size in parts))
+def make_evaluation(nats: float, tokens: float, size: float) -> Evaluation:
+    """An evaluation from the summed loss, its targets and their bytes."""
+    return Evaluation(
+        round(tokens), nats / tokens if tokens else math.nan, nats / math.log(2) / size if size else math.nan, round(size)
+    )
 
 
-def batch_evaluator(model: Llama, loss_chunk: int) -> Callable[[Parameters, Batch], tuple[Array, Array]]:
-    """A compiled function from parameters and a batch `[B, T]` to the summed loss and the number of targets."""
-    return jax.jit(lambda params, batch: (batch_loss(model, params, batch, loss_chunk), jnp.sum(batch.weights)))
+def together(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of several texts as one: every token counts alike."""
+    nats = math.fsum(part.nats_per_token * part.tokens for part in parts if part.tokens)
+    return make_evaluation(nats, sum(part.tokens for part in parts), sum(part.bytes for part in parts))
+
+
+class TokenBytes(NamedTuple):
+    """UTF-8 bytes of every token, int32 `[V]`; 0 for special tokens.
+
+    Attributes:
+      inside: inside of a text.
+      opening: where a text begins.
+    """
+
+    inside: np.ndarray
+    opening: np.ndarray
+
+
+def token_bytes(surface: Surface) -> TokenBytes:
+    """The bytes of every token of a tokenizer."""
+    inside = np.array([len(piece) for piece in surface.pieces], np.int32)
+    opening = inside.copy()
+    for token, piece in surface.opening.items():
+        opening[token] = len(piece)
+    return TokenBytes(inside, opening)
+
+
+def scored_bytes(batch: Batch, sizes: TokenBytes) -> Array:
+    """Bytes of the targets of a batch `[B, T]`, each times its weight, summed."""
+    inside, opening = map(jnp.asarray, sizes)
+    first = jnp.ones_like(batch.documents[:, :1], bool)
+    begins = jnp.concatenate([first, batch.documents[:, 1:] != batch.documents[:, :-1]], axis=1)
+    # A text begins behind the begin token of its document, which has no bytes.
+    opens = begins & (inside[batch.tokens] == 0)
+    return jnp.sum(batch.weights * jnp.where(opens, opening[batch.targets], inside[batch.targets]))
+
+
+Sums = dict[str, Array]  # over a batch, by name
+Evaluator = Callable[[Parameters, Batch], Sums]
+
+
+def batch_evaluator(model: Llama, loss_chunk: int, sizes: TokenBytes) -> Evaluator:
+    """A compiled function from parameters and a batch `[B, T]` to its `nats`, the `tokens` that are targets, their `bytes`."""
+
+    def sums(params: Parameters, batch: Batch) -> Sums:
+        """Over a batch."""
+        nats = batch_loss(model, params, batch, loss_chunk)
+        return {"nats": nats, "tokens": jnp.sum(batch.weights), "bytes": scored_bytes(batch, sizes)}
+
+    return jax.jit(sums)
+
+
+def pair_evaluator(model: Llama, loss_chunk: int, objective: Objective) -> Evaluator:
+    """A compiled function from parameters and a batch `[B, T]` of pairs to the sums of an objective, and the `pairs`."""
+
+    def sums(params: Parameters, batch: Batch) -> Sums:
+        """Over a batch."""
+        loss, more = objective.loss(model, params, batch, loss_chunk)
+        return {"loss": loss, "pairs": objective.targets(batch), **more}
+
+    return jax.jit(sums)
+
+
+class HeldOut(NamedTuple):
+    """What an evaluation reads of one data set: the same sequences each time.
+
+    Attributes:
+      packing: the sequences.
+      numbers: of those that are read, ascending.
+      end: a number beyond the last sequence: padding.
+    """
+
+    packing: Packing
+    numbers: range | np.ndarray
+    end: int
+
+
+def choose_held_out(tokens: Mapping[str, Tokens], length: int, packing: Name, most: int, seed: int) -> dict[str, HeldOut]:
+    """The sequences that every evaluation of a run reads, of each data set by its name.
+
+    Args:
+      tokens: the held-out part of each data set.
+      length: `T`, tokens of a sequence.
+      packing: how text is put into sequences.
+      most: tokens of all sequences together, padding included; each data set has its share of them by its number of sequences,
+        at least one (of pairs: one pair); 0 for all that is held out.
+      seed: chooses the sequences.
+    """
+    packings = {name: pack(part, length, packing) for name, part in tokens.items()}
+    counts = {name: _sequences(packed) for name, packed in packings.items()}
+    wanted, total = most / length, sum(counts.values())
+    chosen: dict[str, HeldOut] = {}
+    for name, packed in packings.items():
+        units, unit = counts[name] // packed.unit, packed.unit
+        few = max(1, round(wanted * counts[name] / max(1, total) / unit))
+        numbers: range | np.ndarray = range(counts[name])
+        if most and few < units:
+            order = np.sort(permute(np.arange(few, dtype=np.int64), units, seed | _EVALUATION, 0))
+            numbers = (order[:, None] * unit + np.arange(unit)).ravel()
+        chosen[name] = HeldOut(packed, numbers, counts[name])
+    return chosen
+
+
+def _sequences(packing: Packing) -> int:
+    """How many there are; of text that is cut, with the last one, which may not be full."""
+    return -(-(packing.tokens.size - 1) // packing.length) if isinstance(packing, Cut) else packing.count
 
 
 def evaluate(
-    run: Callable[[Parameters, Batch], tuple[Array, Array]], params: Parameters, tokens: Tokens, length: int,
-    batch_rows: int, mesh: Mesh, model: Llama, packing: Name = "cut",
-) -> Evaluation:  # fmt: skip
-    """Loss over all tokens, in rows of `length`, `batch_rows` at a time; `fit` parts no document that fits into a row."""
-    rows = NamedSharding(mesh, batch_spec(model.options.rules))
-    parts: list[tuple[Array, Array]] = []
-    for batch in _in_order(tokens, length, batch_rows, packing):
-        jax.block_until_ready(parts[-2:-1])  # the host must not run ahead and fill the device with batches
-        parts.append(run(params, place(batch, rows)))
-    nats, targets = (math.fsum(column) for column in zip(*jax.device_get(parts)))
-    return make_evaluation(nats, int(targets), tokens.bytes_of_text)
+    run: Evaluator, params: Parameters, held_out: HeldOut, batch_rows: int, mesh: Mesh, rules: Rules,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
+    """The sums of an evaluator over the sequences of a data set.
+
+    Args:
+      run: a compiled evaluator.
+      params: what it is given.
+      held_out: the sequences; each process reads those of its own devices.
+      batch_rows: sequences at a time; the last batch is filled up with padding.
+      mesh: the devices.
+      rules: of the model, which say how they share a batch.
+      alive: called after every batch.
+    """
+    sharding, totals = NamedSharding(mesh, batch_spec(rules)), collections.defaultdict[str, float](float)
+    packing, numbers = held_out.packing, held_out.numbers
+    before: Sums = {}
+
+    def add(sums: Sums) -> None:
+        """Waits for a batch: the host must not run ahead and fill the device."""
+        for name, value in jax.device_get(sums).items():
+            totals[name] += float(value)
+        alive()
+
+    for first in range(0, len(numbers), batch_rows):
+        padded = np.full(batch_rows, held_out.end, np.int64)
+        some = numbers[first : first + batch_rows]
+        padded[: len(some)] = some
+        sums = run(params, placed_rows(packing.rows, padded, packing.length, sharding))
+        add(before)
+        before = sums
+    add(before)
+    return dict(totals)
+
+
+def text_evaluation(sums: Mapping[str, float]) -> Evaluation:
+    """The evaluation of a text from its sums."""
+    return make_evaluation(sums.get("nats", 0.0), sums.get("tokens", 0.0), sums.get("bytes", 0.0))
+
+
+def pair_evaluation(parts: Sequence[Mapping[str, float]]) -> PairEvaluation:
+    """The evaluation of pairs from the sums over data sets."""
+    totals = _added(parts)
+    pairs = totals.pop("pairs", 0.0)
+    means = {name: value / pairs if pairs else math.nan for name, value in totals.items()}
+    return PairEvaluation(round(pairs), means.pop("loss", math.nan), means)
+
+
+def _added(parts: Iterable[Mapping[str, SupportsFloat]]) -> dict[str, float]:
+    """Sums of sums, name by name."""
+    totals = collections.defaultdict[str, float](float)
+    for part in parts:
+        for name, value in part.items():
+            totals[name] += float(value)
+    return totals
 
 
 def _in_order(tokens: Tokens, length: int, batch_rows: int, packing: Name) -> Iterator[Batch]:
@@ -80,7 +270,7 @@ def _in_order(tokens: Tokens, length: int, batch_rows: int, packing: Name) -> It
 
 
 def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = None, **options: Any) -> Evaluation:
-    """Loss of a model on the held-out part of prepared data: text in windows, conversations whole.
+    """Loss of a model on the held-out part of prepared data: text in windows, conversations whole, of pairs the chosen answers.
 
     Args:
       model: from `llama_jax.load`.
@@ -89,7 +279,8 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
     Raises:
-      InputError: if nothing was held out; for a length out of range, and tokens of another tokenizer.
+      InputError: if nothing was held out, or nothing of it can be scored; for a length out of range, and tokens of another
+        tokenizer.
     """
     tokens, context = data.held_out, model.config.context_length
     if tokens is None:
@@ -100,22 +291,28 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
     length = min(context, max(1, tokens.size - 1)) if length is None else length
     if not 1 <= length <= context:
         raise InputError(f"rows of {length} tokens asked for; 1 to {context}, the model's context, expected")
-    run = batch_evaluator(model_for(model.params, model.config, **options), _TEXT_CHUNK)
-    nats, targets = 0.0, 0.0
-    for row in _in_order(tokens, length, 1, "cut" if tokens.kind == "text" else "fit"):
-        loss, count = run(model.params, row)
-        nats, targets = nats + float(loss), targets + float(count)
-    return make_evaluation(nats, int(targets), tokens.bytes_of_text)
+    rows = _in_order(tokens, length, 1, "cut" if tokens.kind == "text" else "fit")
+    scored = itertools.islice(rows, 0, None, 2 if tokens.kind == "pairs" else 1)
+    result = _summed(model, load_tokenizer(data.tokenizer_path), scored, options)
+    if not result.tokens:
+        raise InputError(f"{tokens.name}: no answer begins within {length} tokens, so nothing can be scored; raise --length")
+    return result
 
 
-def evaluate_text(model: Pretrained, text: str, length: int | None = None, **options: Any) -> Evaluation:
-    """Loss of a model on a text, in windows of `length` tokens that each begin without a past.
+def _summed(model: Pretrained, tokenizer: Tokenizer, batches: Iterable[Batch], options: Mapping[str, Any]) -> Evaluation:
+    """The evaluation of a model on batches."""
+    run = batch_evaluator(model_for(model.params, model.config, **options), _TEXT_CHUNK, token_bytes(tokenizer.surface))
+    return text_evaluation(_added(run(model.params, batch) for batch in batches))
 
-    Every token is predicted once, but for the first of the text where the model's tokenizer puts no begin token before it.
+
+def evaluate_text(model: Pretrained, text: str | Sequence[str], length: int | None = None, **options: Any) -> Evaluation:
+    """Loss of a model on a text, or several, in windows of `length` tokens that each begin without a past.
+
+    Every token is predicted once, but for the first of a text where the model's tokenizer puts no begin token before it.
 
     Args:
       model: from `llama_jax.load`.
-      text: any text.
+      text: any text, or texts of which each has windows of its own.
       length: tokens of a window; the model's context by default.
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
@@ -125,22 +322,21 @@ def evaluate_text(model: Pretrained, text: str, length: int | None = None, **opt
     """
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
-    ids = np.asarray(encode_prompt(model.tokenizer, text), np.int32)
-    context = model.config.context_length
+    texts = [text] if isinstance(text, str) else list(text)
+    rows = [np.asarray(encode_prompt(model.tokenizer, one), np.int32) for one in texts]
+    longest, context = max(map(len, rows), default=0), model.config.context_length
     length = context if length is None else length
-    if len(ids) < 2 or not 1 <= length <= context:
+    if longest < 2 or not 1 <= length <= context:
         raise InputError(
-            f"a text of {len(ids)} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
+            f"a text of {longest} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
             "context) expected"
         )
-    length = min(length, len(ids) - 1)
-    vocabulary = model.config.vocab_size
-    if ids.max() >= vocabulary:
-        raise InputError(f"the text holds token {ids.max()}; the vocabulary goes from 0 to {vocabulary - 1}")
-    llama = model_for(model.params, model.config, **options)
-    run = batch_evaluator(llama, _TEXT_CHUNK)
-    nats = math.fsum(float(run(model.params, window)[0]) for window in _text_windows(ids, length))
-    return make_evaluation(nats, len(ids) - 1, len(text.encode()))
+    length = min(length, longest - 1)
+    vocabulary, largest = model.config.vocab_size, max(int(ids.max()) for ids in rows if len(ids))
+    if largest >= vocabulary:
+        raise InputError(f"the text holds token {largest}; the vocabulary goes from 0 to {vocabulary - 1}")
+    windows = (window for ids in rows for window in _text_windows(ids, length))
+    return _summed(model, model.tokenizer, windows, options)
 
 
 def _text_windows(ids: np.ndarray, length: int) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """The batch of a step on all devices of all hosts, each host reading the rows of its own devices only; the step to end at."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -34,24 +35,31 @@ def global_batch(batches: Batches, step: int, micro_rows: int, sharding: NamedSh
       sharding: of the result.
     """
     numbers = row_numbers(batches.rows_at(step), micro_rows, batches.unit)
-    shape = (*numbers.shape, batches.length)
-    read: dict[tuple, Batch] = {}
+    return placed_rows(functools.partial(batches.chosen_rows, step), numbers, batches.length, sharding)
+
+
+def placed_rows(read: Callable[[np.ndarray], Batch], numbers: np.ndarray, length: int, sharding: NamedSharding) -> Batch:
+    """Sequences by their numbers, sharded over the devices of all processes; each process reads those of its own devices.
+
+    Args:
+      read: from numbers to sequences; the same on every process.
+      numbers: of the sequences, of any shape, such as `[A, B/A]`.
+      length: `T`, tokens of a sequence.
+      sharding: of the result, `[*numbers.shape, T]`.
+    """
+    shape = (*numbers.shape, length)
+    done: dict[tuple, Batch] = {}
 
     def part(field: int, index: tuple[slice, ...]) -> np.ndarray:
-        """A field of the rows that one device holds; devices that hold the same rows share them."""
-        wanted = numbers[index[:2]]
+        """A field of the sequences that one device holds; devices that hold the same ones share them."""
+        wanted = numbers[index[:-1]]
         key = wanted.shape, wanted.tobytes()
-        if key not in read:
-            read[key] = batches.chosen_rows(step, wanted.ravel())
-        return read[key][field].reshape(*wanted.shape, -1)[..., index[2]]
+        if key not in done:
+            done[key] = read(wanted.ravel())
+        return done[key][field].reshape(*wanted.shape, -1)[..., index[-1]]
 
     fields = range(len(Batch._fields))
     return Batch(*[jax.make_array_from_callback(shape, sharding, functools.partial(part, field)) for field in fields])
-
-
-def place(batch: Batch, sharding: NamedSharding) -> Batch:
-    """A batch that every process has whole, sharded over the devices of all of them."""
-    return Batch(*[jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch])
 
 
 def preempted(step: int) -> bool:

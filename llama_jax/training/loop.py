@@ -11,12 +11,25 @@ from llama_jax.axes import Parameters
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.unigram import unigram_cross_entropy
 from llama_jax.parallel.hosts import Hosts
+from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.books import Books
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_data import micro_rows
 from llama_jax.training.corpora import make_batches, open_data, split_corpus
 from llama_jax.training.display import Display, si
-from llama_jax.training.evaluate import Evaluation, batch_evaluator, evaluate, together
+from llama_jax.training.evaluate import (
+    Evaluation,
+    Evaluator,
+    PairEvaluation,
+    batch_evaluator,
+    choose_held_out,
+    evaluate,
+    pair_evaluation,
+    pair_evaluator,
+    text_evaluation,
+    together,
+    token_bytes,
+)
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_run
 from llama_jax.training.metrics import StepRecord
@@ -46,6 +59,7 @@ from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.checkpoint_files import read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
+Held = Evaluation | PairEvaluation
 Stop = Callable[[int], bool]  # asked after every step whether to save and end there
 
 
@@ -90,7 +104,8 @@ class Run:
         self.metadata |= {} if made_from is None else {MADE_FROM: made_from}
         self.batches = make_batches(self.data, config.data)
         require_fitting_objective(config, self.batches.unit)
-        self._corpus_losses: dict[str, float | int | None] = {}  # of the last evaluation, where there are several corpora
+        data = config.data
+        self._held_out = choose_held_out(self.data.held_out, data.length, data.packing, config.run.eval_tokens, data.seed)
         self._take(config)
 
     def _take(self, config: TrainConfig) -> None:
@@ -98,7 +113,13 @@ class Run:
         self.config, self.recipe = config, make_recipe(config)
         model, mesh = self.recipe.model, self.mesh
         self._samples = Samples(config.run, model, mesh, self.data.tokenizer_path, self.display.event)
-        self._evaluator = batch_evaluator(model, self.recipe.loss_chunk)
+        self._evaluator = self._make_evaluator()
+
+    def _make_evaluator(self) -> Evaluator:
+        model, chunk = self.recipe.model, self.recipe.loss_chunk
+        if self.batches.unit == 2:
+            return pair_evaluator(model, chunk, self.recipe.objective)
+        return batch_evaluator(model, chunk, token_bytes(load_tokenizer(self.data.tokenizer_path).surface))
 
     def train(
         self, should_stop: Stop = lambda step: False, settle: Callable[[TrainConfig], TrainConfig] = lambda config: config
@@ -120,7 +141,8 @@ class Run:
     def _train(self, should_stop: Stop, settle: Callable[[TrainConfig], TrainConfig]) -> Summary:
         config, mesh = self.config, self.mesh
         self.hosts.first_does("files", self._write_files)
-        unigram = unigram_cross_entropy(self.data.train, list(self.data.held_out.values()))
+        text = self.data.held_out if self.batches.unit == 1 else {}  # the loss of pairs is another
+        unigram = unigram_cross_entropy(self.data.train, list(text.values())) if text else None
         with jax.set_mesh(mesh), self._open_checkpoints() as checkpoints:
             skip, say = config.data.skip_steps, self.display.event
             self._recovery = Recovery(config.guard, skip, self.directory, checkpoints, say)
@@ -178,7 +200,7 @@ class Run:
             self.display.event(line)
         return state._replace(params=model.params)
 
-    def _heading(self, first: int, unigram: float) -> list[str]:
+    def _heading(self, first: int, unigram: float | None) -> list[str]:
         config, devices = self.config, self.mesh.devices.size
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         tokens = config.data.batch_rows * config.data.length
@@ -190,14 +212,25 @@ class Run:
             f"data      {si(training)} training tokens, {si(held_out)} held out; "
             f"{si(tokens)} tokens a step, {self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",
             f"mfu       {mfu_line(config, [device.device_kind for device in self.mesh.devices.flat])}",
-            f"baseline  unigram entropy of the held-out text {unigram:.3f} nats a token",
+            *self._evaluation_lines(),
+            *([] if unigram is None else [f"baseline  unigram entropy of the held-out text {unigram:.3f} nats a token"]),
             f"run       {self.directory}, " + (f"going on from step {first}" if first else "from the start"),
         ]
+
+    def _evaluation_lines(self) -> list[str]:
+        """What evaluations read, where that is not all held-out text."""
+        if not self._held_out:
+            return ["held-out  no text is held out: no evaluation"]
+        rows, whole = (sum(len(part.numbers) for part in self._held_out.values()), sum(p.end for p in self._held_out.values()))
+        if rows == whole:
+            return []
+        tokens = rows * self.config.data.length
+        return [f"held-out  evaluations read {si(tokens)} tokens, the same ones each time (run.eval_tokens; 0 for all)"]
 
     def _steps(
         self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, saver: Saver, books: Books,
         should_stop: Stop,
-    ) -> tuple[TrainState, Evaluation | None]:  # fmt: skip
+    ) -> tuple[TrainState, Held | None]:  # fmt: skip
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
         run, rows = self.config.run, micro_rows(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
@@ -214,7 +247,7 @@ class Run:
             last = step == run.steps
             ending = last or should_stop(step)
             saving = saver.due(step) or ending
-            evaluating = last or (not ending and is_due(step, run.eval_every))
+            evaluating = bool(self._held_out) and (last or (not ending and is_due(step, run.eval_every)))
             recording = ending or evaluating or is_due(step, run.log_every)
             trouble = self._recovery.look(step, books.log.fetch()) if recording or saving else None
             if trouble is not None:
@@ -223,18 +256,21 @@ class Run:
                 continue
             if is_due(step, self.config.guard.check_replicas):
                 require_equal_replicas(state.params, self.mesh, step)
-            evaluation = None
-            if recording:
-                record = books.log.record(step)
-                with books.clock("eval"):
-                    evaluation = self._evaluate(state, frozen) if evaluating else None
-                self._report(record, evaluation, books)
-                books.log.start_clock()
-            # After the metrics, so that what a checkpoint holds is never missing there. Not after a skipped step: nothing has
-            # changed, and a newer checkpoint may push out an older one that the run is to go back to.
+            record = self._record(step, books) if recording else None
+            if record is not None and not evaluating:
+                self.display.step(record)
+            # After the metrics of the update, so that what a checkpoint holds is never missing there; before the evaluation,
+            # which may take long. Not after a skipped step: nothing has changed, and a newer checkpoint may push out an older
+            # one that the run is to go back to.
             if ending or (saving and not self._recovery.streak):
                 with books.clock("save"):
                     saver.save(step, state)
+            evaluation = None
+            if record is not None and evaluating:
+                with books.log.pause(), books.clock("eval"):
+                    evaluation, more = self._evaluate(state, frozen, books.clock.alive)
+                books.write(step, evaluation.metrics() | more)
+                self.display.step(record._replace(held_out_loss=evaluation.loss))
             if ending:
                 return state, evaluation
         return state, None
@@ -267,34 +303,34 @@ class Run:
         self.batches = self._recovery.without_bad_data(self.batches)
         return state
 
-    def _report(self, record: StepRecord, evaluation: Evaluation | None, books: Books) -> None:
-        """Shows and keeps the figures of a step."""
-        record = record._replace(skipped=self._recovery.skipped, rewinds=self._recovery.count)
-        more = _flat(evaluation) | self._corpus_losses if evaluation else {}
-        books.write(record.step, record.flat() | more)
-        self.display.step(record._replace(held_out_loss=evaluation.nats_per_token if evaluation else None))
+    def _record(self, step: int, books: Books) -> StepRecord:
+        """The figures of the updates since the last record, written down."""
+        record = books.log.record(step)._replace(skipped=self._recovery.skipped, rewinds=self._recovery.count)
+        books.write(step, record.flat())
+        books.log.start_clock()
+        return record
 
-    def _evaluate(self, state: TrainState, frozen: tuple[Parameters, ...]) -> Evaluation:
-        data, model = self.config.data, self.recipe.model
+    def _evaluate(
+        self, state: TrainState, frozen: tuple[Parameters, ...], alive: Callable[[], None]
+    ) -> tuple[Held, dict[str, float | int]]:
+        """The evaluation of a state, and the loss of each data set where there are several, by their names in the metrics."""
+        rows, rules = micro_rows(self.config.data), self.recipe.model.options.rules
         params = self.recipe.parameters(state.params, frozen[0] if frozen else None, None)
         self._samples.take(int(state.step), params)
-        found = {
-            name: evaluate(self._evaluator, params, tokens, data.length, micro_rows(data), self.mesh, model, data.packing)
-            for name, tokens in self.data.held_out.items()
+        alive()
+        sums = {
+            name: evaluate(self._evaluator, params, part, rows, self.mesh, rules, alive)
+            for name, part in self._held_out.items()
         }
-        if len(found) > 1:
-            self._corpus_losses = {f"held_out/{name}/loss": part.nats_per_token for name, part in found.items()}
-        return together([(part, self.data.held_out[name].bytes_of_text) for name, part in found.items()])
+        if self.batches.unit == 2:
+            each: dict[str, Held] = {name: pair_evaluation([part]) for name, part in sums.items()}
+            whole: Held = pair_evaluation(list(sums.values()))
+        else:
+            texts = {name: text_evaluation(part) for name, part in sums.items()}
+            each, whole = dict(texts), together(list(texts.values()))
+        return whole, {f"held_out/{name}/loss": part.loss for name, part in each.items()} if len(each) > 1 else {}
 
 
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one; 0 is never."""
     return every > 0 and step % every == 0
-
-
-def _flat(evaluation: Evaluation) -> dict[str, float | int | None]:
-    return {
-        "held_out/loss": evaluation.nats_per_token,
-        "held_out/bits_per_byte": evaluation.bits_per_byte,
-        "held_out/tokens": evaluation.tokens,
-    }

@@ -161,8 +161,16 @@ def drop_later(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The numbers in a metrics file, oldest first; events, and lines that a crash or a full disk has torn, are left out."""
-    return [entry for entry in _entries(path) if "event" not in entry]
+    """The numbers in a metrics file, one entry a step, oldest first.
+
+    The figures of an update and of the evaluation after it are two lines of one step. Events, and lines that a crash or a full
+    disk has torn, are left out.
+    """
+    steps: dict[int, dict] = {}
+    for entry in _entries(path):
+        if "event" not in entry:
+            steps.setdefault(entry["step"], {}).update(entry)
+    return list(steps.values())
 
 
 def read_events(path: Path) -> list[dict]:

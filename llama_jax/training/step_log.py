@@ -1,7 +1,8 @@
 """From the figures of single updates to records, without waiting for the device in between."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -51,6 +52,15 @@ class StepLog:
     def start_clock(self) -> None:
         """Leaves the time since the last record out of the speed that the next one tells."""
         self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves the time inside of a `with` out of the speed that the next record tells."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begin
 
     def add(self, figures: StepMetrics) -> None:
         """Takes the figures of one update; the first, which is compiled, is waited for."""

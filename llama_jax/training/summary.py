@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from llama_jax.training.display import duration
-from llama_jax.training.evaluate import Evaluation
+from llama_jax.training.evaluate import Evaluation, PairEvaluation
 from llama_jax.training.goodput import Goodput
 
 
@@ -13,8 +13,9 @@ class Summary(NamedTuple):
     Attributes:
       step: updates done.
       steps: updates wanted.
-      evaluation: on the held-out text with the final parameters; `None` where this call did not come to the end.
-      unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline.
+      evaluation: on what is held out with the final parameters; `None` where this call did not come to the end, or nothing is.
+      unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline; `None`
+        where nothing is held out, and for pairs of answers.
       saved: whether the last state is on disk.
       goodput: where the wall time of the run went, restarts included.
       skipped: updates that the guard has skipped.
@@ -24,8 +25,8 @@ class Summary(NamedTuple):
 
     step: int
     steps: int
-    evaluation: Evaluation | None
-    unigram: float
+    evaluation: Evaluation | PairEvaluation | None
+    unigram: float | None
     saved: bool
     goodput: Goodput = Goodput()
     skipped: int = 0
@@ -37,8 +38,8 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
     """A summary as the rows of the display's last table."""
     rows = {"steps": f"{summary.step} of {summary.steps}", "time": duration(seconds)}
     if summary.evaluation:
-        loss, bits = summary.evaluation.nats_per_token, summary.evaluation.bits_per_byte
-        rows["held-out"] = f"{loss:.4f} nats a token, {bits:.4f} bits a byte ({summary.evaluation.tokens} tokens)"
+        rows["held-out"] = summary.evaluation.line()
+    if summary.evaluation and summary.unigram is not None:
         rows["unigram"] = f"{summary.unigram:.4f} nats a token (the entropy to beat)"
     if summary.skipped or summary.rewinds:
         rows["skipped"] = f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"

@@ -44,6 +44,12 @@ def refusal(errors: str) -> str:
     return line
 
 
+def scored_bytes(model) -> int:
+    """UTF-8 bytes of the text without its first token, which no token predicts."""
+    first, *_ = model.tokenizer.encode(TEXT)
+    return len(TEXT.encode()) - len(model.tokenizer.decode([first]).encode())
+
+
 def summed_loss(model, ids: list[int], length: int) -> float:
     """-log p of every token but the first, in float64; each window of targets sees the tokens of its own window only."""
     total = 0.0
@@ -61,7 +67,7 @@ def test_the_definition(tiny, expected, length):
     result = expected(length)
     assert result.tokens == len(ids) - 1
     assert result.nats_per_token == pytest.approx(loss / (len(ids) - 1), rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(loss / math.log(2) / len(TEXT.encode()), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(loss / math.log(2) / scored_bytes(tiny), rel=1e-5)
 
 
 @pytest.mark.parity
@@ -91,7 +97,7 @@ def expected(tiny):
     return functools.cache(lambda length: evaluate_text(tiny, TEXT, length))
 
 
-def test_program(tiny_directory, expected, text_file, capsys):
+def test_program(tiny_directory, tiny, expected, text_file, capsys):
     expected = expected(20)
     assert run("--model", tiny_directory, "--text", text_file, "--length", 20) == 0
     lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -99,6 +105,7 @@ def test_program(tiny_directory, expected, text_file, capsys):
         "tokens": str(expected.tokens),
         "nats_per_token": f"{expected.nats_per_token:.6f}",
         "bits_per_byte": f"{expected.bits_per_byte:.6f}",
+        "bytes": str(scored_bytes(tiny)),
     }
 
 
@@ -109,14 +116,31 @@ def test_json_of_the_verb(tiny_directory, tiny, expected, text_file, capfd):
     out, err = capfd.readouterr()
     assert err.splitlines() == tiny.report.brief()
     result = json.loads(out)
-    assert list(result) == ["tokens", "nats_per_token", "bits_per_byte"]
+    assert list(result) == ["tokens", "nats_per_token", "bits_per_byte", "bytes"]
     assert result == pytest.approx(expected(20)._asdict(), rel=1e-6)
 
 
+def test_records_are_texts_of_their_own(tiny_directory, tiny, tmp_path, capsys):
+    """JSON lines are read as records, each begun without a past: not as one text with its braces."""
+    texts = ["one two three", "four five"]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\ufeff" + "".join(json.dumps({"text": text}) + "\n" for text in texts), "utf8")
+    assert run("--model", tiny_directory, "--text", path, "--length", 20, "--json") == 0
+    parts = [evaluate_text(tiny, text, 20) for text in texts]
+    wanted = sum(part.nats_per_token * part.tokens for part in parts) / sum(part.tokens for part in parts)
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == sum(part.tokens for part in parts)
+    assert result["nats_per_token"] == pytest.approx(wanted, rel=1e-5)
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    assert run("--model", tiny_directory, "--text", path) == 2
+    assert "x.jsonl:1: a conversation, text expected" in refusal(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(("content", "words"), [
-    (None, "cannot be read (No such file or directory); --text takes a text file"),
-    (b"good \xff", "not UTF-8 text at byte 5; convert it first"),
-    (b"", "a text of 0 tokens"),
+    (None, "text.txt: no such file or folder; text (.md .py"),
+    (b"good \xff", "text.txt: not UTF-8 (byte 5)"),
+    (b"", "no text in it"),
+    (b"\xef\xbb\xbf", "no text in it"),
     (b"a", "a text of 1 tokens"),
 ])  # fmt: skip
 def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
@@ -130,7 +154,7 @@ def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--text", "."], "cannot be read (Is a directory)"),
+    (["--text", "CITATION.cff"], "a file of unknown kind (.cff)"),
     (["--text", __file__, "--length", "0"], "windows of 0"),
     (["--text", __file__, "--length", "-3"], "windows of -3"),
     (["--text", __file__, "--length", "ten"], "argument --length: invalid int value: 'ten'"),

@@ -59,7 +59,7 @@ def summed(model, ids, learned, length: int) -> tuple[float, int]:
     return float(losses[learned[1:]].sum()), int(learned[1:].sum())
 
 
-@pytest.mark.parametrize("length", [128, 50])
+@pytest.mark.parametrize("length", [128, 42])
 def test_conversations_are_whole_and_only_answers_count(model, talks, length):
     parts = [summed(model, *document, length) for document in documents(talks)]
     assert len(parts) > 4
@@ -67,6 +67,11 @@ def test_conversations_are_whole_and_only_answers_count(model, talks, length):
     found = evaluate_prepared(model, TokenSet.open(talks), length)
     assert found.tokens == targets < sum(len(ids) - 1 for ids, _ in documents(talks))
     assert found.nats_per_token == pytest.approx(nats / targets, rel=1e-5)
+    answers = [[int(id) for id, counts in zip(ids[: length + 1], learned[: length + 1]) if counts]
+               for ids, learned in documents(talks)]  # fmt: skip
+    size = sum(len(model.tokenizer.decode(answer).encode()) for answer in answers)
+    assert found.bytes == size < TokenSet.open(talks).held_out.bytes_of_text + (length == 128)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 def test_program_with_text_and_conversations(model, talks, prepare, capsys):
@@ -80,8 +85,8 @@ def test_program_with_text_and_conversations(model, talks, prepare, capsys):
     assert held_out.size <= 129  # one window, so no document is cut
     parts = [summed(model, *document, 128) for document in documents(texts)]
     nats, targets = sum(nats for nats, _ in parts), held_out.size - held_out.documents
-    expected = {"tokens": targets, "nats_per_token": nats / targets,
-                "bits_per_byte": nats / math.log(2) / held_out.bytes_of_text}  # fmt: skip
+    size = sum(len(model.tokenizer.decode(ids[1:].tolist()).encode()) for ids, _ in documents(texts))
+    expected = {"tokens": targets, "nats_per_token": nats / targets, "bits_per_byte": nats / math.log(2) / size, "bytes": size}
     assert found[str(texts)] == pytest.approx(expected, rel=1e-5)
 
 
@@ -95,3 +100,18 @@ def test_what_does_not_fit_is_refused(model, talks, prepare, tmp_path, tiny_dire
     small = model._replace(config=dataclasses.replace(model.config, vocab_size=20), tokenizer=None)
     with pytest.raises(InputError, match=r"token \d+; the vocabulary of the model goes to 19"):
         evaluate_prepared(small, whole)
+
+
+def test_a_length_at_which_no_answer_begins_is_refused(model, talks):
+    with pytest.raises(InputError, match="no answer begins within 1 tokens, so nothing can be scored; raise --length"):
+        evaluate_prepared(model, TokenSet.open(talks), 1)
+
+
+def test_of_pairs_the_chosen_answers_are_scored(model, prepare):
+    pairs = prepare(
+        "pairs", [{"prompt": f"what is {i}?", "chosen": "a" * (1 + i % 3), "rejected": "wrong " * 4} for i in range(20)]
+    )
+    found = evaluate_prepared(model, TokenSet.open(pairs), 128)
+    parts = [summed(model, *document, 128) for document in [*documents(pairs)][::2]]
+    assert found.tokens == sum(count for _, count in parts)
+    assert found.nats_per_token == pytest.approx(sum(nats for nats, _ in parts) / found.tokens, rel=1e-5)

@@ -30,8 +30,10 @@ def test_names_do_not_depend_on_where_the_folder_lies(folder, tmp_path):
     assert list(read_corpus([str(folder.rename(tmp_path / "elsewhere"))])) == before
 
 
-def test_file_named_directly_is_read_whatever_its_suffix(folder):
-    assert [document.name for document in read_corpus([folder / "image.png", folder / "b.txt"])] == ["image.png", "b.txt"]
+def test_file_named_directly_is_read_if_its_kind_is_known(folder):
+    assert [document.name for document in read_corpus([folder / "b.txt", folder / "a.md"])] == ["b.txt", "a.md"]
+    with pytest.raises(InputError, match=r"image\.png: a file of unknown kind \(\.png\); text \(\.md"):
+        list(read_corpus([folder / "b.txt", folder / "image.png"]))
 
 
 @pytest.mark.parametrize("name", ["bad.txt", "missing.txt", "empty"])

@@ -179,7 +179,7 @@ def test_pairs_learn_from_the_last_answer_only(tmp_path, text, tokenizer, form):
     ('{"text": "x"', "not JSON"), ("[1]", "list given"), ('{"txt": "x"}', "fields txt"), ('{"text": 3}', "text is a int"),
     ('{"text": "\\ud800"}', "surrogate"), ('{"messages": [3]}', "holds 3"),
     ('{"messages": [{"role": "user"}]}', "role and content"),
-    ('{"chosen": "a", "rejected": "b"}', "without prompt"), ('{"prompt": "a", "completion": null}', "completion is a NoneType"),
+    ('{"chosen": "a", "rejected": "b"}', "without prompt"), ('{"prompt": "a", "completion": null}', "completion is null"),
     ('{"prompt": "a", "completion": "b"}', "chat given, but the first record was text"), ("[" * 100_000, "not JSON"),
 ])  # fmt: skip
 def test_bad_line_is_named(tmp_path, text, line, message):

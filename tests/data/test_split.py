@@ -67,7 +67,7 @@ def test_too_little_text_is_explained(documents):
         split(documents)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+@pytest.mark.parametrize("fraction", [1.0, -0.1, float("nan")])
 def test_senseless_fraction_is_refused(fraction):
     with pytest.raises(InputError, match="held_out_fraction"):
         split([Document("a", LINES)], fraction)

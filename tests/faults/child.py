@@ -4,8 +4,9 @@ The product has no hooks: its functions are wrapped before its `main` is called.
 
 A point is `in_data` (the batch of a step is made), `before_update` (it is handed to the update), `before_save` (a save begins),
 `in_async_commit` (all files of a save are written, under their temporary name), `after_commit_before_gc` (they have their name,
-older checkpoints are still there) or `in_eval`. A step counts updates: `in_data:1` is the first. `5` is that step, the first
-time that it comes; `3-5` is each of them every time, `*` every step. An action may have a number: `slow=0.5`.
+older checkpoints are still there), `in_eval` or `in_eval_batch` (a batch of an evaluation is made). A step counts updates:
+`in_data:1` is the first. `5` is that step, the first time that it comes; `3-5` is each of them every time, `*` every step. An
+action may have a number: `slow=0.5`.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-POINTS = ("in_data", "before_update", "before_save", "in_async_commit", "after_commit_before_gc", "in_eval")
+POINTS = ("in_data", "before_update", "before_save", "in_async_commit", "after_commit_before_gc", "in_eval", "in_eval_batch")
 _CLONE_NEWNET = 0x40000000  # of Linux's sched.h
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -136,6 +137,7 @@ def install(faults: Sequence[Fault]) -> None:
     from orbax.checkpoint import CheckpointManager
     from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
+    from llama_jax.training import evaluate as evaluate_module
     from llama_jax.training import loop
     from llama_jax.weights.checkpoint import Checkpoints
 
@@ -164,6 +166,11 @@ def install(faults: Sequence[Fault]) -> None:
         at("in_eval", now["step"])
         return evaluate(*given, **named)
 
+    placed_rows = evaluate_module.placed_rows
+
+    def faulty_rows(*given: Any) -> Any:
+        return at("in_eval_batch", now["step"], placed_rows(*given))
+
     def faulty_open(directory: pathlib.Path, *more: Any, **named: Any) -> Any:
         CHECKPOINTS[:] = [str(directory)]
         OPEN[:] = [opened(directory, *more, **named)]
@@ -183,6 +190,7 @@ def install(faults: Sequence[Fault]) -> None:
         at("after_commit_before_gc", step)
 
     loop.global_batch, loop.sharded_step, loop.evaluate = faulty_batch, faulty_program, faulty_evaluate
+    evaluate_module.placed_rows = faulty_rows
     Checkpoints.open, Checkpoints.save = faulty_open, faulty_save  # type: ignore[method-assign]
     AtomicRenameTemporaryPath.finalize = faulty_commit
     CheckpointManager._finalize_checkpoint = faulty_finalize

@@ -36,3 +36,24 @@ def test_what_takes_long_is_no_hang(spawn, tmp_path, corpus, reference):
     """10: the other way round: an evaluation longer than the limit, which has an allowance of its own."""
     run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 3.0})
     spawn.train(run, fault="in_eval:12:slow=5").expect(0)
+
+
+def test_an_evaluation_longer_than_any_allowance(spawn, tmp_path, corpus, reference):
+    """10: every batch of it comes; the run ends well, with its last checkpoint, which is there before the evaluation is."""
+    run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 1.0})
+    child = spawn.train(run, fault="in_eval_batch:12-12:slow=0.6")
+    child.wait_for("fault: in_eval_batch 12 slow")
+    began = time.monotonic()
+    child.expect(0)
+    assert time.monotonic() - began > 13  # 12 times the limit
+    assert checkpoint_steps(run)[-1] == 12
+    assert child.output.count("held-out") == 2  # the step's line and the table
+
+
+def test_killed_in_its_evaluation_a_run_has_the_checkpoint_of_that_step(spawn, tmp_path, corpus, reference):
+    """10: so that it does not begin again before it for ever."""
+    run = make_run(tmp_path / "run", corpus, reference, run={"eval_every": 8})
+    spawn.train(run, fault="in_eval_batch:8:settled,in_eval_batch:8:kill9").expect(-9)
+    assert checkpoint_steps(run) == [4, 8]
+    spawn.train(run).expect(0).wait_for("going on from step 8$")
+    assert_bitwise(run, reference)

@@ -136,16 +136,23 @@ def test_program_with_several_texts_and_questions(tiny_directory, tiny, tmp_path
     assert run_program(lambda: main([*arguments, "--json"])) == 0
     got = json.loads(capsys.readouterr().out)
     each = {name: evaluate_text(tiny, text) for name, text in texts.items()}
+
+    def scored(text: str) -> int:
+        """Bytes of all but the first token."""
+        first, *_ = tiny.tokenizer.encode(text)
+        return len(text.encode()) - len(tiny.tokenizer.surface.pieces[first])
+
     nats = sum(result.nats_per_token * result.tokens for result in each.values())
-    tokens, size = sum(r.tokens for r in each.values()), sum(len(t.encode()) for t in texts.values())
+    tokens, size = sum(r.tokens for r in each.values()), sum(map(scored, texts.values()))
     assert got["total"] == pytest.approx(
-        {"tokens": tokens, "nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / size}
+        {"tokens": tokens, "nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / size, "bytes": size}
     )
     assert list(got) == [*texts, "total", path]
     assert run_program(lambda: main(arguments)) == 0
     head, first, _, last, *rest = capsys.readouterr().out.splitlines()
-    assert head.split() == ["tokens", "nats_per_token", "bits_per_byte"]
-    assert first.split() == [next(iter(texts)), str(each[next(iter(texts))].tokens),
-                             *[f"{value:.6f}" for value in each[next(iter(texts))][1:]]]  # fmt: skip
+    assert head.split() == ["tokens", "nats_per_token", "bits_per_byte", "bytes"]
+    name, result = next(iter(each.items()))
+    figures = [f"{value:.6f}" for value in (result.nats_per_token, result.bits_per_byte)]
+    assert first.split() == [name, str(result.tokens), *figures, str(result.bytes)]
     assert last.split()[0] == "total"
     assert rest[0].startswith("questions")

@@ -20,15 +20,17 @@ from llama_jax.data.token_file import write_tokens
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, logits
 from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.sharding import TRAINING
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training import evaluate as evaluate_module
 from llama_jax.training import loop, setup, step, step_log
-from llama_jax.training.evaluate import batch_evaluator, evaluate
+from llama_jax.training.evaluate import TokenBytes, batch_evaluator, choose_held_out, evaluate, text_evaluation
 from llama_jax.training.hosts import global_batch
 from llama_jax.training.identity import fingerprint
 from llama_jax.training.loop import Run
 from llama_jax.training.run_directory import only_run
 from llama_jax.training.step import StepMetrics
+from llama_jax.training.summary import summary_lines
 from llama_jax.weights.checkpoint import SaveError
 
 
@@ -133,20 +135,41 @@ def nats_by_hand(params, documents: list[list[int]], length: int) -> tuple[float
     return total, count
 
 
+SIZES = TokenBytes(*np.random.default_rng(1).integers(0, 9, (2, 320), np.int32))
+
+
+def bytes_by_hand(documents: list[list[int]]) -> int:
+    """Bytes of all tokens but the first of each document; the second opens a text where the first has none."""
+    total = 0
+    for document in documents:
+        for place, token in enumerate(document[1:]):
+            opens = place == 0 and SIZES.inside[document[0]] == 0
+            total += int(SIZES.opening[token] if opens else SIZES.inside[token])
+    return total
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_held_out_loss_equals_float64_by_hand(tmp_path, rows):
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 320, size).tolist() for size in (5, 90, 1, 33, 64, 2, 47)]
+    for document in documents[::2]:
+        document[0] = int(np.flatnonzero(SIZES.inside == 0)[0])
     file = write_tokens(
         tmp_path / "x.tokens", documents, vocab_size=320, bytes_of_text=777, tokenizer_sha256="", sources_sha256=""
     )
     params, model, mesh = random_parameters(MODEL), Llama(MODEL), make_mesh(devices=jax.devices()[:1])
+    (held_out,) = choose_held_out({"x": file}, 32, "cut", 0, 0).values()
+    signs = []
     with jax.set_mesh(mesh):
-        found = evaluate(batch_evaluator(model, 50), params, file, 32, rows, mesh, model)
+        run = batch_evaluator(model, 50, SIZES)
+        sums = evaluate(run, params, held_out, rows, mesh, model.options.rules, lambda: signs.append(1))
+    found = text_evaluation(sums)
     nats, count = nats_by_hand(params, documents, 32)
     assert found.tokens == count == sum(map(len, documents)) - len(documents)
     assert found.nats_per_token == pytest.approx(nats / count, rel=2e-6)
-    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 777, rel=2e-6)
+    assert found.bytes == bytes_by_hand(documents)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.bytes, rel=2e-6)
+    assert len(signs) >= -(-len(held_out.numbers) // rows)  # one a batch, for the watchdog
 
 
 def test_a_run_reports_the_held_out_loss_of_its_last_state(finished, corpus):
@@ -161,7 +184,7 @@ def test_a_run_reports_the_held_out_loss_of_its_last_state(finished, corpus):
     assert (evaluation.tokens, evaluation.nats_per_token) == (count, pytest.approx(nats / count, rel=2e-6))
     assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / len("".join(held_out)), rel=2e-6)
     last = read_lines(directory)[-1]
-    assert [last[f"held_out/{name}"] for name in ("loss", "bits_per_byte", "tokens")] == [*evaluation[1:], evaluation[0]]
+    assert [last[f"held_out/{name}"] for name in ("loss", "bits_per_byte", "tokens")] == [*evaluation[1:3], evaluation[0]]
     assert (summary.step, summary.saved) == (12, True)
 
     # The baseline: held-out tokens guessed by how often the training text has them, each count raised by one.
@@ -171,6 +194,86 @@ def test_a_run_reports_the_held_out_loss_of_its_last_state(finished, corpus):
     unigram = -sum(math.log((counts[id] + 1) / (counts.total() + 320)) for id in targets) / len(targets)
     assert summary.unigram == pytest.approx(unigram)
     assert any(f"unigram entropy of the held-out text {unigram:.3f}" in line for line in display.heading)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0, 101), (320, 10), (1, 1), (10**9, 101)])
+def test_an_evaluation_reads_the_same_few_windows(make_held_out, most, expected):
+    """Of 101 windows, the last of which is not full; windows by brute force."""
+    tokens = make_held_out(3205)
+    (chosen,), (again,), (other,) = (choose_held_out({"x": tokens}, 32, "cut", most, seed).values() for seed in (7, 7, 8))
+    numbers = [*map(int, chosen.numbers)]
+    assert numbers == sorted(set(numbers)) == [*map(int, again.numbers)]
+    assert len(numbers) == expected
+    assert set(numbers) <= set(range(101))
+    assert expected != 10 or numbers != [*map(int, other.numbers)]
+    first = chosen.packing.rows(np.array(numbers[:1]))
+    assert first.targets[0].tolist() == tokens.tokens[numbers[0] * 32 + 1 : numbers[0] * 32 + 33].tolist()
+
+
+def test_data_sets_share_the_tokens_of_an_evaluation_by_their_size(make_held_out):
+    """And nothing is made that grows with what is held out: a range where all is read, else what is asked for."""
+    chosen = choose_held_out({"a": make_held_out(3201), "b": make_held_out(33), "c": make_held_out(9601)}, 32, "cut", 1280, 0)
+    assert [len(part.numbers) for part in chosen.values()] == [10, 1, 30]
+    whole = choose_held_out({"a": make_held_out(3201)}, 32, "cut", 0, 0)
+    assert whole["a"].numbers == range(100)
+
+
+@pytest.fixture
+def make_held_out(tmp_path):
+    """A function that gives one document of so many tokens."""
+
+    def made(size: int):
+        ids = np.random.default_rng(size).integers(0, 320, size).tolist()
+        path = tmp_path / f"{size}.tokens"
+        return write_tokens(path, [ids], vocab_size=320, bytes_of_text=1, tokenizer_sha256="", sources_sha256="")
+
+    return made
+
+
+def test_each_process_evaluates_the_rows_of_its_own_devices(make_held_out, monkeypatch):
+    """Eight devices, two of which share their rows: every row is read once here, in pieces of what a device holds."""
+    mesh, read = make_mesh(4, 1, 2), []
+    (held_out,) = choose_held_out({"x": make_held_out(3205)}, 32, "cut", 0, 0).values()
+    rows = held_out.packing.rows
+    monkeypatch.setattr(held_out.packing, "rows", lambda numbers: read.append(len(numbers)) or rows(numbers))
+    seen = []
+    with jax.set_mesh(mesh):
+        evaluate(lambda params, batch: seen.append(batch) or {}, {}, held_out, 8, mesh, TRAINING)
+    assert read == [2] * 4 * len(seen)
+    assert len(seen) == 13
+    targets = np.concatenate([np.asarray(batch.targets)[np.asarray(batch.weights) > 0] for batch in seen])
+    np.testing.assert_array_equal(targets, held_out.packing.tokens.tokens[1:])
+
+
+def test_a_checkpoint_comes_after_the_metrics_of_its_step_and_before_its_evaluation(config, monkeypatch):
+    seen = []
+    save, evaluated = loop.Checkpoints.save, loop.evaluate
+
+    def noted_save(self, step, *more):
+        seen.append((step, "save", read_lines(pathlib.Path(config.run.dir))[-1]["step"]))
+        return save(self, step, *more)
+
+    def noted_evaluation(*given):
+        lines = read_lines(pathlib.Path(config.run.dir))
+        seen.append((lines[-1]["step"], "eval", "held_out/loss" in lines[-1]))
+        return evaluated(*given)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", noted_save)
+    monkeypatch.setattr(loop, "evaluate", noted_evaluation)
+    Run(changed(config, run={"eval_every": 4}), Recorder()).train()
+    assert seen == [(step, *what) for step in (4, 8, 12) for what in (("save", step), ("eval", False))]
+    assert ["held_out/loss" in line for line in read_lines(pathlib.Path(config.run.dir))] == [False, False, False, True] * 3
+
+
+def test_a_run_without_held_out_text(config):
+    display = Recorder()
+    quiet = changed(config, data={"held_out_fraction": 0}, run={"steps": 2, "eval_every": 1}, optimizer=SCHEDULE)
+    summary = Run(quiet, display).train()
+    assert (summary.step, summary.saved, summary.evaluation, summary.unigram) == (2, True, None, None)
+    assert "held-out  no text is held out: no evaluation" in display.heading
+    assert not any("unigram" in line for line in display.heading)
+    assert [record.held_out_loss for record in display.records] == [None, None]
+    assert "held-out" not in summary_lines(summary, 1.0)
 
 
 def test_no_held_out_document_is_trained_on(config, monkeypatch, corpus):

@@ -118,6 +118,20 @@ def test_an_evaluation_that_has_always_taken_long(watched):
     assert watched.lines == []
 
 
+def test_every_batch_of_an_evaluation_is_a_sign_of_life(watched):
+    """An evaluation of a day, whose batches come; then one that stops coming."""
+    watched.update(1, 1)
+    with watched.clock("eval"):
+        for _ in range(300):
+            watched.clock.alive()
+            watched.pass_by(290)
+        watched.clock.alive()
+        watched.pass_by(2901)  # ten times the longest of them; it is noticed at the first look
+        assert watched.lines == []
+        watched.pass_by(1)
+    assert "in eval (step 1 was the last; at most 2900 s" in watched.lines[0]
+
+
 def test_compiling_has_an_allowance(watched, tmp_path):
     module = tmp_path / "jax" / "_src" / "compiler.py"
     module.parent.mkdir(parents=True)
