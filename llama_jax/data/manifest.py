@@ -49,6 +49,20 @@ class ShardEntry(NamedTuple):
     sha256: str
 
 
+class CountsEntry(NamedTuple):
+    """A file with the counts of one side's tokens.
+
+    Attributes:
+      file: its name in the folder.
+      bytes: its size.
+      sha256: of its content.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a prepared folder says about itself; no times and no places, so equal input gives equal manifests.
@@ -67,6 +81,7 @@ class Manifest:
       tokens: in all shards.
       train: shards to train on.
       held_out_shards: shards to evaluate on.
+      counts: of the tokens to train on; and of those to evaluate on, if there are any.
     """
 
     version: int
@@ -82,6 +97,7 @@ class Manifest:
     tokens: int
     train: tuple[ShardEntry, ...]
     held_out_shards: tuple[ShardEntry, ...]
+    counts: tuple[CountsEntry, ...]
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
@@ -91,7 +107,7 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Writes the manifest, whole or not at all."""
         values = dataclasses.asdict(self)
-        for name in ("sources", "train", "held_out_shards"):
+        for name in _ENTRIES:
             values[name] = [entry._asdict() for entry in getattr(self, name)]
         with atomic_write(directory / MANIFEST) as file:
             file.write((json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
@@ -116,15 +132,22 @@ class Manifest:
             values = json.loads(content)
             version, kind = values["version"], values["kind"]
             if version == MANIFEST_VERSION and kind in KINDS and values["train"]:
-                for name, entry in (("sources", SourceEntry), ("train", ShardEntry), ("held_out_shards", ShardEntry)):
+                for name, entry in _ENTRIES.items():
                     values[name] = _entries(entry, values[name])
-                return cls(**values)
+                if len(values["counts"]) == 1 + bool(values["held_out_shards"]):
+                    return cls(**values)
+                raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise CorruptError(f"{path}: not a manifest, or damaged; prepare the data again") from None
         raise InputError(
             f"{path}: version {version!r:.20}, kind {kind!r:.20} given, version {MANIFEST_VERSION} with shards of a known kind "
             "expected; prepare the data again, with another --output"
         )
+
+
+_ENTRIES: dict[str, type] = {
+    "sources": SourceEntry, "train": ShardEntry, "held_out_shards": ShardEntry, "counts": CountsEntry,
+}  # fmt: skip
 
 
 def manifest_sha256(directory: Path) -> str:
@@ -143,7 +166,7 @@ def _entries(kind: type, listed: list[dict]) -> tuple:
     types = tuple(kind.__annotations__.values())
     entries = tuple(kind(**values) for values in listed)
     for entry in entries:
-        if tuple(map(type, entry)) != types or (kind is ShardEntry and not _is_name(entry.file)):
+        if tuple(map(type, entry)) != types or (kind is not SourceEntry and not _is_name(entry.file)):
             raise ValueError
     return entries
 

@@ -18,7 +18,16 @@ from llama_jax.data.atomic import atomic_write
 from llama_jax.data.corpus import is_held_out
 from llama_jax.data.encoding import Encoder, encode_all
 from llama_jax.data.held_out import EXPECTED, held_out_share, is_held_out_amount
-from llama_jax.data.manifest import MANIFEST, MANIFEST_VERSION, TOKENIZER, Manifest, ShardEntry, SourceEntry, file_sha256
+from llama_jax.data.manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    TOKENIZER,
+    CountsEntry,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    file_sha256,
+)
 from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.records import Record, SourceFile, list_files, read_records
 from llama_jax.data.side import Side, Stamp
@@ -195,6 +204,7 @@ class _Folder:
             tokens=sum(file.size for file in shards),
             train=tuple(map(_entry, opened[TRAIN])),
             held_out_shards=tuple(map(_entry, opened[HELD_OUT])),
+            counts=tuple(_counts_entry(side.counts_path) for side in self._sides.values() if side.shards),
         )
         manifest.write(self._directory)
         return Prepared(manifest, self.kept)
@@ -247,6 +257,10 @@ def _stat(file: SourceFile) -> tuple[int, int]:
 def _entry(file: TokenFile) -> ShardEntry:
     size, digest = file.path.stat().st_size, file_sha256(file.path)
     return ShardEntry(file.path.name, file.documents, file.size, file.bytes_of_text, size, digest)
+
+
+def _counts_entry(path: Path) -> CountsEntry:
+    return CountsEntry(path.name, path.stat().st_size, file_sha256(path))
 
 
 @contextlib.contextmanager

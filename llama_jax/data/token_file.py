@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.data.token_counts import count_tokens, read_counts, write_counts
 from llama_jax.data.token_header import START_DTYPE, TOKENS_AT, TokenHeader, parse_header
 from llama_jax.data.token_writer import Ids, token_writer
-from llama_jax.data.tokens import Piece
+from llama_jax.data.tokens import Piece, TokenCounts
 from llama_jax.errors import CorruptError, InputError
 
 _CHECKED_AT_ONCE = 1 << 22  # elements
@@ -124,6 +125,21 @@ class TokenFile:
         """Tokens of each document."""
         self._fetch(self.header.starts_at, self.starts.nbytes)
         return np.diff(self.starts.astype(np.int64), append=self.size)
+
+    @property
+    def counts_path(self) -> Path:
+        """Where its counts are kept, if they are."""
+        return self.path.with_name(f"{self.path.stem}_counts.json")
+
+    def counts(self) -> TokenCounts:
+        """Which tokens occur: from the file beside it, or where there is none by reading everything."""
+        kept = read_counts(self.counts_path, self.vocab_size, self.header.sources_sha256)
+        return count_tokens(self) if kept is None else kept
+
+    def keep_counts(self) -> None:
+        """Counts the tokens, unless that was done before."""
+        if read_counts(self.counts_path, self.vocab_size, self.header.sources_sha256) is None:
+            write_counts(self.counts_path, count_tokens(self), self.header.sources_sha256)
 
     def verify(self) -> None:
         """Reads everything once and compares it with the header.

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.data.manifest import TOKENIZER, Manifest, ShardEntry, file_sha256
+from llama_jax.data.manifest import TOKENIZER, CountsEntry, Manifest, ShardEntry, file_sha256
 from llama_jax.data.prepare import hash_tokenizer
+from llama_jax.data.token_counts import read_counts
 from llama_jax.data.token_file import TokenFile
-from llama_jax.data.tokens import Piece, joined
+from llama_jax.data.tokens import Piece, TokenCounts, joined
 from llama_jax.errors import CorruptError, InputError
 
 OPEN_AT_ONCE = 64  # token files of a process, however many data sets it reads: one descriptor each
@@ -28,6 +29,7 @@ class Shards:
       name: where they are.
       directory: the folder of the files.
       entries: of the manifest, in their order, at least one.
+      counted: the file with the counts of their tokens.
       kind: of the documents.
       vocab_size: every token is below it.
       tokenizer_sha256: of the tokenizer's files.
@@ -36,6 +38,7 @@ class Shards:
     name: str
     directory: Path
     entries: tuple[ShardEntry, ...]
+    counted: CountsEntry
     kind: str
     vocab_size: int
     tokenizer_sha256: str
@@ -88,6 +91,19 @@ class Shards:
         """Tokens of each document."""
         return np.concatenate([self._file(number).lengths() for number in range(len(self.entries))])
 
+    def counts(self) -> TokenCounts:
+        """Which tokens occur, as `prepare` counted them.
+
+        Raises:
+          CorruptError: the file with the counts is missing, or another than the manifest says.
+        """
+        path = self.directory / self.counted.file
+        whole = path.is_file() and file_sha256(path) == self.counted.sha256
+        kept = read_counts(path, self.vocab_size) if whole else None
+        if kept is None:
+            raise CorruptError(f"{path}: missing, or its SHA-256 is not that of the manifest; prepare the data again")
+        return kept
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSet:
@@ -117,14 +133,16 @@ class TokenSet:
         """
         manifest = Manifest.read(directory)
         sizes = _sizes(directory, manifest)
-        for entry in manifest.shards:
+        for entry in (*manifest.shards, *manifest.counts):
             if sizes.get(entry.file) != entry.bytes:
                 raise _wrong_size(directory, entry, sizes)
-        train = _side(directory, manifest, manifest.train, str(directory))
-        held_out = manifest.held_out_shards
-        return cls(
-            directory, manifest, train, _side(directory, manifest, held_out, f"{directory} (held out)") if held_out else None
-        )
+        sides = [
+            Shards(name, directory, entries, counted, *_common(manifest))
+            for name, entries, counted in zip(
+                (str(directory), f"{directory} (held out)"), (manifest.train, manifest.held_out_shards), manifest.counts
+            )
+        ]
+        return cls(directory, manifest, sides[0], sides[1] if len(sides) > 1 else None)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -141,6 +159,11 @@ def damage(directory: Path) -> list[str]:
     """
     manifest = Manifest.read(directory)
     found, sizes = [], _sizes(directory, manifest)
+    for counted in manifest.counts:
+        if counted.file not in sizes or file_sha256(directory / counted.file) != counted.sha256:
+            found.append(
+                f"{directory / counted.file}: missing, or its SHA-256 is not that of the manifest; prepare the data again"
+            )
     for entry in manifest.shards:
         try:
             if sizes.get(entry.file) != entry.bytes:
@@ -161,22 +184,18 @@ def damage(directory: Path) -> list[str]:
     return found
 
 
-def _side(directory: Path, manifest: Manifest, entries: tuple[ShardEntry, ...], name: str) -> Shards:
-    return Shards(name, directory, entries, *_common(manifest))
-
-
 def _common(manifest: Manifest) -> _Common:
     return manifest.kind, manifest.vocab_size, manifest.tokenizer_sha256
 
 
 def _sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Bytes of the shards that are there, by name."""
-    wanted = {entry.file for entry in manifest.shards}
+    """Bytes of the files that are there, by name."""
+    wanted = {entry.file for entry in (*manifest.shards, *manifest.counts)}
     with os.scandir(directory) as listing:
         return {file.name: file.stat().st_size for file in listing if file.name in wanted and file.is_file()}
 
 
-def _wrong_size(directory: Path, entry: ShardEntry, sizes: dict[str, int]) -> CorruptError:
+def _wrong_size(directory: Path, entry: ShardEntry | CountsEntry, sizes: dict[str, int]) -> CorruptError:
     path = directory / entry.file
     if entry.file not in sizes:
         return CorruptError(f"{path}: missing, though the manifest names it; prepare the data again")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data import token_set
-from llama_jax.data.manifest import MANIFEST_VERSION, Manifest, ShardEntry, file_sha256
+from llama_jax.data.manifest import MANIFEST_VERSION, CountsEntry, Manifest, ShardEntry, file_sha256
 from llama_jax.data.token_file import write_tokens
 from llama_jax.data.token_set import OPEN_AT_ONCE, Shards, TokenSet
 from llama_jax.data.tokens import Piece
@@ -30,12 +30,14 @@ def write_shard(path, seed):
 def many(tmp_path_factory):
     """A folder of 200 shards, and its tokens."""
     directory = tmp_path_factory.mktemp("many")
+    none = directory / "train_counts.json"
+    none.write_bytes(b"{}")
     made = [write_shard(directory / f"train-{number:05d}.tokens", number) for number in range(SHARDS)]
     entries = tuple(entry for _, entry in made)
     Manifest(
         version=MANIFEST_VERSION, kind="text", vocab_size=100, tokenizer_sha256="t", template_sha256=None, held_out=0.0,
         shard_tokens=1, sources=(), dropped=0, documents=3 * SHARDS, tokens=sum(entry.tokens for entry in entries),
-        train=entries, held_out_shards=(),
+        train=entries, held_out_shards=(), counts=(CountsEntry(none.name, 2, file_sha256(none)),),
     ).write(directory)  # fmt: skip
     return directory, [token for tokens, _ in made for token in tokens]
 
@@ -77,7 +79,7 @@ def test_lookup_does_not_grow_with_the_shards(monkeypatch, many):
     directory, _ = many
     entries = tuple(ShardEntry(f"{number}", 1, 1000 + number % 7, 0, 0, "") for number in range(150_000))
     ends = np.cumsum([entry.tokens for entry in entries])
-    shards = Shards("many", directory, entries, "text", 100, "t")
+    shards = Shards("many", directory, entries, CountsEntry("c", 0, ""), "text", 100, "t")
     flags = np.zeros(1, bool)
     monkeypatch.setattr(Shards, "_read", lambda self, number, *rest: Piece(np.array([number], np.int32), flags, flags))
     assert shards.read(0, 5).ids.tolist() == [0]
@@ -94,7 +96,7 @@ def copy_of(many, tmp_path):
     directory, _ = many
     manifest = Manifest.read(directory)
     entries = manifest.train[:3]
-    for entry in entries:
+    for entry in (*entries, *manifest.counts):
         (tmp_path / entry.file).write_bytes((directory / entry.file).read_bytes())
     Manifest(**{**vars(manifest), "train": entries}).write(tmp_path)
     return tmp_path / entries[1].file, entries
