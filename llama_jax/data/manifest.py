@@ -104,6 +104,11 @@ class Manifest:
         """All of them."""
         return self.train + self.held_out_shards
 
+    @property
+    def files(self) -> tuple[ShardEntry | CountsEntry, ...]:
+        """All that have a size and a checksum."""
+        return *self.shards, *self.counts
+
     def write(self, directory: Path) -> None:
         """Writes the manifest, whole or not at all."""
         values = dataclasses.asdict(self)

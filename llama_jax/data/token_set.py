@@ -133,7 +133,7 @@ class TokenSet:
         """
         manifest = Manifest.read(directory)
         sizes = _sizes(directory, manifest)
-        for entry in (*manifest.shards, *manifest.counts):
+        for entry in manifest.files:
             if sizes.get(entry.file) != entry.bytes:
                 raise _wrong_size(directory, entry, sizes)
         sides = [
@@ -190,7 +190,7 @@ def _common(manifest: Manifest) -> _Common:
 
 def _sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
     """Bytes of the files that are there, by name."""
-    wanted = {entry.file for entry in (*manifest.shards, *manifest.counts)}
+    wanted = {entry.file for entry in manifest.files}
     with os.scandir(directory) as listing:
         return {file.name: file.stat().st_size for file in listing if file.name in wanted and file.is_file()}
 
