@@ -1,7 +1,10 @@
 """`prepare`: text and conversations to token files. One line on standard output; progress is on standard error."""
 
+import argparse
+import math
 import os
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -32,7 +35,9 @@ def make_parser(prog: str) -> OptionParser:
                         help="chat template: llama2, llama3, chatml or a file; auto: the one beside the tokenizer")  # fmt: skip
     parser.add_argument("--field", action="append", default=[], metavar="FIELD=NAME",
                         help="what the files call a field, as in text=body; may be given several times")  # fmt: skip
-    parser.add_argument("--held-out", type=float, default=0.01, metavar="SHARE", help="of the records, kept for evaluation")
+    parser.add_argument("--held-out", type=held_out, metavar="SHARE|TOKENS",
+                        help="kept for evaluation: 0.01 is 1 %% of the records, 10M about 10 million tokens, 0 none "
+                             "(default: the smaller of 0.01 and 10M)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
                         metavar="N", help="processes that encode; the result does not depend on them")  # fmt: skip
     parser.add_argument("--shard-tokens", type=count, default=100_000_000, metavar="N", help="of a file, as in 100M")
@@ -58,12 +63,29 @@ def main(arguments: list[str], prog: str = "prepare") -> int:
         )
     TokenSet.open(directory)
     seconds = time.perf_counter() - started
-    held_out = sum(shard.documents for shard in manifest.held_out_shards)
-    notes = [f"{manifest.documents:,} documents ({held_out:,} held out)", f"{manifest.tokens:,} tokens"]
+    documents, tokens = (sum(getattr(shard, of) for shard in manifest.held_out_shards) for of in ("documents", "tokens"))
+    notes = [f"{manifest.documents:,} documents ({documents:,} held out)", f"{manifest.tokens:,} tokens ({tokens:,} held out)"]
     notes += [f"empty and dropped: {manifest.dropped:,}"] * (manifest.dropped > 0)
     notes += [f"shards: {len(manifest.shards)}" + (f" ({kept} of them from before)" if kept else "")]
     print(f"{shlex.quote(options.output)}: {manifest.kind}, {', '.join(notes)}; {seconds:.1f} s")
     return 0
+
+
+def held_out(text: str) -> float:
+    """A share below 1 or a number of tokens, for argparse.
+
+    Raises:
+      ArgumentTypeError: for anything else.
+    """
+    from llama_jax.data.held_out import EXPECTED, is_held_out_amount
+
+    try:
+        value = float(text) if re.fullmatch(r"[\d.eE+-]+", text) else float(count(text))
+    except (ValueError, argparse.ArgumentTypeError):
+        value = math.nan
+    if not is_held_out_amount(value):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} given; {EXPECTED} expected")
+    return value
 
 
 def read_fields(given: list[str]) -> dict[str, str]:

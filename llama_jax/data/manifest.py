@@ -12,7 +12,7 @@ from llama_jax.errors import CorruptError, InputError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # folder with the files of the tokenizer
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 
 class SourceEntry(NamedTuple):
@@ -36,6 +36,7 @@ class ShardEntry(NamedTuple):
       file: its name in the folder.
       documents: in it.
       tokens: in it.
+      bytes_of_text: UTF-8 bytes of what is learned from in it.
       bytes: its size.
       sha256: of its content.
     """
@@ -43,6 +44,21 @@ class ShardEntry(NamedTuple):
     file: str
     documents: int
     tokens: int
+    bytes_of_text: int
+    bytes: int
+    sha256: str
+
+
+class CountsEntry(NamedTuple):
+    """A file with the counts of one side's tokens.
+
+    Attributes:
+      file: its name in the folder.
+      bytes: its size.
+      sha256: of its content.
+    """
+
+    file: str
     bytes: int
     sha256: str
 
@@ -63,9 +79,9 @@ class Manifest:
       dropped: records without anything to learn from.
       documents: in all shards.
       tokens: in all shards.
-      bytes_of_text: UTF-8 bytes of what is learned from, in all shards.
       train: shards to train on.
       held_out_shards: shards to evaluate on.
+      counts: of the tokens to train on; and of those to evaluate on, if there are any.
     """
 
     version: int
@@ -79,19 +95,24 @@ class Manifest:
     dropped: int
     documents: int
     tokens: int
-    bytes_of_text: int
     train: tuple[ShardEntry, ...]
     held_out_shards: tuple[ShardEntry, ...]
+    counts: tuple[CountsEntry, ...]
 
     @property
     def shards(self) -> tuple[ShardEntry, ...]:
         """All of them."""
         return self.train + self.held_out_shards
 
+    @property
+    def files(self) -> tuple[ShardEntry | CountsEntry, ...]:
+        """All that have a size and a checksum."""
+        return *self.shards, *self.counts
+
     def write(self, directory: Path) -> None:
         """Writes the manifest, whole or not at all."""
         values = dataclasses.asdict(self)
-        for name in ("sources", "train", "held_out_shards"):
+        for name in _ENTRIES:
             values[name] = [entry._asdict() for entry in getattr(self, name)]
         with atomic_write(directory / MANIFEST) as file:
             file.write((json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
@@ -102,7 +123,8 @@ class Manifest:
 
         Raises:
           InputError: there is none: the folder was not prepared, or not to the end.
-          CorruptError: it is damaged or of another version.
+          InputError: it is of another version.
+          CorruptError: it is damaged.
         """
         path = directory / MANIFEST
         try:
@@ -113,17 +135,24 @@ class Manifest:
             ) from None
         try:
             values = json.loads(content)
-            version = values["version"]
-            if version == MANIFEST_VERSION:
-                values["sources"] = tuple(_entry(SourceEntry, entry) for entry in values["sources"])
-                for name in ("train", "held_out_shards"):
-                    values[name] = tuple(_entry(ShardEntry, entry) for entry in values[name])
-                manifest = cls(**values)
-                if manifest.kind in KINDS and manifest.train:
-                    return manifest
+            version, kind = values["version"], values["kind"]
+            if version == MANIFEST_VERSION and kind in KINDS and values["train"]:
+                for name, entry in _ENTRIES.items():
+                    values[name] = _entries(entry, values[name])
+                if len(values["counts"]) == 1 + bool(values["held_out_shards"]):
+                    return cls(**values)
+                raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise CorruptError(f"{path}: not a manifest, or damaged; prepare the data again") from None
-        raise CorruptError(f"{path}: version {version!r:.20} or kind unknown; prepare the data again")
+        raise InputError(
+            f"{path}: version {version!r:.20}, kind {kind!r:.20} given, version {MANIFEST_VERSION} with shards of a known kind "
+            "expected; prepare the data again, with another --output"
+        )
+
+
+_ENTRIES: dict[str, type] = {
+    "sources": SourceEntry, "train": ShardEntry, "held_out_shards": ShardEntry, "counts": CountsEntry,
+}  # fmt: skip
 
 
 def manifest_sha256(directory: Path) -> str:
@@ -137,10 +166,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _entry(kind: type, values: dict) -> tuple:
-    """An entry whose values have the declared types, and whose file lies in the folder."""
-    entry = kind(**values)
-    typed = all(type(value) is kind.__annotations__[name] for name, value in values.items())
-    if not typed or (kind is ShardEntry and Path(entry.file).name != entry.file):
-        raise ValueError
-    return entry
+def _entries(kind: type, listed: list[dict]) -> tuple:
+    """Entries whose values have the declared types, and whose files lie in the folder."""
+    types = tuple(kind.__annotations__.values())
+    entries = tuple(kind(**values) for values in listed)
+    for entry in entries:
+        if tuple(map(type, entry)) != types or (kind is not SourceEntry and not _is_name(entry.file)):
+            raise ValueError
+    return entries
+
+
+def _is_name(file: str) -> bool:
+    return "/" not in file and file not in ("", ".", "..")

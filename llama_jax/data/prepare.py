@@ -209,4 +209,5 @@ def _open(entry: Path, split: Split, tokenizer_path: Path | None) -> PreparedDat
         file.verify()
         if file.header.tokenizer_sha256 != digest:
             raise CorruptError(f"{file.path}: made with another tokenizer than {tokenizer_path}; prepare the data again")
+        file.keep_counts()
     return PreparedData(files[0], files[1] if len(files) > 1 else None, tokenizer_path)

@@ -17,7 +17,17 @@ from typing import NamedTuple
 from llama_jax.data.atomic import atomic_write
 from llama_jax.data.corpus import is_held_out
 from llama_jax.data.encoding import Encoder, encode_all
-from llama_jax.data.manifest import MANIFEST, MANIFEST_VERSION, TOKENIZER, Manifest, ShardEntry, SourceEntry, file_sha256
+from llama_jax.data.held_out import EXPECTED, held_out_share, is_held_out_amount
+from llama_jax.data.manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    TOKENIZER,
+    CountsEntry,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    file_sha256,
+)
 from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.records import Record, SourceFile, list_files, read_records
 from llama_jax.data.side import Side, Stamp
@@ -36,13 +46,14 @@ class Settings(NamedTuple):
     """How a folder is prepared.
 
     Attributes:
-      held_out: share of the records kept out of training, from 0 to below 1.
+      held_out: what is kept out of training: a share of the records from 0 to below 1, or about a number of tokens; `None`
+        is the smaller of 1 % and 10M tokens.
       shard_tokens: at which a shard ends; its last document is whole.
       workers: processes; changes nothing in the result.
       fields: for fields of a record, their names in the files; a part of the names of the sources.
     """
 
-    held_out: float = 0.01
+    held_out: float | None = None
     shard_tokens: int = 100_000_000
     workers: int = 1
     fields: Mapping[str, str] = {}
@@ -93,7 +104,9 @@ def prepare_set(
     with _only_writer(directory):
         sources, stats = _hash_sources(files, on_progress), [_stat(file) for file in files]
         _place_tokenizer(directory, _files(text))
-        with _Folder(directory, Encoder(directory / TOKENIZER, text.template), settings, sources) as folder:
+        encoder = Encoder(directory / TOKENIZER, text.template)
+        share = held_out_share(settings.held_out, files, encoder)
+        with _Folder(directory, encoder, share, settings, sources) as folder:
             if not folder.is_finished:
                 folder.fill(files, on_progress)
                 if [_stat(file) for file in files] != stats:
@@ -104,13 +117,16 @@ def prepare_set(
 class _Folder:
     """The result on its way."""
 
-    def __init__(self, directory: Path, encoder: Encoder, settings: Settings, sources: tuple[SourceEntry, ...]) -> None:
+    def __init__(
+        self, directory: Path, encoder: Encoder, held_out: float, settings: Settings, sources: tuple[SourceEntry, ...]
+    ) -> None:
         self._directory, self._encoder, self._settings, self._sources = directory, encoder, settings, sources
+        self._held_out = held_out  # share of the records
         self._tokenizer = hash_tokenizer(encoder.tokenizer_path)
         self._vocab_size = load_tokenizer(encoder.tokenizer_path).vocab_size
         template = encoder.template
         self._template = None if template is None else hashlib.sha256(repr(template).encode()).hexdigest()
-        ingredients = [VERSION, self._tokenizer, self._template, settings.held_out, settings.shard_tokens, sources]
+        ingredients = [VERSION, self._tokenizer, self._template, held_out, settings.shard_tokens, sources]
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
         for left in directory.glob(".*.partial"):  # of a process that was killed
             left.unlink()
@@ -137,7 +153,7 @@ class _Folder:
             return False
         manifest = Manifest.read(self._directory)
         made = manifest.tokenizer_sha256, manifest.template_sha256, manifest.held_out, manifest.shard_tokens, manifest.sources
-        wanted = self._tokenizer, self._template, self._settings.held_out, self._settings.shard_tokens, self._sources
+        wanted = self._tokenizer, self._template, self._held_out, self._settings.shard_tokens, self._sources
         if made[0] != wanted[0] or made[2:] != wanted[2:] or (manifest.template_sha256 and made[1] != wanted[1]):
             raise InputError(f"{self._directory}: holds a data set made of other input; name another --output, or remove it")
         return True
@@ -154,7 +170,7 @@ class _Folder:
             side.close()
 
     def _side(self, record: Record) -> Side:
-        return self._sides[HELD_OUT if is_held_out(record.key, self._settings.held_out) else TRAIN]
+        return self._sides[HELD_OUT if is_held_out(record.key, self._held_out) else TRAIN]
 
     def _missing(self, files: Sequence[SourceFile]) -> Iterator[Record]:
         for record in read_records(files):
@@ -180,15 +196,15 @@ class _Folder:
             vocab_size=self._vocab_size,
             tokenizer_sha256=self._tokenizer,
             template_sha256=None if kind == "text" else self._template,
-            held_out=self._settings.held_out,
+            held_out=self._held_out,
             shard_tokens=self._settings.shard_tokens,
             sources=self._sources,
             dropped=self._dropped,
             documents=sum(file.documents for file in shards),
             tokens=sum(file.size for file in shards),
-            bytes_of_text=sum(file.bytes_of_text for file in shards),
             train=tuple(map(_entry, opened[TRAIN])),
             held_out_shards=tuple(map(_entry, opened[HELD_OUT])),
+            counts=tuple(_counts_entry(side.counts_path) for side in self._sides.values() if side.shards),
         )
         manifest.write(self._directory)
         return Prepared(manifest, self.kept)
@@ -217,8 +233,8 @@ def _place_tokenizer(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _check(settings: Settings) -> None:
-    if not 0 <= settings.held_out < 1:
-        raise InputError(f"--held-out: {settings.held_out} given, a number from 0 to below 1 expected")
+    if settings.held_out is not None and not is_held_out_amount(settings.held_out):
+        raise InputError(f"--held-out: {settings.held_out} given; {EXPECTED} expected")
     if settings.shard_tokens < 1 or settings.workers < 1:
         raise InputError(f"--shard-tokens {settings.shard_tokens}, --workers {settings.workers}: at least 1 expected")
 
@@ -239,7 +255,12 @@ def _stat(file: SourceFile) -> tuple[int, int]:
 
 
 def _entry(file: TokenFile) -> ShardEntry:
-    return ShardEntry(file.path.name, file.documents, file.size, file.path.stat().st_size, file_sha256(file.path))
+    size, digest = file.path.stat().st_size, file_sha256(file.path)
+    return ShardEntry(file.path.name, file.documents, file.size, file.bytes_of_text, size, digest)
+
+
+def _counts_entry(path: Path) -> CountsEntry:
+    return CountsEntry(path.name, path.stat().st_size, file_sha256(path))
 
 
 @contextlib.contextmanager

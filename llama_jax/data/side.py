@@ -7,9 +7,11 @@ from types import TracebackType
 from typing import NamedTuple
 
 from llama_jax.data.encoding import Document
+from llama_jax.data.token_counts import Counter, add_counts, count_tokens, read_counts, write_counts
 from llama_jax.data.token_file import TokenFile
 from llama_jax.data.token_header import Kind
 from llama_jax.data.token_writer import TokenWriter, token_writer
+from llama_jax.data.tokens import TokenCounts
 from llama_jax.errors import InputError
 
 
@@ -50,9 +52,31 @@ class Side:
             self._kept_documents += file.documents
             self.shards += 1
         self._skipped = 0
+        self._counts = self._kept_counts()
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{self._name}-{number:05d}.tokens"
+
+    @property
+    def counts_path(self) -> Path:
+        """Where the counts of all finished shards are kept."""
+        return self._directory / f"{self._name}_counts.json"
+
+    def _kept_counts(self) -> TokenCounts:
+        """The counts of the finished shards. A process that was killed may have left the last shard uncounted."""
+        size = self._stamp.vocab_size
+        for counted in range(self.shards, max(-1, self.shards - 2), -1):
+            kept = read_counts(self.counts_path, size, self._counts_key(counted))
+            if kept is not None:
+                break
+        else:
+            counted, kept = 0, Counter(size).counts()
+        for number in range(counted, self.shards):
+            kept = add_counts(kept, count_tokens(TokenFile.open(self._path(number))))
+        return kept
+
+    def _counts_key(self, shards: int) -> str:
+        return self._stamp.sources_sha256(f"counts of {self._name}", shards)
 
     def _finished(self, number: int) -> TokenFile | None:
         """A shard that an earlier call left whole; anything else of that name will be replaced."""
@@ -91,15 +115,21 @@ class Side:
             sources_sha256=self._stamp.sources_sha256(self._name, self.shards),
         )
         self._stack.close()
-        self._writer = None
         self.shards += 1
+        self._counts = add_counts(self._counts, self._writer.counts())
+        write_counts(self.counts_path, self._counts, self._counts_key(self.shards))
+        self._writer = None
 
     def abandon(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Removes a shard that is not finished."""
         self._stack.__exit__(kind, error, trace)
 
     def open(self) -> list[TokenFile]:
-        """All shards, whole; those of an earlier, longer result are removed."""
+        """All shards, whole, beside the file with their counts; what is left of an earlier, longer result is removed."""
+        if self.shards:
+            write_counts(self.counts_path, self._counts, self._counts_key(self.shards))
+        else:
+            self.counts_path.unlink(missing_ok=True)
         number = self.shards
         while self._path(number).exists():
             self._path(number).unlink()

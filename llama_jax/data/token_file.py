@@ -1,23 +1,26 @@
 """Tokens on disk: a memory-mapped file, checked against its header when it is opened (`token_header` has the layout)."""
 
 import dataclasses
+import mmap
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from llama_jax.data.token_header import START_DTYPE, TOKENS_AT, TokenHeader, read_header
+from llama_jax.data.token_counts import count_tokens, read_counts, write_counts
+from llama_jax.data.token_header import START_DTYPE, TOKENS_AT, TokenHeader, parse_header
 from llama_jax.data.token_writer import Ids, token_writer
-from llama_jax.data.tokens import Piece
-from llama_jax.errors import CorruptError
+from llama_jax.data.tokens import Piece, TokenCounts
+from llama_jax.errors import CorruptError, InputError
 
 _CHECKED_AT_ONCE = 1 << 22  # elements
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenFile:
-    """An open token file (`data.tokens.Tokens`); nothing is read from disk before it is looked at.
+    """An open token file (`data.tokens.Tokens`): one map, one descriptor, nothing read from disk before it is looked at.
 
     Attributes:
       path: where it is.
@@ -25,6 +28,7 @@ class TokenFile:
       tokens: all documents one after another, memory-mapped.
       starts: position in `tokens` of each document's first token, memory-mapped, increasing from 0.
       mask: which tokens are learned from, one bit each, memory-mapped; `None` where all are.
+      mapped: the map of the file that the arrays are views of.
     """
 
     path: Path
@@ -32,6 +36,7 @@ class TokenFile:
     tokens: np.ndarray
     starts: np.ndarray
     mask: np.ndarray | None
+    mapped: mmap.mmap
 
     @classmethod
     def open(cls, path: Path) -> "TokenFile":
@@ -41,15 +46,21 @@ class TokenFile:
           InputError: the file cannot be read.
           CorruptError: it is not a token file of this version, or its length contradicts its header.
         """
-        header = read_header(path)
-        size = path.stat().st_size
-        if size != header.file_bytes:
-            raise CorruptError(f"{path}: {size} bytes, but its header promises {header.file_bytes}; prepare the data again")
-        tokens = np.memmap(path, header.token_dtype, "r", TOKENS_AT, (header.tokens,))
-        starts = np.memmap(path, START_DTYPE, "r", header.starts_at, (header.documents,))
-        masked = header.mask_bytes > 0
-        mask = np.memmap(path, np.uint8, "r", header.mask_at, (header.mask_bytes,)) if masked else None
-        return cls(path, header, tokens, starts, mask)
+        try:
+            with path.open("rb", buffering=0) as file:
+                header, size = parse_header(path, file.read(TOKENS_AT)), os.fstat(file.fileno()).st_size
+                if size != header.file_bytes:
+                    raise CorruptError(
+                        f"{path}: {size} bytes, but its header promises {header.file_bytes}; prepare the data again"
+                    )
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}; a token file expected") from None
+        mapped.madvise(mmap.MADV_RANDOM)  # else a kernel reads megabytes ahead of the few pages of a sequence
+        tokens = np.frombuffer(mapped, header.token_dtype, header.tokens, TOKENS_AT)
+        starts = np.frombuffer(mapped, START_DTYPE, header.documents, header.starts_at)
+        mask = np.frombuffer(mapped, np.uint8, header.mask_bytes, header.mask_at) if header.mask_bytes else None
+        return cls(path, header, tokens, starts, mask, mapped)
 
     @property
     def name(self) -> str:
@@ -87,7 +98,9 @@ class TokenFile:
         Raises:
           CorruptError: for a token outside the vocabulary: the file was damaged after it was written.
         """
-        ids = self.tokens[first:stop].astype(np.int32)
+        chosen = self.tokens[first:stop]
+        self._fetch(TOKENS_AT + first * chosen.itemsize, chosen.nbytes)
+        ids = chosen.astype(np.int32)
         if ids.size and ids.max() >= self.vocab_size:
             raise CorruptError(f"{self.path}: token {ids.max()}, but a vocabulary of {self.vocab_size}; prepare the data again")
         # Keys of the array's own type: any other would have the whole mapped array converted for each look-up.
@@ -102,9 +115,31 @@ class TokenFile:
         bits = np.unpackbits(self.mask[first // 8 : -(-(first + count) // 8)])
         return bits[first % 8 : first % 8 + count].astype(bool)
 
+    def _fetch(self, first: int, count: int) -> None:
+        """Has bytes of the file read at once, rather than a page at a time when they are looked at."""
+        page = first // mmap.PAGESIZE * mmap.PAGESIZE
+        if first + count - page > mmap.PAGESIZE and count:
+            self.mapped.madvise(mmap.MADV_WILLNEED, page, first + count - page)
+
     def lengths(self) -> np.ndarray:
         """Tokens of each document."""
+        self._fetch(self.header.starts_at, self.starts.nbytes)
         return np.diff(self.starts.astype(np.int64), append=self.size)
+
+    @property
+    def counts_path(self) -> Path:
+        """Where its counts are kept, if they are."""
+        return self.path.with_name(f"{self.path.stem}_counts.json")
+
+    def counts(self) -> TokenCounts:
+        """Which tokens occur: from the file beside it, or where there is none by reading everything."""
+        kept = read_counts(self.counts_path, self.vocab_size, self.header.sources_sha256)
+        return count_tokens(self) if kept is None else kept
+
+    def keep_counts(self) -> None:
+        """Counts the tokens, unless that was done before."""
+        if read_counts(self.counts_path, self.vocab_size, self.header.sources_sha256) is None:
+            write_counts(self.counts_path, count_tokens(self), self.header.sources_sha256)
 
     def verify(self) -> None:
         """Reads everything once and compares it with the header.
@@ -112,6 +147,7 @@ class TokenFile:
         Raises:
           CorruptError: naming the file and what is wrong.
         """
+        self.mapped.madvise(mmap.MADV_SEQUENTIAL)
         parts = {"tokens": self.tokens, "starts": self.starts} | ({} if self.mask is None else {"mask": self.mask})
         for name, values in parts.items():
             if _checksum(values) != getattr(self.header, f"{name}_crc32"):
@@ -123,6 +159,7 @@ class TokenFile:
             raise CorruptError(
                 f"{self.path}: token {largest}, but a vocabulary of {self.header.vocab_size}; prepare the data again"
             )
+        self.mapped.madvise(mmap.MADV_RANDOM)
 
 
 def write_tokens(

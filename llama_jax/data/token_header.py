@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from llama_jax.errors import CorruptError, InputError
+from llama_jax.errors import CorruptError
 
 VERSION = 2
 TOKENS_AT = 4096  # bytes
@@ -98,14 +98,16 @@ def pack_header(header: TokenHeader) -> bytes:
     return _PREAMBLE.pack(_MAGIC, VERSION, len(body), zlib.crc32(body)) + body
 
 
-def read_header(path: Path) -> TokenHeader:
-    """Reads and checks the header of a file.
+def parse_header(path: Path, block: bytes) -> TokenHeader:
+    """Checks the header of a file.
+
+    Args:
+      path: of the file, for messages.
+      block: its first `TOKENS_AT` bytes.
 
     Raises:
-      InputError: the file cannot be read.
       CorruptError: it is not a token file of this version, or its header is damaged.
     """
-    block = _read_block(path)
     if len(block) < TOKENS_AT or not block.startswith(_MAGIC):
         raise CorruptError(f"{path}: not a token file, or cut off in its header; prepare the data again")
     _, version, length, crc = _PREAMBLE.unpack_from(block)
@@ -115,14 +117,6 @@ def read_header(path: Path) -> TokenHeader:
     if zlib.crc32(body) != crc:
         raise CorruptError(f"{path}: the checksum of its header is wrong; prepare the data again")
     return _parse(path, body)
-
-
-def _read_block(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(TOKENS_AT)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; a token file expected") from None
 
 
 def _parse(path: Path, body: bytes) -> TokenHeader:

@@ -1,77 +1,108 @@
-"""A prepared folder, opened: its shards as one row of tokens for training and one for evaluation."""
+"""A prepared folder, opened: its shards as one array of tokens for training and one for evaluation."""
 
+import bisect
 import dataclasses
 import functools
+import itertools
+import os
 from pathlib import Path
 
 import numpy as np
 
-from llama_jax.data.manifest import TOKENIZER, Manifest, ShardEntry, file_sha256
+from llama_jax.data.manifest import TOKENIZER, CountsEntry, Manifest, ShardEntry, file_sha256
 from llama_jax.data.prepare import hash_tokenizer
+from llama_jax.data.token_counts import read_counts
 from llama_jax.data.token_file import TokenFile
-from llama_jax.data.tokens import Piece, joined
+from llama_jax.data.tokens import Piece, TokenCounts, joined
 from llama_jax.errors import CorruptError, InputError
+
+OPEN_AT_ONCE = 64  # token files of a process, however many data sets it reads: one descriptor each
+
+_Common = tuple[str, int, str]  # kind, vocabulary, tokenizer: what the headers of all shards say
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shards:
-    """Token files one after another (`data.tokens.Tokens`).
+    """Token files one after another (`data.tokens.Tokens`); a file is opened when it is read from.
 
     Attributes:
       name: where they are.
-      files: in their order, of one kind and one vocabulary.
+      directory: the folder of the files.
+      entries: of the manifest, in their order, at least one.
+      counted: the file with the counts of their tokens.
+      kind: of the documents.
+      vocab_size: every token is below it.
+      tokenizer_sha256: of the tokenizer's files.
     """
 
     name: str
-    files: tuple[TokenFile, ...]
+    directory: Path
+    entries: tuple[ShardEntry, ...]
+    counted: CountsEntry
+    kind: str
+    vocab_size: int
+    tokenizer_sha256: str
 
     @functools.cached_property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([file.size for file in self.files])
-
-    @property
-    def kind(self) -> str:
-        """Of the documents."""
-        return self.files[0].kind
+    def _ends(self) -> list[int]:
+        """For each shard the number of tokens in it and those before it."""
+        return list(itertools.accumulate(entry.tokens for entry in self.entries))
 
     @property
     def size(self) -> int:
         """Number of tokens."""
-        return int(self._ends[-1])
+        return self._ends[-1]
 
-    @property
+    @functools.cached_property
     def documents(self) -> int:
         """Number of documents."""
-        return sum(file.documents for file in self.files)
+        return sum(entry.documents for entry in self.entries)
 
-    @property
+    @functools.cached_property
     def bytes_of_text(self) -> int:
         """UTF-8 bytes of what is learned from."""
-        return sum(file.bytes_of_text for file in self.files)
-
-    @property
-    def vocab_size(self) -> int:
-        """Every token is below it."""
-        return self.files[0].vocab_size
+        return sum(entry.bytes_of_text for entry in self.entries)
 
     def read(self, first: int, stop: int) -> Piece:
         """The tokens from `first` to `stop - 1`; fewer where they end before.
 
         Raises:
-          CorruptError: for a token outside the vocabulary: the file was damaged after it was written.
+          InputError: a shard cannot be read.
+          CorruptError: for a shard that is not the one of the manifest, and for a token outside the vocabulary: the file was
+            damaged after it was written.
         """
-        number = int(np.searchsorted(self._ends, first, side="right"))
-        parts = []
-        for file, end in zip(self.files[number:], self._ends[number:].tolist()):
-            start = end - file.size
-            parts.append(file.read(max(0, first - start), min(stop, end) - start))
-            if stop <= end:
-                break
-        return joined(parts) if parts else self.files[-1].read(self.files[-1].size, self.files[-1].size)
+        number = min(bisect.bisect_right(self._ends, first), len(self.entries) - 1)
+        parts = [self._read(number, first, stop)]
+        while stop > self._ends[number] and number + 1 < len(self.entries):
+            number += 1
+            parts.append(self._read(number, first, stop))
+        return joined(parts)
+
+    def _read(self, number: int, first: int, stop: int) -> Piece:
+        """What one shard holds of these tokens."""
+        file = self._file(number)
+        start = self._ends[number] - file.size
+        return file.read(max(0, first - start), min(stop - start, file.size))
+
+    def _file(self, number: int) -> TokenFile:
+        return _opened(self.directory, self.entries[number], (self.kind, self.vocab_size, self.tokenizer_sha256))
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document."""
-        return np.concatenate([file.lengths() for file in self.files])
+        return np.concatenate([self._file(number).lengths() for number in range(len(self.entries))])
+
+    def counts(self) -> TokenCounts:
+        """Which tokens occur, as `prepare` counted them.
+
+        Raises:
+          CorruptError: the file with the counts is missing, or another than the manifest says.
+        """
+        path = self.directory / self.counted.file
+        whole = path.is_file() and file_sha256(path) == self.counted.sha256
+        kept = read_counts(path, self.vocab_size) if whole else None
+        if kept is None:
+            raise CorruptError(f"{path}: missing, or its SHA-256 is not that of the manifest; prepare the data again")
+        return kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,16 +123,26 @@ class TokenSet:
 
     @classmethod
     def open(cls, directory: Path) -> "TokenSet":
-        """Opens a folder after comparing its files with the manifest by size and header; see `damage` for the content.
+        """Opens a folder after comparing the sizes of its files with the manifest.
+
+        The header of a shard is compared when the shard is first read; see `damage` for the content.
 
         Raises:
           InputError: it was not prepared to the end.
-          CorruptError: a file is missing, cut off, or another than the manifest says.
+          CorruptError: a file is missing, or not of the size that the manifest says.
         """
         manifest = Manifest.read(directory)
-        train = Shards(str(directory), tuple(_open_shard(directory, manifest, entry) for entry in manifest.train))
-        held_out = tuple(_open_shard(directory, manifest, entry) for entry in manifest.held_out_shards)
-        return cls(directory, manifest, train, Shards(f"{directory} (held out)", held_out) if held_out else None)
+        sizes = _sizes(directory, manifest)
+        for entry in manifest.files:
+            if sizes.get(entry.file) != entry.bytes:
+                raise _wrong_size(directory, entry, sizes)
+        sides = [
+            Shards(name, directory, entries, counted, *_common(manifest))
+            for name, entries, counted in zip(
+                (str(directory), f"{directory} (held out)"), (manifest.train, manifest.held_out_shards), manifest.counts
+            )
+        ]
+        return cls(directory, manifest, sides[0], sides[1] if len(sides) > 1 else None)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -117,10 +158,17 @@ def damage(directory: Path) -> list[str]:
       CorruptError: the manifest itself is damaged.
     """
     manifest = Manifest.read(directory)
-    found = []
+    found, sizes = [], _sizes(directory, manifest)
+    for counted in manifest.counts:
+        if counted.file not in sizes or file_sha256(directory / counted.file) != counted.sha256:
+            found.append(
+                f"{directory / counted.file}: missing, or its SHA-256 is not that of the manifest; prepare the data again"
+            )
     for entry in manifest.shards:
         try:
-            _open_shard(directory, manifest, entry).verify()
+            if sizes.get(entry.file) != entry.bytes:
+                raise _wrong_size(directory, entry, sizes)
+            _open(directory, entry, _common(manifest)).verify()
             if file_sha256(directory / entry.file) != entry.sha256:
                 found.append(f"{directory / entry.file}: its SHA-256 is not that of the manifest; prepare the data again")
         except InputError as error:
@@ -136,13 +184,34 @@ def damage(directory: Path) -> list[str]:
     return found
 
 
-def _open_shard(directory: Path, manifest: Manifest, entry: ShardEntry) -> TokenFile:
+def _common(manifest: Manifest) -> _Common:
+    return manifest.kind, manifest.vocab_size, manifest.tokenizer_sha256
+
+
+def _sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Bytes of the files that are there, by name."""
+    wanted = {entry.file for entry in manifest.files}
+    with os.scandir(directory) as listing:
+        return {file.name: file.stat().st_size for file in listing if file.name in wanted and file.is_file()}
+
+
+def _wrong_size(directory: Path, entry: ShardEntry | CountsEntry, sizes: dict[str, int]) -> CorruptError:
     path = directory / entry.file
-    if not path.is_file():
-        raise CorruptError(f"{path}: missing, though the manifest names it; prepare the data again")
+    if entry.file not in sizes:
+        return CorruptError(f"{path}: missing, though the manifest names it; prepare the data again")
+    return CorruptError(f"{path}: {sizes[entry.file]} bytes, but the manifest says {entry.bytes}; prepare the data again")
+
+
+def _open(directory: Path, entry: ShardEntry, common: _Common) -> TokenFile:
+    path = directory / entry.file
     file = TokenFile.open(path)
     header = file.header
-    told = entry.documents, entry.tokens, manifest.kind, manifest.vocab_size, manifest.tokenizer_sha256
-    if told != (header.documents, header.tokens, header.kind, header.vocab_size, header.tokenizer_sha256):
+    told = entry.documents, entry.tokens, entry.bytes_of_text, *common
+    own = header.documents, header.tokens, header.bytes_of_text, header.kind, header.vocab_size, header.tokenizer_sha256
+    if told != own:
         raise CorruptError(f"{path}: another file than the manifest says; prepare the data again")
     return file
+
+
+# One for the process: what a run reads from many data sets must not open more files than what it reads from one.
+_opened = functools.lru_cache(OPEN_AT_ONCE)(_open)

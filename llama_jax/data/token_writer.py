@@ -10,7 +10,9 @@ from typing import BinaryIO
 import numpy as np
 
 from llama_jax.data.atomic import atomic_write
+from llama_jax.data.token_counts import Counter
 from llama_jax.data.token_header import START_DTYPE, TOKENS_AT, Kind, TokenHeader, choose_dtype, pack_header
+from llama_jax.data.tokens import TokenCounts
 from llama_jax.errors import InputError
 
 Ids = Sequence[int] | np.ndarray
@@ -42,7 +44,7 @@ class TokenWriter:
         self._file, self._path, self._vocab_size, self._kind = file, path, vocab_size, kind
         self._dtype = np.dtype(choose_dtype(vocab_size)).newbyteorder("<")
         self._starts, self._crc = array.array("Q"), 0
-        self._mask = bytearray()
+        self._mask, self._counter = bytearray(), Counter(vocab_size)
         self._open_bits = np.zeros(0, bool)  # of the mask's last byte, which is not full yet
         self.tokens = 0
         file.write(bytes(TOKENS_AT))
@@ -64,21 +66,28 @@ class TokenWriter:
         """
         if not len(ids):
             return
-        encoded = self._checked(ids).astype(self._dtype).tobytes()
+        values = self._checked(ids)
+        encoded = values.astype(self._dtype).tobytes()
         self._starts.append(self.tokens)
         self.tokens += len(ids)
         self._crc = zlib.crc32(encoded, self._crc)
         self._file.write(encoded)
-        if self._kind != "text":
-            self._add_mask(mask, len(ids))
+        learned = None if self._kind == "text" else self._add_mask(mask, len(ids))
+        self._counter.add(values, learned)
 
-    def _add_mask(self, mask: Mask | None, count: int) -> None:
+    def counts(self) -> TokenCounts:
+        """Which tokens were written so far."""
+        return self._counter.counts()
+
+    def _add_mask(self, mask: Mask | None, count: int) -> np.ndarray:
         if mask is None or len(mask) != count:
             raise ValueError(f"{self._kind}: a mask with one value for each of {count} tokens expected")
-        bits = np.concatenate([self._open_bits, np.asarray(mask, bool)])
+        learned = np.asarray(mask, bool)
+        bits = np.concatenate([self._open_bits, learned])
         whole = len(bits) // 8 * 8
         self._mask += np.packbits(bits[:whole]).tobytes()
         self._open_bits = bits[whole:]
+        return learned
 
     def _checked(self, ids: Ids) -> np.ndarray:
         values = np.asarray(ids, np.int64)

@@ -20,6 +20,18 @@ class Piece(NamedTuple):
     learned: Bool[Any, " T"]
 
 
+class TokenCounts(NamedTuple):
+    """Which tokens occur.
+
+    Attributes:
+      targets: how often each token is a target: learned from, and not the first of its document.
+      largest: the largest token, target or not; -1 for none.
+    """
+
+    targets: Int64[Any, " V"]
+    largest: int
+
+
 @runtime_checkable
 class Tokens(Protocol):
     """Documents one after another."""
@@ -66,6 +78,14 @@ class Tokens(Protocol):
         """Tokens of each document."""
         ...
 
+    def counts(self) -> TokenCounts:
+        """Which tokens occur, from what was kept when they were written.
+
+        Raises:
+          CorruptError: what was kept is missing or damaged.
+        """
+        ...
+
 
 READ_AT_ONCE = 1 << 22  # tokens
 
@@ -73,11 +93,6 @@ READ_AT_ONCE = 1 << 22  # tokens
 def pieces(tokens: Tokens) -> list[tuple[int, int]]:
     """Borders of the parts in which all tokens are gone through, so that a pass over mapped files needs little memory."""
     return [(first, min(first + READ_AT_ONCE, tokens.size)) for first in range(0, tokens.size, READ_AT_ONCE)]
-
-
-def largest_token(tokens: Tokens) -> int:
-    """The largest token id that occurs; reads everything."""
-    return max(int(tokens.read(first, stop).ids.max()) for first, stop in pieces(tokens))
 
 
 def joined(parts: list[Piece]) -> Piece:

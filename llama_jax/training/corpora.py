@@ -13,7 +13,7 @@ from llama_jax.data.sources import left_out
 from llama_jax.data.split import Split, split_documents
 from llama_jax.data.steps import Steps
 from llama_jax.data.token_set import TokenSet
-from llama_jax.data.tokens import Tokens, largest_token
+from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.training.config import TrainConfig
@@ -240,7 +240,7 @@ def _open_text(config: TrainConfig, split: Split, say: Say) -> RunData:
 def _require_vocabulary(opened: RunData, vocab_size: int) -> None:
     """Refuses tokens that the model does not have; looks for them only where the tokenizer is larger than the model."""
     for tokens in (*opened.train, *opened.held_out.values()):
-        if tokens.vocab_size > vocab_size and (largest := largest_token(tokens)) >= vocab_size:
+        if tokens.vocab_size > vocab_size and (largest := tokens.counts().largest) >= vocab_size:
             raise InputError(
                 f"{tokens.name}: token {largest}, but model.vocab_size is {vocab_size}; take the tokenizer of this model, or a "
                 f"vocabulary of {tokens.vocab_size}"

@@ -17,7 +17,7 @@ from llama_jax.data.batches import sequential_rows, sequential_windows
 from llama_jax.data.packing import Cut, Name, Packing, TooLong, pack
 from llama_jax.data.permutation import permute
 from llama_jax.data.token_set import TokenSet
-from llama_jax.data.tokens import Tokens, largest_token
+from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, model_for
 from llama_jax.parallel.sharding import Rules, batch_spec
@@ -298,7 +298,7 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
     if tokens is None:
         raise InputError(f"{data.directory}: nothing was held out; prepare it with --held-out 0.01")
     require_same_tokenizer(data, model.tokenizer, "the model")
-    if tokens.vocab_size > model.config.vocab_size and (largest := largest_token(tokens)) >= model.config.vocab_size:
+    if tokens.vocab_size > model.config.vocab_size and (largest := tokens.counts().largest) >= model.config.vocab_size:
         raise InputError(f"{tokens.name}: token {largest}; the vocabulary of the model goes to {model.config.vocab_size - 1}")
     length = min(context, max(1, tokens.size - 1)) if length is None else length
     if not 1 <= length <= context:

@@ -17,6 +17,7 @@ from llama_jax.data.best_fit import best_fit
 from llama_jax.data.packing import Cut, Fit, Pairs, pack
 from llama_jax.data.permutation import permute
 from llama_jax.data.steps import Steps
+from llama_jax.data.token_counts import count_tokens
 from llama_jax.data.token_file import TokenFile
 from llama_jax.data.token_writer import token_writer
 from llama_jax.data.tokens import Piece, Tokens
@@ -41,6 +42,9 @@ class Listed:
 
     def lengths(self):
         return np.array([len(ids) for ids, _ in self._documents], np.int64)
+
+    def counts(self):
+        return count_tokens(self)
 
 
 def unique_documents(lengths, masked=False):

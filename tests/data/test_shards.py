@@ -74,7 +74,7 @@ def test_reading_across_shards_equals_one_file(tmp_path, lines, text):
     prepare(lines, tmp_path / "many", text)
     prepare(lines, tmp_path / "one", text, shard_tokens=10**6)
     many, one = (TokenSet.open(tmp_path / name).train for name in ("many", "one"))
-    assert (len(many.files) > 2, len(one.files)) == (True, 1)
+    assert (len(many.entries) > 2, len(one.entries)) == (True, 1)
     assert many.lengths().tolist() == one.lengths().tolist()
     for first in range(0, one.size + 40, 37):
         for got, wanted in zip(many.read(first, first + 700), one.read(first, first + 700)):
