@@ -71,12 +71,16 @@ class Shards:
           CorruptError: for a shard that is not the one of the manifest, and for a token outside the vocabulary: the file was
             damaged after it was written.
         """
-        number = min(bisect.bisect_right(self._ends, first), len(self.entries) - 1)
+        number = self.locate(first)
         parts = [self._read(number, first, stop)]
         while stop > self._ends[number] and number + 1 < len(self.entries):
             number += 1
             parts.append(self._read(number, first, stop))
         return joined(parts)
+
+    def locate(self, token: int) -> int:
+        """The number of the shard that holds a token; the last shard for one beyond the end."""
+        return min(bisect.bisect_right(self._ends, token), len(self.entries) - 1)
 
     def _read(self, number: int, first: int, stop: int) -> Piece:
         """What one shard holds of these tokens."""
