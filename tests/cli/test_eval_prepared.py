@@ -46,10 +46,10 @@ def talks(prepare):
 
 def documents(directory):
     """Ids and learned flags of each held-out document, from the files."""
-    for file in TokenSet.open(directory).held_out.files:
-        piece = file.read(0, file.size)
-        borders = [*np.flatnonzero(piece.begins).tolist(), file.size]
-        yield from ((piece.ids[a:b], piece.learned[a:b]) for a, b in itertools.pairwise(borders))
+    held_out = TokenSet.open(directory).held_out
+    piece = held_out.read(0, held_out.size)
+    borders = [*np.flatnonzero(piece.begins).tolist(), held_out.size]
+    return [(piece.ids[a:b], piece.learned[a:b]) for a, b in itertools.pairwise(borders)]
 
 
 def summed(model, ids, learned, length: int) -> tuple[float, int]:

@@ -97,7 +97,7 @@ def test_nothing_is_inherited_unsaid(name):
     given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     config = read(name)
     assert given["model"] == name
-    assert set(vars(config.optimizer)) - set(given["optimizer"]) == {"decay_fraction"}  # of `wsd` alone
+    assert set(vars(config.optimizer)) - set(given["optimizer"]) == {"decay_fraction", "decay_from"}  # of `wsd`, of resumes
     assert set(vars(config.data)) - set(given["data"]) == {
         "paths",
         "sources",
@@ -106,7 +106,7 @@ def test_nothing_is_inherited_unsaid(name):
         "too_long",
     }  # the last of whole documents alone: not of text that is cut
     assert set(given["mesh"]) == set(vars(config.mesh))
-    about_the_program = {"trackers", "profile", "sample_prompts", "sample_tokens", "hang_seconds", "max_time"}
+    about_the_program = {"trackers", "profile", "sample_prompts", "sample_tokens", "hang_seconds", "max_time", "eval_tokens"}
     assert set(vars(config.run)) - set(given["run"]) == {"init", "overwrite", *about_the_program}
 
 
