@@ -121,7 +121,7 @@ BREAKS = (
           "            _sweep(self._directory, step)\n        meta",
           "            _sweep(self._directory, step)\n"
           "            _remove([self._directory / str(s) for s in self.steps()])\n        meta"),
-    Break("path that leaves its folder", "weights/hugging_face.py",
+    Break("path that leaves its folder", "weights/hugging_face_files.py",
           "if not (target.is_relative_to(home) or target.is_relative_to(blobs)):", "if not target:"),
     Break("unknown pickle operation", "weights/pth_pickle.py",
           '_refuse(f"uses the operation {operation.name}")', "continue"),
