@@ -69,7 +69,7 @@ def test_it_goes_on(run, tiny_directory, capsys, on_devices):
     """From its own checkpoint, in its own words."""
     on_devices(1)
     assert main([*arguments(run.parent, tiny_directory), "--run.steps", "4"]) == 0
-    assert [line["step"] for line in read_lines(run)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_lines(run) if "event" not in line] == [1, 2, 3, 4]
     assert "going on from step 3" in capsys.readouterr().out
 
 
@@ -91,7 +91,7 @@ def test_adapters_go_on_over_their_own_model_only(tmp_path, tiny_directory, caps
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert f"holds adapters over {moved} (" in line
     assert f"but run.init is {other} (" in line
-    assert [line["step"] for line in read_lines(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_lines(tmp_path / "run") if "event" not in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("more", "words"), [

@@ -310,7 +310,7 @@ def test_what_a_model_cannot_take(generator, prompts, new, words):
     (["ab"], {}, "prompt 1 is 'ab'; a list of token ids expected"),
     ([1, 2], {}, "prompt 1 is 1; a list of token ids expected"),
     ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
-    ([[1]], {"max_new_tokens": [3]}, r"max_new_tokens: \[3\] given; a whole number expected"),
+    ([[1]], {"max_new_tokens": [3.5]}, "max_new_tokens: 3.5 given; a whole number expected"),
     ([[1]], {"samples": 1.5}, "samples: 1.5 given; a whole number expected"),
     ([[1]], {"logprobs": 99}, "logprobs: 99 given; 0 to 98 expected, or none"),
     ([[1]], {"logprobs": True}, "logprobs: True given; a whole number expected"),
