@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.cli.train import main
 
 if __name__ == "__main__":

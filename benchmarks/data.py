@@ -29,11 +29,10 @@ OPEN_FILES = 1024
 
 def make_shards(directory: pathlib.Path, shards: int, tokenizer: pathlib.Path) -> None:
     """A prepared folder whose shards are holes: every token is 0."""
-    from llama_jax.data.manifest import MANIFEST_VERSION, TOKENIZER, CountsEntry, Manifest, ShardEntry, file_sha256
     from llama_jax.data.prepare import hash_tokenizer, read_tokenizer_files
-    from llama_jax.data.token_counts import write_counts
-    from llama_jax.data.token_header import TokenHeader, choose_dtype, pack_header
-    from llama_jax.data.tokens import TokenCounts
+    from llama_jax.data.token_file import TokenHeader, choose_dtype, pack_header
+    from llama_jax.data.token_set import MANIFEST_VERSION, TOKENIZER, CountsEntry, Manifest, ShardEntry, file_sha256
+    from llama_jax.data.tokens import TokenCounts, write_counts
     from llama_jax.text.tokenizer import load_tokenizer
 
     (directory / TOKENIZER).mkdir(parents=True)
@@ -72,7 +71,7 @@ def measure_set(directory: str) -> dict:
     """Opening a folder and reading sequences at random places."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     from llama_jax.data.token_set import TokenSet
-    from llama_jax.data.unigram import unigram_cross_entropy
+    from llama_jax.data.tokens import unigram_cross_entropy
 
     start = clock()
     train = TokenSet.open(pathlib.Path(directory)).train
@@ -119,7 +118,7 @@ def measure_start(directory: str) -> dict:
 
 def write_lines(path: pathlib.Path, nbytes: int) -> None:
     """JSON lines with the sources of Python's standard library."""
-    from llama_jax.data.corpus import standard_library
+    from llama_jax.data.records import standard_library
 
     with path.open("w") as file:
         for document in standard_library():
@@ -223,8 +222,8 @@ def trained(path: pathlib.Path) -> pathlib.Path:
     """A tokenizer of 8,192 pieces, trained on a part of the standard library."""
     import itertools
 
-    from llama_jax.data.corpus import standard_library
-    from llama_jax.data.vocabulary import train_vocabulary
+    from llama_jax.data.prepare import train_vocabulary
+    from llama_jax.data.records import standard_library
 
     train_vocabulary(itertools.islice(standard_library(), 60), 8192, path, 0)
     return path

@@ -22,7 +22,7 @@ from report import heading
 from sides import Side, start
 
 if TYPE_CHECKING:
-    from llama_jax.planning.chips import Chip
+    from llama_jax.parallel.chips import Chip
     from llama_jax.training.config import TrainConfig
 
 _MANY = 8192  # tokens at a time from which a prefill is more than a wait for memory
@@ -126,7 +126,7 @@ def cell(value: float | None, form: str = ",.0f") -> str:
 
 def train(name: str, case: Training, sides: list[Side] | list[tuple], options: argparse.Namespace, card: Card) -> None:
     """A line of the table of trainings."""
-    from llama_jax.planning.of_config import devices_of, job_of
+    from llama_jax.planning.plan import devices_of, job_of
     from llama_jax.planning.speed import flops_per_token
 
     config = config_of(case, options)
@@ -147,7 +147,7 @@ def train(name: str, case: Training, sides: list[Side] | list[tuple], options: a
 
 def chip(card: Card) -> "Chip":
     """The nominal figures of the card, or those of an H100."""
-    from llama_jax.planning.chips import chip_of, parse_topology
+    from llama_jax.parallel.chips import chip_of, parse_topology
 
     return chip_of(card[0]) or parse_topology("h100:1").chip
 
@@ -160,8 +160,8 @@ def padded(values: list, options: argparse.Namespace) -> list:
 def generate(name: str, case: Generation, sides: list[Side] | list[tuple], options: argparse.Namespace, card: Card) -> None:
     """A line of the table of generations for each number of rows, and for the prefill of many tokens."""
     from llama_jax.accounting import training_flops_per_token
-    from llama_jax.planning.chips import parse_topology
-    from llama_jax.planning.decode import make_decode_plan
+    from llama_jax.parallel.chips import parse_topology
+    from llama_jax.planning.speed import make_decode_plan
     from llama_jax.presets import preset
 
     config, questions = preset(case.model), cases_of(case, options)

@@ -107,7 +107,7 @@ def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, f
     import jax
 
     from llama_jax.cli.arguments import parse_train
-    from llama_jax.data.batch import Batch
+    from llama_jax.data.packing import Batch
     from llama_jax.training.setup import make_recipe, run_mesh
     from llama_jax.training.step import batch_sharding, micro_batches, sharded_init, sharded_step
 

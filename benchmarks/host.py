@@ -13,7 +13,7 @@ from report import heading
 
 from llama_jax.generation.session import NewTokens
 from llama_jax.generation.text import _Row
-from llama_jax.text.surface import Surface
+from llama_jax.text.byte_level import Surface
 
 _PIECE = 4
 

@@ -43,7 +43,7 @@ def transformers(path: pathlib.Path, dtype: str):
 def write_gguf(path: pathlib.Path, target: pathlib.Path, dtype: str) -> pathlib.Path:
     """The same model as a GGUF file of a dtype, by our own writer."""
     from llama_jax.text.export import gguf_metadata
-    from llama_jax.weights.gguf_export import write_gguf
+    from llama_jax.weights.gguf_write import write_gguf
     from llama_jax.weights.open import open_model
 
     opened = open_model(path)

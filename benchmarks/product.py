@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from report import heading
 
-from llama_jax.model.product import product
+from llama_jax.model.matmul import product
 from llama_jax.model.quantize import Quantized, dequantize, parameter_bytes, quantize
 
 BLOCKS, WIDTH, INNER, VOCABULARY = 30, 576, 1536, 49152

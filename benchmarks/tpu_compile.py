@@ -4,7 +4,7 @@
 
 A case is MODEL@TOPOLOGY, then settings NAME=VALUE behind slashes: `remat`, `mesh` (such as fsdp=32;tensor=2), `rows` a chip,
 `length`, `moments` and `params` (their types), `chunk` (tokens of the loss). Nothing is run: times are predictions from the
-compiler's estimates (`llama_jax/planning/ruler.py`).
+compiler's estimates (`llama_jax/planning/cost_model.py`).
 Needs the extra `tpu`; on two cores a case takes minutes. With --layers only so many are compiled, to look at the program.
 """
 
@@ -21,8 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from report import heading
 
-from llama_jax.planning.ahead import Compiled, compile_training
-from llama_jax.planning.chips import parse_topology
+from llama_jax.parallel.chips import parse_topology
+from llama_jax.planning.compile import Compiled, compile_training
 from llama_jax.planning.job import Job, parse_mesh
 from llama_jax.presets import preset
 

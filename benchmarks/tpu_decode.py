@@ -4,7 +4,7 @@
 
 A case is MODEL@TOPOLOGY, then settings behind slashes: `int8` or `int4` weights, `cache8`, and `rows`, `length`, `tensor` and
 `data` as NAME=NUMBER. It is the loop that generation runs, with full rows. Nothing is run: times are predictions from the
-compiler's estimates (`llama_jax/planning/ruler.py`), in which beginning a transfer costs nothing. Needs the extra `tpu`.
+compiler's estimates (`llama_jax/planning/cost_model.py`), in which beginning a transfer costs nothing. Needs the extra `tpu`.
 """
 
 import argparse
@@ -21,12 +21,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from report import heading
 
 from llama_jax.config import LlamaConfig
-from llama_jax.planning.ahead import Compiled
-from llama_jax.planning.ahead_decode import compile_decoding
-from llama_jax.planning.chips import parse_topology
-from llama_jax.planning.decode import DecodePlan, make_decode_plan
+from llama_jax.parallel.chips import parse_topology
+from llama_jax.planning.compile import Compiled, compile_decoding
+from llama_jax.planning.cost_model import predict_round
 from llama_jax.planning.job import parse_mesh
-from llama_jax.planning.ruler import predict_round
+from llama_jax.planning.speed import DecodePlan, make_decode_plan
 from llama_jax.presets import preset
 
 _CASES = "llama3.1-70b@v5e:4x4/int8,llama3-8b@v6e:2x4,llama3-8b@v5p:2x2x1"

@@ -3,7 +3,7 @@
     python benchmarks/tpu_presets.py [--layers N] [--quick] [FILE ...]
 
 The topology stands in the first comment of a file, in the command of the plan. Nothing is run: memory is the compiler's, times
-are predictions from its estimates (`llama_jax/planning/ruler.py`). Ends with status 1 if a step does not fit or does not
+are predictions from its estimates (`llama_jax/planning/cost_model.py`). Ends with status 1 if a step does not fit or does not
 compile. Needs the extra `tpu`; on two cores a config takes minutes, whatever its depth, as layers are one body of a loop. With
 --quick kernels are given the memory that the compiler gives them by default, and attention goes by smaller blocks: compiled in
 a third of the time, for nearly the same memory of the chip; the predicted times are longer than those of a run.
@@ -27,9 +27,9 @@ from report import heading
 import llama_jax.model.splash
 import llama_jax.training.step
 from llama_jax.cli.plan import config_job, read_config
+from llama_jax.parallel.chips import Topology, parse_topology
 from llama_jax.parallel.compiler import training_options
-from llama_jax.planning.ahead import Compiled, compile_config
-from llama_jax.planning.chips import Topology, parse_topology
+from llama_jax.planning.compile import Compiled, compile_config
 from llama_jax.planning.job import Job
 from llama_jax.planning.plan import make_plan
 

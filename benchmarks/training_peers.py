@@ -47,14 +47,13 @@ def llama_jax(path: pathlib.Path | None):
     """The product's own step, compiled for one device, layers unrolled."""
     import jax
 
-    from llama_jax.data.batch import Batch
+    from llama_jax.data.packing import Batch
     from llama_jax.model.attention import choose_backend
     from llama_jax.model.llama import Llama
     from llama_jax.model.options import ModelOptions
     from llama_jax.parallel.mesh import make_mesh
-    from llama_jax.training.config_method import OptimizerConfig
-    from llama_jax.training.optimizer import make_optimizer
-    from llama_jax.training.schedule import learning_rate_schedule
+    from llama_jax.training.config_sections import OptimizerConfig
+    from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
     from llama_jax.training.step import Recipe, fresh_state, sharded_step, state_shapes
 
     config, params = start_weights(path)

@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from llama_jax.data.corpus import Document, standard_library
+from llama_jax.data.records import Document, standard_library
 
 _LONGEST = 600  # characters of an answer
 

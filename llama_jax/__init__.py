@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from llama_jax.accounting import matmul_parameters, parameter_count, parameter_shapes, training_flops_per_token
     from llama_jax.config import LlamaConfig, RopeScaling
     from llama_jax.errors import CorruptError, InputError
-    from llama_jax.generation.conversation import Conversation
     from llama_jax.generation.decode import Rollout, generate_tokens
     from llama_jax.generation.generate import Generator, Speculation
     from llama_jax.generation.harness import harness_model
     from llama_jax.generation.sampling import Sampling, make_sampling
-    from llama_jax.generation.score import Score, score, score_tokens
-    from llama_jax.generation.text import Completion, Piece, generate, stream
+    from llama_jax.generation.score import Accuracy, Question, Score, evaluate_choices, read_questions, score, score_tokens
+    from llama_jax.generation.text import Completion, Conversation, Piece, generate, stream
     from llama_jax.model.attention import attend
     from llama_jax.model.cache import init_cache
     from llama_jax.model.llama import Llama, embed, hidden_states, logits
@@ -33,24 +32,22 @@ if TYPE_CHECKING:
     from llama_jax.text.chat import ChatTemplate, Dialogue, encode_chat, encode_dialogue
     from llama_jax.text.formats import named_format
     from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
-    from llama_jax.training.choices import Accuracy, Question, evaluate_choices, read_questions
     from llama_jax.training.evaluate import evaluate_text
     from llama_jax.training.loss import mean_loss
-    from llama_jax.weights.forms import stack, unstack
-    from llama_jax.weights.hugging_face_export import export_hugging_face, save_hugging_face
+    from llama_jax.weights.assemble import stack, unstack
+    from llama_jax.weights.hf_write import export_hugging_face, save_hugging_face
     from llama_jax.weights.load import Pretrained, load
 
 _MODULES = {
     "accounting": ("matmul_parameters", "parameter_count", "parameter_shapes", "training_flops_per_token"),
     "config": ("LlamaConfig", "RopeScaling"),
     "errors": ("CorruptError", "InputError"),
-    "generation.conversation": ("Conversation",),
     "generation.decode": ("Rollout", "generate_tokens"),
     "generation.generate": ("Generator", "Speculation"),
     "generation.harness": ("harness_model",),
     "generation.sampling": ("Sampling", "make_sampling"),
-    "generation.score": ("Score", "score", "score_tokens"),
-    "generation.text": ("Completion", "Piece", "generate", "stream"),
+    "generation.score": ("Accuracy", "Question", "Score", "evaluate_choices", "read_questions", "score", "score_tokens"),
+    "generation.text": ("Completion", "Conversation", "Piece", "generate", "stream"),
     "model.attention": ("attend",),
     "model.cache": ("init_cache",),
     "model.llama": ("Llama", "embed", "hidden_states", "logits"),
@@ -61,11 +58,10 @@ _MODULES = {
     "text.chat": ("ChatTemplate", "Dialogue", "encode_chat", "encode_dialogue"),
     "text.formats": ("named_format",),
     "text.tokenizer": ("Tokenizer", "encode_prompt", "load_tokenizer"),
-    "training.choices": ("Accuracy", "Question", "evaluate_choices", "read_questions"),
     "training.evaluate": ("evaluate_text",),
     "training.loss": ("mean_loss",),
-    "weights.forms": ("stack", "unstack"),
-    "weights.hugging_face_export": ("export_hugging_face", "save_hugging_face"),
+    "weights.assemble": ("stack", "unstack"),
+    "weights.hf_write": ("export_hugging_face", "save_hugging_face"),
     "weights.load": ("Pretrained", "load"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from support import torch_name
 
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 
 def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from support import TINY, random_parameters, torch_name, transformers_config
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llama_jax.config import LlamaConfig
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.model.llama import Llama
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 LLAMA3_SCALING = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
 TINY = LlamaConfig(vocab_size=97, dim=48, layers=3, heads=6, kv_heads=2, head_dim=10, ffn_dim=64, norm_eps=1e-5,

@@ -22,6 +22,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "llama_jax"
 # From the ground up. A module imports lower floors or, inside a package, its neighbours.
 FLOORS = (
     ("errors", "axes"),
+    ("storage",),
     ("text", "config"),
     ("presets", "accounting", "data", "parallel"),
     ("weights", "model"),
@@ -35,16 +36,8 @@ HEIGHT = {unit: height for height, units in enumerate(FLOORS) for unit in units}
 
 # What starts without JAX: these modules and all that they import. `--help` and errors in a config depend on it.
 WITHOUT_JAX = (
-    *("errors", "config", "presets", "accounting", "text", "data", "training.config", "cli.arguments"),
-    *(
-        "planning.search",
-        "planning.decode",
-        "planning.advice",
-        "planning.ruler",
-        "planning.of_config",
-        "planning.flags",
-        "model.remat",
-    ),
+    *("errors", "storage", "config", "presets", "accounting", "text", "data", "training.config", "cli.arguments"),
+    *("planning.plan", "planning.speed", "planning.cost_model", "model.remat"),
 )
 JAX_LIBRARIES = frozenset({"jax", "jaxlib", "flax", "optax", "orbax", "chex"})
 # `jaxtyping` brings JAX along when one of these is looked up; its shapes of NumPy arrays do not.

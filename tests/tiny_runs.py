@@ -15,8 +15,7 @@ import yaml
 from llama_jax.config import LlamaConfig
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.config import RunConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.training.config_sections import DataConfig, OptimizerConfig
 from llama_jax.training.loop import RUN_CHECKPOINTS
 from llama_jax.training.setup import make_recipe
 from llama_jax.training.step import TrainState, state_shapes

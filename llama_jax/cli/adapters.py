@@ -55,11 +55,10 @@ def main(arguments: list[str], prog: str = "adapters") -> int:
 
 def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
     """Writes the merged model; returns its bytes."""
-    from llama_jax.weights.hugging_face_export import export_hugging_face
+    from llama_jax.weights.hf_write import export_hugging_face
     from llama_jax.weights.open import merged, open_model
-    from llama_jax.weights.peft import read_adapters, require_fit
+    from llama_jax.weights.peft import read_adapters, require_fit, restore_adapters
     from llama_jax.weights.run import RUN_CHECKPOINTS
-    from llama_jax.weights.run_adapters import restore_adapters
 
     opened = open_model(base)
     directory = pathlib.Path(adapters)
@@ -73,8 +72,7 @@ def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
 
 def _export(run: str, target: str, dtype: str) -> int:
     """Writes the adapters of a run; returns their bytes."""
-    from llama_jax.weights.peft import save_adapters
-    from llama_jax.weights.run_adapters import restore_adapters
+    from llama_jax.weights.peft import restore_adapters, save_adapters
 
     adapters, _ = restore_adapters(pathlib.Path(run))
     save_adapters(adapters, target, dtype)

@@ -22,7 +22,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.presets import preset
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.config_data import SourceConfig
+from llama_jax.training.config_sections import SourceConfig
 
 Pair = tuple[str, object]  # a dotted key and its value; the value {} opens a section
 Architecture = Callable[[str], LlamaConfig | None]  # of the model at a path

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.settings import check_bias, check_settings, settings_of
+from llama_jax.cli.models import check_bias, check_settings, settings_of
 from llama_jax.cli.writing import Meter, as_dict, as_json, note, write_words
-from llama_jax.data.atomic import atomic_write
 from llama_jax.errors import InputError
+from llama_jax.storage import atomic_write
 
 if TYPE_CHECKING:
-    from llama_jax.generation.conversation import Conversation
+    from llama_jax.generation.text import Conversation
 
 _PROMPT = "> "
 _HINT = "Ctrl-D leaves, Ctrl-C stops an answer, /help lists the commands"
@@ -35,7 +35,7 @@ def converse(options: argparse.Namespace) -> int:
     if settings.pop("samples") != 1:
         raise InputError(f"--samples: {options.samples} given; a conversation goes on from 1 answer")
     from llama_jax.cli.models import load_model
-    from llama_jax.generation.conversation import Conversation
+    from llama_jax.generation.text import Conversation
 
     model, generator = load_model(options)
     check_bias(settings, model.config)

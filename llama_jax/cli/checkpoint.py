@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from llama_jax.cli.main import DAMAGED
 from llama_jax.cli.options import OptionParser
-from llama_jax.cli.program import DAMAGED
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.weights.checkpoint_check import CheckpointState
+    from llama_jax.weights.restore import CheckpointState
 
 _ACTIONS = ("list", "verify")
 _USAGE = "llama-jax checkpoint list RUN [--json] | llama-jax checkpoint verify RUN [--step N] [--json]"
@@ -44,7 +44,7 @@ def main(arguments: list[str], prog: str = "checkpoint") -> int:
         raise InputError(f"checkpoint {action!r} given; list or verify expected: {_USAGE}")
     options = make_parser(prog, action).parse(rest)
     from llama_jax.cli.train import quiet_libraries
-    from llama_jax.weights.checkpoint_check import list_checkpoints, verify_checkpoints
+    from llama_jax.weights.restore import list_checkpoints, verify_checkpoints
     from llama_jax.weights.run import RUN_CHECKPOINTS
 
     directory = pathlib.Path(options.run) / RUN_CHECKPOINTS

@@ -47,8 +47,8 @@ def main(arguments: list[str], prog: str = "convert") -> int:
     """Runs `convert` and returns its exit status."""
     options = make_parser(prog).parse(arguments)
     _check(options)
+    from llama_jax.weights.inspect import report
     from llama_jax.weights.open import open_model
-    from llama_jax.weights.report import report
 
     started = time.perf_counter()
     opened = open_model(options.source)
@@ -89,7 +89,7 @@ def _check(options: "argparse.Namespace") -> None:
 
 def _to_hugging_face(opened: "Opened", options: "argparse.Namespace") -> int:
     """Writes a directory; returns its bytes."""
-    from llama_jax.weights.hugging_face_export import DEFAULT_SHARD_SIZE, export_hugging_face
+    from llama_jax.weights.hf_write import DEFAULT_SHARD_SIZE, export_hugging_face
 
     size = options.max_shard_size or DEFAULT_SHARD_SIZE
     with Progress(opened) as progress:
@@ -99,14 +99,14 @@ def _to_hugging_face(opened: "Opened", options: "argparse.Namespace") -> int:
 def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
     """Writes a file; returns its bytes."""
     from llama_jax.accounting import parameter_count
+    from llama_jax.storage import require_room
     from llama_jax.text.export import gguf_metadata
     from llama_jax.text.stops import gguf_stops
-    from llama_jax.weights.fresh_directory import require_room
-    from llama_jax.weights.gguf_export import write_gguf
-    from llama_jax.weights.hugging_face_export import main_dtype
+    from llama_jax.weights.assemble import WatchedSource
+    from llama_jax.weights.gguf_write import write_gguf
+    from llama_jax.weights.hf_write import main_dtype
+    from llama_jax.weights.inspect import report
     from llama_jax.weights.open import verified
-    from llama_jax.weights.parameter_source import WatchedSource
-    from llama_jax.weights.report import report
 
     target = pathlib.Path(options.target)
     if target.exists():

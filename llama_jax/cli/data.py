@@ -3,8 +3,8 @@
 import pathlib
 import sys
 
+from llama_jax.cli.main import DAMAGED
 from llama_jax.cli.options import OptionParser
-from llama_jax.cli.program import DAMAGED
 from llama_jax.errors import InputError
 
 _RUN_CONFIG = "config.yaml"
@@ -34,8 +34,7 @@ def main(arguments: list[str], prog: str = "data verify") -> int:
 
 
 def _verify(directory: pathlib.Path) -> int:
-    from llama_jax.data.manifest import Manifest
-    from llama_jax.data.token_set import damage
+    from llama_jax.data.token_set import Manifest, damage
 
     found = damage(directory)
     for line in found:
@@ -50,12 +49,12 @@ def _verify(directory: pathlib.Path) -> int:
 def _show_batch(config_file: str, step: int) -> int:
     from llama_jax.cli.arguments import parse_train
     from llama_jax.cli.train import architecture
-    from llama_jax.data.batch import fingerprint
+    from llama_jax.data.packing import fingerprint
 
     if step < 0:
         raise InputError(f"--step: {step} given, 0 or more expected")
     config = parse_train(["--config", config_file], pathlib.Path(config_file), architecture)
-    from llama_jax.training.corpora import make_batches, open_data
+    from llama_jax.training.data import make_batches, open_data
 
     batches = make_batches(open_data(config), config.data)
     batch = batches.batch(step)

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from llama_jax import __version__
-from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
-from llama_jax.cli.counts import positive
-from llama_jax.cli.options import OptionParser
+from llama_jax.cli.distributed import keep_compiled_programs, make_room_for_virtual_devices
+from llama_jax.cli.options import OptionParser, positive
 from llama_jax.cli.writing import prepare_output
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -136,7 +135,7 @@ def device_checks(seconds: float) -> list[Check]:
     """The devices, and whether they compute and talk to each other."""
     import jax
 
-    from llama_jax.parallel.collective import collective_test
+    from llama_jax.training.consistency import collective_test
 
     try:
         devices = within(seconds, jax.local_devices)
@@ -160,7 +159,7 @@ def device_checks(seconds: float) -> list[Check]:
 
 def device_words(devices: list, in_all: int) -> str:
     """Number, kind, memory and peak of devices."""
-    from llama_jax.parallel.peak import peak_flops
+    from llama_jax.parallel.chips import peak_flops
 
     device = devices[0]
     stats = device.memory_stats() or {}

@@ -4,10 +4,10 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from llama_jax.cli.compilation import keep_compiled_programs
+from llama_jax.cli.distributed import keep_compiled_programs
 from llama_jax.cli.options import OptionParser, add_model_options, resolve_dtype
 from llama_jax.cli.writing import note
-from llama_jax.data.corpus import read_corpus
+from llama_jax.data.records import read_corpus
 from llama_jax.data.sources import left_out
 from llama_jax.errors import InputError
 
@@ -73,7 +73,7 @@ def main(arguments: list[str], prog: str = "eval") -> int:
         note(f"--text: {missing}")
     from llama_jax.data.token_set import TokenSet
     from llama_jax.generation.generate import Generator
-    from llama_jax.training.choices import evaluate_choices, read_questions
+    from llama_jax.generation.score import evaluate_choices, read_questions
     from llama_jax.training.evaluate import evaluate_prepared, evaluate_text, together
     from llama_jax.weights.load import load
 

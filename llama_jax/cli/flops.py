@@ -12,8 +12,7 @@ from llama_jax.accounting import (
     training_compute,
     training_flops_per_token,
 )
-from llama_jax.cli.counts import count, positive
-from llama_jax.cli.options import OptionParser
+from llama_jax.cli.options import OptionParser, count, positive
 from llama_jax.cli.writing import prepare_output
 from llama_jax.config import LlamaConfig
 from llama_jax.presets import preset

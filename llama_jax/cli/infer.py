@@ -1,7 +1,7 @@
 """`infer`: prompts in, text out. Text goes to standard output, everything else to standard error.
 
 Three ways to ask: prompts of the command line or of standard input (`--prompt`), a file of many (`--input`, see
-`llama_jax.cli.many`), and a conversation (`--chat` alone, see `llama_jax.cli.chat`).
+`llama_jax.cli.batch`), and a conversation (`--chat` alone, see `llama_jax.cli.chat`).
 """
 
 import argparse
@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.cli.models import check_bias, settings_of
 from llama_jax.cli.options import OptionParser, add_model_options, add_run_options, add_sampling_options
-from llama_jax.cli.settings import check_bias, settings_of
 from llama_jax.cli.writing import Meter, in_order, note, prepare_output, write_json, write_text
 from llama_jax.errors import InputError
 
@@ -51,7 +51,7 @@ def main(arguments: list[str], prog: str = "infer") -> int:
     _check(options)
     prepare_output(options.json or options.input is not None)
     if options.input is not None:
-        from llama_jax.cli.many import answer_file
+        from llama_jax.cli.batch import answer_file
 
         return answer_file(options)
     if options.chat and not options.prompt:
@@ -104,8 +104,8 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
     settings: dict[str, Any] = settings_of(options)
     # Only now: --help and wrong options need neither JAX nor seconds.
     from llama_jax.cli.models import load_model
-    from llama_jax.generation.beginning import common_beginning, saved, shared_prefix
     from llama_jax.generation.checks import check_prompts
+    from llama_jax.generation.generate import common_beginning, saved, shared_prefix
     from llama_jax.generation.sampling import row_keys
     from llama_jax.generation.text import encode_user, stream
 

@@ -20,8 +20,8 @@ def make_parser(prog: str) -> OptionParser:
 def main(arguments: list[str], prog: str = "inspect") -> int:
     """Runs `inspect` and returns its exit status."""
     options = make_parser(prog).parse(arguments)
+    from llama_jax.weights.inspect import report
     from llama_jax.weights.open import open_model
-    from llama_jax.weights.report import report
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack characters that tokens are spelled in
         sys.stdout.reconfigure(errors="backslashreplace")

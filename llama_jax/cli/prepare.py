@@ -10,8 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from llama_jax.cli.counts import count
-from llama_jax.cli.options import OptionParser
+from llama_jax.cli.options import OptionParser, count
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:

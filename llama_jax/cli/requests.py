@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from llama_jax.cli.settings import OWN, check_settings
+from llama_jax.cli.models import OWN, check_settings
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ROLES
 

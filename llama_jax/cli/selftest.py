@@ -5,7 +5,7 @@ import pathlib
 import tempfile
 import time
 
-from llama_jax.cli.compilation import keep_compiled_programs, make_room_for_virtual_devices
+from llama_jax.cli.distributed import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.options import OptionParser
 from llama_jax.cli.writing import note, prepare_output
 from llama_jax.errors import InputError

@@ -2,17 +2,169 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from llama_jax.data.batch import Batch, select_rows
-from llama_jax.data.packing import Cut, Packing
-from llama_jax.data.permutation import permute
-from llama_jax.data.steps import Steps
+from llama_jax.data.packing import Batch, Cut, Packing, select_rows
 from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
+
+# --- steps ---
+#
+# Which rows of the endless data a step reads: skipped steps and a growing batch, in closed form.
+
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+def joined(*parts: Pairs) -> Pairs:
+    """Ranges `(first, last)`, in any order and overlapping, as those that `Steps` takes; what touches becomes one."""
+    ranges: list[tuple[int, int]] = []
+    for first, last in sorted(pair for part in parts for pair in part):
+        if ranges and first <= ranges[-1][1] + 1:
+            start, end = ranges.pop()
+            first, last = start, max(last, end)
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The places of steps in the order of the data.
+
+    The data are dealt out in data steps, counted from 0. Without skipped ones, step and data step are the same number;
+    else step `k` reads the `k`-th data step that is not skipped. The size of a batch goes by the data step, so that
+    leaving one out moves nothing else.
+
+    Attributes:
+      rows: of a data step.
+      ramp: `((step, rows), ...)`: from that data step on so many rows; steps ascend.
+      skip: `((first, last), ...)`: data steps that are never used, both ends included; in ascending order, disjoint.
+
+    Raises:
+      InputError: for anything else.
+    """
+
+    rows: int
+    ramp: Pairs = ()
+    skip: Pairs = ()
+
+    def __post_init__(self) -> None:
+        for name, pairs in (("batch_ramp", self.ramp), ("skip_steps", self.skip)):
+            _require(_are_pairs(pairs), name, pairs, "pairs of whole numbers expected, as in [[100, 200]]")
+        starts, sizes = zip(*self._stages)
+        grows = all(a < b for a, b in itertools.pairwise(starts)) and min(sizes) >= 1
+        _require(grows, "batch_ramp", self.ramp, "at least 1 row and steps that ascend from 1 on expected")
+        ends = [-1, *(last for _, last in self.skip)]
+        parted = all(end < first <= last for end, (first, last) in zip(ends, self.skip))
+        _require(parted, "skip_steps", self.skip, "ranges [first, last] that ascend and do not overlap expected")
+
+    @property
+    def _stages(self) -> Pairs:
+        return ((0, self.rows), *self.ramp)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest batch."""
+        return max(rows for _, rows in self._stages)
+
+    def data_step(self, step: int) -> int:
+        """The data step that a step reads."""
+        for first, last in self.skip:
+            if step >= first:
+                step += last - first + 1
+        return step
+
+    def rows_at(self, step: int) -> int:
+        """Rows of the batch of a step."""
+        data_step = self.data_step(step)
+        return next(rows for start, rows in reversed(self._stages) if start <= data_step)
+
+    def position(self, step: int) -> int:
+        """Rows of the data, used or skipped, before those of a step."""
+        return self._position(self.data_step(step))
+
+    def used_before(self, step: int) -> int:
+        """Rows that the steps before a step read."""
+        end = self.data_step(step)
+        skipped = (self._position(last + 1) - self._position(first) for first, last in self.skip if last < end)
+        return self._position(end) - sum(skipped)
+
+    def _position(self, data_step: int) -> int:
+        ends = [*(start for start, _ in self.ramp), data_step]
+        return sum(rows * max(0, min(end, data_step) - start) for (start, rows), end in zip(self._stages, ends))
+
+
+def _require(condition: bool, name: str, pairs: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"data.{name}: {pairs!r:.60} given, {expected}")
+
+
+def _are_pairs(pairs: Sequence[Sequence[object]]) -> bool:
+    return all(len(pair) == 2 and all(type(number) is int for number in pair) for pair in pairs)
+
+
+# --- permutation ---
+#
+# A seeded permutation that is computed, not stored: the order in which windows are read.
+#
+# A balanced Feistel network is a bijection on 2^k numbers, whatever its round function; walking its cycles until a
+# number below `count` comes up makes it one on `count` numbers (Black and Rogaway, "Ciphers with arbitrary finite domains",
+# 2002). Integer arithmetic only, so the order is the same on every machine and with every version of numpy. It is
+# part of a run's identity: changing it changes what a resumed training reads.
+
+
+_ROUNDS = 8
+
+
+def permute(indices: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
+    """Images of `indices` under the permutation of `0 .. count - 1` that belongs to `seed` and `epoch`.
+
+    Args:
+      indices: integers from 0 to `count - 1`, one axis.
+      count: how many numbers are permuted.
+      seed: of the run.
+      epoch: number of the pass over the data, from 0.
+
+    Returns:
+      int64, the shape of `indices`.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    keys = _round_keys(seed, epoch)
+    images = _feistel(indices.astype(np.uint64), half, keys)
+    outside = np.flatnonzero(images >= count)
+    while outside.size:
+        images[outside] = _feistel(images[outside], half, keys)
+        outside = outside[images[outside] >= count]
+    return images.astype(np.int64)
+
+
+def _round_keys(seed: int, epoch: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"llama_jax order 1: {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    return np.frombuffer(digest, "<u8").astype(np.uint64)
+
+
+def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every bit in reaches every bit out, modulo 2^64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+# --- batches ---
+
 
 # Rows in which the proportions of a mixture are exact, and rows that are put into an order of their own. Part of a run's
 # identity, as is all of this file.

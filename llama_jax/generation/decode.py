@@ -15,7 +15,7 @@ from llama_jax.generation.sampling import History, Sampling, adjust, begin_histo
 from llama_jax.model.cache import Cache, init_cache, take_rows
 from llama_jax.model.llama import Llama, apply
 from llama_jax.model.splash import fits_splash
-from llama_jax.parallel.context import whole_rows
+from llama_jax.parallel.sharding import whole_rows
 
 NOTHING = -1  # stands in the output where a row was already done
 BROKEN = -2  # stands there once where the logits of a row are NaN or infinite, which ends the row

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float, Num
 from llama_jax.errors import InputError
-from llama_jax.model.chunked import chunked_attention
+from llama_jax.model.blockwise import chunked_attention
 from llama_jax.model.cudnn import fits_cudnn
 from llama_jax.model.mask import NO_MASK, Mask, require_complete, visible
 from llama_jax.model.splash import fits_splash
@@ -70,7 +70,7 @@ BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "
 _FEW_SCORES = 512 * 512
 
 
-KERNELS = ("splash", "cudnn")  # of one kind of device, for rows that see themselves; see `llama_jax.model.context`
+KERNELS = ("splash", "cudnn")  # of one kind of device, for rows that see themselves; see `llama_jax.model.context_parallel`
 
 
 def choose_backend(

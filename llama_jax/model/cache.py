@@ -19,8 +19,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float, Int, Num
 from llama_jax.config import LlamaConfig
-from llama_jax.parallel.context import parts_of
-from llama_jax.parallel.sharding import Rules
+from llama_jax.parallel.sharding import Rules, parts_of
 
 
 class LayerCache(NamedTuple):

@@ -23,10 +23,9 @@ from jax.sharding import PartitionSpec
 
 from llama_jax.axes import Array, Float, Int
 from llama_jax.errors import InputError
-from llama_jax.model.chunked import chunked_attention
+from llama_jax.model.blockwise import chunked_attention
 from llama_jax.model.mask import Mask
-from llama_jax.parallel.context import parts_of, require_divisible
-from llama_jax.parallel.sharding import Rules, fitting_spec, partition_spec
+from llama_jax.parallel.sharding import Rules, fitting_spec, partition_spec, parts_of, require_divisible
 
 # Rows of documents that are shorter on average go the slower way. The statistics of the softmax grow with the number of
 # documents: T * T / 128 numbers a row and head.

@@ -15,21 +15,22 @@ from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float
 from llama_jax.config import LlamaConfig
-from llama_jax.model.adapters import Adapted, Matrix
 from llama_jax.model.attention import NO_MASK, Mask, Scales
 from llama_jax.model.cache import LayerCache, append
-from llama_jax.model.context import attend_over_mesh
+from llama_jax.model.context_parallel import attend_over_mesh
+from llama_jax.model.lora import Adapted, Matrix
+from llama_jax.model.matmul import product, with_adapter
 from llama_jax.model.options import ModelOptions
-from llama_jax.model.product import product, with_adapter
 from llama_jax.model.quantize import Quantized, Weight
 from llama_jax.model.rope import Rotation, rotate
 from llama_jax.parallel.compiler import matrix_unit
-from llama_jax.parallel.context import constrain_stream, enter_block
 from llama_jax.parallel.sharding import (
     PARAMETER_AXES,
     adapter_axes,
     channels_first,
     constrain,
+    constrain_stream,
+    enter_block,
     gathered,
     gathered_part,
     gathered_side,

@@ -11,17 +11,16 @@ import jax.numpy as jnp
 from llama_jax.axes import Array, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.model.adapters import Adapted
 from llama_jax.model.attention import Mask
 from llama_jax.model.cache import Cache
 from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gathered_weight, layer_class, scanned_layers
+from llama_jax.model.lora import Adapted
+from llama_jax.model.matmul import product
 from llama_jax.model.options import ModelOptions, check_options
-from llama_jax.model.product import product
 from llama_jax.model.quantize import Quantized, Weight, dequantize, take_embeddings
 from llama_jax.model.remat import layer_parts
 from llama_jax.model.rope import Rotation, rotation
-from llama_jax.parallel.context import constrain_stream, enter_block, parts_of, require_divisible
-from llama_jax.parallel.sharding import constrain
+from llama_jax.parallel.sharding import constrain, constrain_stream, enter_block, parts_of, require_divisible
 
 
 class Features(NamedTuple):

@@ -1,6 +1,6 @@
 """What the backward pass keeps of each layer: one ladder of named rungs, for the model, its configs and its plans; without JAX.
 
-What a rung takes in bytes and what it computes again are in `llama_jax.planning.remat`, and in a table in
+What a rung takes in bytes and what it computes again are in `llama_jax.planning.memory`, and in a table in
 `docs/performance.md`. Memory that is enough for one rung in some layers and for another in the rest is used by a split:
 `20*all+attention`. Names with `@host` behind them are kept in the memory of the host.
 """

@@ -14,8 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.axes import Array, Float, Int
 from llama_jax.errors import InputError
-from llama_jax.parallel.context import balanced_positions, parts_of, require_divisible
-from llama_jax.parallel.sharding import Rules, fitting_spec, partition_spec
+from llama_jax.parallel.sharding import Rules, balanced_positions, fitting_spec, partition_spec, parts_of, require_divisible
 
 _LARGEST_BLOCK = 2048  # rows of a block; small ones (128 is the kernel's default) leave most of the matrix unit idle
 _LANES = 128

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.model.remat import layer_parts
-from llama_jax.planning.chips import Topology
+from llama_jax.parallel.chips import Topology
 from llama_jax.training.config import ComputeConfig
 
 ITEMSIZES: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}

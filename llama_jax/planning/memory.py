@@ -5,13 +5,238 @@ of 8B, 70B and 405B for TPUs (of the configs for pods it lies 16 % below to 10 %
 for CPUs; for GPUs to one training that was seen and to what another asked for (`benchmarks/results/gpu_h200.txt`).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama_jax.accounting import layer_matrices
-from llama_jax.model.remat import layer_parts, saved_names
+from llama_jax.accounting import layer_matrices, parameter_shapes
+from llama_jax.config import LlamaConfig
+from llama_jax.model.remat import hosted_names, layer_parts, saved_names
 from llama_jax.planning.job import ITEMSIZES, Job
-from llama_jax.planning.remat import all_saved_bytes, recomputed_bytes, score_bytes
-from llama_jax.planning.state import frozen_bytes, optimizer_bytes, parameter_bytes, trained_arrays, trained_size
+
+# --- state ---
+#
+# Bytes that a training keeps between two updates: parameters, frozen weights, the state of the optimizer; closed form.
+#
+# Every matrix is split over `fsdp` times `context` times `tensor`, norms are on every chip whole: `llama_jax.parallel.sharding`.
+# A test compares with the tree and the shardings that the training step itself declares. `stored` is `fsdp` times `context`.
+
+
+_FACTORED = 128  # Adafactor keeps sums of rows and columns where both sides have so many; optax's min_dim_size_to_factor
+# The side along which a matrix is gathered, where it is not the one on the residual stream: 0 for rows, 1 for columns.
+_GATHERED_SIDE = {"embedding": 0, "wo": 0, "down": 0, "wq": 1, "wk": 1, "wv": 1}
+_ONTO_STREAM = ("embedding", "wo", "down")  # matrices whose columns are the residual stream
+
+
+class Array(NamedTuple):
+    """An array of parameters, or as many as there are layers.
+
+    Attributes:
+      layers: how many there are, or 1.
+      shape: of one.
+      ways: in which each dimension is split.
+      in_layer: whether it is a matrix of a layer, which Muon treats.
+    """
+
+    layers: int
+    shape: tuple[int, ...]
+    ways: tuple[int, ...]
+    in_layer: bool
+
+    @property
+    def size(self) -> float:
+        """Numbers on one chip."""
+        total = float(self.layers)
+        for size, ways in zip(self.shape, self.ways):
+            total *= size / ways
+        return total
+
+
+def model_arrays(config: LlamaConfig, stored: int, tensor: int) -> list[Array]:
+    """The arrays of a whole model."""
+    layer = parameter_shapes(config)["layers"]
+    layers = config.layers
+    outer = ("embedding",) if config.tied_head else ("embedding", "head")
+    norms = [Array(layers, (config.dim,), (1,), False)] * 2 + [Array(1, (config.dim,), (1,), False)]
+    found = [Array(1, shape, _ways(name, shape, stored, tensor), False) for name, shape in parameter_shapes(config).items()
+             if name in outer]  # fmt: skip
+    for name, shape in {**layer["attention"], **layer["feed_forward"]}.items():
+        found.append(Array(layers, shape[1:], _ways(name, shape[1:], stored, tensor), True))
+    return found + norms
+
+
+def _ways(name: str, shape: tuple[int, int], stored: int, tensor: int) -> tuple[int, int]:
+    """How a matrix is split: its side on the residual stream by `fsdp` and `context`, the other by `tensor`.
+
+    What is split only to be stored goes to the side by which the parts are gathered, where the mesh divides that.
+    """
+    ways = (tensor, stored) if name in _ONTO_STREAM else (stored, tensor)
+    side = _GATHERED_SIDE.get(name)
+    if side is None or shape[side] % (stored * tensor):
+        return ways
+    return (1, stored * tensor) if side else (stored * tensor, 1)
+
+
+def adapter_arrays(config: LlamaConfig, rank: int, stored: int, tensor: int) -> list[Array]:
+    """The factors of adapters of a rank on all matrices of the layers."""
+    found = []
+    for name, (inputs, outputs) in layer_matrices(config).items():
+        first, second = (tensor, stored) if name in _ONTO_STREAM else (stored, tensor)
+        found += [
+            Array(config.layers, (inputs, rank), (first, 1), True),
+            Array(config.layers, (rank, outputs), (1, second), True),
+        ]
+    return found
+
+
+def trained_arrays(job: Job) -> list[Array]:
+    """What an update changes."""
+    stored, tensor = job.mesh.stored, job.mesh.tensor
+    return adapter_arrays(job.config, job.rank, stored, tensor) if job.rank else model_arrays(job.config, stored, tensor)
+
+
+def trained_size(job: Job) -> float:
+    """Numbers on one chip that an update changes."""
+    return sum(array.size for array in trained_arrays(job))
+
+
+def parameter_bytes(job: Job) -> float:
+    """Bytes of what is trained, on one chip."""
+    return trained_size(job) * ITEMSIZES[job.param_dtype]
+
+
+def frozen_bytes(job: Job) -> float:
+    """Bytes of the frozen model under adapters, on one chip; 0 without adapters."""
+    if not job.rank:
+        return 0.0
+    return weight_bytes(job.config, job.base_dtype, job.mesh.stored, job.mesh.tensor)
+
+
+def weight_bytes(config: LlamaConfig, dtype: str, stored: int = 1, tensor: int = 1) -> float:
+    """Bytes on one chip of a model that is not trained, in a float type or quantised (see `llama_jax.model.quantize`).
+
+    Quantised, every matrix has a float32 scale a channel; 4-bit ones an 8-bit number for each 32 weights, too; embedding and
+    head hold 8 bits; norms stay in bfloat16.
+    """
+    if dtype in ("float32", "bfloat16"):
+        return sum(array.size for array in model_arrays(config, stored, tensor)) * ITEMSIZES[dtype]
+    total = 0.0
+    for array in model_arrays(config, stored, tensor):
+        if len(array.shape) == 1:
+            total += array.size * 2
+        elif array.in_layer:
+            groups = 1 / 32 if dtype == "int4" else 0
+            total += array.size * (ITEMSIZES[dtype] + groups + 4 / array.shape[0])
+        else:
+            total += array.size * (1 + 4 / config.dim)
+    return total
+
+
+def optimizer_bytes(job: Job) -> float:
+    """Bytes of the optimizer's state on one chip, without its counters of a few bytes."""
+    mean = ITEMSIZES[job.moment_dtype]
+    return sum(sum(_moments(array, job.optimizer, mean)) for array in trained_arrays(job))
+
+
+def _moments(array: Array, optimizer: str, mean: float) -> Iterator[float]:
+    """Bytes of each part of the state that belongs to an array: the mean of its gradient, of the square, and their like."""
+    if optimizer == "adafactor":
+        yield 4 * _factored_size(array)
+        return
+    yield mean * array.size
+    if optimizer == "adamw" or (optimizer == "muon" and not array.in_layer):
+        yield 4 * array.size
+
+
+def _factored_size(array: Array) -> float:
+    """Numbers that Adafactor keeps: sums over rows and over columns, or all squares; and a number for each part left out."""
+    factored = len(array.shape) == 2 and min(array.shape) >= _FACTORED
+    if not factored:
+        return array.size + 2 * array.layers
+    (rows, columns), (first, second) = array.shape, array.ways
+    return array.layers * (rows / first + columns / second + 1)
+
+
+# --- remat ---
+#
+# What rematerialisation keeps of a layer for the backward pass, in bytes, and what it computes again, in FLOPs.
+
+
+_SHORT_SCORES = 512 * 512  # up to here attention keeps its scores, see `llama_jax.model.attention`
+_ROOT_BYTES = 2 * 4  # of one token and layer: both norms keep the root of the mean square, float32, whatever else is kept
+_SCORE_BYTES = 26  # of each: five arrays in float32, two masks, the softmax in the compute dtype
+
+
+def activation_bytes(config: LlamaConfig, itemsize: int, tensor: int = 1) -> dict[str, float]:
+    """Bytes of each named activation of one token in one layer, on one of `tensor` devices that share the heads.
+
+    `context` brings along the float32 logsumexp of each head; of `middle`, as of the stream between blocks, each of the devices
+    has some tokens.
+    """
+    query, key = config.heads * config.head_dim / tensor, config.kv_heads * config.head_dim / tensor
+    ffn, heads = config.ffn_dim / tensor, config.heads / tensor
+    wide = {"q": query, "k": key, "v": key, "context": query, "middle": config.dim / tensor, "gate": ffn, "up": ffn}
+    return {name: size * itemsize + (4 * heads if name == "context" else 0) for name, size in wide.items()}
+
+
+def saved_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1) -> float:
+    """Bytes that one layer keeps of one token for the backward pass: its input, what `remat` names, and the roots in its norms.
+
+    `none` keeps all that differentiation asks for, which is more than the names: both norms in float32 (before and after
+    scaling) with the roots of their mean squares, the normed streams, and six arrays as wide as the feed-forward layer.
+
+    Args:
+      config: the architecture.
+      remat: setting of `compute.remat`, without split.
+      itemsize: bytes of a number of the activations.
+      tensor: devices that share heads and feed-forward channels.
+    """
+    each = activation_bytes(config, itemsize, tensor)
+    if remat != "none":
+        here = saved_names(remat) - hosted_names(remat)
+        return (config.dim * itemsize + _ROOT_BYTES) / tensor + sum(each[name] for name in here)
+    streams = config.dim * (4 * 4 / tensor + 2 * itemsize) + 16 / tensor  # blocks gather what they have normed
+    return streams + each["q"] + each["k"] + each["v"] + each["context"] + 3 * (each["gate"] + each["up"])
+
+
+def all_saved_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1) -> float:
+    """Bytes that all layers keep of one token; the setting may be a split."""
+    parts = layer_parts(remat, config.layers)
+    return sum(count * saved_bytes(config, each, itemsize, tensor) for count, each in parts)
+
+
+def hosted_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1) -> float:
+    """Bytes that all layers keep of one token in the memory of the host, by `remat`, which may be a split."""
+    each = activation_bytes(config, itemsize, tensor)
+    parts = layer_parts(remat, config.layers)
+    return sum(count * sum(each[name] for name in hosted_names(part)) for count, part in parts)
+
+
+def recomputed_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1) -> float:
+    """Bytes of the named activations of one token that the backward pass makes again, in a layer that keeps least."""
+    kept = frozenset.intersection(*(saved_names(each) for _, each in layer_parts(remat, config.layers)))
+    return sum(size for name, size in activation_bytes(config, itemsize, tensor).items() if name not in kept)
+
+
+def score_bytes(config: LlamaConfig, length: int, tensor: int = 1) -> float:
+    """Bytes of one token's scores, masks and softmax in one layer, where rows are short enough for attention to keep them."""
+    return _SCORE_BYTES * config.heads / tensor * length if length * length <= _SHORT_SCORES else 0.0
+
+
+def recomputed_flops(config: LlamaConfig, remat: str, length: int) -> int:
+    """FLOPs of one token, all layers, that the backward pass does a second time; attention counted as causal.
+
+    The product with `down` is never among them: nothing in the backward pass needs what it gives.
+    """
+    dim = config.dim
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    costs = {"q": 2 * dim * query, "k": 2 * dim * key, "v": 2 * dim * key, "context": 2 * query * length,
+             "middle": 2 * query * dim, "gate": 2 * dim * config.ffn_dim, "up": 2 * dim * config.ffn_dim}  # fmt: skip
+    parts = [(count, saved_names(each)) for count, each in layer_parts(remat, config.layers)]
+    return sum(count * sum(cost for name, cost in costs.items() if name not in kept) for count, kept in parts)
+
+
+# --- memory ---
+
 
 ACCURACY = (
     "within 7 % of what XLA reports of most compiled TPU steps, up to 16 % below on v5e; "

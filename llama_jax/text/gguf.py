@@ -12,14 +12,11 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from llama_jax.errors import InputError
+from llama_jax.text.byte_level import SPLIT_RULES, require_characters
 from llama_jax.text.byte_pair import BytePairTokenizer
-from llama_jax.text.files import one_line
-from llama_jax.text.model_proto import Piece, model_proto
-from llama_jax.text.sentence_piece import SentencePieceTokenizer, processor_from_bytes
-from llama_jax.text.splitting import SPLIT_RULES
-from llama_jax.text.surface import require_characters
+from llama_jax.text.files import one_line, turn_tokens
+from llama_jax.text.sentencepiece import Piece, SentencePieceTokenizer, model_proto, processor_from_bytes
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.text.turns import turn_tokens
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # token types; 5 is unused
 _UNKNOWN_TOKEN = "<unk>"

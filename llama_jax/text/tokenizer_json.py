@@ -13,8 +13,8 @@ from typing import Any
 import tokenizers
 
 from llama_jax.errors import InputError
+from llama_jax.text.byte_level import is_bounded
 from llama_jax.text.files import one_line, read_text
-from llama_jax.text.splitting import is_bounded
 
 _LONGEST_PIECE = 1024  # characters; the longest of known vocabularies have some hundred
 _LARGEST_FILE = 64 << 20

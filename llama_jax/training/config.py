@@ -13,11 +13,17 @@ from llama_jax.accounting import parameter_shapes
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.model.remat import EXPECTED, parse_remat
-from llama_jax.training.config_checks import check_fields, require
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_distributed import DistributedConfig
-from llama_jax.training.config_method import AdapterConfig, GuardConfig, OptimizerConfig, PreferenceConfig
-from llama_jax.training.wall_time import wall_seconds
+from llama_jax.training.config_sections import (
+    AdapterConfig,
+    DataConfig,
+    DistributedConfig,
+    GuardConfig,
+    OptimizerConfig,
+    PreferenceConfig,
+    check_fields,
+    require,
+    wall_seconds,
+)
 
 _DTYPES = ("auto", "float32", "bfloat16")
 _CONTEXT_ATTENTION = ("gathered", "ring")

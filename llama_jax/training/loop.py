@@ -9,19 +9,28 @@ import jax
 from llama_jax.accounting import parameter_count
 from llama_jax.axes import Parameters
 from llama_jax.data.prepare import copy_tokenizer
-from llama_jax.data.unigram import unigram_cross_entropy
+from llama_jax.data.tokens import unigram_cross_entropy
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.text.tokenizer import load_tokenizer
-from llama_jax.training.books import Books
-from llama_jax.training.changed_settings import changed_settings, keep_config, learning_rate_jump
+from llama_jax.training.checkpointing import (
+    Saver,
+    Summary,
+    changed_settings,
+    clear_run,
+    keep_config,
+    learning_rate_jump,
+    only_run,
+)
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.config_data import micro_rows
-from llama_jax.training.corpora import make_batches, open_data, packing_figures, packing_lines, split_corpus
+from llama_jax.training.config_sections import micro_rows
+from llama_jax.training.consistency import require_equal_replicas, require_same, require_same_data
+from llama_jax.training.data import make_batches, open_data, packing_figures, packing_lines, split_corpus
 from llama_jax.training.display import Display, si
 from llama_jax.training.evaluate import (
     Evaluation,
     Evaluator,
     PairEvaluation,
+    Samples,
     batch_evaluator,
     choose_held_out,
     evaluate,
@@ -31,33 +40,33 @@ from llama_jax.training.evaluate import (
     together,
     token_bytes,
 )
-from llama_jax.training.hosts import global_batch
-from llama_jax.training.identity import MADE_FROM, TOKENIZER, describe_run, require_same_base, require_same_run
-from llama_jax.training.metrics import StepRecord
-from llama_jax.training.postmortem import array_figures
-from llama_jax.training.preflight import require_same, require_same_data
-from llama_jax.training.recovery import Recovery
-from llama_jax.training.replicas import require_equal_replicas
-from llama_jax.training.rewind import let_go
-from llama_jax.training.run_directory import clear_run, only_run
-from llama_jax.training.samples import Samples
-from llama_jax.training.saving import Saver
+from llama_jax.training.metrics import StepRecord, require_trackers
+from llama_jax.training.recovery import Recovery, Trouble, array_figures, let_go
+from llama_jax.training.run_log import Books, mfu_line
 from llama_jax.training.setup import (
+    MADE_FROM,
+    TOKENIZER,
     adopt,
+    describe_run,
     frozen_base,
     make_directory,
     make_recipe,
     require_fitting_objective,
+    require_same_base,
+    require_same_run,
     require_vocabulary,
     run_mesh,
 )
-from llama_jax.training.step import StepMetrics, TrainState, batch_sharding, sharded_init, sharded_step, state_shapes
-from llama_jax.training.step_log import mfu_line
-from llama_jax.training.summary import Summary
-from llama_jax.training.trackers import require_trackers
-from llama_jax.training.watch import Trouble
-from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.checkpoint_files import read_metadata
+from llama_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    batch_sharding,
+    global_batch,
+    sharded_init,
+    sharded_step,
+    state_shapes,
+)
+from llama_jax.weights.checkpoint import Checkpoints, read_metadata
 from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
 Held = Evaluation | PairEvaluation

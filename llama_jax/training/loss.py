@@ -1,5 +1,6 @@
 """What training makes small, from the model, its parameters and a batch: the loss of the next token."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +10,11 @@ from jax import lax
 
 from llama_jax.axes import Array, Bool, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
-from llama_jax.data.batches import Batch
+from llama_jax.data.packing import Batch
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, apply, model_for, require_inputs
-from llama_jax.parallel.context import balanced_positions, parts_of
-from llama_jax.parallel.sharding import constrain
+from llama_jax.model.lora import without_adapters
+from llama_jax.parallel.sharding import balanced_positions, constrain, parts_of
 from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, row_losses
 
 _MEAN_CHUNK = 2048  # tokens of one device whose logits exist at one time in `mean_loss`
@@ -120,3 +121,41 @@ def mean_loss(
     targets, counted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, given))
     batch = Batch(tokens, targets, counted, None)
     return batch_loss(model_for(params, config, **options), params, batch, _MEAN_CHUNK) / jnp.sum(counted)
+
+
+# --- preference ---
+#
+# Direct preference optimisation (arXiv:2305.18290): of two answers to a prompt the chosen one is made the likelier.
+#
+# Rows come in pairs, row `2i` the chosen and row `2i + 1` the rejected answer, with weights on the tokens of the answers. What
+# the policy is compared with is the model without its adapters: the same arrays, not a second copy.
+
+
+def preference_objective(beta: float) -> Objective:
+    """Mean over pairs of -log sigmoid(beta * (log-ratio of the chosen row - log-ratio of the rejected one)).
+
+    A row's log-ratio is log p of its answer under the policy minus that under the model without adapters. The further means
+    are `accuracy`, the share of pairs whose chosen row has the larger log-ratio, `margin`, beta times the difference, and
+    `chosen` and `rejected`, beta times the log-ratios.
+
+    Args:
+      beta: how much it costs to leave the model without adapters.
+    """
+    return Objective(functools.partial(_preference_loss, beta=beta), lambda batch: jnp.sum(_real_pairs(batch)))
+
+
+def _real_pairs(batch: Batch) -> Float[Array, "... P"]:
+    """1 for pairs whose rows both have targets, 0 for padding."""
+    real = jnp.any(batch.weights > 0, axis=-1)
+    return (real[..., 0::2] & real[..., 1::2]).astype(jnp.float32)
+
+
+def _preference_loss(
+    model: Llama, params: Parameters, batch: Batch, chunk: int, beta: float
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    reference = jax.lax.stop_gradient(batch_row_losses(model, without_adapters(params), batch, chunk))
+    rewards = beta * (reference - batch_row_losses(model, params, batch, chunk))
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    margin, real = chosen - rejected, _real_pairs(batch)
+    each = {"accuracy": margin > 0, "margin": margin, "chosen": chosen, "rejected": rejected}
+    return -jnp.sum(real * jax.nn.log_sigmoid(margin)), {name: jnp.sum(real * values) for name, values in each.items()}

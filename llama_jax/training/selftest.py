@@ -17,12 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
-from llama_jax.data.batches import Batch
+from llama_jax.data.packing import Batch
 from llama_jax.model.attention import BACKENDS, KERNELS, choose_backend
 from llama_jax.parallel.mesh import MESH_AXES, make_mesh
 from llama_jax.training.config import ComputeConfig, RunConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.training.config_sections import DataConfig, OptimizerConfig
 from llama_jax.training.setup import make_recipe
 from llama_jax.training.step import (
     StepMetrics,
@@ -33,8 +32,8 @@ from llama_jax.training.step import (
     sharded_step,
     state_shapes,
 )
+from llama_jax.weights.assemble import unstack
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.forms import unstack
 
 # Largest relative difference of a loss or gradient norm: rounding in another order, with room to spare.
 BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2}

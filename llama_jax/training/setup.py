@@ -1,36 +1,232 @@
 """The parts of a run, built from its config and checked against each other."""
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.axes import Parameters
-from llama_jax.data.atomic import atomic_write
+from llama_jax.axes import Array, Key, Parameters
+from llama_jax.data.batches import BLOCK, round_shares
+from llama_jax.data.held_out import Split
+from llama_jax.data.prepare import hash_tokenizer
 from llama_jax.data.token_set import TokenSet
 from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
+from llama_jax.model.lora import Dropout, combine, init_adapters
 from llama_jax.model.options import ModelOptions
+from llama_jax.model.quantize import quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, check_divisible, tree_shardings
+from llama_jax.storage import atomic_write
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
-from llama_jax.training.adapters import adapter_recipe, base_dtype, frozen_parameters, held
 from llama_jax.training.config import ComputeConfig, TrainConfig
-from llama_jax.training.config_data import micro_rows
-from llama_jax.training.corpora import require_same_tokenizer
-from llama_jax.training.identity import WEIGHTS
-from llama_jax.training.loss import next_token
-from llama_jax.training.optimizer import make_optimizer
-from llama_jax.training.schedule import learning_rate_schedule
-from llama_jax.training.step import Recipe, fresh_parameters
+from llama_jax.training.config_sections import AdapterConfig, micro_rows
+from llama_jax.training.data import packing_identity, require_same_tokenizer, sources_identity
+from llama_jax.training.loss import NEXT_TOKEN_FROZEN_HEAD, next_token, preference_objective
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama_jax.training.step import Draw, Recipe, TrainState, fresh_parameters
+from llama_jax.weights.assemble import unstack
+from llama_jax.weights.checkpoint import read_metadata
 from llama_jax.weights.digest import weights_digest
+from llama_jax.weights.inspect import report
 from llama_jax.weights.load import Form, load
 from llama_jax.weights.open import open_model
-from llama_jax.weights.report import report
+from llama_jax.weights.run import RUN_CHECKPOINTS
+
+# --- adapters ---
+#
+# Fine-tuning by adapters: from a recipe for whole training to one for the adapters of a frozen model.
+
+
+_BITS = {"int8": 8, "int4": 4}
+
+
+def adapter_recipe(recipe: Recipe, config: TrainConfig) -> Recipe:
+    """The recipe with adapters trained instead of the model, by `config.adapter` and `config.preference`.
+
+    What is trained is a tree of adapters, in the form of the model; what is frozen comes from `frozen_parameters`.
+
+    Args:
+      recipe: of whole training.
+      config: with `adapter.rank` above 0.
+    """
+    adapter, beta = config.adapter, config.preference.beta
+
+    def init(model: Llama, key: Key[Array, ""]) -> Parameters:
+        """Adapters that change nothing yet."""
+        fresh = init_adapters(key, model.config, adapter.rank, adapter.targets)
+        return fresh if model.options.scan else unstack(fresh)
+
+    def parameters(adapters: Parameters, frozen: Parameters, draw: Draw | None) -> Parameters:
+        """The frozen model with its adapters; with dropout in training."""
+        return combine(frozen, adapters, adapter.alpha / adapter.rank, dropout_at(adapter, config.run.seed, draw))
+
+    objective = preference_objective(beta) if beta > 0 else NEXT_TOKEN_FROZEN_HEAD
+    return recipe._replace(objective=objective, init=init, parameters=parameters)
+
+
+def dropout_at(config: AdapterConfig, seed: int, draw: Draw | None) -> Dropout | None:
+    """The dropout of one forward pass: a function of seed, update and micro-batch; none outside of training."""
+    if draw is None or config.dropout == 0:
+        return None
+    key = jax.random.key(seed)
+    for number in draw:
+        key = jax.random.fold_in(key, number)
+    return Dropout(key, config.dropout)
+
+
+def base_dtype(config: AdapterConfig, model: Llama) -> str:
+    """The float type in which a base is to be loaded: the one it will have, bfloat16 where it is made narrower still."""
+    return {"auto": model.options.dtype, "int8": "bfloat16", "int4": "bfloat16"}.get(config.base, config.base)
+
+
+def held(params: Parameters, config: AdapterConfig, model: Llama) -> Parameters:
+    """The weights of a base as `config.base` says that they are held in training."""
+    bits, dtype = _BITS.get(config.base), base_dtype(config, model)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return quantize(params, bits) if bits else params
+
+
+def frozen_parameters(params: Parameters, config: AdapterConfig, model: Llama, mesh: Mesh) -> Parameters:
+    """The base as it is held in training, on its shards.
+
+    Args:
+      params: of the base, in the form of the model; no longer needed afterwards where they are made narrower.
+      config: `base` says how the weights are held.
+      model: the module that will run them.
+      mesh: the devices.
+    """
+    frozen = held(params, config, model)
+    return jax.device_put(frozen, tree_shardings(frozen, mesh, model.options.rules))
+
+
+# --- identity ---
+#
+# What a run is, as its checkpoints say it: going on with another model, tokenizer or data order is refused.
+
+
+# Keys in the metadata of checkpoints that stand for what a config only names the place of.
+TEXT = "paths (hash of the text)"
+SOURCES = "sources (hash of the manifest x weight)"
+TOKENIZER = "data.tokenizer (hash)"
+MADE_FROM = "made_from"  # the report of the model that a run began with
+WEIGHTS = "weights (hash)"  # in that report, under adapters: see `require_same_base`
+
+
+def describe_run(config: TrainConfig, split: Split | None) -> dict:
+    """What a checkpoint says of its run, but for a tokenizer yet to be trained: resuming with another of these is refused."""
+    data = config.data
+    values: dict[str, object] = {} if split is None else {
+        "held_out_fraction": data.held_out_fraction,  # before the text, whose hash follows it: the first difference is told
+        TEXT: split.train.sha256[:16],
+    }  # fmt: skip
+    # Data that are to be left out (`skip_steps`) may change: that is how a run gets past what it stumbled over.
+    values |= {
+        "length": data.length,
+        "batch_rows": data.batch_rows,
+        "seed": data.seed,
+        **packing_identity(data),
+        "batch_ramp": [list(stage) for stage in data.batch_ramp],
+    }
+    if len(data.sources) > 1 and any(share % BLOCK for share in round_shares([source.weight for source in data.sources])):
+        values["mixture"] = "exact to 1e-6"  # earlier versions had rounded shares, and so another order
+    adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
+    preference = dataclasses.asdict(config.preference)
+    optimizer = {"name": config.optimizer.name, "moments_dtype": config.optimizer.moments_dtype}  # what its state is
+    if config.optimizer.param_dtype != "float32":
+        optimizer |= {"param_dtype": config.optimizer.param_dtype}
+    trained = {"model": dataclasses.asdict(config.model), "adapter": adapter, "preference": preference, "optimizer": optimizer}
+    if split is None:
+        return {**trained, "data": values | {SOURCES: sources_identity(data)}}
+    if data.tokenizer is None:
+        return {**trained, "data": values | {"vocab_size": data.vocab_size}}
+    return {**trained, TOKENIZER: hash_tokenizer(Path(data.tokenizer))[:16], "data": values}
+
+
+def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:
+    """Refuses to go on with another model, tokenizer or data order than the checkpoint's.
+
+    Args:
+      saved: metadata of the checkpoint, if there is one.
+      wanted: the same of this run; a section that it does not have yet is not looked at.
+      directory: of the run.
+
+    Raises:
+      InputError: naming the first difference.
+    """
+    if saved is None:
+        return
+    before, now = _leaves({section: saved.get(section) for section in wanted}), _leaves(wanted)
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            raise InputError(
+                f"{directory} holds a run with {key} {before.get(key)!r}, {now.get(key)!r} was asked for; "
+                "take another --run.dir, or --run.overwrite true to start anew"
+            )
+
+
+def require_same_base(saved: dict | None, made_from: dict | None, directory: Path) -> None:
+    """Refuses to go on with adapters over another model than the one that they were trained over so far.
+
+    The model may have moved: its weights are compared. Checkpoints of earlier versions name only its place.
+
+    Args:
+      saved: metadata of the checkpoint, if there is one.
+      made_from: the report of the model that was asked for, with `WEIGHTS` under adapters; `None` without `run.init`.
+      directory: of the run.
+
+    Raises:
+      InputError: naming both models.
+    """
+    before = None if saved is None else saved.get(MADE_FROM)
+    if before is None or made_from is None or WEIGHTS not in made_from:
+        return
+    key = WEIGHTS if WEIGHTS in before else "path"
+    if before.get(key) != made_from[key]:
+        raise InputError(
+            f"{directory} holds adapters over {_named(before)}, but run.init is {_named(made_from)}: adapters fit only the "
+            "model that they were trained over; give that as --run.init, or take another --run.dir"
+        )
+
+
+def _named(made_from: dict) -> str:
+    digest = f", weights {made_from[WEIGHTS]}" if WEIGHTS in made_from else ""
+    return f"{made_from.get('path')} ({made_from.get('origin')}{digest})"
+
+
+def _leaves(values: dict, prefix: str = "") -> dict:
+    flat: dict = {}
+    for key, value in values.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def require_same_model(config: TrainConfig) -> None:
+    """Refuses a config with another model than the checkpoints of its directory, without looking at the text.
+
+    Raises:
+      InputError: naming the first difference.
+    """
+    directory = Path(config.run.dir)
+    require_same_run(read_metadata(directory / RUN_CHECKPOINTS), {"model": dataclasses.asdict(config.model)}, directory)
+
+
+def fingerprint(state: TrainState) -> str:
+    """SHA-256 of every bit of a state, for telling whether two runs are the same."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+# --- setup ---
+
 
 RUN_TEXT = "tokenizer"  # in a run's directory: the tokenizer files of the model that the run began with
 

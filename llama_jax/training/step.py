@@ -1,23 +1,183 @@
 """One update as a pure function of (state, batch), and its sharded, compiled form."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.axes import Array, Bool, Float, Int, Key, Parameters, PyTree
-from llama_jax.data.batches import Batch
+from llama_jax.data.batches import Batches
+from llama_jax.data.packing import Batch
 from llama_jax.model.llama import Llama
 from llama_jax.parallel.compiler import training_options
-from llama_jax.parallel.context import whole_rows
-from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings
-from llama_jax.training.guard import Guard, acceptable, fresh_guard, kept_unless, noted
+from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings, whole_rows
 from llama_jax.training.loss import NEXT_TOKEN, Objective
+
+# --- hosts ---
+#
+# The batch of a step on all devices of all hosts, each host reading the rows of its own devices only; the step to end at.
+
+
+def row_numbers(rows: int, micro_rows: int, unit: int) -> np.ndarray:
+    """Which rows of a batch each micro-batch holds, `[A, B/A]`: the units are dealt out in turn.
+
+    So a host that holds the same rows of every micro-batch reads neighbouring rows, and pairs stay together.
+    """
+    return (
+        np.arange(rows, dtype=np.int64)
+        .reshape(micro_rows // unit, rows // micro_rows, unit)
+        .swapaxes(0, 1)
+        .reshape(-1, micro_rows)
+    )
+
+
+def global_batch(batches: Batches, step: int, micro_rows: int, sharding: NamedSharding) -> Batch:
+    """The batch of a step as micro-batches `[A, B/A, T]`, sharded over the devices of all processes.
+
+    Args:
+      batches: the same on every process.
+      step: from 0.
+      micro_rows: rows of a micro-batch; divides the rows of the batch.
+      sharding: of the result.
+    """
+    numbers = row_numbers(batches.rows_at(step), micro_rows, batches.unit)
+    return placed_rows(functools.partial(batches.chosen_rows, step), numbers, batches.length, sharding)
+
+
+def placed_rows(read: Callable[[np.ndarray], Batch], numbers: np.ndarray, length: int, sharding: NamedSharding) -> Batch:
+    """Sequences by their numbers, sharded over the devices of all processes; each process reads those of its own devices.
+
+    Args:
+      read: from numbers to sequences; the same on every process.
+      numbers: of the sequences, of any shape, such as `[A, B/A]`.
+      length: `T`, tokens of a sequence.
+      sharding: of the result, `[*numbers.shape, T]`.
+    """
+    shape = (*numbers.shape, length)
+    done: dict[tuple, Batch] = {}
+
+    def part(field: int, index: tuple[slice, ...]) -> np.ndarray:
+        """A field of the sequences that one device holds; devices that hold the same ones share them."""
+        wanted = numbers[index[:-1]]
+        key = wanted.shape, wanted.tobytes()
+        if key not in done:
+            done[key] = read(wanted.ravel())
+        return done[key][field].reshape(*wanted.shape, -1)[..., index[-1]]
+
+    fields = range(len(Batch._fields))
+    return Batch(*[jax.make_array_from_callback(shape, sharding, functools.partial(part, field)) for field in fields])
+
+
+def preempted(step: int) -> bool:
+    """Whether the processes of a run are to end after this step, as JAX's preemption service has found them to agree.
+
+    To be asked by all after every step. It looks at the process alone, until one of them has been given SIGTERM.
+    """
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+# --- guard ---
+#
+# The guard inside an update: where loss or gradient are not finite, or a spike, nothing changes but the count of steps.
+#
+# It is a part of the training state, so what it remembers is saved and restored with everything else, bit by bit.
+
+
+RING = 128  # good updates whose loss and gradient norm say what is usual
+ENOUGH = RING // 2  # of them before anything is called a spike
+WINDOW = 200  # updates of which is remembered whether they were skipped
+
+
+class Guard(NamedTuple):
+    """What is remembered of the updates so far.
+
+    Attributes:
+      losses: of the last `RING` good updates; the next one's place is `good % RING`.
+      norms: of their gradients.
+      good: updates that were made.
+      skipped: updates that were skipped.
+      streak: of these, the latest in a row; 0 after a good update.
+      recent: whether each of the last `WINDOW` updates was skipped; that of step `k` is at `k % WINDOW`.
+    """
+
+    losses: Float[Array, " ring"]
+    norms: Float[Array, " ring"]
+    good: Int[Array, ""]
+    skipped: Int[Array, ""]
+    streak: Int[Array, ""]
+    recent: Bool[Array, " window"]
+
+
+def fresh_guard() -> Guard:
+    """That of a run without updates."""
+    losses, norms = (jnp.zeros(RING, jnp.float32) for _ in range(2))
+    good, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return Guard(losses, norms, good, skipped, streak, jnp.zeros(WINDOW, jnp.bool_))
+
+
+def acceptable(guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""], sigma: float | None) -> Bool[Array, ""]:
+    """Whether an update is to be made.
+
+    Args:
+      guard: of the updates before.
+      loss: of this update.
+      norm: of its gradient, before clipping.
+      sigma: loss and norm may be so many standard deviations above the mean of the last good ones; any if `None`.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if sigma is None:
+        return finite
+    spike = _above(guard.losses, guard.good, loss, sigma) | _above(guard.norms, guard.good, norm, sigma)
+    return finite & ~(spike & (guard.good >= ENOUGH))
+
+
+def _above(ring: Float[Array, " ring"], count: Int[Array, ""], value: Float[Array, ""], sigma: float) -> Bool[Array, ""]:
+    """Whether a value lies so many standard deviations above the mean of the filled part of a ring."""
+    filled = jnp.arange(RING) < count
+    number = jnp.clip(count, 1, RING)
+    mean = jnp.sum(jnp.where(filled, ring, 0)) / number
+    deviation = jnp.sqrt(jnp.sum(jnp.where(filled, (ring - mean) ** 2, 0)) / number)
+    return value > mean + sigma * deviation
+
+
+def kept_unless(ok: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """The new arrays if all is well, else the old ones, bit by bit; the choice is made where the new ones are written."""
+    return jax.tree.map(lambda fresh, stale: jnp.where(ok, fresh, stale), new, old)
+
+
+def noted(guard: Guard, step: Int[Array, ""], ok: Bool[Array, ""], loss: Float[Array, ""], norm: Float[Array, ""]) -> Guard:
+    """The guard after an update; one that was skipped leaves no trace in what is usual."""
+    place = guard.good % RING
+
+    def put(ring: Float[Array, " ring"], value: Float[Array, ""]) -> Float[Array, " ring"]:
+        """A ring with the value of a good update."""
+        return ring.at[place].set(jnp.where(ok, value, ring[place]))
+
+    return Guard(
+        losses=put(guard.losses, loss),
+        norms=put(guard.norms, norm),
+        good=guard.good + ok,
+        skipped=guard.skipped + ~ok,
+        streak=jnp.where(ok, 0, guard.streak + 1),
+        recent=guard.recent.at[step % WINDOW].set(~ok),
+    )
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of a tree of arrays is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+# --- step ---
 
 
 class TrainState(NamedTuple):

@@ -7,6 +7,7 @@ completed; the loop only tells it of each update that it has begun.
 import collections
 import contextlib
 import faulthandler
+import json
 import os
 import statistics
 import sys
@@ -19,7 +20,9 @@ from typing import Protocol, runtime_checkable
 
 import jax
 
-from llama_jax.training.clock import Clock
+from llama_jax.storage import atomic_write
+from llama_jax.training.goodput import Clock
+from llama_jax.training.metrics import Metric
 
 HUNG = 3  # exit status
 
@@ -174,3 +177,42 @@ def _write_stacks(path: Path, line: str) -> None:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {line}\n\n")
         file.flush()
         faulthandler.dump_traceback(file)
+
+
+# --- heartbeat ---
+#
+# A small file that says how far a run is, for whoever watches from outside: `{"step": 40, "time": ..., "loss": 2.31}`.
+
+
+RUN_HEARTBEAT = "heartbeat.json"  # in the directory of a run
+_EVERY = 10.0  # seconds
+
+
+class Heartbeat:
+    """Writes the file, whole or not at all, at most every ten seconds; a failing disk is told of elsewhere.
+
+    Args:
+      path: the file; `None` to write nothing.
+      now: seconds since 1970.
+    """
+
+    def __init__(self, path: Path | None, now: Callable[[], float] = time.time) -> None:
+        self._path, self._now = path, now
+        self._last: float | None = None
+
+    def beat(self, step: int, loss: Metric, always: bool = False) -> None:
+        """Says that an update is done.
+
+        Args:
+          step: updates done.
+          loss: the latest known.
+          always: even if the last beat was less than ten seconds ago.
+        """
+        if self._path is None:
+            return
+        now = self._now()
+        if not always and self._last is not None and 0 <= now - self._last < _EVERY:
+            return
+        self._last = now
+        with contextlib.suppress(OSError), atomic_write(self._path) as file:
+            file.write(json.dumps({"step": step, "time": round(now, 3), "loss": loss}).encode())

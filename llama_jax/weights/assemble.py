@@ -1,20 +1,22 @@
 """From a source of single tensors to the one parameter tree, stacked or unrolled, whole or in shards over a mesh."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Parameters, PyTree
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible, stored_spec
-from llama_jax.weights.source import Source, flat_shapes, shown
+from llama_jax.weights.source import Source, blamed_on, flat_shapes, of_layer, require_tensors, shown, tree_shapes
 
 Form = Literal["stacked", "unrolled"]
 
@@ -142,3 +144,93 @@ def _copied(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     for start in range(0, tensor.shape[-1], _STRIP):
         copy[..., start : start + _STRIP] = tensor[..., start : start + _STRIP]
     return copy
+
+
+# --- forms ---
+#
+# The two forms of the one parameter tree: layers stacked on a leading axis, or one subtree a layer.
+#
+# Stacked is canonical, on disk and in training; unrolled is what decoding runs fastest on. Both hold the same numbers.
+
+
+def stack(params: Parameters) -> Parameters:
+    """The stacked form of an unrolled parameter tree (layers on a leading axis); a stacked tree comes back as it is."""
+    if "layers" in params:
+        return params
+    names = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name.split("_")[1]))
+    rest = {name: value for name, value in params.items() if name not in names}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *[params[name] for name in names])}
+
+
+def unstack(params: Parameters) -> Parameters:
+    """The unrolled form (`layers_0`, `layers_1`, ...) of a stacked parameter tree; an unrolled tree comes back as it is."""
+    if "layers" not in params:
+        return params
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+
+
+def unrolled(path: str, leaf: Array) -> Iterator[tuple[str, Array]]:
+    """One leaf of the stacked form as it is in the unrolled one, with its paths: `layers_0/a`, ... for `layers/a`."""
+    if not path.startswith("layers/"):
+        yield path, leaf
+        return
+    for layer in range(leaf.shape[0]):
+        yield path.replace("layers", f"layers_{layer}", 1), leaf[layer]
+
+
+# --- parameter source ---
+#
+# Sources that are no file: parameters in memory, and a source that is watched while it is read.
+
+
+class ParameterSource:
+    """A parameter tree in memory as a `Source`, whichever its form.
+
+    Attributes:
+      config: the architecture of the parameters.
+
+    Raises:
+      InputError: if the tree is not one of this architecture, counting and naming what is missing, too much or misshapen.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Parameters) -> None:
+        self.config = config
+        self._stacked = "layers" in params
+        self._arrays: dict[str, Any] = flatten_dict(params, sep="/")
+        with blamed_on("parameters"):
+            strange = [name for name, leaf in self._arrays.items() if not isinstance(leaf, jax.Array | np.ndarray)]
+            if strange:
+                raise InputError(f"{strange[0]} is a {type(self._arrays[strange[0]]).__name__}; an array expected")
+            require_tensors(tree_shapes(config, self._stacked), {name: leaf.shape for name, leaf in self._arrays.items()})
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One tensor on the host; see `Source.read`. Of a stacked tree, only that layer is copied from the device."""
+        if layer is None:
+            return np.asarray(self._arrays[name])
+        return np.asarray(self._arrays[name][layer] if self._stacked else self._arrays[of_layer(name, layer)])
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchedSource:
+    """A source that tells how far the reading is.
+
+    Attributes:
+      source: what is read.
+      watcher: called after each tensor with its number of parameters.
+    """
+
+    source: Source
+    watcher: Callable[[int], None]
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The architecture of the source."""
+        return self.source.config
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One tensor; see `Source.read`."""
+        tensor = self.source.read(name, layer)
+        self.watcher(tensor.size)
+        return tensor

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from llama_jax.errors import InputError
-from llama_jax.weights.checkpoint_files import list_steps
-from llama_jax.weights.files import mapped
-from llama_jax.weights.gguf_file import GgufFile
-from llama_jax.weights.gguf_split import part_paths
-from llama_jax.weights.hub import fetch, names_model
-from llama_jax.weights.open import base_of
+from llama_jax.weights.checkpoint import list_steps
+from llama_jax.weights.gguf_read import GgufFile, part_paths
+from llama_jax.weights.open import base_of, fetch, names_model
 from llama_jax.weights.run import RUN_CHECKPOINTS
-from llama_jax.weights.safetensors_file import map_safetensors
+from llama_jax.weights.safetensors import map_safetensors
+from llama_jax.weights.source import mapped
 
 _WHOLE = 64 << 20  # bytes of a file without tensors that is read whole
 _SAMPLES = 3  # places of a tensor that are looked at: its beginning, middle and end

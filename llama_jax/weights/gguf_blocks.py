@@ -9,13 +9,232 @@ rows are not whole blocks of these, llama.cpp takes the types here instead.
 Source: the GGUF specification and `ggml-common.h` of the ggml project.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.weights.gguf_k_blocks import UNEVEN, float16, iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
+from llama_jax.errors import InputError
+from llama_jax.weights.source import blamed_on, shown
+
+# --- gguf k blocks ---
+#
+# How GGUF's K-quants become numbers: blocks of 256 weights whose sub-blocks have scales that are themselves quantised.
+#
+# | type | weight | sub-blocks | scale `s` and offset `o` of a sub-block |
+# |---|---|---|---|
+# | Q2_K | `d s q - m o`, q of 2 bits | 16 of 16 | 4 bits each |
+# | Q3_K | `d s (q - 4)`, q of 3 bits | 16 of 16 | 6 bits, 32 taken off |
+# | Q4_K | `d s q - m o`, q of 4 bits | 8 of 32 | 6 bits each |
+# | Q5_K | `d s q - m o`, q of 5 bits | 8 of 32 | 6 bits each |
+# | Q6_K | `d s (q - 32)`, q of 6 bits | 16 of 16 | a signed byte |
+# | IQ4_XS | `d s u[q]`, q of 4 bits, `u` the steps of IQ4_NL | 8 of 32 | 6 bits, 32 taken off |
+#
+# `d` and `m` are float16, one a block. The functions here take blocks, uint8 `[blocks, bytes]`, and fill float32
+# `[blocks, 256]`. The order of the operations in float32 is ggml's, so that the weights are equal bit for bit.
+#
+# Source: `ggml-common.h` and `ggml-quants.c` of the ggml project.
+
+
+# The 16 steps of IQ4_NL and IQ4_XS, closer together near zero.
+UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
+_HALVES = np.array([[0], [4]], np.uint8)  # shifts, against bytes on the last axis
+_QUARTERS = np.array([[0], [2], [4], [6]], np.uint8)
+_BITS = np.arange(8, dtype=np.uint8)[:, None]
+
+
+def float16(data: np.ndarray) -> np.ndarray:
+    """Two bytes a block, uint8 `[blocks, 2]`, to float32 `[blocks, 1]`."""
+    return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
+
+
+def q2_k(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """84 bytes: 16 of scales (low half) and offsets (high half), 64 of quarters, `d`, `m`."""
+    scales = blocks[:, :16]
+    weights[:] = _unpacked(blocks[:, 16:80], 32, _QUARTERS, 3)
+    _scale(weights, float16(blocks[:, 80:82]) * (scales & 15))
+    _offset(weights, float16(blocks[:, 82:84]) * (scales >> 4))
+
+
+def q3_k(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """110 bytes: 32 of high bits, 64 of quarters, 12 of scales, `d`."""
+    high = _unpacked(blocks[:, :32], 32, _BITS, 1)
+    high <<= 2
+    high |= _unpacked(blocks[:, 32:96], 32, _QUARTERS, 3)
+    weights[:] = high
+    weights -= 4
+    # Eight bytes hold the low halves of all 16 scales, four more bytes their upper two bits.
+    scales = _unpacked(blocks[:, 96:104], 8, _HALVES, 15) | _unpacked(blocks[:, 104:108], 4, _QUARTERS, 3) << 4
+    _scale(weights, float16(blocks[:, 108:110]) * (scales.astype(np.float32) - 32))
+
+
+def q4_k(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """144 bytes: `d`, `m`, 12 of scales and offsets, 128 of halves."""
+    weights[:] = _unpacked(blocks[:, 16:], 32, _HALVES, 15)
+    _scale_and_offset(blocks, weights)
+
+
+def q5_k(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """176 bytes: `d`, `m`, 12 of scales and offsets, 32 of high bits, 128 of halves."""
+    high = _unpacked(blocks[:, 16:48], 32, _BITS, 1)
+    high <<= 4
+    high |= _unpacked(blocks[:, 48:], 32, _HALVES, 15)
+    weights[:] = high
+    _scale_and_offset(blocks, weights)
+
+
+def q6_k(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """210 bytes: 128 of low halves, 64 of high quarters, 16 of scales, `d`."""
+    high = _unpacked(blocks[:, 128:192], 32, _QUARTERS, 3)
+    high <<= 4
+    high |= _unpacked(blocks[:, :128], 64, _HALVES, 15)
+    weights[:] = high
+    weights -= 32
+    _scale(weights, float16(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8))
+
+
+def iq4_xs(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """136 bytes: `d`, 2 of the upper two bits of the scales, 4 of their low halves, 128 of halves."""
+    weights[:] = UNEVEN[_unpacked(blocks[:, 8:], 16, _HALVES, 15)]
+    # Scales in the order of the weights: the low half of a byte before its high half, the lowest two bits first.
+    scales = _unpacked(blocks[:, 4:8], 1, _HALVES, 15) | _unpacked(blocks[:, 2:4], 1, _QUARTERS, 3) << 4
+    _scale(weights, float16(blocks[:, :2]) * (scales.astype(np.float32) - 32))
+
+
+def _unpacked(data: np.ndarray, run: int, shifts: np.ndarray, mask: int) -> np.ndarray:
+    """Pieces of bytes as numbers, uint8 `[blocks, numbers]`: of each `run` bytes first the lowest pieces, then the next."""
+    pieces = np.right_shift(data.reshape(len(data), -1, 1, run), shifts)
+    pieces &= mask
+    return pieces.reshape(len(data), -1)
+
+
+def _scale(weights: np.ndarray, factors: np.ndarray) -> None:
+    """Multiplies sub-blocks by their factors, `[blocks, sub-blocks]`."""
+    parts = weights.reshape(*factors.shape, -1)
+    parts *= factors[:, :, None]
+
+
+def _offset(weights: np.ndarray, offsets: np.ndarray) -> None:
+    """Takes its offset off each sub-block, `[blocks, sub-blocks]`."""
+    parts = weights.reshape(*offsets.shape, -1)
+    parts -= offsets[:, :, None]
+
+
+def _scale_and_offset(blocks: np.ndarray, weights: np.ndarray) -> None:
+    """What Q4_K and Q5_K share: eight scales and eight offsets of 6 bits in bytes 4 to 15.
+
+    The first four of each are the low 6 bits of four bytes; of the others those bytes hold the upper 2 bits, and the last
+    four bytes the low 4 (scales in the low half, offsets in the high one).
+    """
+    first, second, lows = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = np.concatenate([first & 63, lows & 15 | first >> 2 & 48], axis=1)
+    offsets = np.concatenate([second & 63, lows >> 4 | second >> 2 & 48], axis=1)
+    _scale(weights, float16(blocks[:, :2]) * scales)
+    _offset(weights, float16(blocks[:, 2:4]) * offsets)
+
+
+# --- gguf encode ---
+#
+# Weights as the bytes of GGUF's element types: the inverse of `gguf_blocks`, for the types that we write.
+#
+# Source: `ggml-quants.c` of the ggml project (`quantize_row_q8_0_ref`).
+
+
+Encode = Callable[[np.ndarray], np.ndarray]
+
+Q8_0_BLOCK = 32  # weights that share a scale
+
+_ENCODED_AT_ONCE = 1 << 20  # weights encoded at a time: 4 MiB of float32
+
+
+class Encoding(NamedTuple):
+    """One way to write the matrices of a model.
+
+    Attributes:
+      type: name of the element type, as ggml spells it.
+      file_type: number of `general.file_type` for a model whose matrices are all of this type.
+      encode: from rows, floating `[rows, columns]`, to their bytes, uint8.
+    """
+
+    type: str
+    file_type: int
+    encode: Encode
+
+
+def strips(name: str, tensor: np.ndarray, encode: Encode) -> Iterator[np.ndarray]:
+    """The bytes of one tensor, some rows at a time, so that little more than the tensor is in memory.
+
+    Args:
+      name: for messages.
+      tensor: floating, 1-D or 2-D, in any memory layout.
+      encode: one of `ENCODINGS`.
+
+    Raises:
+      InputError: naming the tensor, for weights that are not finite or not in the range of the type.
+    """
+    rows = tensor if tensor.ndim == 2 else tensor[None]
+    step = max(1, _ENCODED_AT_ONCE // rows.shape[1])
+    for start in range(0, len(rows), step):
+        with blamed_on(f"tensor {shown(name)}"):
+            encoded = encode(np.ascontiguousarray(rows[start : start + step]))
+        yield encoded
+
+
+def _encode_floats(dtype: type, alternative: str) -> Encode:
+    def encode(rows: np.ndarray) -> np.ndarray:
+        """Rounded to the nearest, ties to even."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            encoded: np.ndarray = rows.astype(dtype)
+        _require_finite(rows, encoded, alternative)
+        return encoded.reshape(-1).view(np.uint8)
+
+    return encode
+
+
+def _encode_q8_0(rows: np.ndarray) -> np.ndarray:
+    """Blocks of a float16 scale and 32 signed bytes; the scale takes the largest weight to 127."""
+    blocks = rows.astype(np.float32, copy=False).reshape(-1, Q8_0_BLOCK)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        scales = np.abs(blocks).max(axis=1, keepdims=True) / 127
+        inverse = 1 / scales
+        stored = scales.astype(np.float16)
+    _require_finite(rows, stored, "float32 or bfloat16")
+    inverse[~np.isfinite(inverse)] = 0  # of zero, and of scales so small that float16 makes them zero
+    encoded = np.empty((len(blocks), 2 + Q8_0_BLOCK), np.uint8)
+    encoded[:, :2] = stored.view(np.uint8)
+    encoded[:, 2:] = _round(blocks * inverse).astype(np.int8).view(np.uint8)
+    return encoded.reshape(-1)
+
+
+def _round(numbers: np.ndarray) -> np.ndarray:
+    """To whole numbers, halves away from zero, as C's `roundf`; numpy's own rounding takes halves to even ones."""
+    sizes = np.abs(numbers)
+    floors = np.floor(sizes)
+    return np.copysign(floors + (sizes - floors >= 0.5), numbers)
+
+
+def _require_finite(rows: np.ndarray, encoded: np.ndarray, alternative: str) -> None:
+    """Refuses weights that became infinite, or were not finite to begin with."""
+    if np.isfinite(encoded).all():
+        return
+    largest = float(np.abs(rows).max())
+    if not np.isfinite(largest):
+        raise InputError("some weights are not finite numbers; the model is damaged")
+    raise InputError(f"a weight of size {largest:.6g} is out of range; take {alternative}")
+
+
+ENCODINGS = {
+    "float32": Encoding("F32", 0, _encode_floats(np.float32, "smaller weights")),
+    "float16": Encoding("F16", 1, _encode_floats(np.float16, "float32 or bfloat16")),
+    "bfloat16": Encoding("BF16", 32, _encode_floats(ml_dtypes.bfloat16, "float32")),
+    "q8_0": Encoding("Q8_0", 7, _encode_q8_0),
+}
+
+
+# --- gguf blocks ---
+
 
 Decode = Callable[[np.ndarray], np.ndarray]
 Fill = Callable[[np.ndarray, np.ndarray], None]  # from blocks, uint8 `[n, bytes]`, into weights, float32 `[n, length]`

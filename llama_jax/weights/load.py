@@ -13,13 +13,11 @@ from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import TRAINING, Rules, check_divisible
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.weights.assemble import Finish, Form, as_it_is, assemble, check_form
-from llama_jax.weights.forms import unrolled
+from llama_jax.weights.assemble import Finish, Form, as_it_is, assemble, check_form, unrolled
+from llama_jax.weights.inspect import Report, report
 from llama_jax.weights.open import open_model
-from llama_jax.weights.report import Report, report
-from llama_jax.weights.restore import restore_parameters
+from llama_jax.weights.restore import restore_parameters, verified_parameters
 from llama_jax.weights.run import RUN_CHECKPOINTS, RUN_TOKENIZER, RunSlices, RunSource, origin_of
-from llama_jax.weights.slices import verified_parameters
 
 __all__ = ["RUN_CHECKPOINTS", "RUN_TOKENIZER", "Form", "Pretrained", "load"]
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -12,19 +13,78 @@ from llama_jax.text.formats import format_for
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids, turn_ends
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.weights.files import json_object
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hub import fetch, names_model
-from llama_jax.weights.hugging_face import HuggingFaceSource
-from llama_jax.weights.hugging_face_files import inside
-from llama_jax.weights.merged import CONFIG as ADAPTERS_CONFIG
-from llama_jax.weights.merged import MergedSource
+from llama_jax.weights.hf_read import HuggingFaceSource, inside
 from llama_jax.weights.meta import MetaSource
 from llama_jax.weights.run import RUN_CHECKPOINTS, RunSource, has_adapters, origin_of, run_config, run_manifest
-from llama_jax.weights.source import Source, blamed_on, shown
+from llama_jax.weights.source import CONFIG as ADAPTERS_CONFIG
+from llama_jax.weights.source import MergedSource, Source, blamed_on, json_object, shown
 
 if TYPE_CHECKING:
     from llama_jax.weights.peft import Adapters
+
+
+# --- hub ---
+#
+# Models by their name on the Hugging Face Hub, fetched by its own client into its own cache (extra `hf`).
+#
+# What the client is told by the environment holds here too: where the cache is, whether to stay offline, who is asking.
+
+
+_NAME = re.compile(r"([a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+
+# What a model is made of; nothing else of a repository is fetched.
+_FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+          "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+_PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")  # where there is no safetensors
+
+# By the name of the client's error.
+_REASONS = {
+    "GatedRepoError": "its licence has to be accepted there first, and you logged in with: hf auth login",
+    "LocalEntryNotFoundError": "it is not in the cache, and the Hub cannot be reached or offline mode is set",
+    "OfflineModeIsEnabled": "it is not in the cache, and offline mode is set",
+    "RepositoryNotFoundError": "no such model, or one for which you have to be logged in",
+    "RevisionNotFoundError": "no such revision of it",
+}
+
+
+def names_model(path: pathlib.Path) -> bool:
+    """Whether a path that leads nowhere may be a name such as `meta-llama/Llama-3.2-1B`, with `@revision` or without.
+
+    A path into a folder that is there is a path: a slip of the pen in it asks nobody on the network.
+    """
+    return _NAME.fullmatch(path.as_posix()) is not None and not path.exists() and not path.parent.exists()
+
+
+def fetch(path: pathlib.Path) -> pathlib.Path:
+    """The directory of a model by its name, from the client's cache or, where that lacks a file, from the Hub.
+
+    Raises:
+      InputError: if the client is not installed, or cannot get the model: no such name, no network, no permission.
+    """
+    match = _NAME.fullmatch(path.as_posix())
+    if match is None:
+        raise InputError(f"{path}: a name such as meta-llama/Llama-3.2-1B or one with @revision expected")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        advice = "to fetch a model of that name from the Hugging Face Hub: pip install 'llama-jax[hf]'"
+        raise InputError(f"{path}: nothing there; {advice}") from None
+    try:
+        found = pathlib.Path(snapshot_download(match[1], revision=match[2], allow_patterns=list(_FILES)))
+        if not any(found.glob("model*.safetensors")):
+            snapshot_download(match[1], revision=match[2], allow_patterns=[*_FILES, *_PICKLES])
+        return found
+    except Exception as error:  # the client's own, those of its HTTP library, those of the file system
+        reason = _REASONS.get(type(error).__name__, f"{type(error).__name__}: {shown(str(error))}")
+        raise InputError(
+            f"{path}: nothing there, and not to be had from the Hugging Face Hub by that name ({reason})"
+        ) from None
+
+
+# --- open ---
+
 
 Format = Literal["run", "hugging_face", "meta", "gguf"]
 
@@ -67,7 +127,7 @@ def open_model(path: str | pathlib.Path) -> Opened:
     """Opens a run directory of `train.py`, a directory of Hugging Face's, of Meta's or of PEFT's, or a GGUF file.
 
     Of a GGUF model in several files any part will do. A name such as `meta-llama/Llama-3.2-1B`, with `@revision` or without,
-    where there is no such path, is that of a model on the Hugging Face Hub; see `llama_jax.weights.hub`. A directory of
+    where there is no such path, is that of a model on the Hugging Face Hub; see `llama_jax.weights.open`. A directory of
     adapters (PEFT's, or a run of them) is the model that they were made for, with them merged.
 
     Names, shapes and types of all tensors are checked; no weight is read but adapters.
@@ -225,7 +285,7 @@ def _open_run(path: pathlib.Path) -> Opened:
 
 def _open_adapter_run(path: pathlib.Path, config: LlamaConfig) -> Opened:
     """A run of adapters: the model that it began with, with them merged, and the words of the run."""
-    from llama_jax.weights.run_adapters import restore_adapters  # it needs Orbax, which takes seconds to import
+    from llama_jax.weights.peft import restore_adapters  # it needs Orbax, which takes seconds to import
 
     adapters, restored = restore_adapters(path)
     named = adapters.base or ""

@@ -14,9 +14,9 @@ from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.source import Shape, blamed_on, of_layer, require_tensors, shown, tree_shapes
 
 if TYPE_CHECKING:
-    from llama_jax.weights.checkpoint_files import Restored
-    from llama_jax.weights.manifest import Manifest
-    from llama_jax.weights.slices import SlicedCheckpoint
+    from llama_jax.weights.checkpoint import Restored
+    from llama_jax.weights.integrity import Manifest
+    from llama_jax.weights.restore import SlicedCheckpoint
 
 # A run directory as `train.py` lays it out.
 RUN_CHECKPOINTS = "checkpoints"
@@ -39,7 +39,7 @@ def run_manifest(directory: pathlib.Path) -> "Manifest":
       InputError: if there is no checkpoint.
       CorruptError: if the manifests of all checkpoints are damaged.
     """
-    from llama_jax.weights.checkpoint_files import list_steps, newest_manifest  # which import JAX
+    from llama_jax.weights.checkpoint import list_steps, newest_manifest  # which import JAX
 
     checkpoints = directory / RUN_CHECKPOINTS
     manifest = newest_manifest(checkpoints)
@@ -128,7 +128,7 @@ class RunSource:
         Raises:
           CorruptError: if all checkpoints are damaged.
         """
-        from llama_jax.weights.slices import verified_parameters  # Orbax takes seconds to import
+        from llama_jax.weights.restore import verified_parameters  # Orbax takes seconds to import
 
         restored = verified_parameters(self.directory / RUN_CHECKPOINTS, lambda checkpoint: checkpoint.verify())
         if restored is None:
@@ -137,7 +137,7 @@ class RunSource:
 
     @functools.cached_property
     def _slices(self) -> "SlicedCheckpoint":
-        from llama_jax.weights.slices import SlicedCheckpoint
+        from llama_jax.weights.restore import SlicedCheckpoint
 
         return SlicedCheckpoint(self.directory / RUN_CHECKPOINTS, self.verified.step)
 

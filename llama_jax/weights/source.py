@@ -4,10 +4,15 @@ Both formats store a matrix as `[out, in]`, the transpose of the canonical tree'
 """
 
 import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -126,3 +131,189 @@ def _listed(kind: str, names: Iterable[str], few: int = 4) -> str:
     names = list(names)
     rest = [f"and {len(names) - few} more"] if len(names) > few else []
     return f"{len(names)} {kind}: {', '.join([*map(shown, names[:few]), *rest])}" if names else ""
+
+
+# --- files ---
+#
+# Files that nobody vouches for, opened with care: mapped bytes, and descriptions in JSON.
+
+
+_LARGEST_JSON = 16 << 20
+
+
+def mapped(path: str | os.PathLike[str]) -> np.ndarray:
+    """The bytes of a regular file, `[size]`, mapped read-only: nothing is read until it is looked at.
+
+    Raises:
+      InputError: for a file that is missing, unreadable, or not a regular one (a pipe would make the reader wait).
+    """
+    try:
+        size = _regular(pathlib.Path(path)).stat().st_size
+        # An empty file cannot be mapped; the parser says what it lacks.
+        return np.asarray(np.memmap(path, np.uint8, "r")) if size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from None
+
+
+def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object that a small JSON file holds.
+
+    Raises:
+      InputError: for a file that is missing, unreadable or larger than a description is, for other text than JSON,
+        and for another kind of JSON value.
+    """
+    try:
+        if _regular(pathlib.Path(path)).stat().st_size > _LARGEST_JSON:
+            raise InputError(f"larger than {_LARGEST_JSON} bytes; a description of a model is not")
+        values = json.loads(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("not valid JSON; fetch the file again") from None
+    if not isinstance(values, dict):
+        raise InputError("does not hold a JSON object")
+    return values
+
+
+def _regular(path: pathlib.Path) -> pathlib.Path:
+    if path.exists() and not path.is_file():
+        raise InputError("cannot be read: not a regular file")
+    return path
+
+
+# --- merged ---
+#
+# A source with adapters merged into it. Like all that opens a model, it does without JAX.
+
+
+CONFIG = "adapter_config.json"  # what makes a directory one of adapters
+
+
+@runtime_checkable
+class Factors(Protocol):
+    """Adapters as far as merging them goes; see `llama_jax.weights.peft.Adapters`."""
+
+    @property
+    def tree(self) -> Mapping[str, Any]:
+        """`{"a", "b"}` at the names that are adapted."""
+
+    @property
+    def scale(self) -> float:
+        """What `a b` is multiplied by."""
+
+    @property
+    def replaced(self) -> Mapping[tuple[str, int | None], np.ndarray]:
+        """Whole tensors by canonical path and layer."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether a tied head follows the embedding."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MergedSource:
+    """A source with adapters merged into it, one tensor at a time: added in float32, in the type that the tensor had.
+
+    Attributes:
+      base: the model.
+      adapters: for it, stacked or unrolled.
+    """
+
+    base: Source
+    adapters: Factors
+
+    @functools.cached_property
+    def config(self) -> LlamaConfig:
+        """The architecture of the base, with the vocabulary and the head that the adapters give it.
+
+        A tied head stays what it was where only the embedding is adapted or replaced, as in PEFT: it is then of its own.
+        """
+        base, changed = self.base.config, {path for path, _ in self.adapters.replaced} | self.adapters.tree.keys()
+        embedding = self.adapters.replaced.get(("embedding", None))
+        untied = not self.adapters.tied and not changed.isdisjoint(("embedding", "head"))
+        size = base.vocab_size if embedding is None else len(embedding)
+        return dataclasses.replace(base, vocab_size=size, tied_head=base.tied_head and not untied)
+
+    def read(self, name: str, layer: int | None) -> np.ndarray:
+        """One tensor; see `Source.read`."""
+        tensor = self.adapters.replaced.get((name, layer))
+        if tensor is None and name == "head" and self.base.config.tied_head:
+            tensor = self.base.read("embedding", None).T
+        tensor = self.base.read(name, layer) if tensor is None else tensor
+        factors = self._factors(name, layer)
+        if factors is None:
+            return tensor
+        a, b = factors
+        return (tensor.astype(np.float32) + a @ b * np.float32(self.adapters.scale)).astype(tensor.dtype)
+
+    def _factors(self, name: str, layer: int | None) -> list[np.ndarray] | None:
+        """The two factors of a matrix, float32."""
+        node: Any = self.adapters.tree
+        first, *rest = name.split("/")
+        stacked = layer is not None and first in node
+        for key in (first if stacked or layer is None else f"{first}_{layer}", *rest):
+            node = node.get(key, {})
+        if "a" not in node:
+            return None
+        return [np.asarray(node[factor][layer] if stacked else node[factor], np.float32) for factor in ("a", "b")]
+
+
+# --- values ---
+#
+# Numbers out of other people's configuration: present, of the right kind, or refused by the name of their key.
+
+
+_LARGEST = 1 << 63  # JSON has no bound of its own
+
+
+def whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number; a null or absent one is the default. Its range is the business of `LlamaConfig`.
+
+    Raises:
+      InputError: naming the key, for another kind of value or a missing one without a default.
+    """
+    value = _given(values, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST:
+        raise InputError(f"{key} is {shown(value)}; a whole number expected")
+    return value
+
+
+def real(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A real number; as `whole` otherwise."""
+    value = _given(values, key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{key} is {shown(value)}; a number expected")
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{key} is {shown(value)}; a smaller number expected") from None
+
+
+def flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """True or false; as `whole` otherwise."""
+    value = _given(values, key, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{key} is {shown(value)}; true or false expected")
+    return value
+
+
+def quotient(values: Mapping[str, Any], dim_key: str, heads_key: str) -> int:
+    """The width of a head that nothing else states: the width of the model shared out evenly.
+
+    Raises:
+      InputError: naming both keys, where it does not come out even.
+    """
+    dim, heads = whole(values, dim_key), whole(values, heads_key)
+    if heads < 1 or dim % heads:
+        raise InputError(f"{dim_key} {shown(dim)} is not a multiple of {heads_key} {shown(heads)}")
+    return dim // heads
+
+
+def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = values.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"{key} is missing")
+    return value

@@ -7,9 +7,10 @@ import random
 import pytest
 
 from llama_jax.cli import infer, models
-from llama_jax.cli.program import run_program
-from llama_jax.generation import beginning, session
-from llama_jax.generation.beginning import common_beginning, saved
+from llama_jax.cli.main import run_program
+from llama_jax.generation import generate as beginning
+from llama_jax.generation import session
+from llama_jax.generation.generate import common_beginning, saved
 
 SYSTEM = "You are the keeper of a lighthouse, and answer briefly and truly."
 WORDS = ["The cat", "你好 🎉", "a", "dog " * 5, "The cat sat"]

@@ -13,9 +13,8 @@ import optax
 import pytest
 
 from llama_jax.cli.checkpoint import main
-from llama_jax.cli.program import run_program
-from llama_jax.training.guard import fresh_guard
-from llama_jax.training.step import TrainState
+from llama_jax.cli.main import run_program
+from llama_jax.training.step import TrainState, fresh_guard
 from llama_jax.weights.checkpoint import Checkpoints
 
 
@@ -99,7 +98,7 @@ def test_what_else_lies_there(run, capsys):
 
 
 def test_large_arrays_are_read_in_parts(run, capsys, monkeypatch):
-    from llama_jax.weights import checkpoint_check
+    from llama_jax.weights import restore as checkpoint_check
 
     monkeypatch.setattr(checkpoint_check, "_TOGETHER", 1)
     assert verb(capsys, "verify", run)[0] == 0

@@ -18,7 +18,7 @@ import sentencepiece
 from support import TINY, random_parameters, random_tokens
 
 from llama_jax.cli.convert import main
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.model.llama import logits
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.weights.checkpoint import Checkpoints
@@ -204,7 +204,7 @@ def test_as_a_process_that_is_interrupted(tiny_directory, tmp_path, name, status
     code = f"""if True:
         import signal, sys
         from llama_jax.cli import convert
-        from llama_jax.cli.program import run_program
+        from llama_jax.cli.main import run_program
         advance = convert.Progress.advance
         def interrupted(self, count):
             advance(self, count)

@@ -10,9 +10,9 @@ import pytest
 
 from llama_jax.cli import doctor
 from llama_jax.cli.doctor import Late, disk_check, environment_checks, main, within
-from llama_jax.cli.program import run_program
-from llama_jax.parallel import collective
-from llama_jax.parallel.collective import collective_test
+from llama_jax.cli.main import run_program
+from llama_jax.training import consistency as collective
+from llama_jax.training.consistency import collective_test
 
 
 def report(capsys, *arguments, status=0) -> dict[str, dict]:
@@ -68,7 +68,7 @@ def test_a_collective_that_hangs_ends_the_program():
     """As a process of its own: it says so, and its end does not wait for the thread that hangs."""
     code = """if True:
         import time, sys
-        import llama_jax.parallel.collective as collective
+        import llama_jax.training.consistency as collective
         collective.collective_test = lambda devices: time.sleep(3600)
         from llama_jax.cli.doctor import main
         sys.exit(main(["--seconds", "0.2"]))

@@ -11,8 +11,7 @@ import pytest
 from support import float64_logprobs
 
 from llama_jax.cli.evaluate import main
-from llama_jax.cli.main import run_verb
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program, run_verb
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import encode_prompt
 from llama_jax.training.evaluate import evaluate_text

@@ -10,7 +10,7 @@ import pytest
 from support import float64_logprobs
 
 from llama_jax.cli.evaluate import main
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.shards import Settings, Text, prepare_set
 from llama_jax.data.token_set import TokenSet

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from llama_jax.cli.counts import count, positive
 from llama_jax.cli.flops import main
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
+from llama_jax.cli.options import count, positive
 
 
 def figures(capsys, *arguments) -> dict:

@@ -19,8 +19,8 @@ from processes import INFER, KEEP, infer
 from safetensors.numpy import load_file, save_file
 
 from llama_jax.cli.infer import main
+from llama_jax.cli.main import run_program
 from llama_jax.cli.models import rope_scaling
-from llama_jax.cli.program import run_program
 from llama_jax.cli.writing import as_dict, in_order, write_json, write_text
 from llama_jax.config import RopeScaling
 from llama_jax.errors import InputError

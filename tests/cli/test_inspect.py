@@ -8,8 +8,8 @@ import pytest
 
 from llama_jax.cli.main import run_verb
 from llama_jax.errors import InputError
+from llama_jax.weights.inspect import report
 from llama_jax.weights.open import open_model
-from llama_jax.weights.report import report
 
 
 def test_text(tiny_directory, capsys):

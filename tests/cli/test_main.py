@@ -9,9 +9,8 @@ import jax
 import pytest
 
 import llama_jax
-from llama_jax.cli.compilation import keep_compiled_programs
-from llama_jax.cli.main import run_verb
-from llama_jax.cli.program import run_program
+from llama_jax.cli.distributed import keep_compiled_programs
+from llama_jax.cli.main import run_program, run_verb
 
 
 def as_module(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -91,7 +90,7 @@ def test_compiled_programs_are_kept_for_their_owner_only(tmp_path, cache_directo
 
 def test_a_choice_of_the_user_wins(tmp_path):
     """As a process, whose JAX reads it."""
-    code = "from llama_jax.cli.compilation import keep_compiled_programs as keep; keep(); import jax; "
+    code = "from llama_jax.cli.distributed import keep_compiled_programs as keep; keep(); import jax; "
     code += "print(jax.config.jax_compilation_cache_dir)"
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine"), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)

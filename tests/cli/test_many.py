@@ -13,9 +13,9 @@ import pytest
 from processes import INFER, KEEP
 from safetensors.numpy import load_file, save_file
 
+from llama_jax.cli.batch import Job, batch_settings, batches
 from llama_jax.cli.infer import main
-from llama_jax.cli.many import Job, batch_settings, batches
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.cli.requests import Request
 from llama_jax.generation.sampling import row_keys
 from llama_jax.generation.text import generate

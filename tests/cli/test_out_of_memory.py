@@ -6,7 +6,7 @@ import jax
 import pytest
 from tiny_runs import tiny_config, write_corpus, write_yaml
 
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.cli.train import main
 from llama_jax.training import loop
 

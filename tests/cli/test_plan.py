@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from llama_jax.cli.counts import count
+from llama_jax.cli.main import run_program
+from llama_jax.cli.options import count
 from llama_jax.cli.plan import main
-from llama_jax.cli.program import run_program
 
 EIGHT = pathlib.Path(__file__).parent.parent.parent / "configs" / "pods" / "llama3.1-8b-h100-8.yaml"
 POD = "--model llama3.1-70b --topology v5p:4x4x8 --length 8192 --batch-tokens 4M"
@@ -162,9 +162,9 @@ def test_without_the_compiler_for_tpus_it_says_what_to_install(capsys, more):
 def pretended(monkeypatch):
     """The bytes of temporaries that a compiler says are too many, one program after the other."""
     found: list[float] = []
-    monkeypatch.setattr("llama_jax.planning.ahead.topology_devices", lambda topology: [])
-    monkeypatch.setattr("llama_jax.cli.plan_compiled._prepare", lambda: None)
-    monkeypatch.setattr("llama_jax.cli.plan_compiled._attempt", lambda compile_step: found.pop(0))
+    monkeypatch.setattr("llama_jax.planning.compile.topology_devices", lambda topology: [])
+    monkeypatch.setattr("llama_jax.cli.plan._prepare", lambda: None)
+    monkeypatch.setattr("llama_jax.cli.plan._attempt", lambda compile_step: found.pop(0))
     return found
 
 
@@ -194,9 +194,9 @@ def test_what_takes_minutes_is_told_before_it_begins_apart_from_the_answer(capsy
         said.append(capsys.readouterr())
         return 50e9  # bytes of temporaries: too many
 
-    monkeypatch.setattr("llama_jax.planning.ahead.topology_devices", lambda topology: [])
-    monkeypatch.setattr("llama_jax.cli.plan_compiled._prepare", lambda: None)
-    monkeypatch.setattr("llama_jax.cli.plan_compiled._attempt", compile_nothing)
+    monkeypatch.setattr("llama_jax.planning.compile.topology_devices", lambda topology: [])
+    monkeypatch.setattr("llama_jax.cli.plan._prepare", lambda: None)
+    monkeypatch.setattr("llama_jax.cli.plan._attempt", compile_nothing)
     assert run_program(lambda: main(f"--model llama3-8b --topology v5e:4x4 --compile{more}".split())) == 0
     assert said == [("", "compiling the step for v5e:4x4, which takes minutes\n")]
     answer = capsys.readouterr()

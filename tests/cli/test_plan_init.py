@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from llama_jax.accounting import parameter_count
+from llama_jax.cli.main import run_program
 from llama_jax.cli.plan import main
-from llama_jax.cli.program import run_program
 from llama_jax.presets import preset
 from llama_jax.weights.open import open_model
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.errors import CorruptError, InputError
 
 
@@ -41,7 +41,7 @@ def test_our_own_errors_are_not_hidden():
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_goes_away(lines):
-    code = "import sys; from llama_jax.cli.program import run_program\n"
+    code = "import sys; from llama_jax.cli.main import run_program\n"
     code += f"def main():\n  for _ in range({lines}): print('x' * 50)\n  return 0\nsys.exit(run_program(main))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdout.close()
@@ -61,7 +61,7 @@ def test_a_full_disk_is_one_line(capsys):
 
 CLOSED = """
 import sys
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 def main():
     print("note", file=sys.stderr)
     with open(sys.argv[1]) as file:

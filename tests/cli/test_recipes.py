@@ -6,12 +6,11 @@ import pytest
 import yaml
 
 from llama_jax.cli.arguments import parse_train
-from llama_jax.data.steps import Steps
+from llama_jax.data.batches import Steps
 from llama_jax.presets import preset
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import OptimizerConfig
-from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.config_sections import DataConfig, OptimizerConfig
+from llama_jax.training.optimizer import learning_rate_schedule
 
 RECIPES = pathlib.Path(__file__).parent.parent.parent / "configs" / "recipes"
 M, T = 10**6, 10**12

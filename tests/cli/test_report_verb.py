@@ -6,11 +6,9 @@ import sys
 
 import pytest
 
-from llama_jax.cli.program import run_program
-from llama_jax.cli.report import main
+from llama_jax.cli.main import run_program
+from llama_jax.cli.report import Line, main, plot, read_runs, shown_range, smoothed
 from llama_jax.errors import InputError
-from llama_jax.training.curves import read_runs, shown_range, smoothed
-from llama_jax.training.terminal_plot import Line, plot
 
 
 def write_run(directory, steps=60, slope=0.05, resumed=(20,)):

@@ -8,10 +8,9 @@ from processes import Terminal, infer
 
 from llama_jax.cli import chat
 from llama_jax.cli.infer import make_parser
-from llama_jax.cli.settings import settings_of
+from llama_jax.cli.models import settings_of
 from llama_jax.errors import InputError
-from llama_jax.generation.conversation import Conversation
-from llama_jax.generation.text import generate
+from llama_jax.generation.text import Conversation, generate
 from llama_jax.weights.load import load
 
 

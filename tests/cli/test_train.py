@@ -33,12 +33,12 @@ from tiny_runs import (
 )
 
 from llama_jax.cli.arguments import parse_train
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.cli.train import main
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.display import open_display
-from llama_jax.training.guard import Guard
 from llama_jax.training.loop import Run
+from llama_jax.training.step import Guard
 
 STEPS = 30
 STOP = 17  # no multiple of any interval

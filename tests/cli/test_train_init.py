@@ -12,13 +12,13 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import read_lines, tiny_config, write_corpus, write_yaml
 
 import llama_jax
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.cli.train import main
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import setup
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.loop import RUN_CHECKPOINTS
-from llama_jax.weights.checkpoint_files import read_metadata
+from llama_jax.weights.checkpoint import read_metadata
 
 
 @pytest.fixture(scope="module")

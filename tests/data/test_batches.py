@@ -7,10 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.batch import Batch, fingerprint
-from llama_jax.data.batches import Batches, Source, sequential_windows
-from llama_jax.data.packing import pack
-from llama_jax.data.steps import Steps
+from llama_jax.data.batches import Batches, Source, Steps, sequential_windows
+from llama_jax.data.packing import Batch, fingerprint, pack
 from llama_jax.errors import InputError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llama_jax.data.encoding import encode_record
 from llama_jax.data.records import Row, SourceFile, make_record, parse_row
+from llama_jax.data.workers import encode_record
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, template_from_directory
 from llama_jax.text.tokenizer import load_tokenizer

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from llama_jax.data import corpus
-from llama_jax.data.corpus import Document, is_held_out, read_corpus, standard_library
+from llama_jax.data import records as corpus
+from llama_jax.data.records import Document, is_held_out, read_corpus, standard_library
 from llama_jax.errors import InputError
 
 

@@ -6,9 +6,10 @@ import random
 import pytest
 
 from llama_jax.cli.prepare import make_parser
-from llama_jax.data import encoding, held_out
-from llama_jax.data.corpus import is_held_out
+from llama_jax.data import held_out
+from llama_jax.data import workers as encoding
 from llama_jax.data.prepare import read_tokenizer_files
+from llama_jax.data.records import is_held_out
 from llama_jax.data.shards import Settings, Text, prepare_set
 from llama_jax.data.token_set import TokenSet
 from llama_jax.errors import InputError

@@ -11,16 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import packing as module
-from llama_jax.data.batch import Batch, fingerprint, select_rows
-from llama_jax.data.batches import BLOCK, ROUND, Batches, Source, block_shares, round_shares, sequential_rows
-from llama_jax.data.best_fit import best_fit
-from llama_jax.data.packing import Cut, Fit, Pairs, pack
-from llama_jax.data.permutation import permute
-from llama_jax.data.steps import Steps
-from llama_jax.data.token_counts import count_tokens
-from llama_jax.data.token_file import TokenFile
-from llama_jax.data.token_writer import token_writer
-from llama_jax.data.tokens import Piece, Tokens
+from llama_jax.data.batches import BLOCK, ROUND, Batches, Source, Steps, block_shares, permute, round_shares, sequential_rows
+from llama_jax.data.packing import Batch, Cut, Fit, Pairs, best_fit, fingerprint, pack, select_rows
+from llama_jax.data.token_file import TokenFile, token_writer
+from llama_jax.data.tokens import Piece, Tokens, count_tokens
 from llama_jax.errors import InputError
 
 many = settings(deadline=None, max_examples=60)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.permutation import permute
+from llama_jax.data.batches import permute
 
 
 def order(count, seed=0, epoch=0):

@@ -9,12 +9,11 @@ import pytest
 
 from llama_jax.data import prepare as module
 from llama_jax.data.batches import sequential_windows
-from llama_jax.data.corpus import Document, is_held_out
-from llama_jax.data.encoding import encode_record
+from llama_jax.data.held_out import split_documents
 from llama_jax.data.packing import pack
 from llama_jax.data.prepare import copy_tokenizer, encode_documents, hash_tokenizer, prepare
-from llama_jax.data.records import Record
-from llama_jax.data.split import split_documents
+from llama_jax.data.records import Document, Record, is_held_out
+from llama_jax.data.workers import encode_record
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.text.tokenizer import encode_prompt, load_tokenizer
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llama_jax.data.processes import WorkerDied, Workers
+from llama_jax.data.workers import WorkerDied, Workers
 
 
 def make_uneven():

@@ -8,13 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from llama_jax.data import encoding
-from llama_jax.data.corpus import is_held_out
-from llama_jax.data.manifest import Manifest
+from llama_jax.data import workers as encoding
 from llama_jax.data.prepare import read_tokenizer_files
-from llama_jax.data.records import list_files, read_records
+from llama_jax.data.records import is_held_out, list_files, read_records
 from llama_jax.data.shards import Settings, Text, prepare_set
-from llama_jax.data.token_set import TokenSet, damage
+from llama_jax.data.token_set import Manifest, TokenSet, damage
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.text.chat import encode_chat, encode_dialogue, template_from_directory
 from llama_jax.text.tokenizer import load_tokenizer

@@ -10,8 +10,7 @@ import lzma
 import pytest
 
 from llama_jax.data import records as module
-from llama_jax.data.corpus import read_corpus
-from llama_jax.data.records import list_files, read_records
+from llama_jax.data.records import list_files, read_corpus, read_records
 from llama_jax.data.sources import left_out
 from llama_jax.errors import InputError
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from llama_jax.data.corpus import Document, is_held_out
-from llama_jax.data.split import split_documents
+from llama_jax.data.held_out import split_documents
+from llama_jax.data.records import Document, is_held_out
 from llama_jax.errors import InputError
 
 LINES = "".join(f"line {number:04d}\n" for number in range(1000))

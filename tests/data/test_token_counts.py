@@ -6,13 +6,22 @@ import random
 import numpy as np
 import pytest
 
-from llama_jax.data import side, token_counts, token_file
+from llama_jax.data import shards as side
+from llama_jax.data import token_file
+from llama_jax.data import tokens as token_counts
 from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.shards import Settings, Text, prepare_set
-from llama_jax.data.token_counts import Counter, add_counts, count_tokens, read_counts, write_counts
 from llama_jax.data.token_set import TokenSet, damage
-from llama_jax.data.tokens import TokenCounts, Tokens
-from llama_jax.data.unigram import unigram_cross_entropy
+from llama_jax.data.tokens import (
+    Counter,
+    TokenCounts,
+    Tokens,
+    add_counts,
+    count_tokens,
+    read_counts,
+    unigram_cross_entropy,
+    write_counts,
+)
 from llama_jax.errors import CorruptError
 from llama_jax.text.chat import template_from_directory
 

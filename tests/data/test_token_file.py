@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data import token_file
-from llama_jax.data.token_file import TokenFile, write_tokens
-from llama_jax.data.token_header import pack_header
+from llama_jax.data.token_file import TokenFile, pack_header, write_tokens
 from llama_jax.errors import CorruptError, InputError
 
 DOCUMENTS = [[1, 5, 6, 2], [1, 2], [], [1, 99, 0, 7, 2], [3]]

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 
 from llama_jax.data import token_set
-from llama_jax.data.manifest import MANIFEST_VERSION, CountsEntry, Manifest, ShardEntry, file_sha256
 from llama_jax.data.token_file import write_tokens
-from llama_jax.data.token_set import OPEN_AT_ONCE, Shards, TokenSet
+from llama_jax.data.token_set import (
+    MANIFEST_VERSION,
+    OPEN_AT_ONCE,
+    CountsEntry,
+    Manifest,
+    ShardEntry,
+    Shards,
+    TokenSet,
+    file_sha256,
+)
 from llama_jax.data.tokens import Piece
 from llama_jax.errors import CorruptError, InputError
 

@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.data import tokens
 from llama_jax.data.batches import sequential_windows
-from llama_jax.data.unigram import unigram_cross_entropy
+from llama_jax.data.tokens import unigram_cross_entropy
 
 
 def test_equals_a_count_in_plain_python(make_file, random_documents, monkeypatch):

@@ -7,9 +7,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data import vocabulary
-from llama_jax.data.corpus import Document, standard_library
-from llama_jax.data.vocabulary import train_vocabulary
+from llama_jax.data import prepare as vocabulary
+from llama_jax.data.prepare import train_vocabulary
+from llama_jax.data.records import Document, standard_library
 from llama_jax.errors import InputError
 
 

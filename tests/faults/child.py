@@ -209,8 +209,7 @@ def forbid_network() -> None:
 
 
 def main() -> int:
-    from llama_jax.cli.main import run_verb
-    from llama_jax.cli.program import run_program
+    from llama_jax.cli.main import run_program, run_verb
 
     # Should a test wait for ever, it is seen where.
     faulthandler.dump_traceback_later(float(os.environ.get("LLAMA_JAX_CHILD_SECONDS", "280")), exit=True)

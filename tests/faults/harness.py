@@ -19,9 +19,8 @@ import numpy as np
 from tiny_runs import ROOT, child_environment, read_lines, tiny_config, without_speed, write_yaml
 
 from llama_jax.training.config import TrainConfig
-from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.checkpoint_files import list_steps
-from llama_jax.weights.checksum import by_path
+from llama_jax.weights.checkpoint import Checkpoints, list_steps
+from llama_jax.weights.integrity import by_path
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
 CHILD = pathlib.Path(__file__).with_name("child.py")

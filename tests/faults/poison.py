@@ -77,8 +77,7 @@ def kill_at(where: str) -> None:
 
 
 if __name__ == "__main__":
-    from llama_jax.cli.main import run_verb
-    from llama_jax.cli.program import run_program
+    from llama_jax.cli.main import run_program, run_verb
 
     what, where, *arguments = sys.argv[1:]
     jax.config.update("jax_platforms", "cpu")

@@ -16,7 +16,7 @@ from faults.child import flip_bit
 from faults.harness import Spawner, assert_bitwise, checkpoint_steps, leaf_hashes, make_run
 
 from llama_jax.training.config import TrainConfig
-from llama_jax.weights.checkpoint_check import verify_checkpoints
+from llama_jax.weights.restore import verify_checkpoints
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
 FAULTS = int(os.environ.get("LLAMA_JAX_CHAOS", "8"))

@@ -14,14 +14,15 @@ import pytest
 from faults.poison import among, spoil
 from tiny_runs import ROOT, child_environment, read_lines, read_state, tiny_config, without_speed, write_corpus, write_yaml
 
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.errors import DivergedError
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.training import guard, loop, setup
+from llama_jax.training import loop, setup
+from llama_jax.training import step as guard
+from llama_jax.training.consistency import differing_replicas
 from llama_jax.training.loop import Run
-from llama_jax.training.replicas import differing_replicas
 from llama_jax.training.step import state_shapes
-from llama_jax.weights.checkpoint_files import list_steps
+from llama_jax.weights.checkpoint import list_steps
 
 pytestmark = pytest.mark.faults
 POISON = pathlib.Path(__file__).with_name("poison.py")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from faults.harness import STEPS, Child, assert_bitwise, checkpoint_steps, copy_run, make_run, metrics
 
-from llama_jax.weights.checkpoint_check import verify_checkpoints
+from llama_jax.weights.restore import verify_checkpoints
 from llama_jax.weights.run import RUN_CHECKPOINTS
 
 

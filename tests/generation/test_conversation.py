@@ -7,10 +7,9 @@ import pytest
 from support import shallow
 
 from llama_jax.errors import InputError
-from llama_jax.generation.conversation import Conversation
-from llama_jax.generation.text import encode_user, generate
+from llama_jax.generation.text import Conversation, encode_user, generate
 from llama_jax.text.chat import ChatTemplate
-from llama_jax.weights.forms import stack
+from llama_jax.weights.assemble import stack
 from llama_jax.weights.load import Pretrained, load
 
 # As templates of reasoning models do: thoughts of earlier turns are left out, and the number of messages is in front.

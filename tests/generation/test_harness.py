@@ -179,7 +179,7 @@ def test_a_local_task(tiny, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 
-    from llama_jax.training.choices import Question, evaluate_choices
+    from llama_jax.generation.score import Question, evaluate_choices
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     words = ["the cat", "a dog", "on the mat", "log", "brown fox jumps", "sat", "quick", "saw the dog sit"]

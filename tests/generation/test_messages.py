@@ -10,7 +10,7 @@ from support import TINY, random_parameters, unrolled_parameters
 
 import llama_jax
 from llama_jax.errors import InputError
-from llama_jax.model.adapters import combine, init_adapters, merge
+from llama_jax.model.lora import combine, init_adapters, merge
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
 
 CONFIG = dataclasses.replace(TINY, layers=1, vocab_size=98)

@@ -10,13 +10,12 @@ import pytest
 from support import TINY, shallow, unrolled_parameters
 
 from llama_jax.errors import InputError
-from llama_jax.generation.conversation import Conversation
 from llama_jax.generation.decode import BROKEN, NOTHING, finite, generate_tokens
 from llama_jax.generation.generate import Generator, Speculation
 from llama_jax.generation.sampling import make_sampling
 from llama_jax.generation.score import score_tokens
 from llama_jax.generation.session import NotFiniteError
-from llama_jax.generation.text import generate, stream
+from llama_jax.generation.text import Conversation, generate, stream
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
 from llama_jax.weights.load import load

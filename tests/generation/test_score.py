@@ -29,7 +29,7 @@ def tiny(tiny_directory):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_scores_equal_the_full_pass(generator, monkeypatch, batch_size):
-    monkeypatch.setattr("llama_jax.generation.logprobs._BLOCK", 16)
+    monkeypatch.setattr("llama_jax.generation.programs._BLOCK", 16)
     got = score_tokens(generator, *zip(*PAIRS), batch_size=batch_size)
     for (prompt, continuation), result in zip(PAIRS, got):
         every = float64_logprobs(PARAMS, prompt + continuation, CONFIG)[len(prompt) - 1 : -1]

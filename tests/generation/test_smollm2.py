@@ -6,7 +6,7 @@ from matrix import rounds
 
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.text import encode_user, generate, stream
-from llama_jax.weights.forms import stack
+from llama_jax.weights.assemble import stack
 
 pytestmark = pytest.mark.smollm2
 

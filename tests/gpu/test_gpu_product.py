@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.product import product
+from llama_jax.model.matmul import product
 from llama_jax.model.quantize import dequantize, quantize
 
 pytestmark = pytest.mark.gpu

@@ -11,11 +11,11 @@ from support import TINY, float64_logits, random_parameters, random_tokens
 
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.errors import InputError
-from llama_jax.model.adapters import Adapted, Dropout, combine, dropped, init_adapters, merge, without_adapters
 from llama_jax.model.llama import logits
-from llama_jax.model.product import product
+from llama_jax.model.lora import Adapted, Dropout, combine, dropped, init_adapters, merge, without_adapters
+from llama_jax.model.matmul import product
 from llama_jax.model.quantize import dequantize, quantize
-from llama_jax.weights.forms import stack, unstack
+from llama_jax.weights.assemble import stack, unstack
 
 CONFIG = dataclasses.replace(TINY, layers=2, head_dim=16)  # groups of 32 divide its inner width
 PARAMS = random_parameters(CONFIG)

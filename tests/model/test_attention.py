@@ -12,7 +12,7 @@ from matrix import ALL, matrix
 
 from llama_jax.errors import InputError
 from llama_jax.model.attention import BACKENDS, Mask, attend, choose_backend
-from llama_jax.model.chunked import chunked_attention
+from llama_jax.model.blockwise import chunked_attention
 
 HEADS = [pytest.param((4, 4), id="mha"), pytest.param((6, 2), id="gqa"), pytest.param((4, 1), id="mqa")]
 

@@ -15,13 +15,12 @@ from attention_oracle import float64_attention, seen_by
 from llama_jax.errors import InputError
 from llama_jax.model.attention import Scales, attend
 from llama_jax.model.cache import quantise_heads
-from llama_jax.model.context import attend_over_mesh
+from llama_jax.model.context_parallel import attend_over_mesh
 from llama_jax.model.mask import Mask
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.splash import splash_attention
-from llama_jax.parallel.context import balanced_positions
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.sharding import TRAINING
+from llama_jax.parallel.sharding import TRAINING, balanced_positions
 
 BATCH, HEADS, KV_HEADS, LENGTH, WIDTH = 2, 4, 2, 512, 64
 MASKS = ("whole rows", "documents", "padding behind", "document in two places", "cache, rows of unequal length", "8-bit cache")

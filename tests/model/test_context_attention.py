@@ -15,15 +15,14 @@ from matrix import matrix
 from support import TINY, float64_logits, random_parameters, random_tokens
 
 from llama_jax.errors import InputError
-from llama_jax.model import chunked
+from llama_jax.model import blockwise as chunked
 from llama_jax.model.attention import attend
-from llama_jax.model.context import attend_over_mesh
+from llama_jax.model.context_parallel import Ring, attend_over_mesh, block_size, ring_attention
 from llama_jax.model.llama import Llama, apply, logits
 from llama_jax.model.mask import Mask
 from llama_jax.model.options import ModelOptions
-from llama_jax.model.ring import Ring, block_size, ring_attention
-from llama_jax.parallel.context import balanced_positions
 from llama_jax.parallel.mesh import make_mesh
+from llama_jax.parallel.sharding import balanced_positions
 
 HEADS, KV_HEADS, LENGTH = 4, 2, 48
 

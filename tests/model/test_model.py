@@ -12,14 +12,14 @@ from support import LLAMA3_SCALING, TINY, VARIANTS, float64_logits, random_param
 
 from llama_jax.errors import InputError
 from llama_jax.generation.generate import Generator
-from llama_jax.model.adapters import combine, init_adapters
 from llama_jax.model.layers import rms_norm, swiglu
 from llama_jax.model.llama import Llama, embed, hidden_states, logits
+from llama_jax.model.lora import combine, init_adapters
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.quantize import quantize
 from llama_jax.model.rope import _by_halves, _by_product, inverse_frequencies, rotate, rotation
 from llama_jax.training.loss import mean_loss
-from llama_jax.weights.forms import stack, unstack
+from llama_jax.weights.assemble import stack, unstack
 
 SMALL = dataclasses.replace(TINY, layers=2)
 slow = pytest.mark.slow  # `test_parity` has both forms of every variant

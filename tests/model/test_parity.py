@@ -9,7 +9,7 @@ import pytest
 from support import VARIANTS, random_parameters, random_tokens, torch_name, transformers_model, unrolled_parameters
 
 from llama_jax.model.llama import hidden_states, logits
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
 pytestmark = pytest.mark.parity

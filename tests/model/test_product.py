@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matrix import matrix as every_pair
 
-from llama_jax.model.product import _filled_up, _quantized_on_gpu, product
+from llama_jax.model.matmul import _filled_up, _quantized_on_gpu, product
 from llama_jax.model.quantize import Quantized, dequantize, quantize
 
 ROWS = (1, 2, 5, 40)  # one row, few, and more than are split

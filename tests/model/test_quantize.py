@@ -16,7 +16,7 @@ from llama_jax.model.llama import embed, hidden_states, logits
 from llama_jax.model.quantize import Quantized, dequantize, parameter_bytes, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 SMALL = dataclasses.replace(TINY, layers=2)
 GROUP = 4  # divides every matrix of TINY

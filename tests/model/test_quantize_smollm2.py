@@ -10,7 +10,7 @@ import pytest
 from llama_jax.model.cache import Cache, init_cache
 from llama_jax.model.llama import apply, model_for
 from llama_jax.model.quantize import parameter_bytes, quantize
-from llama_jax.weights.forms import stack
+from llama_jax.weights.assemble import stack
 
 pytestmark = pytest.mark.smollm2
 

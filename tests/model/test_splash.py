@@ -8,13 +8,12 @@ from attention_oracle import float64_attention, seen_by
 
 from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
-from llama_jax.model.context import attend_over_mesh
+from llama_jax.model.context_parallel import attend_over_mesh
 from llama_jax.model.mask import Mask
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.splash import fits_splash, splash_attention
-from llama_jax.parallel.context import balanced_positions
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.sharding import TRAINING
+from llama_jax.parallel.sharding import TRAINING, balanced_positions
 
 
 def draw(length, width, heads=4, kv_heads=2, batch=2, seed=0):

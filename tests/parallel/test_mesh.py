@@ -12,8 +12,8 @@ import pytest
 
 from llama_jax.cli.plan import config_job, read_config
 from llama_jax.errors import InputError
+from llama_jax.parallel.chips import Topology, parse_topology
 from llama_jax.parallel.mesh import across_slices, make_mesh
-from llama_jax.planning.chips import Topology, parse_topology
 
 PODS = pathlib.Path(__file__).parents[2] / "configs" / "pods"
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.planning.chips import CHIPS, chip_of, common_topologies, parse_topology
+from llama_jax.parallel.chips import CHIPS, chip_of, common_topologies, parse_topology
 from llama_jax.planning.job import MeshSizes, parse_mesh
 
 

@@ -11,12 +11,12 @@ from support import TINY
 from llama_jax.data.batches import Batch
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
+from llama_jax.parallel.chips import parse_topology
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.planning.chips import parse_topology
 from llama_jax.planning.job import Job, MeshSizes, parse_mesh
 from llama_jax.planning.memory import training_memory
 from llama_jax.presets import preset
-from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.training.config_sections import OptimizerConfig
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import Recipe, batch_sharding, sharded_step, state_shapes
 

@@ -7,15 +7,22 @@ import pytest
 
 from llama_jax.cli.arguments import parse_train
 from llama_jax.model.remat import LADDER
-from llama_jax.planning.chips import parse_topology
-from llama_jax.planning.flags import TRAIN_KEYS, flags
+from llama_jax.parallel.chips import parse_topology
 from llama_jax.planning.job import Job, MeshSizes, parse_mesh
-from llama_jax.planning.of_config import devices_of, first_fitting_remat, job_of, remat_candidates
-from llama_jax.planning.plan import Change, make_plan
-from llama_jax.planning.search import outlook
+from llama_jax.planning.plan import (
+    TRAIN_KEYS,
+    Change,
+    devices_of,
+    first_fitting_remat,
+    flags,
+    job_of,
+    make_plan,
+    outlook,
+    remat_candidates,
+)
 from llama_jax.presets import preset
 from llama_jax.training.config import ComputeConfig, MeshConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
+from llama_jax.training.config_sections import DataConfig
 
 NOWHERE = pathlib.Path("none.yaml")
 BASE = pathlib.Path(__file__).parent.parent.parent / "configs" / "recipes" / "llama3.1-8b.yaml"

@@ -11,9 +11,8 @@ import pytest
 
 from llama_jax.cli.arguments import parse_train
 from llama_jax.cli.plan import config_job, read_config
-from llama_jax.planning.chips import Topology, parse_topology
-from llama_jax.planning.of_config import job_of
-from llama_jax.planning.plan import Plan, make_plan
+from llama_jax.parallel.chips import Topology, parse_topology
+from llama_jax.planning.plan import Plan, job_of, make_plan
 from llama_jax.training.config import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"

@@ -15,7 +15,7 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.remat import LADDER, layer_parts, saved_names
 from llama_jax.model.rope import rotation
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.planning.remat import all_saved_bytes, hosted_bytes, recomputed_flops, saved_bytes, score_bytes
+from llama_jax.planning.memory import all_saved_bytes, hosted_bytes, recomputed_flops, saved_bytes, score_bytes
 
 CONFIG = dataclasses.replace(TINY, dim=192, heads=6, kv_heads=2, head_dim=40, ffn_dim=448)
 ROWS, LENGTH = 4, 256  # no other axis has as many as there are rows

@@ -10,7 +10,7 @@ import pytest
 from llama_jax.accounting import training_flops_per_token
 from llama_jax.config import LlamaConfig
 from llama_jax.model.remat import LADDER, NAMES, saved_names
-from llama_jax.planning.remat import recomputed_flops, saved_bytes
+from llama_jax.planning.memory import recomputed_flops, saved_bytes
 from llama_jax.presets import preset
 
 PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "performance.md"

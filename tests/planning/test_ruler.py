@@ -2,9 +2,8 @@
 
 import pytest
 
-from llama_jax.planning.chips import parse_topology
-from llama_jax.planning.hlo import Program, sizes
-from llama_jax.planning.ruler import predict, predict_round
+from llama_jax.parallel.chips import parse_topology
+from llama_jax.planning.cost_model import Program, predict, predict_round, sizes
 
 V5P = parse_topology("v5p:4x4x4")
 MILLISECOND = int(V5P.chip.clock / 1000)  # cycles

@@ -5,17 +5,29 @@ import itertools
 
 import pytest
 
-from llama_jax.planning.advice import advice, is_out_of_memory, wanted_bytes
-from llama_jax.planning.chips import parse_topology
-from llama_jax.planning.flags import flags
+from llama_jax.parallel.chips import parse_topology
 from llama_jax.planning.job import Job, MeshSizes, parse_mesh
-from llama_jax.planning.of_config import devices_of, job_of
-from llama_jax.planning.plan import Change, Remedy, best_remat, changed, ladder_plans, make_plan
-from llama_jax.planning.search import enough_chips, fastest, outlook, remedies
+from llama_jax.planning.plan import (
+    Change,
+    Remedy,
+    advice,
+    best_remat,
+    changed,
+    devices_of,
+    enough_chips,
+    fastest,
+    flags,
+    is_out_of_memory,
+    job_of,
+    ladder_plans,
+    make_plan,
+    outlook,
+    remedies,
+    wanted_bytes,
+)
 from llama_jax.presets import preset
 from llama_jax.training.config import ComputeConfig, MeshConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.training.config_sections import DataConfig, OptimizerConfig
 
 CASES = [
     ("llama3.1-70b", "v5p:4x4x8", 4, "none"), ("llama3.1-8b", "v5e:4x4", 4, "none"), ("llama3.1-405b", "v5p:8x8x8", 1, "none"),

@@ -5,15 +5,13 @@ import dataclasses
 import pytest
 
 from llama_jax.accounting import LAYER_MATRICES
-from llama_jax.planning.chips import parse_topology
-from llama_jax.planning.decode import make_decode_plan
+from llama_jax.parallel.chips import parse_topology
 from llama_jax.planning.job import Job, MeshSizes, parse_mesh
-from llama_jax.planning.speed import flops_per_token, traffic, training_speed
+from llama_jax.planning.speed import flops_per_token, make_decode_plan, traffic, training_speed
 from llama_jax.presets import preset
-from llama_jax.training import step_log
+from llama_jax.training import run_log as step_log
 from llama_jax.training.config import RunConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import AdapterConfig, PreferenceConfig
+from llama_jax.training.config_sections import AdapterConfig, DataConfig, PreferenceConfig
 
 REMAT = "all"
 

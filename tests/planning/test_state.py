@@ -9,15 +9,15 @@ import pytest
 from support import TINY
 
 from llama_jax.accounting import LAYER_MATRICES
-from llama_jax.model.adapters import init_adapters
 from llama_jax.model.llama import Llama
+from llama_jax.model.lora import init_adapters
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.quantize import quantize
+from llama_jax.parallel.chips import parse_topology
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.planning.chips import parse_topology
 from llama_jax.planning.job import Job, MeshSizes
-from llama_jax.planning.state import optimizer_bytes, parameter_bytes, weight_bytes
-from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.planning.memory import optimizer_bytes, parameter_bytes, weight_bytes
+from llama_jax.training.config_sections import OptimizerConfig
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import Recipe, fresh_parameters, state_shapes
 

@@ -14,9 +14,9 @@ from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.llama3 import Llama3Tokenizer, load_llama3
-from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
+from llama_jax.text.sentencepiece import SentencePieceTokenizer, load_sentence_piece
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.weights.gguf_file import GgufFile
+from llama_jax.weights.gguf_read import GgufFile
 
 TRICKY = [
     "", " ", "  ", "\n", "\t\tx", " leading", "trailing ", "a  b   c", "\r\n\r\n", "\u00a0x\u3000y",

@@ -12,7 +12,7 @@ from trained import byte_level
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer, load_byte_pair
-from llama_jax.text.sentence_piece import SentencePieceTokenizer
+from llama_jax.text.sentencepiece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import encode_prompt
 
 

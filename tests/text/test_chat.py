@@ -13,7 +13,7 @@ from trained import byte_level
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.chat import ChatTemplate, encode_chat, template_from_directory, template_from_gguf, template_names
-from llama_jax.text.sentence_piece import SentencePieceTokenizer
+from llama_jax.text.sentencepiece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer
 
 

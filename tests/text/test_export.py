@@ -20,9 +20,9 @@ from llama_jax.text.chat import template_from_directory
 from llama_jax.text.export import gguf_metadata, hugging_face_files
 from llama_jax.text.gguf import tokenizer_from_gguf
 from llama_jax.text.llama3 import Llama3Tokenizer
-from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
+from llama_jax.text.sentencepiece import SentencePieceTokenizer, load_sentence_piece
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
-from llama_jax.weights.gguf_file import GgufFile
+from llama_jax.weights.gguf_read import GgufFile
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

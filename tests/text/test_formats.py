@@ -16,13 +16,13 @@ from trained import byte_level
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llama_jax.errors import InputError
+from llama_jax.text.byte_level import Surface
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.chat import APART, ChatTemplate, encode_chat, encode_dialogue, template_from_directory, template_from_gguf
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.formats import FORMATS, chatml, format_for, llama2, llama3, named_format, recognise
 from llama_jax.text.llama3 import Llama3Tokenizer
-from llama_jax.text.sentence_piece import SentencePieceTokenizer
-from llama_jax.text.surface import Surface
+from llama_jax.text.sentencepiece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer
 
 

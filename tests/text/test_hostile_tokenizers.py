@@ -19,8 +19,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from trained import byte_level
 
 from llama_jax.errors import InputError
+from llama_jax.text.byte_level import GPT2_PATTERN, LLAMA3_PATTERN, is_bounded
 from llama_jax.text.gguf import tokenizer_from_gguf
-from llama_jax.text.splitting import GPT2_PATTERN, LLAMA3_PATTERN, is_bounded
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, encode_prompt, load_tokenizer
 
 TEXT = "for x in range(10):\n    print('é 你好 🎉', x)  # aaaaaaaa  <|im_end|> \t\n"

@@ -14,7 +14,7 @@ from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.chat import ChatTemplate, Dialogue, encode_chat, encode_dialogue, template_from_gguf
 from llama_jax.text.formats import chatml, llama2, llama3
-from llama_jax.text.sentence_piece import SentencePieceTokenizer
+from llama_jax.text.sentencepiece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer
 
 DIALOGUES: list[Messages] = [*CONVERSATIONS, *SPACED, *TOOLS]

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from llama_jax.errors import InputError
-from llama_jax.text.sentence_piece import SentencePieceTokenizer, load_sentence_piece
+from llama_jax.text.sentencepiece import SentencePieceTokenizer, load_sentence_piece
 from llama_jax.text.tokenizer import encode_prompt
 
 

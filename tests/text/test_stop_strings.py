@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llama_jax.text.stop_strings import StopStrings
+from llama_jax.text.stops import StopStrings
 
 CASES = [
     ("abcdef", ["cd"], "ab", True), ("abcdef", ["x"], "abcdef", False), ("aab", ["ab"], "a", True),

@@ -15,7 +15,7 @@ from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.export import gguf_metadata, hugging_face_files
 from llama_jax.text.gguf import tokenizer_from_gguf
-from llama_jax.text.sentence_piece import SentencePieceTokenizer
+from llama_jax.text.sentencepiece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt
 
 Metadata = dict[str, object]

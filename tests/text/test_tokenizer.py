@@ -11,7 +11,7 @@ from trained import byte_level
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.llama3 import Llama3Tokenizer
-from llama_jax.text.sentence_piece import SentencePieceTokenizer
+from llama_jax.text.sentencepiece import SentencePieceTokenizer
 from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 

@@ -6,8 +6,8 @@ unless the layout says `S(n)`, which is memory on the chip.
 
 import re
 
-from llama_jax.planning import hlo
-from llama_jax.planning.hlo import Instruction
+from llama_jax.planning import cost_model as hlo
+from llama_jax.planning.cost_model import Instruction
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
 # Names for what is there already, loops and branches (their bodies are read), and starts (their ends are read).

@@ -25,7 +25,7 @@ from llama_jax.model.quantize import parameter_bytes, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, partition_spec, tree_shardings
 from llama_jax.presets import preset
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` installs it")
 pytestmark = pytest.mark.tpu

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from llama_jax.planning.ahead import compile_training
-from llama_jax.planning.chips import parse_topology
+from llama_jax.parallel.chips import parse_topology
+from llama_jax.planning.compile import compile_training
 from llama_jax.planning.job import Job, MeshSizes
-from llama_jax.planning.remat import hosted_bytes
+from llama_jax.planning.memory import hosted_bytes
 from llama_jax.presets import preset
 
 pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` installs it")

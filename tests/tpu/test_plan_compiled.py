@@ -9,7 +9,7 @@ import yaml
 
 from llama_jax.cli import plan
 from llama_jax.config import LlamaConfig
-from llama_jax.planning.ruler import CALIBRATION
+from llama_jax.planning.cost_model import CALIBRATION
 
 pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` installs it")
 pytestmark = pytest.mark.tpu

@@ -12,7 +12,7 @@ import sys
 import pytest
 from compiled import summed_weights
 
-from llama_jax.planning.ahead import Compiled
+from llama_jax.planning.compile import Compiled
 from llama_jax.planning.job import Job
 from llama_jax.planning.plan import make_plan
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.model.context import attend_over_mesh
+from llama_jax.model.context_parallel import attend_over_mesh
 from llama_jax.model.mask import Mask
 from llama_jax.model.options import ModelOptions
-from llama_jax.parallel.context import balanced_positions
+from llama_jax.parallel.chips import parse_topology
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.planning.ahead import topology_devices
-from llama_jax.planning.chips import parse_topology
+from llama_jax.parallel.sharding import balanced_positions
+from llama_jax.planning.compile import topology_devices
 
 pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` installs it")
 pytestmark = pytest.mark.tpu

@@ -9,9 +9,9 @@ import re
 
 import pytest
 
+from llama_jax.parallel.chips import parse_topology
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.planning.ahead import Compiled, compile_training, topology_devices
-from llama_jax.planning.chips import parse_topology
+from llama_jax.planning.compile import Compiled, compile_training, topology_devices
 from llama_jax.planning.job import Job, MeshSizes
 from llama_jax.planning.plan import make_plan
 from llama_jax.presets import preset

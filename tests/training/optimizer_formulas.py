@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.data.batches import Batch
-from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.training.config_sections import OptimizerConfig
 from llama_jax.training.loss import Objective
-from llama_jax.training.optimizer import make_optimizer
-from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama_jax.training.step import Recipe
 
 # From gradients in order of time and the parameter as it is at each, to the update for a learning rate of 1, before decay.

@@ -14,18 +14,16 @@ from test_step import parameters, random_batch
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.model.adapters import merge
 from llama_jax.model.llama import Llama
+from llama_jax.model.lora import merge
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.quantize import parameter_bytes, quantize
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.training.adapters import adapter_recipe, dropout_at, frozen_parameters
 from llama_jax.training.config import RunConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import AdapterConfig, OptimizerConfig, PreferenceConfig
+from llama_jax.training.config_sections import AdapterConfig, DataConfig, OptimizerConfig, PreferenceConfig
 from llama_jax.training.loss import batch_loss
-from llama_jax.training.optimizer import make_optimizer
-from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama_jax.training.setup import adapter_recipe, dropout_at, frozen_parameters
 from llama_jax.training.step import (
     Recipe,
     TrainState,
@@ -36,7 +34,7 @@ from llama_jax.training.step import (
     state_shapes,
     train_step,
 )
-from llama_jax.weights.forms import stack, unstack
+from llama_jax.weights.assemble import stack, unstack
 
 # Divisible by a 2 x 2 x 2 mesh and by groups of 32.
 CONFIG = dataclasses.replace(TINY, vocab_size=96, dim=64, layers=2, heads=4, head_dim=16)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from llama_jax.cli.evaluate import main
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.errors import InputError
+from llama_jax.generation.score import Question, evaluate_choices, joined, read_questions
 from llama_jax.model.llama import logits
 from llama_jax.text.tokenizer import encode_prompt
-from llama_jax.training.choices import Question, evaluate_choices, joined, read_questions
 from llama_jax.training.evaluate import evaluate_text
 from llama_jax.weights.load import load
 
@@ -62,7 +62,7 @@ def test_short_answers_win_raw_and_not_per_byte(tiny, monkeypatch):
     def flat(generator, prompts, continuations):
         return [Score(-1.0 * n - 0.5, False, [], []) for n in (1, 4)]
 
-    monkeypatch.setattr("llama_jax.training.choices.score_tokens", flat)
+    monkeypatch.setattr("llama_jax.generation.score.score_tokens", flat)
     got = evaluate_choices(tiny, [Question("q", ["mat!", "mat!mat!mat!mat!"], 0)])
     assert (got.acc, got.acc_norm, got.acc_stderr) == (1.0, 0.0, 0.0)
 

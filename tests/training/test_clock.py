@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import pytest
 from tiny_runs import tiny_config
 
-from llama_jax.parallel.peak import peak_flops
-from llama_jax.training.clock import Clock
-from llama_jax.training.goodput import Goodput, GoodputLog, read_goodput
+from llama_jax.parallel.chips import peak_flops
+from llama_jax.training.goodput import Clock, Goodput, GoodputLog, read_goodput
+from llama_jax.training.run_log import StepLog, mfu_line, total_peak
 from llama_jax.training.step import StepMetrics
-from llama_jax.training.step_log import StepLog, mfu_line, total_peak
 
 
 class Watch:

@@ -18,7 +18,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import tree_shardings
 from llama_jax.training.cross_entropy import cross_entropy
 from llama_jax.training.loss import batch_loss, batch_row_losses
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 LENGTH, ROWS = 64, 8
 # Every axis of every mesh of eight devices divides it; a row has two documents.

@@ -13,23 +13,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_runs import MODEL, read_lines, tiny_config, write_corpus
 
 from llama_jax.config import LlamaConfig
-from llama_jax.data.batches import Batches, Source
+from llama_jax.data.batches import Batches, Source, Steps
 from llama_jax.data.packing import pack
 from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.shards import Settings, Text, prepare_set
-from llama_jax.data.steps import Steps
 from llama_jax.data.token_file import write_tokens
 from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.text.chat import template_from_directory
 from llama_jax.training import setup
-from llama_jax.training.config_data import DataConfig, SourceConfig
-from llama_jax.training.corpora import make_batches, open_data, packing_identity, packing_lines
+from llama_jax.training.config_sections import DataConfig, SourceConfig
+from llama_jax.training.data import make_batches, open_data, packing_identity, packing_lines
 from llama_jax.training.evaluate import Evaluation, choose_held_out, together
-from llama_jax.training.hosts import global_batch, row_numbers
 from llama_jax.training.loop import Run
 from llama_jax.training.metrics import read_events
-from llama_jax.training.step import micro_batches
+from llama_jax.training.step import global_batch, micro_batches, row_numbers
 
 
 class Quiet:

@@ -10,18 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.data.batches import Batches, Source
+from llama_jax.data.batches import Batches, Source, Steps
 from llama_jax.data.packing import pack
-from llama_jax.data.steps import Steps
 from llama_jax.data.token_file import write_tokens
 from llama_jax.model.llama import Llama
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.training.config_method import OptimizerConfig
-from llama_jax.training.hosts import global_batch
-from llama_jax.training.optimizer import make_optimizer
-from llama_jax.training.schedule import learning_rate_schedule
-from llama_jax.training.step import Recipe, batch_sharding, fresh_state, sharded_step, state_shapes
+from llama_jax.training.config_sections import OptimizerConfig
+from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from llama_jax.training.step import Recipe, batch_sharding, fresh_state, global_batch, sharded_step, state_shapes
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.parity]
 

@@ -15,13 +15,26 @@ from llama_jax.model.llama import Llama
 from llama_jax.model.quantize import parameter_bytes
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import step as step_module
-from llama_jax.training.adapters import adapter_recipe, frozen_parameters
 from llama_jax.training.config import RunConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import AdapterConfig, OptimizerConfig
-from llama_jax.training.guard import ENOUGH, RING, WINDOW, Guard, acceptable, all_finite, fresh_guard, noted
+from llama_jax.training.config_sections import AdapterConfig, DataConfig, OptimizerConfig
 from llama_jax.training.optimizer import make_optimizer
-from llama_jax.training.step import Recipe, batch_sharding, micro_batches, sharded_init, sharded_step, state_shapes
+from llama_jax.training.setup import adapter_recipe, frozen_parameters
+from llama_jax.training.step import (
+    ENOUGH,
+    RING,
+    WINDOW,
+    Guard,
+    Recipe,
+    acceptable,
+    all_finite,
+    batch_sharding,
+    fresh_guard,
+    micro_batches,
+    noted,
+    sharded_init,
+    sharded_step,
+    state_shapes,
+)
 
 CONFIG = dataclasses.replace(TINY, vocab_size=96, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8)
 CONSTANT = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.0)

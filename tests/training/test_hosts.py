@@ -11,14 +11,14 @@ from jax.sharding import NamedSharding
 from tiny_runs import tiny_config, write_corpus, write_yaml
 
 from llama_jax.cli.data import main as data_command
-from llama_jax.data.batch import Batch, fingerprint
 from llama_jax.data.batches import Batches
+from llama_jax.data.packing import Batch, fingerprint
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, batch_spec
-from llama_jax.training import hosts
+from llama_jax.training import step as hosts
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.config_data import micro_rows
-from llama_jax.training.corpora import make_batches, open_data
+from llama_jax.training.config_sections import micro_rows
+from llama_jax.training.data import make_batches, open_data
 
 DEVICES, STEPS, STOPPED = 8, 7, 3
 MESHES = [(8, 1, 1), (2, 4, 1), (4, 1, 2), (1, 2, 4)]

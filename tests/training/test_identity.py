@@ -6,9 +6,9 @@ import pytest
 from tiny_runs import tiny_config, write_corpus
 
 from llama_jax.errors import InputError
-from llama_jax.training.config_method import AdapterConfig, PreferenceConfig
-from llama_jax.training.corpora import split_corpus
-from llama_jax.training.identity import describe_run, require_same_run
+from llama_jax.training.config_sections import AdapterConfig, PreferenceConfig
+from llama_jax.training.data import split_corpus
+from llama_jax.training.setup import describe_run, require_same_run
 
 
 @pytest.mark.parametrize(("section", "changes", "words"), [

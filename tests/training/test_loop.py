@@ -15,7 +15,7 @@ from support import random_parameters
 from tiny_runs import MODEL, WORDS, read_lines, read_state, snapshot, state_bytes, tiny_config, write_corpus
 
 import llama_jax
-from llama_jax.data.corpus import is_held_out
+from llama_jax.data.records import is_held_out
 from llama_jax.data.token_file import write_tokens
 from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, logits
@@ -23,15 +23,13 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training import evaluate as evaluate_module
-from llama_jax.training import loop, setup, step, step_log
-from llama_jax.training.changed_settings import keep_config, learning_rate_jump
+from llama_jax.training import loop, setup, step
+from llama_jax.training import run_log as step_log
+from llama_jax.training.checkpointing import keep_config, learning_rate_jump, only_run, summary_lines
 from llama_jax.training.evaluate import TokenBytes, batch_evaluator, choose_held_out, evaluate, text_evaluation
-from llama_jax.training.hosts import global_batch
-from llama_jax.training.identity import fingerprint
 from llama_jax.training.loop import Run
-from llama_jax.training.run_directory import only_run
-from llama_jax.training.step import StepMetrics
-from llama_jax.training.summary import summary_lines
+from llama_jax.training.setup import fingerprint
+from llama_jax.training.step import StepMetrics, global_batch
 from llama_jax.weights.checkpoint import SaveError
 
 

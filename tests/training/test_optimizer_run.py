@@ -13,8 +13,8 @@ from tiny_runs import read_state, tiny_config, write_corpus
 from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import setup
-from llama_jax.training.identity import fingerprint
 from llama_jax.training.loop import Run
+from llama_jax.training.setup import fingerprint
 
 STEPS = 4
 

@@ -12,11 +12,10 @@ from optimizer_formulas import any_batch, given_recipe, matrices, names_of, trai
 
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.errors import InputError
-from llama_jax.training.config_method import OptimizerConfig
-from llama_jax.training.optimizer import decayed, make_optimizer
-from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.config_sections import OptimizerConfig
+from llama_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from llama_jax.training.step import fresh_state, train_step
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 NAMES = ("adamw", "adafactor", "lion", "muon")
 STEPS = 5

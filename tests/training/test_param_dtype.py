@@ -17,10 +17,10 @@ from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import setup
-from llama_jax.training.config_method import OptimizerConfig
-from llama_jax.training.identity import fingerprint
+from llama_jax.training.config_sections import OptimizerConfig
 from llama_jax.training.loop import Run
 from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.setup import fingerprint
 from llama_jax.training.step import Recipe, TrainState, init_state, micro_batches, summed_gradients, train_step
 
 NARROW = jnp.dtype("bfloat16")

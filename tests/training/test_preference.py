@@ -9,12 +9,11 @@ import optax
 from test_adapter_training import CONFIG, close, fresh_state, make, train_config, warm_state
 from test_step import parameters, random_batch
 
-from llama_jax.data.batch import Batch
-from llama_jax.model.adapters import merge
+from llama_jax.data.packing import Batch
 from llama_jax.model.llama import logits
+from llama_jax.model.lora import merge
 from llama_jax.training.evaluate import pair_evaluation, pair_evaluator
-from llama_jax.training.hosts import row_numbers
-from llama_jax.training.step import micro_batches, train_step
+from llama_jax.training.step import micro_batches, row_numbers, train_step
 
 BETA = 0.3
 

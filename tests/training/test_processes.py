@@ -14,15 +14,12 @@ import types
 import pytest
 from tiny_runs import tiny_config
 
-from llama_jax.cli.distributed import find_group
-from llama_jax.cli.stopping import StopRequest
+from llama_jax.cli.distributed import StopRequest, find_group
 from llama_jax.errors import InputError
-from llama_jax.parallel.hosts import AgreedStop, Hosts, numbers
-from llama_jax.parallel.roll_call import call_roll, split_address
+from llama_jax.parallel.hosts import AgreedStop, Hosts, call_roll, numbers, split_address
 from llama_jax.training.config import RunConfig
-from llama_jax.training.config_distributed import DistributedConfig
-from llama_jax.training.preflight import describe_program, differences, require_same
-from llama_jax.training.wall_time import wall_seconds
+from llama_jax.training.config_sections import DistributedConfig, wall_seconds
+from llama_jax.training.consistency import describe_program, differences, require_same
 
 
 class Memory:
@@ -236,7 +233,7 @@ def test_one_that_went_away_may_come_again():
 
 def test_who_does_not_come_is_named_when_the_time_is_over(monkeypatch):
     said, looks = [], itertools.count()
-    monkeypatch.setattr("llama_jax.parallel.roll_call.time", types.SimpleNamespace(monotonic=lambda: next(looks) / 10))
+    monkeypatch.setattr("llama_jax.parallel.hosts.time", types.SimpleNamespace(monotonic=lambda: next(looks) / 10))
     end = roll(free_address(), 0, 12, seconds=1.2, said=said)
     assert end == "processes 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1.2 s; start all of them"
     assert len(said) == 2

@@ -15,15 +15,15 @@ from tiny_runs import MODEL, read_state
 
 from llama_jax.errors import InputError
 from llama_jax.generation.programs import programs_of
-from llama_jax.model.adapters import combine, init_adapters, merge
 from llama_jax.model.llama import Llama, logits
+from llama_jax.model.lora import combine, init_adapters, merge
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.config import RunConfig
+from llama_jax.training.evaluate import Samples, shown
 from llama_jax.training.loop import Run
-from llama_jax.training.samples import Samples, shown
 from llama_jax.weights.load import load
 
 PROMPTS = ("alpha beta", "<7> gamma")

@@ -6,8 +6,8 @@ import pathlib
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.training import saving
-from llama_jax.training.saving import Saver
+from llama_jax.training import checkpointing as saving
+from llama_jax.training.checkpointing import Saver
 from llama_jax.training.step import TrainState
 from llama_jax.weights.checkpoint import Checkpoints, SaveError
 

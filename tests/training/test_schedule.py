@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.training.config_method import OptimizerConfig
-from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.config_sections import OptimizerConfig
+from llama_jax.training.optimizer import learning_rate_schedule
 
 SHAPES = {
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,

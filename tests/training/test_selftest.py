@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.cli.program import run_program
+from llama_jax.cli.main import run_program
 from llama_jax.cli.selftest import main
 from llama_jax.model import attention
 from llama_jax.training.selftest import Case, SelfTest, alone, meshes, random_batch, tiny_config

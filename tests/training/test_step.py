@@ -17,16 +17,15 @@ from llama_jax.model.llama import Llama, logits
 from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import PARAMETER_AXES, TRAINING, parameter_spec
-from llama_jax.training.config_method import OptimizerConfig
+from llama_jax.training.config_sections import OptimizerConfig
 from llama_jax.training.cross_entropy import cross_entropy
-from llama_jax.training.guard import fresh_guard
 from llama_jax.training.loss import batch_loss, mean_loss
-from llama_jax.training.optimizer import decayed, make_optimizer
-from llama_jax.training.schedule import learning_rate_schedule
+from llama_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from llama_jax.training.step import (
     Recipe,
     TrainState,
     batch_sharding,
+    fresh_guard,
     fresh_state,
     micro_batches,
     sharded_init,
@@ -34,7 +33,7 @@ from llama_jax.training.step import (
     state_shapes,
     train_step,
 )
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 
 # Divisible by every axis of a 2 x 2 x 2 mesh.
 CONFIG = dataclasses.replace(TINY, vocab_size=96, layers=2)

@@ -11,7 +11,7 @@ from test_loop import Recorder, _one_device, changed, config, corpus  # noqa: F4
 from tiny_runs import read_state, state_bytes
 
 from llama_jax.training.loop import Run
-from llama_jax.training.profile import Trace
+from llama_jax.training.run_log import Trace
 
 
 def traced_steps(directory: pathlib.Path) -> list[int]:

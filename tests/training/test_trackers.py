@@ -8,7 +8,7 @@ import types
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.training.trackers import TRACKERS, open_trackers, require_trackers
+from llama_jax.training.metrics import TRACKERS, open_trackers, require_trackers
 
 
 def no_warning(text: str) -> None:

@@ -8,8 +8,7 @@ import pytest
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.training.config import ComputeConfig, MeshConfig, RunConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import GuardConfig, OptimizerConfig
+from llama_jax.training.config_sections import DataConfig, GuardConfig, OptimizerConfig
 
 MODEL = LlamaConfig(vocab_size=4096, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=128, norm_eps=1e-5,
                     rope_theta=1e4, rope_scaling=None, context_length=256, tied_head=True)  # fmt: skip

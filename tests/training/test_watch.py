@@ -11,12 +11,22 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.steps import Steps, joined
+from llama_jax.data.batches import Steps, joined
 from llama_jax.errors import CorruptError
-from llama_jax.training.guard import WINDOW, fresh_guard, noted
-from llama_jax.training.rewind import MADE_AFTER, RUN_REWINDS, Rewind, Rewinds, plan_rewind
-from llama_jax.training.step import StepMetrics
-from llama_jax.training.watch import Skipped, Trouble, Watch, in_words, ranges, skipped_lines
+from llama_jax.training.recovery import (
+    MADE_AFTER,
+    RUN_REWINDS,
+    Rewind,
+    Rewinds,
+    Skipped,
+    Trouble,
+    Watch,
+    in_words,
+    plan_rewind,
+    ranges,
+    skipped_lines,
+)
+from llama_jax.training.step import WINDOW, StepMetrics, fresh_guard, noted
 
 
 def figures(flags) -> list[StepMetrics]:

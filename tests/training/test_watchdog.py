@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from llama_jax.training.clock import Clock
-from llama_jax.training.heartbeat import Heartbeat
-from llama_jax.training.watchdog import Watchdog
+from llama_jax.training.goodput import Clock
+from llama_jax.training.watchdog import Heartbeat, Watchdog
 
 
 class Figure:
@@ -163,7 +162,7 @@ def test_the_real_compiler_is_where_it_is_looked_for():
 
 _HANGING = """
 import pathlib, sys, time
-from llama_jax.training.clock import Clock
+from llama_jax.training.goodput import Clock
 from llama_jax.training.watchdog import Watchdog
 clock = Clock()
 with Watchdog(pathlib.Path(sys.argv[1]), float(sys.argv[2]), clock), clock("data"):

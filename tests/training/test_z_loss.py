@@ -11,8 +11,7 @@ from test_step import CONFIG, parameters, plain_loss, random_batch, run_step, sg
 from llama_jax.errors import InputError
 from llama_jax.model.llama import logits
 from llama_jax.training.config import RunConfig, TrainConfig
-from llama_jax.training.config_data import DataConfig
-from llama_jax.training.config_method import AdapterConfig, OptimizerConfig
+from llama_jax.training.config_sections import AdapterConfig, DataConfig, OptimizerConfig
 from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z
 from llama_jax.training.loss import NEXT_TOKEN, next_token
 

@@ -27,7 +27,7 @@ from llama_jax.presets import preset
 from llama_jax.weights.assemble import assemble
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource, config_from_hugging_face
+from llama_jax.weights.hf_read import NAMES, HuggingFaceSource, config_from_hugging_face
 from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.source import file_shapes
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from llama_jax.weights.checksum import _fold_whole, by_path, checksums, fold
+from llama_jax.weights.integrity import _fold_whole, by_path, checksums, fold
 
 _WORD = 2**32
 

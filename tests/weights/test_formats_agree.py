@@ -13,7 +13,7 @@ from support import random_parameters, random_tokens, transformers_model
 from llama_jax.model.llama import logits
 from llama_jax.weights.assemble import assemble
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face import HuggingFaceSource
+from llama_jax.weights.hf_read import HuggingFaceSource
 from llama_jax.weights.meta import MetaSource
 
 torch = pytest.importorskip("torch", reason="Meta's files are written by PyTorch, on Python 3.11")

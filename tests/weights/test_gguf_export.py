@@ -14,8 +14,8 @@ from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
 from llama_jax.presets import preset
 from llama_jax.weights.gguf import NAMES, GgufSource
-from llama_jax.weights.gguf_encode import ENCODINGS
-from llama_jax.weights.gguf_export import write_gguf
+from llama_jax.weights.gguf_blocks import ENCODINGS
+from llama_jax.weights.gguf_write import write_gguf
 from llama_jax.weights.source import Source, flat_shapes
 
 WIDE = dataclasses.replace(TINY, dim=64, heads=4, kv_heads=2, head_dim=16, ffn_dim=96, layers=2)  # whole blocks of 32

@@ -7,8 +7,7 @@ import pytest
 
 from llama_jax.errors import InputError
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.gguf_file import GgufFile
-from llama_jax.weights.gguf_split import open_gguf
+from llama_jax.weights.gguf_read import GgufFile, open_gguf
 
 
 def refusal(path) -> str:

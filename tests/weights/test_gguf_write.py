@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.weights.gguf_file import GgufFile
+from llama_jax.weights.gguf_read import GgufFile
 from llama_jax.weights.gguf_write import NewTensor, write_gguf_file
 
 METADATA = {

@@ -19,8 +19,8 @@ from llama_jax.accounting import parameter_shapes
 from llama_jax.config import config_from_dict
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.contents import contents
-from llama_jax.weights.manifest import _digest
+from llama_jax.weights.inspect import contents
+from llama_jax.weights.integrity import _digest
 from llama_jax.weights.peft import require_fit
 from llama_jax.weights.run import RunSource
 

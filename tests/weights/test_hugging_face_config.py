@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
 from llama_jax.presets import PRESETS
-from llama_jax.weights.hugging_face_config import config_from_hugging_face, unknown_keys
+from llama_jax.weights.hf_config import config_from_hugging_face, unknown_keys
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,

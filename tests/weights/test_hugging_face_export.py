@@ -14,8 +14,8 @@ from hub import TEMPLATE
 from support import TINY, VARIANTS, float64_logits, random_parameters, random_tokens
 
 from llama_jax.config import RopeScaling
-from llama_jax.weights.hugging_face_config import config_from_hugging_face
-from llama_jax.weights.hugging_face_export import export_hugging_face, save_hugging_face
+from llama_jax.weights.hf_config import config_from_hugging_face
+from llama_jax.weights.hf_write import export_hugging_face, save_hugging_face
 from llama_jax.weights.load import load
 from llama_jax.weights.open import open_model
 

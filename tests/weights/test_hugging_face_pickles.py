@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llama_jax.errors import InputError
-from llama_jax.weights.hugging_face import NAMES as FILE_NAMES
-from llama_jax.weights.hugging_face import HuggingFaceSource, config_from_hugging_face
+from llama_jax.weights.hf_read import NAMES as FILE_NAMES
+from llama_jax.weights.hf_read import HuggingFaceSource, config_from_hugging_face
 from llama_jax.weights.source import file_shapes, flat_shapes
 
 VALUES = {"model_type": "llama", "vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,

@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from llama_jax.errors import InputError
-from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource, config_from_hugging_face
+from llama_jax.weights.hf_read import NAMES, HuggingFaceSource, config_from_hugging_face
+from llama_jax.weights.inspect import report
 from llama_jax.weights.open import open_model
-from llama_jax.weights.report import report
 from llama_jax.weights.source import file_shapes
 
 VALUES = {"model_type": "llama", "vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,

@@ -14,15 +14,14 @@ import pytest
 from exported import require_equal, tensors_of
 from support import TINY, random_parameters
 
-from llama_jax.data.atomic import claimed
+from llama_jax import storage as fresh_directory_module
 from llama_jax.errors import InputError
-from llama_jax.weights import fresh_directory as fresh_directory_module
-from llama_jax.weights.forms import unstack
-from llama_jax.weights.gguf_export import write_gguf
-from llama_jax.weights.hugging_face_export import export_hugging_face, save_hugging_face
+from llama_jax.storage import claimed
+from llama_jax.weights.assemble import ParameterSource, unstack
+from llama_jax.weights.gguf_write import write_gguf
+from llama_jax.weights.hf_write import export_hugging_face, save_hugging_face
 from llama_jax.weights.load import load
 from llama_jax.weights.open import Opened, open_model
-from llama_jax.weights.parameter_source import ParameterSource
 
 
 class Failing:
@@ -49,7 +48,7 @@ def test_a_failure_in_the_middle_leaves_nothing(error, tiny_directory, tmp_path)
 
 CHILD = """if True:
     import sys, time
-    from llama_jax.weights.hugging_face_export import export_hugging_face
+    from llama_jax.weights.hf_write import export_hugging_face
     from llama_jax.weights.open import open_model
     def slowly(count):
         print("read", flush=True)

@@ -14,7 +14,7 @@ from matrix import rounds
 from safetensors.numpy import load_file, save_file
 
 from llama_jax.errors import InputError
-from llama_jax.weights.hugging_face import NAMES, HuggingFaceSource
+from llama_jax.weights.hf_read import NAMES, HuggingFaceSource
 from llama_jax.weights.source import Source, file_shapes, flat_shapes
 
 VALUES = {"model_type": "llama", "vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def tensors(tmp_path):
-    from llama_jax.weights.hugging_face import config_from_hugging_face
+    from llama_jax.weights.hf_read import config_from_hugging_face
 
     random = np.random.default_rng(6)
     shapes = file_shapes(config_from_hugging_face(VALUES), NAMES)
@@ -101,7 +101,7 @@ def test_buffers_of_old_versions_are_ignored(directory, tensors):
 
 
 def test_a_stored_tied_head_has_to_equal_the_embedding(directory, tensors, monkeypatch):
-    monkeypatch.setattr("llama_jax.weights.hugging_face._COMPARED_ROWS", 20)
+    monkeypatch.setattr("llama_jax.weights.hf_read._COMPARED_ROWS", 20)
     embedding = tensors["model.embed_tokens.weight"]
     save(directory, tensors | {"lm_head.weight": embedding}, tie_word_embeddings=True)
     assert HuggingFaceSource.open(directory).config.tied_head

@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 from support import TINY, VARIANTS, random_parameters
 
 from llama_jax.errors import InputError
-from llama_jax.weights.forms import unstack
+from llama_jax.weights.assemble import unstack
 from llama_jax.weights.gguf import GgufSource
-from llama_jax.weights.hugging_face_export import export_hugging_face, main_dtype, save_hugging_face
-from llama_jax.weights.hugging_face_write import parse_size
+from llama_jax.weights.hf_write import export_hugging_face, main_dtype, save_hugging_face
 from llama_jax.weights.meta import MetaSource
 from llama_jax.weights.open import Opened, open_model
+from llama_jax.weights.safetensors import parse_size
 
 
 @pytest.mark.parametrize("form", [lambda params: params, unstack], ids=["stacked", "unrolled"])

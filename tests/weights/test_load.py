@@ -25,14 +25,14 @@ from llama_jax.model.llama import logits
 from llama_jax.model.quantize import leaf_quantizer, quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
-from llama_jax.weights import slices
+from llama_jax.weights import restore as slices
+from llama_jax.weights.assemble import stack, unstack
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.forms import stack, unstack
-from llama_jax.weights.hugging_face_export import export_hugging_face
+from llama_jax.weights.hf_write import export_hugging_face
+from llama_jax.weights.inspect import report
 from llama_jax.weights.load import load
 from llama_jax.weights.open import open_model
-from llama_jax.weights.report import report
-from llama_jax.weights.slices import SlicedCheckpoint
+from llama_jax.weights.restore import SlicedCheckpoint
 
 
 def test_hugging_face_directory(tiny_directory):
@@ -214,7 +214,7 @@ import resource, sys
 import jax, numpy as np
 from llama_jax.weights.load import load
 from llama_jax.weights.open import open_model
-from llama_jax.weights.slices import SlicedCheckpoint
+from llama_jax.weights.restore import SlicedCheckpoint
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 source = open_model(sys.argv[1]).source

@@ -20,18 +20,15 @@ from support import TINY, random_parameters, random_tokens, transformers_model
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.cli import adapters as verb
 from llama_jax.errors import InputError
-from llama_jax.model.adapters import combine, init_adapters, merge
 from llama_jax.model.llama import logits
+from llama_jax.model.lora import combine, init_adapters, merge
+from llama_jax.weights.assemble import ParameterSource, stack, unstack
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.forms import stack, unstack
-from llama_jax.weights.hugging_face import NAMES
+from llama_jax.weights.hf_read import NAMES
 from llama_jax.weights.load import load
-from llama_jax.weights.merged import MergedSource
 from llama_jax.weights.open import open_model
-from llama_jax.weights.parameter_source import ParameterSource
-from llama_jax.weights.peft import CONFIG, PICKLE, TENSORS, Adapters, read_adapters, save_adapters
-from llama_jax.weights.peft_targets import places
-from llama_jax.weights.source import oriented
+from llama_jax.weights.peft import CONFIG, PICKLE, TENSORS, Adapters, places, read_adapters, save_adapters
+from llama_jax.weights.source import MergedSource, oriented
 
 
 def random_adapters(config=TINY, rank=4, targets=LAYER_MATRICES):

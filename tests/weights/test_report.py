@@ -18,11 +18,9 @@ from support import TINY, random_parameters
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.presets import PRESETS, preset
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.contents import Contents
+from llama_jax.weights.inspect import Contents, oddities, report
 from llama_jax.weights.load import load
-from llama_jax.weights.oddities import oddities
 from llama_jax.weights.open import Opened, open_model
-from llama_jax.weights.report import report
 
 
 @pytest.mark.smollm2
