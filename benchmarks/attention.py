@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--lengths 4096,8192,16384]
 
-On a GPU: bfloat16, 4 rows of 4,096, 32 query and 8 key/value heads; rows of one document, and packed ones of 512 tokens on
-average, which PyTorch is not told of. FLOPs are those of whole causal rows, so packed rows show more than the card can do.
+On a GPU: bfloat16, 4 sequences of 4,096, 32 query and 8 key/value heads; sequences of one document, and packed ones of 512 tokens on
+average, which PyTorch is not told of. FLOPs are those of whole causal sequences, so packed sequences show more than the card can do.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _ROWS, _LENGTH, _HEADS, _KV_HEADS, _TIMES = 4, 4096, 32, 8, 20
 
 
 def temporary_bytes(backend: str, length: int) -> int:
-    """XLA's figure for one row, 9 query and 3 key/value heads of width 64, float32."""
+    """XLA's figure for one sequence, 9 query and 3 key/value heads of width 64, float32."""
     import jax
     import jax.numpy as jnp
 
@@ -38,7 +38,7 @@ def temporary_bytes(backend: str, length: int) -> int:
 
 
 def documents(mean: int) -> np.ndarray:
-    """Document numbers of packed rows."""
+    """Document numbers of packed sequences."""
     return 1 + np.cumsum(np.random.default_rng(0).random((_ROWS, _LENGTH)) < 1 / mean, axis=1).astype(np.int32)
 
 
@@ -69,7 +69,7 @@ def cudnn(width: int, mean: int) -> Callable[[], tuple[float, float]]:
 
 
 def pytorch(width: int, mean: int) -> Callable[[], tuple[float, float]]:
-    """The same by PyTorch, whole rows."""
+    """The same by PyTorch, whole sequences."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -109,9 +109,9 @@ def pytorch(width: int, mean: int) -> Callable[[], tuple[float, float]]:
 
 def speeds() -> None:
     """The table of speeds."""
-    print("\n| rows, head width | side | forward ms | TFLOP/s | with backward ms | TFLOP/s |\n|---|---|---|---|---|---|")
+    print("\n| sequences, head width | side | forward ms | TFLOP/s | with backward ms | TFLOP/s |\n|---|---|---|---|---|---|")
     for width in (64, 128):
-        for mean, rows in ((0, "whole"), (512, "packed, 512")):
+        for mean, sequences in ((0, "whole"), (512, "packed, 512")):
             for name, make in (("llama_jax", cudnn), ("PyTorch", pytorch)):
                 if mean and make is pytorch:
                     continue
@@ -119,7 +119,7 @@ def speeds() -> None:
                 alone, both = side.ask()
                 side.stop()
                 flops = 2 * _ROWS * _HEADS * width * _LENGTH**2  # two products, half of the square
-                cells = [f"{rows}, {width}", name, f"{1e3 * alone:.2f}", f"{flops / alone / 1e12:.0f}"]
+                cells = [f"{sequences}, {width}", name, f"{1e3 * alone:.2f}", f"{flops / alone / 1e12:.0f}"]
                 print(f"| {' | '.join([*cells, f'{1e3 * both:.2f}', f'{3.5 * flops / both / 1e12:.0f}'])} |", flush=True)
 
 

@@ -104,7 +104,7 @@ def measure_start(directory: str) -> dict:
     vocabulary = json.loads((pathlib.Path(directory) / "manifest.json").read_bytes())["vocab_size"]
     with tempfile.TemporaryDirectory() as run:
         given = {
-            "data.sources": json.dumps([{"path": directory}]), "data.length": 64, "data.batch_rows": 2, "run.dir": f"{run}/run",
+            "data.sources": json.dumps([{"path": directory}]), "data.length": 64, "data.batch_size": 2, "run.dir": f"{run}/run",
             "run.steps": 1, "model.vocab_size": vocabulary,
         }  # fmt: skip
         command = [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in given.items())]

@@ -33,12 +33,12 @@ def smollm2() -> pathlib.Path:
 
 
 def timed(make, path, dtype):
-    """From (rows, length, new tokens) to the seconds that a side takes."""
+    """From (sequences, length, new tokens) to the seconds that a side takes."""
     run = make(path, dtype)
     rng = np.random.default_rng(0)
 
-    def seconds(rows: int, length: int, new: int) -> float:
-        prompts = rng.integers(3, 49000, (rows, length))
+    def seconds(sequences: int, length: int, new: int) -> float:
+        prompts = rng.integers(3, 49000, (sequences, length))
         started = time.perf_counter()
         run(prompts, new)
         return time.perf_counter() - started
@@ -57,8 +57,8 @@ def shortest(sides: dict, cases: list[tuple[int, int, int]], rounds: int) -> dic
     return best
 
 
-def row(case: str, speeds: dict[str, float]) -> str:
-    """A line of the table: tokens a second of each side, and how many times as fast as each of the others we are."""
+def sequence(case: str, speeds: dict[str, float]) -> str:
+    """A line of the table: tokens/second of each side, and how many times as fast as each of the others we are."""
     ours, *others = speeds.values()
     cells = [f"{speed:.1f}" for speed in speeds.values()] + [f"{ours / other:.2f}" for other in others]
     return f"| {case} | {' | '.join(cells)} |"
@@ -72,11 +72,11 @@ def table(sides: dict, options: argparse.Namespace) -> None:
         cases = [(batch, PROMPT_TOKENS, 1), (batch, PROMPT_TOKENS, options.new_tokens)]
         best = shortest(sides, cases, options.rounds)
         speeds = {name: batch * (options.new_tokens - 1) / (whole - first) for name, (first, whole) in best.items()}
-        print(row(f"decode, batch {batch}", speeds), flush=True)
+        print(sequence(f"decode, batch {batch}", speeds), flush=True)
     for length in map(int, options.prefill.split(",")):
         best = shortest(sides, [(1, length, 1)], options.rounds)
         speeds = {name: length / seconds for name, (seconds,) in best.items()}
-        print(row(f"prefill of {length}, batch 1", speeds), flush=True)
+        print(sequence(f"prefill of {length}, batch 1", speeds), flush=True)
 
 
 def sides_of(dtype: str, directory: pathlib.Path) -> dict:

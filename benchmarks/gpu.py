@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llama_jax.training.config import TrainConfig
 
 _MANY = 8192  # tokens at a time from which a prefill is more than a wait for memory
-Card = tuple[str, float, float, int]  # name, bytes a second of a copy, FLOP/s of a product, bytes of memory
+Card = tuple[str, float, float, int]  # name, bytes/second of a copy, FLOP/s of a product, bytes of memory
 
 
 class Training(NamedTuple):
@@ -37,20 +37,20 @@ class Training(NamedTuple):
       preset: the YAML file.
       settings: given behind it.
       method: of the peer.
-      micro_rows: of the peer, as many as fit in 80 GB.
-      mean: tokens of a document; 0 for whole rows.
+      micro_batch_size: of the peer, as many as fit in 80 GB.
+      mean: tokens of a document; 0 for whole sequences.
     """
 
     model: str
     preset: str
     settings: list[str]
     method: str
-    micro_rows: int
+    micro_batch_size: int
     mean: int
 
 
 class Generation(NamedTuple):
-    """A model, the dtype of its weights, and (rows, prompt, new tokens) to be timed."""
+    """A model, the dtype of its weights, and (sequences, prompt, new tokens) to be timed."""
 
     model: str
     dtype: str
@@ -58,8 +58,8 @@ class Generation(NamedTuple):
 
 
 _AT_4K = ["--data.length", "4096"]
-_ROWS = ["--data.batch_rows", "16", "--data.accumulation", "4"]
-_HALF = ["--data.batch_rows", "8", "--data.accumulation", "4"]
+_ROWS = ["--data.batch_size", "16", "--data.accumulation", "4"]
+_HALF = ["--data.batch_size", "8", "--data.accumulation", "4"]
 CASES = {
     "train-1b": Training("llama3.2-1b", "configs/pods/llama3.2-1b-h100-1.yaml", [*_AT_4K, *_ROWS], "pretrain", 2, 0),
     "lora-8b": Training("llama3.1-8b", "configs/pods/llama3.1-8b-lora-h100-1.yaml", [*_AT_4K, *_HALF], "lora", 1, 512),
@@ -87,10 +87,10 @@ def makers(case: Training | Generation, options: argparse.Namespace, card: Card)
     """The functions that make the sides of a case, ours and the peer, with their arguments."""
     fraction = min(0.92, options.memory * 2**30 / card[3])
     if isinstance(case, Training):
-        rows = config_of(case, options).data.batch_rows
+        sequences = config_of(case, options).data.batch_size
         settings = settings_of(case, options)
         ours = (gpu_sides.train_llama_jax, case.preset, settings, case.mean, options.updates, fraction, options.profile)
-        peer = (gpu_sides.train_transformers, case.model, case.method, rows, case.micro_rows, 4096, options.updates)
+        peer = (gpu_sides.train_transformers, case.model, case.method, sequences, case.micro_batch_size, 4096, options.updates)
     else:
         cases = cases_of(case, options)
         ours = (gpu_sides.generate_llama_jax, case.model, case.dtype, cases, fraction, options.profile)
@@ -111,7 +111,7 @@ def answers(sides: list[Side] | list[tuple], questions: list[tuple]) -> list[lis
 
 
 def cases_of(case: Generation, options: argparse.Namespace) -> list[tuple[int, int, int]]:
-    return [one for one in case.cases if str(one[0]) in options.rows.split(",")]
+    return [one for one in case.cases if str(one[0]) in options.sequences.split(",")]
 
 
 def config_of(case: Training, options: argparse.Namespace) -> "TrainConfig":
@@ -131,7 +131,7 @@ def train(name: str, case: Training, sides: list[Side] | list[tuple], options: a
 
     config = config_of(case, options)
     found = [one for (one,) in answers(sides, [()])]
-    tokens = config.data.batch_rows * config.data.length
+    tokens = config.data.batch_size * config.data.length
     flops = flops_per_token(job_of(config, devices_of(card[0], 1)))
     (speed, other), (ours, theirs) = padded([tokens / one.seconds for one in found], options), padded(found, options)
     peak = chip(card).peak
@@ -158,25 +158,25 @@ def padded(values: list, options: argparse.Namespace) -> list:
 
 
 def generate(name: str, case: Generation, sides: list[Side] | list[tuple], options: argparse.Namespace, card: Card) -> None:
-    """A line of the table of generations for each number of rows, and for the prefill of many tokens."""
+    """A line of the table of generations for each number of sequences, and for the prefill of many tokens."""
     from llama_jax.accounting import training_flops_per_token
     from llama_jax.parallel.chips import parse_topology
     from llama_jax.planning.speed import make_decode_plan
     from llama_jax.presets import preset
 
     config, questions = preset(case.model), cases_of(case, options)
-    for (rows, length, new), found in zip(questions, zip(*answers(sides, list(questions)))):
-        plan = make_decode_plan(config, parse_topology("h100:1"), rows, length + new // 2, case.dtype)
-        # Forward, with the head for the last token of a row alone.
+    for (sequences, length, new), found in zip(questions, zip(*answers(sides, list(questions)))):
+        plan = make_decode_plan(config, parse_topology("h100:1"), sequences, length + new // 2, case.dtype)
+        # Forward, with the head for the last token of a sequence alone.
         flops = training_flops_per_token(config, length) / 3 - 2 * config.vocab_size * config.dim * (1 - 1 / length)
-        decoded, other = padded([rows * (new - 1) / answer.decode for answer in found], options)
-        moved = (decoded or 0) / rows * plan.moved
+        decoded, other = padded([sequences * (new - 1) / answer.decode for answer in found], options)
+        moved = (decoded or 0) / sequences * plan.moved
         share = f"{moved / 1e12:.2f} TB/s, {100 * moved / chip(card).bandwidth:.0f} % of nominal"
-        lines = [(f"decode, {rows} rows behind {length}", decoded, other, share)]
-        if rows * length >= _MANY:
-            read, other = padded([rows * length / answer.prefill for answer in found], options)
+        lines = [(f"decode, {sequences} sequences behind {length}", decoded, other, share)]
+        if sequences * length >= _MANY:
+            read, other = padded([sequences * length / answer.prefill for answer in found], options)
             lines.append(
-                (f"prefill, {rows} rows of {length}", read, other, f"{100 * (read or 0) * flops / chip(card).peak:.1f} % MFU")
+                (f"prefill, {sequences} sequences of {length}", read, other, f"{100 * (read or 0) * flops / chip(card).peak:.1f} % MFU")
             )
         for what, ours, other, share in lines:
             print(f"| {' | '.join([name, what, cell(ours), cell(other), ratio(ours, other), share])} |", flush=True)
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--sides", choices=("both", "ours", "peer"), default="both")
     parser.add_argument("--together", action="store_true", help="prepare all sides at once, then ask one after the other")
     parser.add_argument("--memory", type=float, default=75, help="GiB for one of our sides (75, what an H100 of 80 GB leaves)")
-    parser.add_argument("--rows", default="1,8,64", help="of generations, those of the cases that are to be run")
+    parser.add_argument("--sequences", default="1,8,64", help="of generations, those of the cases that are to be run")
     parser.add_argument("--updates", type=int, default=4, help="of a training, timed together")
     parser.add_argument("--profile", action="store_true", help="the kernels that took longest")
     parser.add_argument("--set", nargs="*", default=[], help="settings for the trainings, as --set=--compute.remat=none")
@@ -206,7 +206,7 @@ def main() -> None:
     side.stop()
     print(heading("transformers", "torch", device=card[0]))
     print(f"measured  copy {card[1] / 1e12:.2f} TB/s, bfloat16 product of 8192^3 {card[2] / 1e12:.0f} TFLOP/s", flush=True)
-    print("peer      whole rows where ours are packed (lora-8b), bfloat16 where our weights have 8 bits", flush=True)
+    print("peer      whole sequences where ours are packed (lora-8b), bfloat16 where our weights have 8 bits", flush=True)
     chosen = [(name, CASES[name]) for name in options.cases.split(",")]
     started: dict[str, list[Side]] = {}
     if options.together:

@@ -66,12 +66,12 @@ def longest_kernels(run: Callable[[], Any], count: int = 14) -> str:
     return "\n".join([f"  {total:9.2f} ms in kernels", *lines])
 
 
-def packed(rows: int, length: int, mean: int) -> np.ndarray:
-    """Document numbers `[rows, length]`, documents of about `mean` tokens; one document a row if that is 0."""
+def packed(sequences: int, length: int, mean: int) -> np.ndarray:
+    """Document numbers `[sequences, length]`, documents of about `mean` tokens; one document a sequence if that is 0."""
     if not mean:
-        return np.ones((rows, length), np.int32)
+        return np.ones((sequences, length), np.int32)
     rng = np.random.default_rng(0)
-    ends = rng.random((rows, length)) < 1 / mean
+    ends = rng.random((sequences, length)) < 1 / mean
     return (1 + np.cumsum(ends, axis=1)).astype(np.int32)
 
 
@@ -97,7 +97,7 @@ def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, f
     Args:
       preset: a YAML file.
       settings: that are given behind it, as on the command line.
-      mean: tokens of a document; 0 for whole rows.
+      mean: tokens of a document; 0 for whole sequences.
       updates: to be timed together.
       fraction: of the card's memory.
       profile: whether to look at one update's kernels too.
@@ -113,11 +113,11 @@ def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, f
 
     config = parse_train(["--config", preset, *settings], pathlib.Path(preset))
     recipe, mesh = make_recipe(config), run_mesh(config)
-    key, rows, length = jax.random.key(0), config.data.batch_rows, config.data.length
+    key, sequences, length = jax.random.key(0), config.data.batch_size, config.data.length
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.model.vocab_size, (rows, length + 1), np.int32)
-    numbers = packed(rows, length, mean)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((rows, length), np.float32), numbers)
+    tokens = rng.integers(0, config.model.vocab_size, (sequences, length + 1), np.int32)
+    numbers = packed(sequences, length, mean)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((sequences, length), np.float32), numbers)
     batch = jax.device_put(micro_batches(batch, config.data.accumulation), batch_sharding(recipe, mesh))
     with jax.set_mesh(mesh):
         frozen = ()
@@ -171,10 +171,10 @@ def _transformers(model: str, dtype: str) -> Any:
     return peer
 
 
-def train_transformers(model: str, method: str, rows: int, micro_rows: int, length: int, updates: int) -> Callable:
+def train_transformers(model: str, method: str, sequences: int, micro_batch_size: int, length: int, updates: int) -> Callable:
     """transformers, compiled: AdamW in float32 under autocast (`pretrain`), adapters of peft (`lora`), Adafactor (`full`).
 
-    Documents are not masked: every row is one.
+    Documents are not masked: every sequence is one.
     """
     started = time.perf_counter()
     import torch
@@ -198,14 +198,14 @@ def train_transformers(model: str, method: str, rows: int, micro_rows: int, leng
 
     forward = torch.compile(loss_of, dynamic=False)
     generator = torch.Generator("cuda").manual_seed(0)
-    tokens = torch.randint(vocabulary, (rows, length + 1), device="cuda", generator=generator)
+    tokens = torch.randint(vocabulary, (sequences, length + 1), device="cuda", generator=generator)
 
     def several(count: int) -> Any:
         """So many updates; the loss of the last micro-batch."""
         for _ in range(count):
-            for part in tokens.split(micro_rows):
+            for part in tokens.split(micro_batch_size):
                 loss = forward(part[:, :-1], part[:, 1:].flatten())
-                (loss * (len(part) / rows)).backward()
+                (loss * (len(part) / sequences)).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -226,22 +226,22 @@ def train_transformers(model: str, method: str, rows: int, micro_rows: int, leng
 
 
 class Answer(NamedTuple):
-    """Seconds of a generation: up to the first new tokens of all rows, and for those after them."""
+    """Seconds of a generation: up to the first new tokens of all sequences, and for those after them."""
 
     prefill: float
     decode: float
 
 
 def _timed(generate: Callable[[np.ndarray, int], Answer], cases: list[tuple[int, int, int]]) -> Callable[..., Answer]:
-    """From rows, prompt length and new tokens to the shortest times of three; all cases are run once before."""
+    """From sequences, prompt length and new tokens to the shortest times of three; all cases are run once before."""
     rng = np.random.default_rng(0)
-    prompts = {(rows, length): rng.integers(0, 40_000, (rows, length)) for rows, length, _ in cases}
-    for rows, length, new in cases:
-        generate(prompts[rows, length], new)
+    prompts = {(sequences, length): rng.integers(0, 40_000, (sequences, length)) for sequences, length, _ in cases}
+    for sequences, length, new in cases:
+        generate(prompts[sequences, length], new)
 
-    def answer(rows: int, length: int, new: int) -> Answer:
+    def answer(sequences: int, length: int, new: int) -> Answer:
         """The best of each."""
-        return Answer(*map(min, zip(*[generate(prompts[rows, length], new) for _ in range(3)])))
+        return Answer(*map(min, zip(*[generate(prompts[sequences, length], new) for _ in range(3)])))
 
     return answer
 
@@ -263,7 +263,7 @@ def generate_llama_jax(model: str, dtype: str, cases: list[tuple[int, int, int]]
     generator = Generator(params, config, dtype="bfloat16")
 
     def generate(prompts: np.ndarray, new: int) -> Answer:
-        """All rows, in chunks of 32 tokens as `Generator.generate` has them."""
+        """All sequences, in chunks of 32 tokens as `Generator.generate` has them."""
         started = time.perf_counter()
         session = generator.start(prompts.tolist(), new)
         chunks = session.stream(32)
@@ -275,8 +275,8 @@ def generate_llama_jax(model: str, dtype: str, cases: list[tuple[int, int, int]]
 
     answer = _timed(generate, cases)
     if profile:
-        rows, length, new = cases[0]
-        prompts = np.ones((rows, length), np.int64)
+        sequences, length, new = cases[0]
+        prompts = np.ones((sequences, length), np.int64)
         print(f"{model} {dtype} {cases[0]}\n" + longest_kernels(lambda: generate(prompts, new), 24), flush=True)
     return answer
 
@@ -301,7 +301,7 @@ def generate_transformers(model: str, cases: list[tuple[int, int, int]]) -> Call
             return logits
 
     def generate(prompts: np.ndarray, new: int) -> Answer:
-        """All rows."""
+        """All sequences."""
         ids, clock = torch.from_numpy(prompts).cuda(), Clock()
         exactly = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         torch.cuda.synchronize()

@@ -11,22 +11,22 @@ import types
 
 from report import heading
 
-from llama_jax.generation.session import NewTokens
+from llama_jax.generation.session import TokenChunk
 from llama_jax.generation.text import _Row
-from llama_jax.text.byte_level import Surface
+from llama_jax.text.byte_level import TokenBytes
 
 _PIECE = 4
 
 
 def seconds(tokens: int) -> float:
     """Of one row, the fastest of three."""
-    tokenizer = types.SimpleNamespace(vocab_size=256, surface=Surface(tuple(bytes([i]) for i in range(256)), {}))
+    tokenizer = types.SimpleNamespace(vocab_size=256, token_bytes=TokenBytes(tuple(bytes([i]) for i in range(256)), {}))
     times = []
     for _ in range(3):
         row = _Row(tokenizer, "", [0], ["\n\n"], [0])
         started = time.perf_counter()
         for at in range(0, tokens, _PIECE):
-            row.take(NewTokens([97 + at % 26] * _PIECE, [-1.0] * _PIECE), tokens)
+            row.take(TokenChunk([97 + at % 26] * _PIECE, [-1.0] * _PIECE), tokens)
         assert len(row.completion().text) == tokens
         times.append(time.perf_counter() - started)
     return min(times)

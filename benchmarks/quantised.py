@@ -81,7 +81,7 @@ def bits_per_byte(generator: Generator, ids: list[int], text: str) -> float:
 
 
 def decoding_speeds(made: dict[str, Generator], batch: int, new: int, rounds: int) -> dict[str, float]:
-    """New tokens a second after the first, of all rows; the forms take turns, best of the rounds."""
+    """New tokens/second after the first, of all rows; the forms take turns, best of the rounds."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, 49000, (batch, PROMPT_TOKENS)).tolist()
     best = {(name, count): float("inf") for name in made for count in (1, new)}

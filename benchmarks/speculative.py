@@ -102,7 +102,7 @@ def main() -> None:
             for name, how in ways.items():
                 count, tokens = passes(generator, prompt, new, how)
                 if temperature == 0 and tokens != plain:
-                    print(f"{name}: other tokens than without guessing, from {sum(a == b for a, b in zip(tokens, plain))} on")
+                    print(f"{name}: other tokens than without drafting, from {sum(a == b for a, b in zip(tokens, plain))} on")
                 each = (new - 1) / count
                 kept = "" if name == "none" else f"{(each - 1) / how['speculation'].tokens:.0%}"
                 speed = f"{(new - 1) / spent[name]:.1f} | {spent['none'] / spent[name]:.2f}"

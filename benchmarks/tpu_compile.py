@@ -2,7 +2,7 @@
 
     python benchmarks/tpu_compile.py [--cases llama3-8b@v5p:4x4x4,llama3-8b@v6e:8x8/remat=q+k+v] [--layers N] [--keep DIR]
 
-A case is MODEL@TOPOLOGY, then settings NAME=VALUE behind slashes: `remat`, `mesh` (such as fsdp=32;tensor=2), `rows` a chip,
+A case is MODEL@TOPOLOGY, then settings NAME=VALUE behind slashes: `remat`, `mesh` (such as fsdp=32;tensor=2), `sequences` a chip,
 `length`, `moments` and `params` (their types), `chunk` (tokens of the loss). Nothing is run: times are predictions from the
 compiler's estimates (`llama_jax/planning/cost_model.py`).
 Needs the extra `tpu`; on two cores a case takes minutes. With --layers only so many are compiled, to look at the program.
@@ -26,7 +26,7 @@ from llama_jax.planning.compile import Compiled, compile_training
 from llama_jax.planning.job import Job, parse_mesh
 from llama_jax.presets import preset
 
-_SETTINGS = ("remat", "mesh", "rows", "length", "moments", "params", "chunk")
+_SETTINGS = ("remat", "mesh", "sequences", "length", "moments", "params", "chunk")
 _COLUMNS = ("case", "arguments + temporaries GB", "of GB", "predicted s", "MFU compute / exposed / simulated", "compiled in s",
             "attention forward : backward", "collectives", "copies in loops")  # fmt: skip
 
@@ -42,14 +42,14 @@ def parse_case(text: str, layers: int) -> Job:
     config, topology = preset(model), parse_topology(topology_name)
     config = dataclasses.replace(config, layers=layers) if layers else config
     mesh = parse_mesh(given.get("mesh", "").replace(";", ",") or None, topology)
-    rows, length = int(given.get("rows", 1)) * mesh.rows, int(given.get("length", 8192))
+    sequences, length = int(given.get("sequences", 1)) * mesh.sequences, int(given.get("length", 8192))
     return Job(
-        config, topology, mesh, length, rows, remat=given.get("remat", "all"), moment_dtype=given.get("moments", "float32"),
+        config, topology, mesh, length, sequences, remat=given.get("remat", "all"), moment_dtype=given.get("moments", "float32"),
         param_dtype=given.get("params", "float32"), loss_chunk=int(given.get("chunk", Job.loss_chunk)),
     )  # fmt: skip
 
 
-def row(text: str, job: Job, compiled: Compiled) -> str:
+def sequence(text: str, job: Job, compiled: Compiled) -> str:
     """A line of the table."""
     times = compiled.prediction
     assert times is not None
@@ -86,7 +86,7 @@ def main() -> None:
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
             (options.keep / f"{number}.txt").write_text(compiled.text)
-        print(row(text, job, compiled), flush=True)
+        print(sequence(text, job, compiled), flush=True)
 
 
 if __name__ == "__main__":

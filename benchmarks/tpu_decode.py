@@ -1,9 +1,9 @@
 """The project's own decoding step compiled for TPU slices that are not here: memory, predicted time, transfers.
 
-    python benchmarks/tpu_decode.py [--cases llama3.1-70b@v5e:4x4/int8,llama3-8b@v6e:2x4/rows=16] [--layers N] [--keep DIR]
+    python benchmarks/tpu_decode.py [--cases llama3.1-70b@v5e:4x4/int8,llama3-8b@v6e:2x4/sequences=16] [--layers N] [--keep DIR]
 
-A case is MODEL@TOPOLOGY, then settings behind slashes: `int8` or `int4` weights, `cache8`, and `rows`, `length`, `tensor` and
-`data` as NAME=NUMBER. It is the loop that generation runs, with full rows. Nothing is run: times are predictions from the
+A case is MODEL@TOPOLOGY, then settings behind slashes: `int8` or `int4` weights, `cache8`, and `sequences`, `length`, `tensor` and
+`data` as NAME=NUMBER. It is the loop that generation runs, with full sequences. Nothing is run: times are predictions from the
 compiler's estimates (`llama_jax/planning/cost_model.py`), in which beginning a transfer costs nothing. Needs the extra `tpu`.
 """
 
@@ -29,9 +29,9 @@ from llama_jax.planning.speed import DecodePlan, make_decode_plan
 from llama_jax.presets import preset
 
 _CASES = "llama3.1-70b@v5e:4x4/int8,llama3-8b@v6e:2x4,llama3-8b@v5p:2x2x1"
-_NUMBERS = ("rows", "length", "tensor", "data")
-_COLUMNS = ("case", "layers", "mesh", "rows x length", "arguments + temporaries GB", "of GB", "closed form GB",
-            "GB a step and chip", "MB a token, all chips", "limit ms", "predicted ms", "of the limit", "with top-p ms",
+_NUMBERS = ("sequences", "length", "tensor", "data")
+_COLUMNS = ("case", "layers", "mesh", "sequences x length", "arguments + temporaries GB", "of GB", "closed form GB",
+            "GB/step and chip", "MB/token, all chips", "limit ms", "predicted ms", "of the limit", "with top-p ms",
             "tokens/s", "transfers a step", "compiled in s")  # fmt: skip
 
 
@@ -50,11 +50,11 @@ def parse_case(text: str, layers: int) -> tuple[LlamaConfig, DecodePlan, str, st
     mesh = parse_mesh(f"{sizes},fsdp=1", topology) if sizes else None
     dtype = "int8" if "int8" in words else "int4" if "int4" in words else "bfloat16"
     cache = "int8" if "cache8" in words else "bfloat16"
-    plan = make_decode_plan(config, topology, int(given.get("rows", 16)), int(given.get("length", 2048)), dtype, cache, mesh)
+    plan = make_decode_plan(config, topology, int(given.get("sequences", 16)), int(given.get("length", 2048)), dtype, cache, mesh)
     return config, plan, dtype, cache
 
 
-def row(text: str, config: LlamaConfig, plan: DecodePlan, compiled: Compiled) -> str:
+def sequence(text: str, config: LlamaConfig, plan: DecodePlan, compiled: Compiled) -> str:
     """A line of the table."""
     times = compiled.prediction
     assert times is not None
@@ -97,7 +97,7 @@ def main() -> None:
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
             (options.keep / f"{number}.txt").write_text(compiled.text)
-        print(row(text, config, plan, compiled), flush=True)
+        print(sequence(text, config, plan, compiled), flush=True)
 
 
 if __name__ == "__main__":

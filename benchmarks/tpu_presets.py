@@ -68,7 +68,7 @@ def compile_preset(path: pathlib.Path, layers: int = 0) -> tuple[Job, Compiled]:
     return job, compile_config(config, job)
 
 
-def row(path: pathlib.Path, job: Job, compiled: Compiled) -> str:
+def sequence(path: pathlib.Path, job: Job, compiled: Compiled) -> str:
     """A line of the table."""
     times, total = compiled.prediction, compiled.arguments + compiled.temporaries
     assert times is not None
@@ -113,7 +113,7 @@ def main() -> int:
             )
             failed.append(path.stem)
             continue
-        print(row(path, job, compiled), flush=True)
+        print(sequence(path, job, compiled), flush=True)
         if compiled.arguments + compiled.temporaries > job.topology.chip.memory:
             failed.append(path.stem)
     print(f"\n{'do not fit: ' + ', '.join(failed) if failed else 'all fit'}")

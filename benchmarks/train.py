@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import training_peers
-from decode import row, smollm2
+from decode import sequence, smollm2
 from report import heading
 from sides import Side, start
 
@@ -24,12 +24,12 @@ _SAME = 1e-3  # largest difference between losses of the same update
 
 
 def parse_case(text: str) -> tuple[str, int, int]:
-    """Model, rows and length of a case such as `medium:8x256`."""
+    """Model, sequences and length of a case such as `medium:8x256`."""
     name, _, shape = text.partition(":")
-    rows, _, length = shape.partition("x")
-    if name not in ("medium", "smollm2-135m") or not (rows.isdecimal() and length.isdecimal()):
+    sequences, _, length = shape.partition("x")
+    if name not in ("medium", "smollm2-135m") or not (sequences.isdecimal() and length.isdecimal()):
         sys.exit(f"error: case {text!r} given; medium:8x256 or smollm2-135m:2x256 expected")
-    return name, int(rows), int(length)
+    return name, int(sequences), int(length)
 
 
 def sides_of(name: str, compiled: bool) -> dict[str, Side]:
@@ -41,11 +41,11 @@ def sides_of(name: str, compiled: bool) -> dict[str, Side]:
     return sides
 
 
-def measure(sides: dict[str, Side], rows: int, length: int, rounds: int) -> tuple[dict[str, float], float]:
+def measure(sides: dict[str, Side], sequences: int, length: int, rounds: int) -> tuple[dict[str, float], float]:
     """The shortest update of each side in seconds, and the largest difference of losses; the first round warms up."""
     best, apart = dict.fromkeys(sides, float("inf")), 0.0
     for attempt in range(rounds + 1):
-        answers = {name: side.ask(rows, length) for name, side in sides.items()}
+        answers = {name: side.ask(sequences, length) for name, side in sides.items()}
         losses = [loss for _, loss in answers.values()]
         apart = max(apart, max(losses) - min(losses))
         if attempt:
@@ -72,11 +72,11 @@ def main() -> None:
     furthest = 0.0
     for name, group in itertools.groupby(cases, lambda case: case[0]):
         sides = sides_of(name, options.compile)
-        for _, rows, length in group:
-            best, apart = measure(sides, rows, length, options.rounds)
+        for _, sequences, length in group:
+            best, apart = measure(sides, sequences, length, options.rounds)
             furthest = max(furthest, apart)
-            speeds = {side: rows * length / seconds for side, seconds in best.items()}
-            print(row(f"{name}, {rows} rows of {length}", speeds), flush=True)
+            speeds = {side: sequences * length / seconds for side, seconds in best.items()}
+            print(sequence(f"{name}, {sequences} sequences of {length}", speeds), flush=True)
         for side in sides.values():
             side.stop()
     print(f"\nlosses    differ by {furthest:.1e} nats at most over all updates")

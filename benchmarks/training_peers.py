@@ -1,4 +1,4 @@
-"""The sides of the training benchmark: functions that make a function (rows, length) -> (seconds, loss) of one update.
+"""The sides of the training benchmark: functions that make a function (sequences, length) -> (seconds, loss) of one update.
 
 All start from the same weights, read the same batches in the same order and use the same AdamW in float32. Each takes the
 name of a model: a preset whose weights are read from `path`, or `medium`, whose weights are drawn.
@@ -38,9 +38,9 @@ def start_weights(path: pathlib.Path | None) -> tuple[LlamaConfig, dict]:
 
 
 def batches(vocabulary: int):
-    """A function (rows, length) -> tokens `[rows, length + 1]`: ids of Zipf's frequencies, the same on every side."""
+    """A function (sequences, length) -> tokens `[sequences, length + 1]`: ids of Zipf's frequencies, the same on every side."""
     rng = np.random.default_rng(0)
-    return lambda rows, length: np.minimum(rng.zipf(1.2, (rows, length + 1)) + 2, vocabulary - 1).astype(np.int32)
+    return lambda sequences, length: np.minimum(rng.zipf(1.2, (sequences, length + 1)) + 2, vocabulary - 1).astype(np.int32)
 
 
 def llama_jax(path: pathlib.Path | None):
@@ -73,10 +73,10 @@ def llama_jax(path: pathlib.Path | None):
     def program(length: int):
         return sharded_step(recipe(length), mesh)
 
-    def update(rows: int, length: int) -> tuple[float, float]:
+    def update(sequences: int, length: int) -> tuple[float, float]:
         nonlocal state
-        tokens = draw(rows, length)
-        ones = np.ones((1, rows, length), np.int32)
+        tokens = draw(sequences, length)
+        ones = np.ones((1, sequences, length), np.int32)
         batch = Batch(tokens[None, :, :-1], tokens[None, :, 1:], ones.astype(np.float32), ones)
         started = time.perf_counter()
         with jax.set_mesh(mesh):
@@ -108,8 +108,8 @@ def transformers(path: pathlib.Path | None, compiled: bool = False):
 
     forward = torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
-    def update(rows: int, length: int) -> tuple[float, float]:
-        tokens = torch.from_numpy(draw(rows, length)).long()
+    def update(sequences: int, length: int) -> tuple[float, float]:
+        tokens = torch.from_numpy(draw(sequences, length)).long()
         started = time.perf_counter()
         loss = forward(tokens[:, :-1], tokens[:, 1:].flatten())
         loss.backward()

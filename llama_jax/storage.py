@@ -82,7 +82,7 @@ _SLACK = 4 << 20  # bytes for headers and what a file system rounds up
 
 
 @contextlib.contextmanager
-def fresh_directory(target: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
+def atomic_directory(target: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
     """Makes a directory beside `target` that takes its place when the block ends without an error.
 
     Until then it is called `target.partial-` and eight random digits; an error, or Ctrl-C, removes it. One that a killed

@@ -42,7 +42,7 @@ def tiny_config(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> Tra
     config = TrainConfig(
         run=RunConfig(dir=str(directory), steps=12, log_every=1, eval_every=5, checkpoint_every=4),
         model=MODEL,
-        data=DataConfig(paths=(str(corpus),), vocab_size=320, held_out_fraction=0.2, length=32, batch_rows=4),
+        data=DataConfig(paths=(str(corpus),), vocab_size=320, held_out_fraction=0.2, length=32, batch_size=4),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     )
     sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}

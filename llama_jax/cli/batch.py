@@ -38,12 +38,12 @@ class Answered(NamedTuple):
     """What an output holds already.
 
     Attributes:
-      rows: answers, one a line.
+      sequences: answers, one a line.
       size: bytes of whole lines; what is behind them was torn when the writing was interrupted.
       total: bytes in all; `None` if there is no such file.
     """
 
-    rows: int = 0
+    sequences: int = 0
     size: int = 0
     total: int | None = None
 
@@ -82,17 +82,17 @@ def answered(output: str, requests: Sequence[Request], samples: int) -> Answered
 
 def _checked(output: str, file: io.BufferedIOBase, requests: Sequence[Request], samples: int) -> Answered:
     """Compares every whole line with the answer that is expected there."""
-    rows = size = 0
+    sequences = size = 0
     for line in file:
-        expected = identity_of(requests[rows // samples], rows % samples, samples) if rows < len(requests) * samples else None
+        expected = identity_of(requests[sequences // samples], sequences % samples, samples) if sequences < len(requests) * samples else None
         if expected is None or not (_belongs(line, expected) if line.endswith(b"\n") else _is_torn(line, expected)):
             raise InputError(
-                f"{output}, line {rows + 1}: written for another input, another model or other settings; name another "
+                f"{output}, line {sequences + 1}: written for another input, another model or other settings; name another "
                 "--output, or remove this one"
             )
         if line.endswith(b"\n"):
-            rows, size = rows + 1, size + len(line)
-    return Answered(rows, size, pathlib.Path(output).stat().st_size)
+            sequences, size = sequences + 1, size + len(line)
+    return Answered(sequences, size, pathlib.Path(output).stat().st_size)
 
 
 def _is_torn(line: bytes, identity: dict) -> bool:
@@ -161,10 +161,10 @@ class Job(NamedTuple):
 
     Attributes:
       requests: all of the input.
-      samples: answers to each; rows of the output.
+      samples: answers to each; sequences of the output.
       logprobs: see `llama_jax.generation.text.stream`.
       batch_size: requests decoded together.
-      done: rows that are in the output already.
+      done: sequences that are in the output already.
     """
 
     requests: list[Request]
@@ -183,7 +183,7 @@ def answer_file(options: argparse.Namespace) -> int:
     requests = bound(requests, identity(options))
     output = options.output or "-"
     before = answered(output, requests, options.samples)
-    job = Job(requests, options.samples, options.logprobs, options.batch_size, before.rows)
+    job = Job(requests, options.samples, options.logprobs, options.batch_size, before.sequences)
     if job.done == len(requests) * job.samples:
         note(f"{output}: all {len(requests)} requests are answered already")
         return 0
@@ -228,7 +228,7 @@ def measured(model: "Pretrained", requests: Sequence[Request], name: str) -> tup
     Raises:
       InputError: naming the line, for a request that the model cannot take.
     """
-    from llama_jax.generation.generate import common_beginning
+    from llama_jax.generation.generate import common_prefix
     from llama_jax.generation.text import encode_user
 
     lengths, context = [], model.config.context_length
@@ -246,7 +246,7 @@ def measured(model: "Pretrained", requests: Sequence[Request], name: str) -> tup
             lengths.append(len(ids))
             yield ids
 
-    beginning = common_beginning(encoded())
+    beginning = common_prefix(encoded())
     return lengths, beginning
 
 
@@ -267,15 +267,15 @@ def batches(job: Job, lengths: Sequence[int]) -> Iterator[list[Request]]:
 
 
 def batch_settings(batch: Sequence[Request], samples: int) -> dict[str, Any]:
-    """Settings of `llama_jax.generation.text.stream` for a batch, one a row."""
+    """Settings of `llama_jax.generation.text.stream` for a batch, one a sequence."""
     import jax.numpy as jnp
 
-    from llama_jax.generation.sampling import row_keys
+    from llama_jax.generation.sampling import sequence_keys
 
-    rows = [request.settings for request in batch for _ in range(samples)]
-    per_row: dict[str, Any] = {name: [settings[name] for settings in rows] for name in OWN}
-    keys = jnp.concatenate([row_keys(request.settings["seed"], samples, request.first_key) for request in batch])
-    return {**per_row, "seed": keys, "samples": samples}
+    sequences = [request.settings for request in batch for _ in range(samples)]
+    per_sequence: dict[str, Any] = {name: [settings[name] for settings in sequences] for name in OWN}
+    keys = jnp.concatenate([sequence_keys(request.settings["seed"], samples, request.first_key) for request in batch])
+    return {**per_sequence, "seed": keys, "samples": samples}
 
 
 def _answer(
@@ -299,7 +299,7 @@ def _answer(
                 for piece in meter.watch(pieces):
                     writer.take(batch, piece)
             except NotFiniteError as error:
-                raise InputError(f"line {batch[error.row // job.samples].line} of the input: {error}") from None
+                raise InputError(f"line {batch[error.sequence // job.samples].line} of the input: {error}") from None
             writer.sync()
             reused += job.samples * saved(prefix, (lengths[request.number] for request in batch))
         writer.finish()
@@ -319,10 +319,10 @@ class Writer:
     def take(self, batch: Sequence[Request], piece: "Piece") -> None:
         """Writes what is complete, up to the first answer that is still missing."""
         if piece.completion is not None:
-            place, sample = divmod(piece.row, self._job.samples)
-            row = batch[place].number * self._job.samples + sample
-            if row >= self._next:  # a batch in which an earlier run was interrupted has rows that are written already
-                self._waiting[row] = _line(batch[place], sample, self._job.samples, piece.completion)
+            place, sample = divmod(piece.sequence, self._job.samples)
+            sequence = batch[place].number * self._job.samples + sample
+            if sequence >= self._next:  # a batch in which an earlier run was interrupted has sequences that are written already
+                self._waiting[sequence] = _line(batch[place], sample, self._job.samples, piece.completion)
         while self._next in self._waiting:
             self._file.write(self._waiting.pop(self._next))
             self._next += 1

@@ -26,7 +26,7 @@ def make_parser(prog: str) -> OptionParser:
         "--choices", action="append", default=[], metavar="FILE",
         help='JSON lines {"prompt": TEXT, "choices": [TEXT, ...], "answer": index or text}; may be given several times',
     )  # fmt: skip
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window or row; the model's context by default")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window or sequence; the model's context by default")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
@@ -54,7 +54,7 @@ def table(results: Mapping[str, Figures]) -> list[str]:
     head = "  ".join([" " * width, *[f"{name:>15}" for name in next(iter(results.values()))]])
     return [
         head,
-        *["  ".join([f"{file:{width}}", *[f"{_shown(v):>15}" for v in row.values()]]) for file, row in results.items()],
+        *["  ".join([f"{file:{width}}", *[f"{_shown(v):>15}" for v in sequence.values()]]) for file, sequence in results.items()],
     ]
 
 

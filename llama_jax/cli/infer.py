@@ -105,8 +105,8 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
     # Only now: --help and wrong options need neither JAX nor seconds.
     from llama_jax.cli.models import load_model
     from llama_jax.generation.checks import check_prompts
-    from llama_jax.generation.generate import common_beginning, saved, shared_prefix
-    from llama_jax.generation.sampling import row_keys
+    from llama_jax.generation.generate import common_prefix, saved, shared_prefix
+    from llama_jax.generation.sampling import sequence_keys
     from llama_jax.generation.text import encode_user, stream
 
     model, generator = load_model(options)
@@ -114,12 +114,12 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
     meter, reused = Meter(), 0
     asked = _with_system(prompts, options.system)
     encoded = check_prompts([encode_user(model, prompt, options.chat) for prompt in asked], model.config)
-    prefix = shared_prefix(generator, common_beginning(encoded), len(encoded))
+    prefix = shared_prefix(generator, common_prefix(encoded), len(encoded))
     seed = settings.pop("seed")
     for start in range(0, len(asked), options.batch_size):
         batch = slice(start, start + options.batch_size)
-        rows = len(asked[batch]) * options.samples
-        keys = row_keys(seed, rows, start * options.samples)  # a text has the same random numbers, whatever its batch
+        sequences = len(asked[batch]) * options.samples
+        keys = sequence_keys(seed, sequences, start * options.samples)  # a text has the same random numbers, whatever its batch
         pieces = stream(model, asked[batch], chat=options.chat, generator=generator, prefix=prefix, seed=keys, **settings)
         _write(options, prompts[batch], meter.watch(pieces))
         reused += options.samples * saved(prefix, map(len, encoded[batch]))
@@ -129,13 +129,13 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
 
 def _write(options: argparse.Namespace, prompts: list[str], pieces: "Iterator[Piece]") -> None:
     """Writes the texts of one batch in their order."""
-    rows = [prompt for prompt in prompts for _ in range(options.samples)]
-    ordered = in_order(pieces, len(rows))
+    sequences = [prompt for prompt in prompts for _ in range(options.samples)]
+    ordered = in_order(pieces, len(sequences))
     if options.json:
         write_json(ordered, options.samples)
     else:
         echo = sys.stdout.isatty() and not options.chat
-        write_text(ordered, [f"{_DIM}{prompt}{_PLAIN}" if echo else "" for prompt in rows])
+        write_text(ordered, [f"{_DIM}{prompt}{_PLAIN}" if echo else "" for prompt in sequences])
 
 
 def _with_system(prompts: list[str], system: str | None) -> "Sequence[Prompt]":

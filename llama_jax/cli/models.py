@@ -58,8 +58,8 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
         model = model._replace(template=_template(options.chat_template, source, model))
     elif options.chat and model.template is None:
         raise InputError(f"{model.origin} has no chat template; name one with --chat-template, or ask without --chat")
-    guessing = _speculation(options, dtype)
-    return model, Generator(model.params, model.config, speculation=guessing, dtype=dtype, cache_dtype=options.cache_dtype)
+    drafting = _speculation(options, dtype)
+    return model, Generator(model.params, model.config, speculation=drafting, dtype=dtype, cache_dtype=options.cache_dtype)
 
 
 def _check_draft(options: argparse.Namespace) -> None:
@@ -157,7 +157,7 @@ def _finish(options: argparse.Namespace) -> "Finish":
 
 
 def _group(*widths: int) -> int:
-    """The largest group of weights, up to 32, into which rows of all these widths can be divided."""
+    """The largest group of weights, up to 32, into which sequences of all these widths can be divided."""
     groups = [group for group in range(2, _LARGEST_GROUP + 1, 2) if not any(width % group for width in widths)]
     if not groups:
         raise InputError(
@@ -209,7 +209,7 @@ def _own_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
 # Settings of generation from options and JSON: gathered, and checked before any model is loaded.
 
 
-# Settings of `make_sampling` that are one number a row.
+# Settings of `make_sampling` that are one number a sequence.
 NUMBERS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
 )  # fmt: skip
@@ -217,7 +217,7 @@ _PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty
 # Settings that a request of a file may have of its own.
 OWN = (*NUMBERS, "logit_bias", "stop", "max_new_tokens")
 _MOST_LOGPROBS = 100
-_MOST_GUESSES = 32
+_MOST_DRAFT_TOKENS = 32
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -253,8 +253,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _check_speculation(options: argparse.Namespace) -> None:
-    """Refuses guessing that cannot be, before a model is loaded."""
-    _check_count("speculate", options.speculate, 0, _MOST_GUESSES)
+    """Refuses drafting that cannot be, before a model is loaded."""
+    _check_count("speculate", options.speculate, 0, _MOST_DRAFT_TOKENS)
     if options.draft is not None and not options.speculate:
         raise InputError("--draft given without --speculate; --speculate K expected with it")
     if options.speculate and penalised(vars(options)):

@@ -24,7 +24,7 @@ from llama_jax.cli.plan_report import (
 from llama_jax.cli.writing import as_json, note, prepare_output
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.model.remat import LADDER
+from llama_jax.model.remat import REMAT_POLICIES
 from llama_jax.parallel.chips import CHIPS, Topology, parse_topology
 from llama_jax.planning.cost_model import CALIBRATION, Prediction, predict_round, sizes
 from llama_jax.planning.job import OPTIMIZERS, Job, MeshSizes, parse_mesh
@@ -316,7 +316,7 @@ def make_job(options: argparse.Namespace, config: LlamaConfig, topology: Topolog
     if options.moment_dtype != "float32" and options.optimizer == "adafactor":
         raise InputError("--moment-dtype bfloat16 given; adafactor keeps no mean of the gradient: leave it out")
     mesh = parse_mesh(mesh_text(options), topology)
-    unit = mesh.rows * options.microbatches
+    unit = mesh.sequences * options.microbatches
     rows = unit * max(1, round((options.batch_tokens or 0) / length / unit))
     job = Job(
         config, topology, mesh, length, rows, options.microbatches,
@@ -422,7 +422,7 @@ def compiled_in_turn(job: Job, auto: bool, config: TrainConfig | None) -> list[P
       auto: whether it was to be found.
       config: of the run, where there is one: then those that `train.py` tries, else `job` and what keeps less.
     """
-    below = LADDER[LADDER.index(job.remat) :] if auto else ()
+    below = REMAT_POLICIES[REMAT_POLICIES.index(job.remat) :] if auto else ()
     remats = below if config is None else remat_candidates(job) if auto else ()
     return [make_plan(dataclasses.replace(job, remat=remat)) for remat in remats or (job.remat,)]
 

@@ -49,16 +49,16 @@ def _mesh(mesh: MeshSizes) -> str:
 def _job_lines(model: str, job: Job, asked: int | None) -> Rows:
     config, chip, topology = job.config, job.topology.chip, job.topology
     pieces = "1 micro-batch" if job.microbatches == 1 else f"{job.microbatches} micro-batches"
-    tokens = f"{job.chip_tokens:,.0f} tokens a chip at a time"
+    tokens = f"{job.chip_tokens:,.0f} tokens/chip at a time"
     learner = f"adapters of rank {job.rank} over {job.base_dtype}, {job.optimizer}" if job.rank else job.optimizer
     return [
         ("model", f"{model}: {parameter_count(config):,} parameters, {matmul_parameters(config):,} of them in matrix products"),
         ("chips", f"{topology.name}: {topology.chips} x {chip.name}, {gb(chip.memory)} and {chip.peak / 1e12:g} TFLOP/s each; "
                   f"mesh {_mesh(job.mesh)}"),
-        ("batch", f"{job.rows:,} rows of {job.length:,} tokens, {job.tokens:,} an update, in {pieces}: {tokens}"),
+        ("batch", f"{job.sequences:,} rows of {job.length:,} tokens, {job.tokens:,} an update, in {pieces}: {tokens}"),
         *_asked_lines(job, asked),
         ("training", f"{learner}, parameters {job.param_dtype}, compute {job.compute_dtype}, remat {job.remat}, loss chunk "
-                     f"of {job.chunk_tokens:,.0f} tokens a chip"),
+                     f"of {job.chunk_tokens:,.0f} tokens/chip"),
     ]  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _asked_lines(job: Job, asked: int | None) -> Rows:
     """What was asked for, where an update of whole rows differs by more than 1 %."""
     if asked is None or abs(job.tokens - asked) <= 0.01 * asked:
         return []
-    unit = job.mesh.rows * job.microbatches * job.length
+    unit = job.mesh.sequences * job.microbatches * job.length
     return [("", f"{asked:,} asked for; an update is a multiple of {unit:,}, one row a chip and micro-batch")]
 
 
@@ -208,7 +208,7 @@ def training_json(plan: Plan, around: Outlook, tokens: int | None, asked: int | 
     """A training's plan; `days` where the tokens to be trained on are given, `tokens_asked` where those of an update are."""
     job = plan.job
     figures = {
-        "chips": job.topology.chips, "mesh": job.mesh._asdict(), "rows": job.rows, "tokens_per_step": job.tokens,
+        "chips": job.topology.chips, "mesh": job.mesh._asdict(), "sequences": job.sequences, "tokens_per_step": job.tokens,
         "microbatches": job.microbatches, "remat": job.remat, "loss_chunk": job.loss_chunk,
         "memory": plan.memory._asdict() | {"total": plan.memory.total, "limit": plan.limit},
         "fits": plan.fits,

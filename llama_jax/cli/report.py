@@ -104,10 +104,10 @@ Points = tuple[list[float], list[float]]  # x and y
 
 # What is drawn: title, and names in the metrics file, the first of which is the title's own.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss, nats a token", ("train/loss", "held_out/loss")),
+    ("loss, nats/token", ("train/loss", "held_out/loss")),
     ("learning rate", ("train/learning_rate",)),
     ("gradient norm", ("train/gradient_norm",)),
-    ("tokens a second", ("speed/tokens_per_second",)),
+    ("tokens/second", ("speed/tokens_per_second",)),
 )
 FROM_ZERO = "speed/tokens_per_second"  # shown from 0, so that a tenth more looks like a tenth more
 

@@ -107,13 +107,13 @@ def compiled_bytes(config: TrainConfig) -> float:
 
     from llama_jax.data.batches import Steps
     from llama_jax.planning.compile import too_large
-    from llama_jax.training.config_sections import micro_rows
+    from llama_jax.training.config_sections import micro_batch_size
     from llama_jax.training.setup import frozen_shapes, make_recipe, run_mesh
     from llama_jax.training.step import lowered_step
 
-    recipe, mesh, rows = make_recipe(config), run_mesh(config), micro_rows(config.data)
-    most = Steps(config.data.batch_rows, config.data.batch_ramp, config.data.skip_steps).most_rows
-    lowered = lowered_step(recipe, mesh, (most // rows, rows, config.data.length), *frozen_shapes(config, recipe, mesh))
+    recipe, mesh, sequences = make_recipe(config), run_mesh(config), micro_batch_size(config.data)
+    most = Steps(config.data.batch_size, config.data.batch_ramp, config.data.skip_steps).most_sequences
+    lowered = lowered_step(recipe, mesh, (most // sequences, sequences, config.data.length), *frozen_shapes(config, recipe, mesh))
     try:
         with jax.set_mesh(mesh):
             memory = lowered.compile().memory_analysis()
@@ -247,7 +247,7 @@ def _go_on(config: TrainConfig, hosts: Hosts, started: float) -> int:
 
 def _train(config: TrainConfig, before: TrainConfig | None, remats: tuple[str, ...], hosts: Hosts, started: float) -> int:
     from llama_jax.training.checkpointing import RUN_CONFIG, summary_lines
-    from llama_jax.training.display import Aside, Display, open_display
+    from llama_jax.training.display import WorkerDisplay, Display, open_display
     from llama_jax.training.loop import Run
     from llama_jax.training.step import preempted
 
@@ -256,9 +256,9 @@ def _train(config: TrainConfig, before: TrainConfig | None, remats: tuple[str, .
         directory, started + wall_seconds(config.run.max_time), preempted if hosts.count > 1 else None, hosts.first
     )
     interactive = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    aside = Aside(sys.stderr, f"process {hosts.process}: ")
+    aside = WorkerDisplay(sys.stderr, f"process {hosts.process}: ")
     display: Display = open_display(sys.stdout, interactive) if hosts.first else aside
-    rows: dict[str, str] = {}
+    sequences: dict[str, str] = {}
     run: Run | None = None
 
     def settle(config: TrainConfig) -> TrainConfig:
@@ -268,7 +268,7 @@ def _train(config: TrainConfig, before: TrainConfig | None, remats: tuple[str, .
     try:
         run = Run(with_remat(config, remats[0]), display, hosts, before)
         summary = run.train(stop, settle, lambda config: write_config(config, directory / RUN_CONFIG))
-        rows = summary_lines(summary, time.monotonic() - started)
+        sequences = summary_lines(summary, time.monotonic() - started)
         stop.close()
     except RuntimeError as error:  # the runtime's own errors are of this kind
         lines = memory_lines(run.config if run else with_remat(config, remats[0]), error)
@@ -276,7 +276,7 @@ def _train(config: TrainConfig, before: TrainConfig | None, remats: tuple[str, .
             raise
         raise DeviceMemoryError(*lines) from None
     finally:
-        display.finish(rows)
+        display.finish(sequences)
     status = 0 if summary.saved else DAMAGED
     if summary.failed_saves:
         end_within(_EXIT_SECONDS, status)

@@ -32,13 +32,13 @@ def write_words(text: str) -> None:
     print(text.translate(_COMMANDS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
-def in_order(pieces: Iterable["Piece"], rows: int) -> Iterator["Piece"]:
-    """The same pieces, those of a row held back until the rows before it have ended."""
-    held: list[list[Piece]] = [[] for _ in range(rows)]
+def in_order(pieces: Iterable["Piece"], sequences: int) -> Iterator["Piece"]:
+    """The same pieces, those of a sequence held back until the sequences before it have ended."""
+    held: list[list[Piece]] = [[] for _ in range(sequences)]
     current = 0
     for piece in pieces:
-        held[piece.row].append(piece)
-        while current < rows and held[current]:
+        held[piece.sequence].append(piece)
+        while current < sequences and held[current]:
             ready, held[current] = held[current], []
             yield from ready
             current += ready[-1].completion is not None
@@ -65,10 +65,10 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 
 def write_json(pieces: Iterable["Piece"], samples: int = 1) -> None:
-    """Writes one JSON object a row, each as it is complete; with its number among the samples of a prompt, if several."""
+    """Writes one JSON object a sequence, each as it is complete; with its number among the samples of a prompt, if several."""
     for piece in pieces:
         if piece.completion is not None:
-            number = {"sample": piece.row % samples} if samples > 1 else {}
+            number = {"sample": piece.sequence % samples} if samples > 1 else {}
             print(as_json({**number, **as_dict(piece.completion)}), flush=True)
 
 
@@ -76,9 +76,9 @@ def write_text(pieces: Iterable["Piece"], echoed: Sequence[str]) -> None:
     """Writes texts as they come, each after what is to be echoed before it."""
     begun = -1
     for piece in pieces:
-        if piece.row > begun:
-            print(echoed[piece.row], end="")
-        begun = piece.row
+        if piece.sequence > begun:
+            print(echoed[piece.sequence], end="")
+        begun = piece.sequence
         write_words(piece.text + ("" if piece.completion is None else "\n"))
 
 
@@ -87,7 +87,7 @@ class Meter:
 
     Attributes:
       tokens: new tokens so far.
-      finished: rows that have ended.
+      finished: sequences that have ended.
     """
 
     def __init__(self) -> None:

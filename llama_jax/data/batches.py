@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama_jax.data.packing import Batch, Cut, Packing, select_rows
+from llama_jax.data.packing import Batch, Cut, Packing, select_sequences
 from llama_jax.data.tokens import Tokens
 from llama_jax.errors import InputError
 
 # --- steps ---
 #
-# Which rows of the endless data a step reads: skipped steps and a growing batch, in closed form.
+# Which sequences of the endless data a step reads: skipped steps and a growing batch, in closed form.
 
 
 Pairs = tuple[tuple[int, int], ...]
@@ -41,15 +41,15 @@ class Steps:
     leaving one out moves nothing else.
 
     Attributes:
-      rows: of a data step.
-      ramp: `((step, rows), ...)`: from that data step on so many rows; steps ascend.
+      sequences: of a data step.
+      ramp: `((step, sequences), ...)`: from that data step on so many sequences; steps ascend.
       skip: `((first, last), ...)`: data steps that are never used, both ends included; in ascending order, disjoint.
 
     Raises:
       InputError: for anything else.
     """
 
-    rows: int
+    sequences: int
     ramp: Pairs = ()
     skip: Pairs = ()
 
@@ -58,19 +58,19 @@ class Steps:
             _require(_are_pairs(pairs), name, pairs, "pairs of whole numbers expected, as in [[100, 200]]")
         starts, sizes = zip(*self._stages)
         grows = all(a < b for a, b in itertools.pairwise(starts)) and min(sizes) >= 1
-        _require(grows, "batch_ramp", self.ramp, "at least 1 row and steps that ascend from 1 on expected")
+        _require(grows, "batch_ramp", self.ramp, "at least 1 sequence and steps that ascend from 1 on expected")
         ends = [-1, *(last for _, last in self.skip)]
         parted = all(end < first <= last for end, (first, last) in zip(ends, self.skip))
         _require(parted, "skip_steps", self.skip, "ranges [first, last] that ascend and do not overlap expected")
 
     @property
     def _stages(self) -> Pairs:
-        return ((0, self.rows), *self.ramp)
+        return ((0, self.sequences), *self.ramp)
 
     @property
-    def most_rows(self) -> int:
+    def most_sequences(self) -> int:
         """Rows of the largest batch."""
-        return max(rows for _, rows in self._stages)
+        return max(sequences for _, sequences in self._stages)
 
     def data_step(self, step: int) -> int:
         """The data step that a step reads."""
@@ -79,10 +79,10 @@ class Steps:
                 step += last - first + 1
         return step
 
-    def rows_at(self, step: int) -> int:
+    def sequences_at(self, step: int) -> int:
         """Rows of the batch of a step."""
         data_step = self.data_step(step)
-        return next(rows for start, rows in reversed(self._stages) if start <= data_step)
+        return next(sequences for start, sequences in reversed(self._stages) if start <= data_step)
 
     def position(self, step: int) -> int:
         """Rows of the data, used or skipped, before those of a step."""
@@ -96,7 +96,7 @@ class Steps:
 
     def _position(self, data_step: int) -> int:
         ends = [*(start for start, _ in self.ramp), data_step]
-        return sum(rows * max(0, min(end, data_step) - start) for (start, rows), end in zip(self._stages, ends))
+        return sum(sequences * max(0, min(end, data_step) - start) for (start, sequences), end in zip(self._stages, ends))
 
 
 def _require(condition: bool, name: str, pairs: object, expected: str) -> None:
@@ -166,11 +166,11 @@ def _mix(values: np.ndarray) -> np.ndarray:
 # --- batches ---
 
 
-# Rows in which the proportions of a mixture are exact, and rows that are put into an order of their own. Part of a run's
+# Rows in which the proportions of a mixture are exact, and sequences that are put into an order of their own. Part of a run's
 # identity, as is all of this file.
 ROUND = 1_000_000
 BLOCK = 1000
-_STRIDE = 367  # of all that are prime to a thousand the one whose multiples are spread most evenly: to within 3.5 rows
+_STRIDE = 367  # of all that are prime to a thousand the one whose multiples are spread most evenly: to within 3.5 sequences
 _OFF = 0.01  # the largest relative error of a share
 _MIXING = 1 << 62  # set in the seed of the order of sources, and of no source's own
 
@@ -179,8 +179,8 @@ class Source(NamedTuple):
     """One data set of a mixture.
 
     Attributes:
-      packing: its rows.
-      weight: its share of the rows, beside the weights of the others.
+      packing: its sequences.
+      weight: its share of the sequences, beside the weights of the others.
     """
 
     packing: Packing
@@ -192,16 +192,16 @@ class Batches:
     """The training batches of one or several data sets, without end.
 
     Each set is read epoch after epoch, each epoch in an order of its own; one may end inside a batch. Of several sets,
-    every 1,000,000 rows (of pairs: pairs) hold the wanted share of each. Every 1,000, in an order of their own, do to within a
-    few rows; exactly where all shares are whole thousandths.
+    every 1,000,000 sequences (of pairs: pairs) hold the wanted share of each. Every 1,000, in an order of their own, do to within a
+    few sequences; exactly where all shares are whole thousandths.
 
     Attributes:
       sources: what is mixed.
-      steps: how many rows each step has, and which it reads.
+      steps: how many sequences each step has, and which it reads.
       seed: chooses the order.
 
     Raises:
-      InputError: if a set has too few rows for its part of a batch, or too little weight, or pairs are mixed with other data.
+      InputError: if a set has too few sequences for its part of a batch, or too little weight, or pairs are mixed with other data.
     """
 
     sources: tuple[Source, ...]
@@ -211,34 +211,34 @@ class Batches:
     def __post_init__(self) -> None:
         if not self.sources or {source.packing.unit for source in self.sources} not in ({1}, {2}):
             raise InputError("sources: none, or pairs of answers beside other data; sets of one kind expected")
-        odd = [rows for _, rows in ((0, self.steps.rows), *self.steps.ramp) if rows % self.unit]
+        odd = [sequences for _, sequences in ((0, self.steps.sequences), *self.steps.ramp) if sequences % self.unit]
         if odd:
-            raise InputError(f"batch_rows: {odd[0]} given, an even number expected: pairs of answers take two rows each")
+            raise InputError(f"batch_size: {odd[0]} given, an even number expected: pairs of answers take two sequences each")
         weights = [source.weight for source in self.sources]
         for source, share in zip(self.sources, round_shares(weights)):
             exact = ROUND * source.weight / sum(weights)
             if abs(share - exact) > _OFF * exact:
                 raise InputError(
-                    f"{source.packing.tokens.name}: weight {source.weight} is {exact:.3g} of {ROUND:,} rows, {share} would be "
+                    f"{source.packing.tokens.name}: weight {source.weight} is {exact:.3g} of {ROUND:,} sequences, {share} would be "
                     "more than 1 % off; raise it or leave the set out"
                 )
-            wanted = self.unit * -(-self.steps.most_rows // self.unit * share // ROUND)
+            wanted = self.unit * -(-self.steps.most_sequences // self.unit * share // ROUND)
             if source.packing.count < wanted:
                 raise InputError(_too_little(source, wanted))
 
     @property
     def unit(self) -> int:
-        """Neighbouring rows that stay together: 2 for pairs of answers, else 1."""
+        """Neighbouring sequences that stay together: 2 for pairs of answers, else 1."""
         return self.sources[0].packing.unit
 
     @property
     def length(self) -> int:
-        """`T`, tokens of a row."""
+        """`T`, tokens of a sequence."""
         return self.sources[0].packing.length
 
-    def rows_at(self, step: int) -> int:
-        """`B`, rows of the global batch of a step."""
-        return self.steps.rows_at(step)
+    def sequences_at(self, step: int) -> int:
+        """`B`, sequences of the global batch of a step."""
+        return self.steps.sequences_at(step)
 
     def tokens_before(self, step: int) -> int:
         """Tokens, padding included, that were read when a step begins."""
@@ -246,20 +246,20 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """The whole batch of a step, which counts from 0."""
-        return self.rows(step, 0, self.rows_at(step))
+        return self.sequences(step, 0, self.sequences_at(step))
 
-    def rows(self, step: int, start: int, stop: int) -> Batch:
+    def sequences(self, step: int, start: int, stop: int) -> Batch:
         """Rows `start` to `stop - 1` of the batch of a step: the part that one host reads.
 
         Raises:
-          InputError: a negative step, or rows that the batch does not have.
+          InputError: a negative step, or sequences that the batch does not have.
         """
-        most = self.rows_at(max(step, 0))
+        most = self.sequences_at(max(step, 0))
         if step < 0 or not 0 <= start <= stop <= most:
-            raise InputError(f"rows {start} to {stop} of step {step} asked for, but a batch has rows 0 to {most}")
-        return self.chosen_rows(step, np.arange(start, stop, dtype=np.int64))
+            raise InputError(f"sequences {start} to {stop} of step {step} asked for, but a batch has sequences 0 to {most}")
+        return self.chosen_sequences(step, np.arange(start, stop, dtype=np.int64))
 
-    def chosen_rows(self, step: int, numbers: np.ndarray) -> Batch:
+    def chosen_sequences(self, step: int, numbers: np.ndarray) -> Batch:
         """Rows of the batch of a step by their numbers, in the order given."""
         units, inside = np.divmod(self.steps.position(step) + numbers, self.unit)
         of, places = self._mixed(units)
@@ -268,15 +268,15 @@ class Batches:
             here = np.flatnonzero(of == number)
             if here.size:
                 order = _epochs(places[here], packing.count // self.unit, self.seed | number << 32)
-                parts.append(packing.rows(order * self.unit + inside[here]))
+                parts.append(packing.sequences(order * self.unit + inside[here]))
                 orders.append(here)
         if not parts:
-            return self.sources[0].packing.rows(numbers)
-        return select_rows(parts, np.argsort(np.concatenate(orders)))
+            return self.sources[0].packing.sequences(numbers)
+        return select_sequences(parts, np.argsort(np.concatenate(orders)))
 
     @property
     def shares(self) -> list[float]:
-        """The share of the rows that each source has, exact over every million of them."""
+        """The share of the sequences that each source has, exact over every million of them."""
         return [share / ROUND for share in round_shares([source.weight for source in self.sources])]
 
     @functools.cached_property
@@ -284,7 +284,7 @@ class Batches:
         return block_shares([source.weight for source in self.sources])
 
     def _mixed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each unit of the data the number of its source, and its place in the endless row of that source."""
+        """For each unit of the data the number of its source, and its place in the endless sequence of that source."""
         if len(self.sources) == 1:
             return np.zeros_like(units), units
         blocks, places = np.divmod(units, BLOCK)
@@ -318,10 +318,10 @@ def round_shares(weights: list[float]) -> list[int]:
 
 
 def block_shares(weights: list[float]) -> np.ndarray:
-    """Rows of each source in each block of a round, `[1000, sources]`: each row of it adds up to 1,000.
+    """Rows of each source in each block of a round, `[1000, sources]`: each sequence of it adds up to 1,000.
 
     A block has the whole thousandths of every share. What is over is dealt out to the blocks in strides, so that after any
-    number of blocks every source is within 4 rows of its share.
+    number of blocks every source is within 4 sequences of its share.
 
     Raises:
       InputError: for a weight that is not above 0.
@@ -333,32 +333,32 @@ def block_shares(weights: list[float]) -> np.ndarray:
     return blocks
 
 
-def sequential_windows(tokens: Tokens, length: int, batch_rows: int) -> Iterator[Batch]:
+def sequential_windows(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
     """The windows of some tokens in order, each once: every token that is learned from is a target of weight 1 once.
 
-    First tokens of documents are not. A document that a window cuts goes on in the next row without its past. What is
+    First tokens of documents are not. A document that a window cuts goes on in the next sequence without its past. What is
     missing in the last batch is padding, so all batches have one shape. Of text, the weights sum to tokens minus documents.
 
     Args:
       tokens: any.
-      length: `T`, tokens of a row.
-      batch_rows: `B`, rows of a batch.
+      length: `T`, tokens of a sequence.
+      batch_size: `B`, sequences of a batch.
     """
-    if min(length, batch_rows) < 1:
-        raise InputError(f"length: {length}, batch_rows: {batch_rows}: at least 1 expected")
+    if min(length, batch_size) < 1:
+        raise InputError(f"length: {length}, batch_size: {batch_size}: at least 1 expected")
     packing, windows = Cut(tokens, length), -(-(tokens.size - 1) // length)
-    for first in range(0, windows, batch_rows):
-        yield packing.rows(np.arange(first, first + batch_rows))
+    for first in range(0, windows, batch_size):
+        yield packing.sequences(np.arange(first, first + batch_size))
 
 
-def sequential_rows(packing: Packing, batch_rows: int) -> Iterator[Batch]:
-    """The rows of a packing in order, each once; what is missing in the last batch is padding."""
-    for first in range(0, packing.count, batch_rows):
-        yield packing.rows(np.arange(first, first + batch_rows))
+def sequential_sequences(packing: Packing, batch_size: int) -> Iterator[Batch]:
+    """The sequences of a packing in order, each once; what is missing in the last batch is padding."""
+    for first in range(0, packing.count, batch_size):
+        yield packing.sequences(np.arange(first, first + batch_size))
 
 
 def _epochs(places: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Units of a source at places of its endless row, in which every epoch has its own order."""
+    """Units of a source at places of its endless sequence, in which every epoch has its own order."""
     epochs, inside = np.divmod(places, count)
     order = np.empty_like(inside)
     for epoch in np.unique(epochs):
@@ -368,8 +368,8 @@ def _epochs(places: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _too_little(source: Source, wanted: int) -> str:
-    tokens, rows = source.packing.tokens, source.packing.count
+    tokens, sequences = source.packing.tokens, source.packing.count
     return (
-        f"{tokens.name}: {tokens.size} tokens are {rows} rows, but its part of a batch needs {wanted}; lower batch_rows or "
+        f"{tokens.name}: {tokens.size} tokens are {sequences} sequences, but its part of a batch needs {wanted}; lower batch_size or "
         "length, or give more text"
     )

@@ -1,4 +1,4 @@
-"""Rows of a data set, numbered: its tokens cut into windows, its documents fitted whole into rows, or pairs of answers."""
+"""Rows of a data set, numbered: its tokens cut into windows, its documents fitted whole into sequences, or pairs of answers."""
 
 import bisect
 import hashlib
@@ -13,40 +13,40 @@ from llama_jax.errors import InputError
 
 # --- best fit ---
 #
-# Packing whole documents into rows: best fit, the longest first.
+# Packing whole documents into sequences: best fit, the longest first.
 
 
 def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
-    """The row of each document: the fullest one that still has room for it, a new one where none has.
+    """The sequence of each document: the fullest one that still has room for it, a new one where none has.
 
-    The longest are placed first. Documents of one length are placed together: the fullest row with room for one stays
-    the fullest, so it takes as many as fit, and rows with the same room left take as many each. A million documents
+    The longest are placed first. Documents of one length are placed together: the fullest sequence with room for one stays
+    the fullest, so it takes as many as fit, and sequences with the same room left take as many each. A million documents
     thus take as many steps as there are different lengths, a few times over.
 
     Args:
       lengths: of the documents, from 1 to `room`.
-      room: of a row.
+      room: of a sequence.
 
     Returns:
-      int64, a row number from 0 for each document; every number up to the largest is used.
+      int64, a sequence number from 0 for each document; every number up to the largest is used.
     """
-    rows, open_rows = np.empty(len(lengths), np.int64), _OpenRows(room)
+    sequences, open_sequences = np.empty(len(lengths), np.int64), _OpenRows(room)
     for length, documents in _longest_first(lengths):
         placed = 0
         while placed < len(documents):
-            left, candidates = open_rows.fullest(length, len(documents) - placed)
+            left, candidates = open_sequences.fullest(length, len(documents) - placed)
             each = left // length
             whole = min(len(candidates), (len(documents) - placed) // each)
-            rows[documents[placed : placed + whole * each]] = np.repeat(candidates[:whole], each)
-            open_rows.put(left - each * length, candidates[:whole])
+            sequences[documents[placed : placed + whole * each]] = np.repeat(candidates[:whole], each)
+            open_sequences.put(left - each * length, candidates[:whole])
             placed += whole * each
             rest = candidates[whole:]
             if rest.size and placed < len(documents):
-                rows[documents[placed:]] = rest[0]
-                open_rows.put(left - (len(documents) - placed) * length, rest[:1])
+                sequences[documents[placed:]] = rest[0]
+                open_sequences.put(left - (len(documents) - placed) * length, rest[:1])
                 placed, rest = len(documents), rest[1:]
-            open_rows.put(left, rest)
-    return rows
+            open_sequences.put(left, rest)
+    return sequences
 
 
 def _longest_first(lengths: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -63,22 +63,22 @@ class _OpenRows:
 
     def __init__(self, room: int) -> None:
         self._room, self._made = room, 0
-        self._rows: dict[int, list[np.ndarray]] = {}
-        self._lefts: list[int] = []  # keys of `_rows`, ascending
+        self._sequences: dict[int, list[np.ndarray]] = {}
+        self._lefts: list[int] = []  # keys of `_sequences`, ascending
 
-    def put(self, left: int, rows: np.ndarray) -> None:
-        """Keeps rows with so much room left."""
-        if left and rows.size:
-            if left not in self._rows:
+    def put(self, left: int, sequences: np.ndarray) -> None:
+        """Keeps sequences with so much room left."""
+        if left and sequences.size:
+            if left not in self._sequences:
                 bisect.insort(self._lefts, left)
-            self._rows.setdefault(left, []).append(rows)
+            self._sequences.setdefault(left, []).append(sequences)
 
     def fullest(self, length: int, documents: int) -> tuple[int, np.ndarray]:
-        """Takes out all rows with the least room in which `length` fits; else new ones, enough for so many documents."""
+        """Takes out all sequences with the least room in which `length` fits; else new ones, enough for so many documents."""
         index = bisect.bisect_left(self._lefts, length)
         if index < len(self._lefts):
             left = self._lefts.pop(index)
-            return left, np.concatenate(self._rows.pop(left))
+            return left, np.concatenate(self._sequences.pop(left))
         count = -(-documents // (self._room // length))
         self._made += count
         return self._room, np.arange(self._made - count, self._made)
@@ -96,7 +96,7 @@ class Batch(NamedTuple):
       tokens: inputs.
       targets: the token that follows each input in its document.
       weights: 1 where the target counts; 0 where it begins another document, is not to be learned, and on padding.
-      documents: number of the input's document inside its row, from 1; 0 on padding. Equal numbers may attend.
+      documents: number of the input's document inside its sequence, from 1; 0 on padding. Equal numbers may attend.
     """
 
     tokens: Int32[Any, "B T"]
@@ -105,14 +105,14 @@ class Batch(NamedTuple):
     documents: Int32[Any, "B T"]
 
 
-def empty_batch(rows: int, length: int) -> Batch:
+def empty_batch(sequences: int, length: int) -> Batch:
     """Rows of padding, to be filled."""
-    tokens, targets, documents = (np.zeros((rows, length), np.int32) for _ in range(3))
-    return Batch(tokens, targets, np.zeros((rows, length), np.float32), documents)
+    tokens, targets, documents = (np.zeros((sequences, length), np.int32) for _ in range(3))
+    return Batch(tokens, targets, np.zeros((sequences, length), np.float32), documents)
 
 
-def select_rows(batches: Sequence[Batch], order: np.ndarray) -> Batch:
-    """The rows of several batches, put after one another and then taken in an order."""
+def select_sequences(batches: Sequence[Batch], order: np.ndarray) -> Batch:
+    """The sequences of several batches, put after one another and then taken in an order."""
     return Batch(*[np.concatenate(fields)[order] for fields in zip(*batches)])
 
 
@@ -150,13 +150,13 @@ class Counts(NamedTuple):
 
 @runtime_checkable
 class Packing(Protocol):
-    """The rows of one pass over some tokens.
+    """The sequences of one pass over some tokens.
 
     Attributes:
       tokens: what is packed.
-      length: `T`, tokens of a row.
-      unit: neighbouring rows that stay together in any order: 2 for pairs of answers, else 1.
-      count: rows in all, a multiple of `unit`.
+      length: `T`, tokens of a sequence.
+      unit: neighbouring sequences that stay together in any order: 2 for pairs of answers, else 1.
+      count: sequences in all, a multiple of `unit`.
       counts: what became of the documents.
     """
 
@@ -166,13 +166,13 @@ class Packing(Protocol):
     count: int
     counts: Counts
 
-    def rows(self, numbers: Int64[Any, " B"]) -> Batch:
-        """The rows of these numbers; a number beyond the last is a row of padding."""
+    def sequences(self, numbers: Int64[Any, " B"]) -> Batch:
+        """The sequences of these numbers; a number beyond the last is a sequence of padding."""
         ...
 
 
 class Cut:
-    """The tokens as one long row, cut into windows of `length + 1` whose last token is the first of the next window.
+    """The tokens as one long sequence, cut into windows of `length + 1` whose last token is the first of the next window.
 
     Over a pass every token is an input once and a target once. A last window that the tokens do not fill is not
     counted, but can be asked for.
@@ -195,33 +195,33 @@ class Cut:
             found += int(np.count_nonzero(~targets.any(axis=1)))
         return found
 
-    def rows(self, numbers: np.ndarray) -> Batch:
+    def sequences(self, numbers: np.ndarray) -> Batch:
         """Window `w` holds the tokens from `w * length` on; past the end there is padding."""
         batch = empty_batch(len(numbers), self.length)
-        for row, first in enumerate((numbers * self.length).tolist()):
+        for sequence, first in enumerate((numbers * self.length).tolist()):
             ids, begins, learned = self.tokens.read(first, first + self.length + 1)
             inputs, targets = min(len(ids), self.length), max(0, len(ids) - 1)
-            batch.tokens[row, :inputs] = ids[:inputs]
-            batch.targets[row, :targets] = ids[1:]
-            batch.weights[row, :targets] = learned[1:] & ~begins[1:]
+            batch.tokens[sequence, :inputs] = ids[:inputs]
+            batch.targets[sequence, :targets] = ids[1:]
+            batch.weights[sequence, :targets] = learned[1:] & ~begins[1:]
             begins[:1] = True
-            batch.documents[row, :inputs] = np.cumsum(begins[:inputs])
+            batch.documents[sequence, :inputs] = np.cumsum(begins[:inputs])
         return batch
 
 
 class _Whole:
-    """Rows of documents that are never continued in another row.
+    """Rows of documents that are never continued in another sequence.
 
     A document of `n` tokens takes `n - 1` places: its last token is a target only. One of a single token has no target and
-    is left out. Of one that is longer than a row, `too_long` says what happens: it is dropped, loses tokens at its front
+    is left out. Of one that is longer than a sequence, `too_long` says what happens: it is dropped, loses tokens at its front
     (the prompt, where answers are last) or at its end, or is refused. One that is cut and has no target left is left out,
-    and of pairs the other answer too: every row has something to learn.
+    and of pairs the other answer too: every sequence has something to learn.
 
     Attributes:
       tokens: what is packed.
       length: see `Packing`, as are the next three.
-      unit: rows that stay together.
-      count: rows in all.
+      unit: sequences that stay together.
+      count: sequences in all.
       counts: what became of the documents.
       places: that documents take up, of `count * length`.
     """
@@ -250,11 +250,11 @@ class _Whole:
         dropped = int(np.count_nonzero((lengths > 1) & (self._takes == 0))) - masked
         self.counts = Counts(len(lengths), int(np.count_nonzero(over)), dropped, masked)
         self.places = int(self._takes.sum())
-        row_of = self._assign()
-        kept = np.flatnonzero(row_of >= 0)
-        self._order = kept[np.argsort(row_of[kept], kind="stable")]  # documents by row, inside it by their number
-        self.count = int(row_of.max(initial=-1)) + 1
-        self._borders = np.searchsorted(row_of[self._order], np.arange(self.count + 1))
+        sequence_of = self._assign()
+        kept = np.flatnonzero(sequence_of >= 0)
+        self._order = kept[np.argsort(sequence_of[kept], kind="stable")]  # documents by sequence, inside it by their number
+        self.count = int(sequence_of.max(initial=-1)) + 1
+        self._borders = np.searchsorted(sequence_of[self._order], np.arange(self.count + 1))
 
     def _targets(self, document: int) -> np.ndarray:
         """Which targets of a document are learned from."""
@@ -262,44 +262,44 @@ class _Whole:
         return self.tokens.read(first, first + int(self._takes[document]) + 1).learned[1:]
 
     def _assign(self) -> np.ndarray:
-        """The row of each document; -1 for none."""
+        """The sequence of each document; -1 for none."""
         raise NotImplementedError
 
-    def rows(self, numbers: np.ndarray) -> Batch:
-        """The rows of these numbers."""
+    def sequences(self, numbers: np.ndarray) -> Batch:
+        """The sequences of these numbers."""
         batch = empty_batch(len(numbers), self.length)
-        for row, number in enumerate(numbers.tolist()):
+        for sequence, number in enumerate(numbers.tolist()):
             if number < self.count:
-                self._fill(batch, row, self._order[self._borders[number] : self._borders[number + 1]])
+                self._fill(batch, sequence, self._order[self._borders[number] : self._borders[number + 1]])
         return batch
 
-    def _fill(self, batch: Batch, row: int, documents: np.ndarray) -> None:
+    def _fill(self, batch: Batch, sequence: int, documents: np.ndarray) -> None:
         at = 0
         for number, document in enumerate(documents.tolist(), 1):
             first, take = int(self._firsts[document]), int(self._takes[document])
             ids, _, learned = self.tokens.read(first, first + take + 1)
-            batch.tokens[row, at : at + take] = ids[:-1]
-            batch.targets[row, at : at + take] = ids[1:]
-            batch.weights[row, at : at + take] = learned[1:]
-            batch.documents[row, at : at + take] = number
+            batch.tokens[sequence, at : at + take] = ids[:-1]
+            batch.targets[sequence, at : at + take] = ids[1:]
+            batch.weights[sequence, at : at + take] = learned[1:]
+            batch.documents[sequence, at : at + take] = number
             at += take
 
 
 class Fit(_Whole):
-    """Whole documents side by side in rows, by best fit."""
+    """Whole documents side by side in sequences, by best fit."""
 
     def __init__(self, tokens: Tokens, length: int, too_long: TooLong) -> None:
         super().__init__(tokens, length, 1, too_long)
 
     def _assign(self) -> np.ndarray:
-        rows = np.full(len(self._takes), -1, np.int64)
+        sequences = np.full(len(self._takes), -1, np.int64)
         kept = self._takes > 0
-        rows[kept] = best_fit(self._takes[kept], self.length)
-        return rows
+        sequences[kept] = best_fit(self._takes[kept], self.length)
+        return sequences
 
 
 class Pairs(_Whole):
-    """One answer a row: the chosen one of the `i`-th pair that is kept in row `2i`, the rejected one in row `2i + 1`."""
+    """One answer a sequence: the chosen one of the `i`-th pair that is kept in sequence `2i`, the rejected one in sequence `2i + 1`."""
 
     def __init__(self, tokens: Tokens, length: int, too_long: TooLong) -> None:
         super().__init__(tokens, length, 2, too_long)
@@ -310,14 +310,14 @@ class Pairs(_Whole):
 
 
 def pack(tokens: Tokens, length: int, packing: Name, too_long: TooLong = "auto") -> Packing:
-    """The rows of a data set.
+    """The sequences of a data set.
 
     Args:
-      tokens: of any kind; pairs of answers have a row each, whatever the packing.
-      length: `T`, tokens of a row.
+      tokens: of any kind; pairs of answers have a sequence each, whatever the packing.
+      length: `T`, tokens of a sequence.
       packing: `cut` or `fit`; `auto` cuts text and fits conversations.
-      too_long: what happens to whole documents that are longer than a row; `auto` cuts text at its end, and drops
-        conversations and pairs. Text and conversations that are cut into rows (`cut`) have none.
+      too_long: what happens to whole documents that are longer than a sequence; `auto` cuts text at its end, and drops
+        conversations and pairs. Text and conversations that are cut into sequences (`cut`) have none.
 
     Raises:
       InputError: for a length below 1, and documents that are too long where that is refused.

@@ -1,4 +1,4 @@
-"""Tokens as batches read them: one long row of documents, whatever files it lies in."""
+"""Tokens as batches read them: one long sequence of documents, whatever files it lies in."""
 
 import json
 import math

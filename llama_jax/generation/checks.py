@@ -31,17 +31,17 @@ def whole(name: str, value: Unchecked, least: int) -> int:
     return operator.index(value)
 
 
-def wholes(name: str, value: Unchecked, rows: int, least: int) -> list[int]:
-    """A whole number of at least `least` for each row, from one for all or a list or array of one a row.
+def wholes(name: str, value: Unchecked, sequences: int, least: int) -> list[int]:
+    """A whole number of at least `least` for each sequence, from one for all or a list or array of one a sequence.
 
     Raises:
       InputError: naming the argument, for anything else.
     """
     given = plain(value)
     if not isinstance(given, list | tuple):
-        return [whole(name, given, least)] * rows
-    if len(given) != rows:
-        raise InputError(f"{name}: {len(given)} values given for {rows} rows; one for all or one a row expected")
+        return [whole(name, given, least)] * sequences
+    if len(given) != sequences:
+        raise InputError(f"{name}: {len(given)} values given for {sequences} sequences; one for all or one a sequence expected")
     return [whole(name, item, least) for item in given]
 
 
@@ -71,8 +71,8 @@ def _prompt(name: str, prompt: Unchecked, config: LlamaConfig) -> list[int]:
     return [operator.index(token) for token in prompt]
 
 
-def stop_table(stop_ids: Unchecked, rows: int) -> list[list[int]]:
-    """The stop tokens of each row, from those of all rows or a list a row; lists or arrays, or `None`.
+def stop_table(stop_ids: Unchecked, sequences: int) -> list[list[int]]:
+    """The stop tokens of each sequence, from those of all sequences or a list a sequence; lists or arrays, or `None`.
 
     Raises:
       InputError: for anything else.
@@ -80,11 +80,11 @@ def stop_table(stop_ids: Unchecked, rows: int) -> list[list[int]]:
     given = plain(() if stop_ids is None else stop_ids)
     given = [plain(item) for item in ([given] if is_whole(given) else given)]
     if all(map(is_whole, given)):
-        return [_ids(given)] * rows
-    if len(given) != rows:
-        raise InputError(f"stop_ids: {len(given)} lists given for {rows} rows; ids for all or one list a row expected")
+        return [_ids(given)] * sequences
+    if len(given) != sequences:
+        raise InputError(f"stop_ids: {len(given)} lists given for {sequences} sequences; ids for all or one list a sequence expected")
     if not all(isinstance(ids, list | tuple | set) and all(map(is_whole, ids)) for ids in given):
-        raise InputError(f"stop_ids: {_shown(given)} given; token ids for all rows, or one list a row expected")
+        raise InputError(f"stop_ids: {_shown(given)} given; token ids for all sequences, or one list a sequence expected")
     return [_ids(ids) for ids in given]
 
 
@@ -96,8 +96,8 @@ def _ids(given: Iterable[Unchecked]) -> list[int]:
     return ids
 
 
-def stop_strings(value: Unchecked, rows: int) -> list[list[str]]:
-    """The stop strings of each row: a text or a list of texts for all rows, or one list a row.
+def stop_strings(value: Unchecked, sequences: int) -> list[list[str]]:
+    """The stop strings of each sequence: a text or a list of texts for all sequences, or one list a sequence.
 
     Raises:
       InputError: for anything else.
@@ -106,10 +106,10 @@ def stop_strings(value: Unchecked, rows: int) -> list[list[str]]:
     if not isinstance(values, list | tuple | set):
         raise InputError(f"stop: {_shown(value)} given; texts that end an answer expected")
     if all(isinstance(item, str) for item in values):
-        return [list(values)] * rows
+        return [list(values)] * sequences
     lists = [item for item in values if isinstance(item, list | tuple | set) and all(isinstance(one, str) for one in item)]
-    if not len(lists) == len(values) == rows:
-        raise InputError(f"stop: {_shown(value)} given; a list for all of the {rows} rows, or one list a row expected")
+    if not len(lists) == len(values) == sequences:
+        raise InputError(f"stop: {_shown(value)} given; a list for all of the {sequences} sequences, or one list a sequence expected")
     return [list(item) for item in lists]
 
 

@@ -12,23 +12,23 @@ from llama_jax.axes import Array, Bool, Float, Int, Parameters
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, whole
 from llama_jax.generation.sampling import History, Sampling, adjust, begin_history, remember, sample
-from llama_jax.model.cache import Cache, init_cache, take_rows
+from llama_jax.model.cache import Cache, init_cache, take_sequences
 from llama_jax.model.llama import Llama, apply
 from llama_jax.model.splash import fits_splash
-from llama_jax.parallel.sharding import whole_rows
+from llama_jax.parallel.sharding import whole_sequences
 
-NOTHING = -1  # stands in the output where a row was already done
-BROKEN = -2  # stands there once where the logits of a row are NaN or infinite, which ends the row
+NOTHING = -1  # stands in the output where a sequence was already done
+BROKEN = -2  # stands there once where the logits of a sequence are NaN or infinite, which ends the sequence
 
 
 class Progress(NamedTuple):
-    """Where each row stands between two steps.
+    """Where each sequence stands between two steps.
 
     Attributes:
-      token: the row's last token, drawn but not yet in the cache.
+      token: the sequence's last token, drawn but not yet in the cache.
       cache: keys and values of all tokens before `token`.
-      remaining: tokens the row may still draw.
-      done: whether the row has drawn a stop token or has nothing remaining.
+      remaining: tokens the sequence may still draw.
+      done: whether the sequence has drawn a stop token or has nothing remaining.
       history: what penalties look at; `None` without penalties.
     """
 
@@ -39,13 +39,13 @@ class Progress(NamedTuple):
     history: History | None = None
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """Tokens drawn, with the log-probabilities asked for; one column a step in the output of a loop.
 
     Log-probabilities are those of the model itself, before bias, penalties, temperature and restriction.
 
     Attributes:
-      token: `NOTHING` where a row was done, `BROKEN` where its logits are not finite.
+      token: `NOTHING` where a sequence was done, `BROKEN` where its logits are not finite.
       logprob: of the token; `None` if not asked for.
       top_tokens: the `n` most probable tokens; `None` unless `n > 0` were asked for.
       top_logprobs: their log-probabilities.
@@ -61,7 +61,7 @@ class Rollout(NamedTuple):
     """What `generate_tokens` gives.
 
     Attributes:
-      tokens: new tokens, filled up with `NOTHING` (-1) after a row's stop token; `BROKEN` (-2) is the last of a row whose
+      tokens: new tokens, filled up with `NOTHING` (-1) after a sequence's stop token; `BROKEN` (-2) is the last of a sequence whose
         logits are NaN or infinite, with a log-probability of NaN.
       logprobs: the log-probability of each under the model, 0 where there is none.
     """
@@ -71,7 +71,7 @@ class Rollout(NamedTuple):
 
 
 def sees_itself(model: Llama, length: int) -> bool:
-    """Whether so many tokens behind an empty cache may be run as a row of its own: not if the kernel asked for takes others."""
+    """Whether so many tokens behind an empty cache may be run as a sequence of its own: not if the kernel asked for takes others."""
     return model.options.attention != "splash" or fits_splash(length, model.config.head_dim)
 
 
@@ -84,13 +84,13 @@ def prefill(
       model: the module.
       params: its parameters.
       tokens: of the prompts.
-      lengths: real tokens of each row.
+      lengths: real tokens of each sequence.
       cache: what came before.
       fresh: nothing did; static.
 
     Returns:
-      Logits after each row's last real token (float32; meaningless for a row without one), and the cache with each
-      row's real tokens in it.
+      Logits after each sequence's last real token (float32; meaningless for a sequence without one), and the cache with each
+      sequence's real tokens in it.
     """
     features = apply(model, params, tokens, None, cache, fresh=fresh, method="features")
     last = jnp.take_along_axis(features.last, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
@@ -102,13 +102,13 @@ def prefill_more(
     model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache,
     logits: Float[Array, "B V"],
 ) -> tuple[Float[Array, "B V"], Cache]:  # fmt: skip
-    """`prefill` of the next piece of long prompts; rows that have no token in this piece keep their `logits`."""
+    """`prefill` of the next piece of long prompts; sequences that have no token in this piece keep their `logits`."""
     after, cache = prefill(model, params, tokens, lengths, cache)
     return jnp.where((lengths > 0)[:, None], after, logits), cache
 
 
 def decode(model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
-    """Runs one token of each row; the cache grows by one token a row.
+    """Runs one token of each sequence; the cache grows by one token a sequence.
 
     Returns:
       Logits of the next token (float32) and the cache.
@@ -118,16 +118,16 @@ def decode(model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cac
     return logits, Cache(features.cache.layers, cache.lengths + 1)
 
 
-def measured(logits: Float[Array, "*R V"], token: Int[Array, " *R"], drawn: Int[Array, " *R"], logprobs: int | None) -> Drawn:
+def measured(logits: Float[Array, "*R V"], token: Int[Array, " *R"], drawn: Int[Array, " *R"], logprobs: int | None) -> SampledTokens:
     """What was drawn, with log-probabilities: of the token and of the `logprobs` most probable ones."""
     if logprobs is None:
-        return Drawn(drawn)
+        return SampledTokens(drawn)
     every = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(every, token[..., None], axis=-1)[..., 0]
     if logprobs == 0:
-        return Drawn(drawn, chosen)
+        return SampledTokens(drawn, chosen)
     values, tokens = lax.top_k(every, logprobs)
-    return Drawn(drawn, chosen, tokens, values)
+    return SampledTokens(drawn, chosen, tokens, values)
 
 
 def finite(logits: Float[Array, "*R V"]) -> Bool[Array, " *R"]:
@@ -141,8 +141,8 @@ def finite(logits: Float[Array, "*R V"]) -> Bool[Array, " *R"]:
 
 def _draw(
     logits: Float[Array, "B V"], progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"], logprobs: int | None
-) -> tuple[Progress, Drawn]:
-    """Draws the next token of each row that is not done."""
+) -> tuple[Progress, SampledTokens]:
+    """Draws the next token of each sequence that is not done."""
     done, history = progress.done, progress.history
     adjusted = adjust(logits, sampling, history)
     token, broken = sample(adjusted, sampling, progress.cache.lengths), ~done & ~finite(adjusted)
@@ -157,8 +157,8 @@ def _draw(
 def begin(
     logits: Float[Array, "B V"], cache: Cache, sampling: Sampling, stop_ids: Int[Array, "B M"], budget: Int[Array, " B"],
     history: History | None, logprobs: int | None = None,
-) -> tuple[Progress, Drawn]:  # fmt: skip
-    """Draws the first token of each row that may draw `budget > 0` tokens, from the logits after its prompt."""
+) -> tuple[Progress, SampledTokens]:  # fmt: skip
+    """Draws the first token of each sequence that may draw `budget > 0` tokens, from the logits after its prompt."""
     nothing = jnp.zeros(budget.shape, jnp.int32)
     return _draw(logits, Progress(nothing, cache, budget, budget <= 0, history), sampling, stop_ids, logprobs)
 
@@ -166,24 +166,24 @@ def begin(
 def advance(
     model: Llama, params: Parameters, progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"],
     steps: Int[Array, ""] | int, room: int, logprobs: int | None = None,
-) -> tuple[Progress, Drawn]:  # fmt: skip
-    """Up to `steps` (at most `room`) decoding steps; ends as soon as every row is done.
+) -> tuple[Progress, SampledTokens]:  # fmt: skip
+    """Up to `steps` (at most `room`) decoding steps; ends as soon as every sequence is done.
 
     Returns:
-      The state after them, and what was drawn, `room` columns with `NOTHING` where a row was done.
+      The state after them, and what was drawn, `room` columns with `NOTHING` where a sequence was done.
     """
 
-    def unfinished(carry: tuple[Array, Progress, Drawn]) -> Array:
-        """Whether steps are left and a row that needs them."""
+    def unfinished(carry: tuple[Array, Progress, SampledTokens]) -> Array:
+        """Whether steps are left and a sequence that needs them."""
         step, progress, _ = carry
         return (step < steps) & ~jnp.all(progress.done)
 
-    def step(carry: tuple[Array, Progress, Drawn]) -> tuple[Array, Progress, Drawn]:
-        """One token of every row."""
+    def step(carry: tuple[Array, Progress, SampledTokens]) -> tuple[Array, Progress, SampledTokens]:
+        """One token of every sequence."""
         step, progress, out = carry
         lengths = progress.cache.lengths
         logits, cache = decode(model, params, progress.token, progress.cache)
-        # A row that is done runs along with the others: its length stays, so it overwrites a slot that nobody reads.
+        # A sequence that is done runs along with the others: its length stays, so it overwrites a slot that nobody reads.
         cache = Cache(cache.layers, jnp.where(progress.done, lengths, cache.lengths))
         progress, drawn = _draw(logits, progress._replace(cache=cache), sampling, stop_ids, logprobs)
         return step + 1, progress, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), out, drawn)
@@ -193,15 +193,15 @@ def advance(
     return progress, out
 
 
-def empty(rows: int, room: int, logprobs: int | None) -> Drawn:
+def empty(sequences: int, room: int, logprobs: int | None) -> SampledTokens:
     """Place for what is drawn in `room` columns."""
-    tokens = jnp.full((rows, room), NOTHING, jnp.int32)
+    tokens = jnp.full((sequences, room), NOTHING, jnp.int32)
     if logprobs is None:
-        return Drawn(tokens)
-    chosen = jnp.zeros((rows, room))
+        return SampledTokens(tokens)
+    chosen = jnp.zeros((sequences, room))
     if logprobs == 0:
-        return Drawn(tokens, chosen)
-    return Drawn(tokens, chosen, jnp.zeros((rows, room, logprobs), jnp.int32), jnp.zeros((rows, room, logprobs)))
+        return SampledTokens(tokens, chosen)
+    return SampledTokens(tokens, chosen, jnp.zeros((sequences, room, logprobs), jnp.int32), jnp.zeros((sequences, room, logprobs)))
 
 
 def generate_tokens(
@@ -220,44 +220,44 @@ def generate_tokens(
       model: the module; static under `jit`.
       params: parameters in the form that `model.options.scan` says.
       prompts: token ids, padded on the right with anything.
-      lengths: real tokens of each row.
-      sampling: settings of each of the `R = B * samples` rows of the output.
-      stop_ids: tokens that end a row (the stop token itself is part of the output), for all rows or for each; may be
+      lengths: real tokens of each sequence.
+      sampling: settings of each of the `R = B * samples` sequences of the output.
+      stop_ids: tokens that end a sequence (the stop token itself is part of the output), for all sequences or for each; may be
         empty, and filled up with `NOTHING`.
-      max_new_tokens: at most so many tokens a row; static. `T + max_new_tokens` slots are reserved, as many as the model's
+      max_new_tokens: at most so many tokens a sequence; static. `T + max_new_tokens` slots are reserved, as many as the model's
         context at most.
       samples: answers to each prompt, static; they share its prefill and lie next to each other in the output.
 
     Raises:
       InputError: while it is traced, for a `max_new_tokens` that is no whole number from 0 on, or that with `T` goes beyond
-        the context; for lengths of another number of prompts and sampling of another number of rows.
+        the context; for lengths of another number of prompts and sampling of another number of sequences.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
-    rows, length = prompts.shape
+    sequences, length = prompts.shape
     context = model.config.context_length
     if length + max_new_tokens > context:
         raise InputError(
             f"prompts of {length} tokens with max_new_tokens {max_new_tokens} given; "
             f"{context} (the model's context) or fewer together expected"
         )
-    total = rows * samples
-    if lengths.shape != (rows,):
-        raise InputError(f"lengths of shape {list(lengths.shape)} given for {rows} prompts; one a prompt expected")
+    total = sequences * samples
+    if lengths.shape != (sequences,):
+        raise InputError(f"lengths of shape {list(lengths.shape)} given for {sequences} prompts; one a prompt expected")
     if sampling.temperature.shape != (total,):
         raise InputError(
-            f"sampling for {sampling.temperature.shape[0]} rows given with {rows} prompts and {samples} samples of each; "
+            f"sampling for {sampling.temperature.shape[0]} sequences given with {sequences} prompts and {samples} samples of each; "
             f"make_sampling({total}, ...) expected: prompts times samples"
         )
-    model = Llama(model.config, dataclasses.replace(model.options, rules=whole_rows(model.options.rules)))
+    model = Llama(model.config, dataclasses.replace(model.options, rules=whole_sequences(model.options.rules)))
     if max_new_tokens == 0:
         return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
     options = model.options
-    cache = init_cache(model.config, rows, length + max_new_tokens, options.resolved_cache_dtype, options.scan)
+    cache = init_cache(model.config, sequences, length + max_new_tokens, options.resolved_cache_dtype, options.scan)
     logits, cache = prefill(model, params, prompts, lengths, cache, fresh=sees_itself(model, length))
     history = None if sampling.penalties is None else begin_history(prompts, lengths, model.config.vocab_size)
     if samples > 1:
-        origin = jnp.repeat(jnp.arange(rows), samples)
-        logits, cache = logits[origin], take_rows(cache, origin)
+        origin = jnp.repeat(jnp.arange(sequences), samples)
+        logits, cache = logits[origin], take_sequences(cache, origin)
         history = jax.tree.map(lambda x: x[origin], history)
     stop_ids = jnp.asarray(stop_ids, jnp.int32)
     stops = jnp.broadcast_to(stop_ids, (total, stop_ids.shape[-1]))

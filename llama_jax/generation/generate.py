@@ -13,11 +13,11 @@ from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole, wholes
 from llama_jax.generation.programs import ROOM, platform_of, programs_of, with_kernel
 from llama_jax.generation.sampling import NOWHERE, Sampling, make_sampling
-from llama_jax.generation.session import NewTokens, Prefix, Request, Runner, Session, Tokens, prefilled
+from llama_jax.generation.session import TokenChunk, Prefix, Request, Runner, Session, Tokens, prefilled
 from llama_jax.model.llama import model_for
 
 _MOST_LOGPROBS = 100
-_MOST_GUESSES = 32
+_MOST_DRAFT_TOKENS = 32
 
 
 class Speculation(NamedTuple):
@@ -51,7 +51,7 @@ class Generator:
         Args:
           params: in either form (unrolled decodes faster); with a mesh, sharded over it as `load` or training leave them.
           config: the architecture.
-          mesh: devices to decode on together: rows over the axes of `batch`, heads over those of `kv_heads` in the rules. A
+          mesh: devices to decode on together: sequences over the axes of `batch`, heads over those of `kv_heads` in the rules. A
             warning says where `fsdp` would have every weight gathered at every step.
           speculation: how to guess tokens ahead, without any change to what is drawn; `None` draws one at a time.
           **options: of `ModelOptions`, except `scan`; `dtype` is that of the parameters unless given.
@@ -87,10 +87,10 @@ class Generator:
         """Prefills prompts and draws their first tokens.
 
         Args:
-          prompts: token ids of each prompt, one at least; lengths may differ. Lists, or an array of a row a prompt.
-          max_new_tokens: limit of new tokens, for all rows or one a row; the model's context is another.
-          sampling: settings of each row (`samples` rows a prompt, next to each other); greedy by default.
-          stop_ids: tokens that end a row; for all rows or for each.
+          prompts: token ids of each prompt, one at least; lengths may differ. Lists, or an array of a sequence a prompt.
+          max_new_tokens: limit of new tokens, for all sequences or one a sequence; the model's context is another.
+          sampling: settings of each sequence (`samples` sequences a prompt, next to each other); greedy by default.
+          stop_ids: tokens that end a sequence; for all sequences or for each.
           samples: answers to each prompt; they share its prefill.
           logprobs: `None` for no log-probabilities, 0 for those of the tokens drawn, `n` for the `n` best tokens' as well.
           prefix: tokens run before, from `prefix` or `Session.prefix`.
@@ -98,20 +98,20 @@ class Generator:
 
         Raises:
           InputError: for an empty prompt, one longer than the context, a token outside the vocabulary, and settings that
-            are out of range or for another number of rows.
+            are out of range or for another number of sequences.
         """
         samples = whole("samples", samples, 1)
-        rows = len(prompts) * samples
-        sampling = sampling if sampling is not None else make_sampling(rows)
+        sequences = len(prompts) * samples
+        sampling = sampling if sampling is not None else make_sampling(sequences)
         config = self.programs.model.config
         prompts = check_prompts(prompts, config)
-        limits = wholes("max_new_tokens", max_new_tokens, rows, 0)
-        _check_settings(rows, sampling, logprobs, config)
+        limits = wholes("max_new_tokens", max_new_tokens, sequences, 0)
+        _check_settings(sequences, sampling, logprobs, config)
         self._check_prefix(prefix)
         speculation = self.speculation if speculation is None else speculation
         if speculation is not None:
             _check_speculation(speculation, sampling, config)
-        stops = stop_table(stop_ids, rows)
+        stops = stop_table(stop_ids, sequences)
         guesses, draft = (0, None) if speculation is None else speculation
         other = None if draft is None else draft.runner
         request = Request(prompts, limits, sampling, stops, samples, logprobs, prefix, guesses, other)
@@ -119,20 +119,20 @@ class Generator:
 
     def stream(
         self, prompts: Unchecked, max_new_tokens: Unchecked, *args: Any, chunk: Unchecked = 8, **settings: Any
-    ) -> Iterator[list[NewTokens]]:
-        """Yields the new tokens of every row as they come, up to `chunk` (at most 32) a row at a time; see `start`."""
+    ) -> Iterator[list[TokenChunk]]:
+        """Yields the new tokens of every sequence as they come, up to `chunk` (at most 32) a sequence at a time; see `start`."""
         chunk = whole("chunk", chunk, 1)
         if len(prompts):
             yield from self.start(prompts, max_new_tokens, *args, **settings).stream(chunk)
 
     def generate(self, prompts: Unchecked, max_new_tokens: Unchecked, *args: Any, **settings: Any) -> list[Tokens]:
-        """All new tokens of every row and why it ended; see `start`."""
+        """All new tokens of every sequence and why it ended; see `start`."""
         if len(prompts) == 0:
             return []
         session = self.start(prompts, max_new_tokens, *args, **settings)
         for _ in session.stream(ROOM):
             pass
-        return [session.tokens(row) for row in range(session.rows)]
+        return [session.tokens(sequence) for sequence in range(session.sequences)]
 
     def _check_prefix(self, prefix: Unchecked) -> None:
         """Refuses keys and values of another model: nothing would go wrong but the text."""
@@ -151,15 +151,15 @@ class Generator:
           InputError: for tokens that the model cannot take.
         """
         (ids,) = check_prompts([token_ids], self.programs.model.config)
-        _, cache = prefilled(self.runner, [ids], self.programs.row_multiple, 0, None)
+        _, cache = prefilled(self.runner, [ids], self.programs.sequence_multiple, 0, None)
         return Prefix(ids, cache, self.runner)
 
 
 def _check_speculation(speculation: Unchecked, sampling: Sampling, config: LlamaConfig) -> None:
     if not isinstance(speculation, Speculation):
         raise InputError(f"speculation: a {type(speculation).__name__} given; Speculation(tokens) expected")
-    if not 1 <= whole("speculation.tokens", speculation.tokens, 1) <= _MOST_GUESSES:
-        raise InputError(f"speculation.tokens: {speculation.tokens} given; 1 to {_MOST_GUESSES} expected")
+    if not 1 <= whole("speculation.tokens", speculation.tokens, 1) <= _MOST_DRAFT_TOKENS:
+        raise InputError(f"speculation.tokens: {speculation.tokens} given; 1 to {_MOST_DRAFT_TOKENS} expected")
     if sampling.penalties is not None:
         raise InputError("penalties given together with speculation, which cannot look at tokens not yet kept; leave out one")
     other = None if speculation.draft is None else speculation.draft.programs.model.config.vocab_size
@@ -167,7 +167,7 @@ def _check_speculation(speculation: Unchecked, sampling: Sampling, config: Llama
         raise InputError(f"the draft model has {other} tokens and the model {config.vocab_size}; the same vocabulary expected")
 
 
-def _check_settings(rows: int, sampling: Sampling, logprobs: Unchecked, config: LlamaConfig) -> None:
+def _check_settings(sequences: int, sampling: Sampling, logprobs: Unchecked, config: LlamaConfig) -> None:
     most = min(_MOST_LOGPROBS, config.vocab_size)
     if logprobs is not None and whole("logprobs", logprobs, 0) > most:
         raise InputError(f"logprobs: {logprobs} given; 0 to {most} expected, or none")
@@ -176,8 +176,8 @@ def _check_settings(rows: int, sampling: Sampling, logprobs: Unchecked, config: 
     if outside.size:
         raise InputError(f"logit_bias: token {outside[0]} given; the vocabulary goes from 0 to {config.vocab_size - 1}")
     settings = sampling.temperature.shape[0]
-    if settings != rows:
-        raise InputError(f"sampling for {settings} rows given with {rows} rows to draw; make_sampling({rows}, ...) expected")
+    if settings != sequences:
+        raise InputError(f"sampling for {settings} sequences given with {sequences} sequences to draw; make_sampling({sequences}, ...) expected")
 
 
 # --- beginning ---
@@ -188,7 +188,7 @@ def _check_settings(rows: int, sampling: Sampling, logprobs: Unchecked, config: 
 _WORTH_IT = 16  # tokens; fewer are run again faster than their cache is copied
 
 
-def common_beginning(prompts: Iterable[Sequence[int]]) -> list[int]:
+def common_prefix(prompts: Iterable[Sequence[int]]) -> list[int]:
     """The longest beginning that all prompts share, in token ids; of one prompt or none, nothing."""
     shared: list[int] = []
     for number, prompt in enumerate(prompts):
@@ -203,7 +203,7 @@ def shared_prefix(generator: Generator, beginning: Sequence[int], prompts: int) 
 
     Args:
       generator: that is to run the prompts.
-      beginning: from `common_beginning`.
+      beginning: from `common_prefix`.
       prompts: how many there are.
     """
     return generator.prefix(list(beginning)) if prompts > 1 and len(beginning) >= _WORTH_IT else None

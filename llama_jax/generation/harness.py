@@ -93,8 +93,8 @@ class HarnessMethods:
     def loglikelihood_rolling(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text; of one beyond the context, in windows that predict every token once."""
         windows = [self._windows(request.args[0]) for request in requests]
-        scores = iter(self._scores([window for row in windows for window in row]))
-        return [sum(next(scores).logprob for _ in row) for row in windows]
+        scores = iter(self._scores([window for sequence in windows for window in sequence]))
+        return [sum(next(scores).logprob for _ in sequence) for sequence in windows]
 
     def generate_until(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to one of the task's stop strings.

@@ -13,21 +13,21 @@ from jax.sharding import Mesh
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
 from llama_jax.config import LlamaConfig
-from llama_jax.generation.decode import Drawn, Progress, advance, begin, prefill, prefill_more
+from llama_jax.generation.decode import SampledTokens, Progress, advance, begin, prefill, prefill_more
 from llama_jax.generation.speculative import speculate
 from llama_jax.model.attention import KERNELS
-from llama_jax.model.cache import Cache, LayerCache, grow, init_cache, take_rows
+from llama_jax.model.cache import Cache, LayerCache, grow, init_cache, take_sequences
 from llama_jax.model.cudnn import fits_cudnn
 from llama_jax.model.llama import Llama, apply
 from llama_jax.model.options import ModelOptions
-from llama_jax.parallel.sharding import Rules, constrain, whole_rows
+from llama_jax.parallel.sharding import Rules, constrain, whole_sequences
 
 # --- logprobs ---
 #
 # Log-probabilities of given tokens, as a pure function.
 
 
-_BLOCK = 128  # tokens a row whose logits are in memory at a time
+_BLOCK = 128  # tokens a sequence whose logits are in memory at a time
 
 
 def given_logprobs(
@@ -41,7 +41,7 @@ def given_logprobs(
       model: the module.
       params: parameters in the form that `model.options.scan` says.
       tokens: the texts, padded on the right with anything.
-      first: position in each row whose next token is the first of `following`.
+      first: position in each sequence whose next token is the first of `following`.
       following: the tokens that follow positions `first`, `first + 1`, ...; padded with anything.
     """
     features = apply(model, params, tokens, None, None, method="features").last
@@ -68,7 +68,7 @@ def given_logprobs(
 # --- programs ---
 
 
-ROOM = 32  # tokens a row that one call of the decoding loop can return at most
+ROOM = 32  # tokens a sequence that one call of the decoding loop can return at most
 _SMALLEST_BUCKET = 16
 _PIECE, _LARGE_PIECE, _MOST_TOKENS = 1024, 8192, 65536
 _HEADROOM = 192  # slots reserved at first beyond a short prompt
@@ -82,8 +82,8 @@ def bucket_size(count: int) -> int:
     return size * 3 // 4 if size > _SMALLEST_BUCKET and count <= size * 3 // 4 else size
 
 
-def bucket_rows(count: int, multiple: int = 1) -> int:
-    """The smallest power of two that holds `count` rows, times what a mesh divides rows by."""
+def bucket_sequences(count: int, multiple: int = 1) -> int:
+    """The smallest power of two that holds `count` sequences, times what a mesh divides sequences by."""
     return multiple * (1 << (-(-count // multiple) - 1).bit_length())
 
 
@@ -93,7 +93,7 @@ def bucket_slots(needed: int, most: int) -> int:
 
 
 def pin(cache: Cache, rules: Rules) -> Cache:
-    """The cache with rows and heads laid over the mesh as the rules say; as it is without a mesh."""
+    """The cache with sequences and heads laid over the mesh as the rules say; as it is without a mesh."""
     leading = ("layers",) if isinstance(cache.layers, LayerCache) else ()
     axes = (*leading, "batch", "kv_heads", "length", "width")
     return cache._replace(layers=jax.tree.map(lambda array: constrain(array, axes[: array.ndim], rules), cache.layers))
@@ -102,7 +102,7 @@ def pin(cache: Cache, rules: Rules) -> Cache:
 class Programs:
     """The compiled programs of one model, kept for the life of the process and shared by all its generators.
 
-    Every program is compiled once for each combination of shapes that it meets: rows are powers of two, lengths and slots
+    Every program is compiled once for each combination of shapes that it meets: sequences are powers of two, lengths and slots
     of the series of `bucket_size`, so their number grows with the logarithm of the longest text.
 
     Attributes:
@@ -122,27 +122,27 @@ class Programs:
         self._begin = self._program("begin", begin, static_argnames=("logprobs",))
         decoding = functools.partial(advance, model, room=ROOM)
         self.advance = self._program("decode", decoding, donate_argnums=(1,), static_argnames=("logprobs",))
-        guessing = functools.partial(speculate, model, room=ROOM)
+        drafting = functools.partial(speculate, model, room=ROOM)
         named = ("count", "draft_model", "logprobs")
-        self.speculate = self._program("speculate", guessing, donate_argnums=(1, 2), static_argnames=named)
+        self.speculate = self._program("speculate", drafting, donate_argnums=(1, 2), static_argnames=named)
         self.score = self._program("score", functools.partial(given_logprobs, model))
         self.init_cache = self._program("cache", self._init_cache, static_argnums=(0, 1))
         self.grow = self._program("cache", grow, static_argnums=(1,))
-        self.take_rows = self._program("cache", self._take_rows, static_argnums=(2,))
+        self.take_sequences = self._program("cache", self._take_sequences, static_argnums=(2,))
 
-    def begin(self, logits: Array, cache: Cache, *args: Any, logprobs: int | None) -> tuple[Progress, Drawn]:
+    def begin(self, logits: Array, cache: Cache, *args: Any, logprobs: int | None) -> tuple[Progress, SampledTokens]:
         """`llama_jax.generation.decode.begin`, compiled once for all numbers of slots: it looks at the lengths alone."""
         progress, drawn = self._begin(logits, Cache((), cache.lengths), *args, logprobs=logprobs)
         return progress._replace(cache=cache), drawn
 
-    def piece(self, rows: int) -> int:
+    def piece(self, sequences: int) -> int:
         """Tokens of a prompt to be prefilled at a time; many where a kernel takes the first piece, as it takes no other."""
         few = self.model.options.attention not in KERNELS
-        return _PIECE if few else max(_PIECE, min(_LARGE_PIECE, _MOST_TOKENS // rows))
+        return _PIECE if few else max(_PIECE, min(_LARGE_PIECE, _MOST_TOKENS // sequences))
 
     @property
-    def row_multiple(self) -> int:
-        """What the number of rows has to be divisible by: the devices that share the batch."""
+    def sequence_multiple(self) -> int:
+        """What the number of sequences has to be divisible by: the devices that share the batch."""
         if self.mesh is None:
             return 1
         axes: Sequence[str] = dict(self.model.options.rules)["batch"]
@@ -173,14 +173,14 @@ class Programs:
 
         return run
 
-    def _init_cache(self, rows: int, slots: int) -> Cache:
+    def _init_cache(self, sequences: int, slots: int) -> Cache:
         options = self.model.options
-        cache = init_cache(self.model.config, rows, slots, options.resolved_cache_dtype, options.scan)
+        cache = init_cache(self.model.config, sequences, slots, options.resolved_cache_dtype, options.scan)
         return pin(cache, options.rules)
 
-    def _take_rows(self, cache: Cache, rows: Int[Array, " R"], slots: int) -> Cache:
+    def _take_sequences(self, cache: Cache, sequences: Int[Array, " R"], slots: int) -> Cache:
         """Rows of a cache, copied, with capacity for at least `slots` tokens."""
-        return pin(grow(take_rows(cache, rows), max(slots, cache.slots)), self.model.options.rules)
+        return pin(grow(take_sequences(cache, sequences), max(slots, cache.slots)), self.model.options.rules)
 
 
 def platform_of(params: Parameters, mesh: Mesh | None) -> str:
@@ -203,4 +203,4 @@ def with_kernel(options: ModelOptions, config: LlamaConfig, platform: str) -> Mo
 @functools.cache
 def programs_of(config: LlamaConfig, options: ModelOptions, mesh: Mesh | None = None) -> Programs:
     """The programs of a model run in one way."""
-    return Programs(Llama(config, dataclasses.replace(options, rules=whole_rows(options.rules))), mesh)
+    return Programs(Llama(config, dataclasses.replace(options, rules=whole_sequences(options.rules))), mesh)

@@ -1,4 +1,4 @@
-"""Choosing the next token: a value with one number per row, no flags, so that one program serves every mixture.
+"""Choosing the next token: a value with one number per sequence, no flags, so that one program serves every mixture.
 
 The steps, in the order of transformers' processors: logit bias, penalties, temperature, top-k, top-p, min-p, draw.
 """
@@ -45,16 +45,16 @@ class Bias(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How each row draws its tokens.
+    """How each sequence draws its tokens.
 
     Attributes:
       temperature: logits are divided by it; 0 means the most probable token, always.
       top_k: only the `k` most probable tokens are drawn from; 0 means all.
       top_p: only the most probable tokens that together reach this probability are drawn from; 1 means all.
       min_p: only tokens at least this fraction as probable as the most probable one are drawn from; 0 means all.
-      key: a row's draws depend on its key and on the position of the token, not on the other rows.
-      penalties: of repeated tokens; `None` when no row has any, which saves their bookkeeping.
-      bias: of single tokens; `None` when no row has any.
+      key: a sequence's draws depend on its key and on the position of the token, not on the other sequences.
+      penalties: of repeated tokens; `None` when no sequence has any, which saves their bookkeeping.
+      bias: of single tokens; `None` when no sequence has any.
     """
 
     temperature: Float[Array, " B"]
@@ -73,21 +73,21 @@ class History(NamedTuple):
     counts: Int[Array, "B V"]
 
 
-def _per_row(name: str, value: ArrayLike, rows: int, dtype: type, low: float, high: float) -> np.ndarray:
-    """One value for all rows, or one a row, as an array `[rows]`."""
+def _per_sequence(name: str, value: ArrayLike, sequences: int, dtype: type, low: float, high: float) -> np.ndarray:
+    """One value for all sequences, or one a sequence, as an array `[sequences]`."""
     values = np.asarray(value)
-    if values.ndim > 1 or (values.ndim == 1 and len(values) != rows):
-        raise InputError(f"{name}: {values.size} values given for {rows} rows; one for all or one a row expected")
+    if values.ndim > 1 or (values.ndim == 1 and len(values) != sequences):
+        raise InputError(f"{name}: {values.size} values given for {sequences} sequences; one for all or one a sequence expected")
     whole = np.issubdtype(dtype, np.integer)
     kinds = int if whole else (int, float)
     bad = [v for v in values.ravel().tolist() if isinstance(v, bool) or not (isinstance(v, kinds) and low <= v <= high)]
     if bad:
         raise InputError(f"{name}: {bad[0]!r} given; a {'whole ' if whole else ''}number from {low:g} to {high:g} expected")
-    return np.broadcast_to(values, (rows,)).astype(dtype)
+    return np.broadcast_to(values, (sequences,)).astype(dtype)
 
 
 def make_sampling(
-    rows: int,
+    sequences: int,
     temperature: ArrayLike = 0.0,
     top_k: ArrayLike = 0,
     top_p: ArrayLike = 1.0,
@@ -99,10 +99,10 @@ def make_sampling(
     logit_bias: LogitBias | Sequence[LogitBias] | None = (),
     seed: Unchecked = 0,
 ) -> Sampling:
-    """A `Sampling` for `rows` rows; every setting is one for all rows, or one a row.
+    """A `Sampling` for `sequences` sequences; every setting is one for all sequences, or one a sequence.
 
     Args:
-      rows: rows that sample: prompts times `samples`.
+      sequences: sequences that sample: prompts times `samples`.
       temperature: see `Sampling`, as for the next three.
       top_k: whole numbers.
       top_p: from 0 to 1.
@@ -110,63 +110,63 @@ def make_sampling(
       repetition_penalty: see `Penalties`, as for the next two.
       presence_penalty: any number from -100 to 100.
       frequency_penalty: any number from -100 to 100.
-      logit_bias: token id -> number, for all rows or a mapping a row.
-      seed: a whole number from 0 to 2^31 - 1 or a key of `jax.random.key`, for all rows or one a row; may be traced. The rows
-        of one seed sample independently of each other and of those of every other seed; see `row_keys`.
+      logit_bias: token id -> number, for all sequences or a mapping a sequence.
+      seed: a whole number from 0 to 2^31 - 1 or a key of `jax.random.key`, for all sequences or one a sequence; may be traced. The sequences
+        of one seed sample independently of each other and of those of every other seed; see `sequence_keys`.
 
     Raises:
       InputError: naming the setting that is out of range or has the wrong number of values.
     """
     return Sampling(
-        jnp.asarray(_per_row("temperature", temperature, rows, np.float32, 0.0, 100.0)),
-        jnp.asarray(_per_row("top_k", top_k, rows, np.int32, 0, 1 << 30)),
-        jnp.asarray(_per_row("top_p", top_p, rows, np.float32, 0.0, 1.0)),
-        jnp.asarray(_per_row("min_p", min_p, rows, np.float32, 0.0, 1.0)),
-        row_keys(seed, rows),
-        _penalties(rows, repetition_penalty, presence_penalty, frequency_penalty),
-        _bias(rows, logit_bias),
+        jnp.asarray(_per_sequence("temperature", temperature, sequences, np.float32, 0.0, 100.0)),
+        jnp.asarray(_per_sequence("top_k", top_k, sequences, np.int32, 0, 1 << 30)),
+        jnp.asarray(_per_sequence("top_p", top_p, sequences, np.float32, 0.0, 1.0)),
+        jnp.asarray(_per_sequence("min_p", min_p, sequences, np.float32, 0.0, 1.0)),
+        sequence_keys(seed, sequences),
+        _penalties(sequences, repetition_penalty, presence_penalty, frequency_penalty),
+        _bias(sequences, logit_bias),
     )
 
 
-def row_keys(seed: Unchecked, rows: int, first: int = 0) -> Key[Array, " B"]:
-    """The keys that `rows` rows sample with.
+def sequence_keys(seed: Unchecked, sequences: int, first: int = 0) -> Key[Array, " B"]:
+    """The keys that `sequences` sequences sample with.
 
-    With one seed or key, row `i` has that key with `first + i` folded in. With one seed a row, each row has what it would have
-    alone: its seed's key with 0 folded in. Keys that are given one a row are taken as they are.
+    With one seed or key, sequence `i` has that key with `first + i` folded in. With one seed a sequence, each sequence has what it would have
+    alone: its seed's key with 0 folded in. Keys that are given one a sequence are taken as they are.
 
     Args:
-      seed: a number, a key, or one of either a row; may be traced.
-      rows: how many keys.
-      first: number of the first row, where these rows are a part of those that share the seed.
+      seed: a number, a key, or one of either a sequence; may be traced.
+      sequences: how many keys.
+      first: number of the first sequence, where these sequences are a part of those that share the seed.
 
     Raises:
       InputError: for anything else.
     """
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, dtypes.prng_key):
-        _require_shape(seed, rows)
-        return seed if seed.ndim else _folded(seed, np.arange(first, first + rows, dtype=np.int32))
+        _require_shape(seed, sequences)
+        return seed if seed.ndim else _folded(seed, np.arange(first, first + sequences, dtype=np.int32))
     if not isinstance(seed, jax.core.Tracer):
         if isinstance(seed, jax.Array) and seed.dtype == jnp.uint32 and seed.shape == (2,):
             raise InputError("seed: a raw key (jax.random.PRNGKey) given; jax.random.key or a whole number expected")
-        numbers = _per_row("seed", seed, rows, np.int64, 0, _SEEDS - 1).astype(np.int32)
+        numbers = _per_sequence("seed", seed, sequences, np.int64, 0, _SEEDS - 1).astype(np.int32)
         seed = numbers if np.ndim(seed) else np.asarray(seed, np.int32)
     elif not jnp.issubdtype(seed.dtype, jnp.integer):
         raise InputError(f"seed: traced numbers of {seed.dtype} given; whole numbers or jax.random.key expected")
     else:
-        _require_shape(seed, rows)
+        _require_shape(seed, sequences)
     if np.ndim(seed) == 0:
-        return _folded(jax.random.key(seed), np.arange(first, first + rows, dtype=np.int32))
+        return _folded(jax.random.key(seed), np.arange(first, first + sequences, dtype=np.int32))
     return _alone(seed)
 
 
-def _require_shape(seed: Array, rows: int) -> None:
-    if seed.shape not in ((), (rows,)):
-        raise InputError(f"seed: shape {list(seed.shape)} given for {rows} rows; one for all or one a row expected")
+def _require_shape(seed: Array, sequences: int) -> None:
+    if seed.shape not in ((), (sequences,)):
+        raise InputError(f"seed: shape {list(seed.shape)} given for {sequences} sequences; one for all or one a sequence expected")
 
 
 @jax.jit
-def _folded(key: Key[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+def _folded(key: Key[Array, ""], sequences: Int[Array, " B"]) -> Key[Array, " B"]:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, sequences)
 
 
 @jax.jit
@@ -174,21 +174,21 @@ def _alone(seeds: Int[Array, " B"]) -> Key[Array, " B"]:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)
 
 
-def _penalties(rows: int, repetition: ArrayLike, presence: ArrayLike, frequency: ArrayLike) -> Penalties | None:
+def _penalties(sequences: int, repetition: ArrayLike, presence: ArrayLike, frequency: ArrayLike) -> Penalties | None:
     values = (
-        _per_row("repetition_penalty", repetition, rows, np.float32, 0.01, 100.0),
-        _per_row("presence_penalty", presence, rows, np.float32, -100.0, 100.0),
-        _per_row("frequency_penalty", frequency, rows, np.float32, -100.0, 100.0),
+        _per_sequence("repetition_penalty", repetition, sequences, np.float32, 0.01, 100.0),
+        _per_sequence("presence_penalty", presence, sequences, np.float32, -100.0, 100.0),
+        _per_sequence("frequency_penalty", frequency, sequences, np.float32, -100.0, 100.0),
     )
     idle = all((value == neutral).all() for value, neutral in zip(values, (1, 0, 0)))
     return None if idle else Penalties(*map(jnp.asarray, values))
 
 
-def _bias(rows: int, given: LogitBias | Sequence[LogitBias] | None) -> Bias | None:
-    """Tokens and values of each row, filled up to a power of two so that few programs serve all."""
-    tables = [given] * rows if isinstance(given, Mapping) else list(given or ()) or [{}] * rows
-    if len(tables) != rows:
-        raise InputError(f"logit_bias: {len(tables)} tables given for {rows} rows; one for all or one a row expected")
+def _bias(sequences: int, given: LogitBias | Sequence[LogitBias] | None) -> Bias | None:
+    """Tokens and values of each sequence, filled up to a power of two so that few programs serve all."""
+    tables = [given] * sequences if isinstance(given, Mapping) else list(given or ()) or [{}] * sequences
+    if len(tables) != sequences:
+        raise InputError(f"logit_bias: {len(tables)} tables given for {sequences} sequences; one for all or one a sequence expected")
     for token, value in ((token, value) for table in tables for token, value in table.items()):
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not (is_whole(token) and 0 <= token < NOWHERE and real and abs(value) <= 1e4):
@@ -196,32 +196,32 @@ def _bias(rows: int, given: LogitBias | Sequence[LogitBias] | None) -> Bias | No
     longest = max(map(len, tables), default=0)
     if longest == 0:
         return None
-    tokens = np.full((rows, 1 << (longest - 1).bit_length()), NOWHERE, np.int32)
+    tokens = np.full((sequences, 1 << (longest - 1).bit_length()), NOWHERE, np.int32)
     values = np.zeros(tokens.shape, np.float32)
-    for row, table in enumerate(tables):
-        tokens[row, : len(table)], values[row, : len(table)] = list(table.keys()), list(table.values())
+    for sequence, table in enumerate(tables):
+        tokens[sequence, : len(table)], values[sequence, : len(table)] = list(table.keys()), list(table.values())
     return Bias(jnp.asarray(tokens), jnp.asarray(values))
 
 
 def begin_history(tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab: int) -> History:
     """The history of prompts, padded on the right with anything, before the first token is drawn."""
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    seen = jnp.zeros((tokens.shape[0], vocab), bool).at[rows, jnp.where(real, tokens, NOWHERE)].set(True, mode="drop")
+    sequences = jnp.arange(tokens.shape[0])[:, None]
+    seen = jnp.zeros((tokens.shape[0], vocab), bool).at[sequences, jnp.where(real, tokens, NOWHERE)].set(True, mode="drop")
     return History(seen, jnp.zeros(seen.shape, jnp.int32))
 
 
 def remember(history: History, token: Int[Array, " B"], drawn: Bool[Array, " B"]) -> History:
-    """The history with one token more in every row that has `drawn` one."""
-    rows = jnp.arange(token.shape[0])
-    return history._replace(counts=history.counts.at[rows, token].add(drawn.astype(jnp.int32)))
+    """The history with one token more in every sequence that has `drawn` one."""
+    sequences = jnp.arange(token.shape[0])
+    return history._replace(counts=history.counts.at[sequences, token].add(drawn.astype(jnp.int32)))
 
 
 def adjust(logits: Float[Array, "B V"], sampling: Sampling, history: History | None) -> Float[Array, "B V"]:
     """Logits after bias and penalties."""
     if sampling.bias is not None:
-        rows = jnp.arange(logits.shape[0])[:, None]
-        logits = logits.at[rows, sampling.bias.tokens].add(sampling.bias.values, mode="drop")
+        sequences = jnp.arange(logits.shape[0])[:, None]
+        logits = logits.at[sequences, sampling.bias.tokens].add(sampling.bias.values, mode="drop")
     if sampling.penalties is None or history is None:
         return logits
     repetition, presence, frequency = (values[:, None] for values in sampling.penalties)
@@ -276,20 +276,20 @@ def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
 
 
 def sample(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array, " B"]) -> Int[Array, " B"]:
-    """The next token of each row.
+    """The next token of each sequence.
 
     Args:
       logits: float32, after `adjust`.
-      sampling: settings of each row.
-      position: position of the token to be drawn, which the row's randomness is folded with; no key is consumed twice.
+      sampling: settings of each sequence.
+      position: position of the token to be drawn, which the sequence's randomness is folded with; no key is consumed twice.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        """Tokens of rows that are not greedy, each from its own key."""
+        """Tokens of sequences that are not greedy, each from its own key."""
         keys = jax.vmap(jax.random.fold_in)(sampling.key, position)
         drawn = jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, best)
 
-    # When every row is greedy nothing is drawn.
+    # When every sequence is greedy nothing is drawn.
     return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: best)

@@ -11,7 +11,7 @@ import numpy as np
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, check_plain_texts
 from llama_jax.generation.generate import Generator, check_prompts
-from llama_jax.generation.programs import bucket_rows, bucket_size
+from llama_jax.generation.programs import bucket_sequences, bucket_size
 from llama_jax.generation.session import padded_prompts
 from llama_jax.generation.text import require_generator_of, require_tokenizer
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt
@@ -58,17 +58,17 @@ def score_tokens(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         measured = _run(generator, [texts[i] for i in batch], [len(prompts[i]) for i in batch])
-        scores.update((i, _score(continuations[i], *row)) for i, *row in zip(batch, *measured))
+        scores.update((i, _score(continuations[i], *sequence)) for i, *sequence in zip(batch, *measured))
     return [scores[i] for i in range(len(texts))]
 
 
 def _run(generator: Generator, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability and greediness of the tokens from `starts` on, a row a text."""
-    rows = bucket_rows(len(texts), generator.programs.row_multiple)
-    tokens, _ = padded_prompts([text[:-1] for text in texts], rows, bucket_size(max(map(len, texts)) - 1))
+    """Log-probability and greediness of the tokens from `starts` on, a sequence a text."""
+    sequences = bucket_sequences(len(texts), generator.programs.sequence_multiple)
+    tokens, _ = padded_prompts([text[:-1] for text in texts], sequences, bucket_size(max(map(len, texts)) - 1))
     following = [text[start:] for text, start in zip(texts, starts)]
-    wanted, _ = padded_prompts(following, rows, bucket_size(max(map(len, following))))
-    first = np.asarray([start - 1 for start in starts] + [0] * (rows - len(texts)), np.int32)
+    wanted, _ = padded_prompts(following, sequences, bucket_size(max(map(len, following))))
+    first = np.asarray([start - 1 for start in starts] + [0] * (sequences - len(texts)), np.int32)
     logprobs, greedy = generator.programs.score(generator.params, tokens, first, wanted)
     return np.asarray(logprobs), np.asarray(greedy)
 

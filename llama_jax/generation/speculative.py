@@ -12,22 +12,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
-from llama_jax.generation.decode import BROKEN, NOTHING, Drawn, Progress, decode, empty, finite, measured
+from llama_jax.generation.decode import BROKEN, NOTHING, SampledTokens, Progress, decode, empty, finite, measured
 from llama_jax.generation.sampling import Sampling, adjust, restrict
 from llama_jax.model.cache import Cache
 from llama_jax.model.llama import Llama, apply
 
 _LONGEST_MATCH = 3  # tokens that prompt look-up compares at most
 
-# What a row's random numbers are for, folded into its key beside the position.
+# What a sequence's random numbers are for, folded into its key beside the position.
 _DRAFT, _ACCEPT, _REPLACE = 1, 2, 3
 
 
-class Proposals(NamedTuple):
+class DraftState(NamedTuple):
     """What proposals are made from.
 
     Attributes:
-      text: each row's tokens so far, by slot; those beyond the row's last token are meaningless.
+      text: each sequence's tokens so far, by slot; those beyond the sequence's last token are meaningless.
       cache: the draft model's, with the same lengths as the model's own; `None` for prompt look-up.
     """
 
@@ -43,13 +43,13 @@ class Draft(NamedTuple):
 
 
 def look_up(text: Int[Array, "B S"], last: Int[Array, " B"], count: int) -> Int[Array, "B k"]:
-    """What followed the last tokens of each row when they stood in it before (prompt look-up).
+    """What followed the last tokens of each sequence when they stood in it before (prompt look-up).
 
     The place with the longest match, up to three tokens, is taken, the latest of these; a repetition is continued.
 
     Args:
       text: tokens by slot.
-      last: slot of each row's last token.
+      last: slot of each sequence's last token.
       count: how many tokens to propose.
     """
     slots = jnp.arange(text.shape[1])[None]
@@ -76,18 +76,18 @@ def _distribution(logits: Float[Array, "B ... V"], sampling: Sampling) -> Float[
 
 
 def _keys(sampling: Sampling, positions: Int[Array, "B ..."], use: int) -> Array:
-    """A key for each row, position and use."""
+    """A key for each sequence, position and use."""
 
     def one(key: Array, at: Array) -> Array:
-        """Of one position of one row."""
+        """Of one position of one sequence."""
         return jax.random.fold_in(jax.random.fold_in(key, at), use)
 
-    per_row = one if positions.ndim == 1 else jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(per_row)(sampling.key, positions)
+    per_sequence = one if positions.ndim == 1 else jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(per_sequence)(sampling.key, positions)
 
 
 def _drawn(probabilities: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
-    """A token a row; of a distribution on one token, that token."""
+    """A token a sequence; of a distribution on one token, that token."""
     return jax.vmap(jax.random.categorical)(keys, jnp.log(probabilities)).astype(jnp.int32)
 
 
@@ -97,7 +97,7 @@ def propose(
     """`count` tokens drawn one after the other by a draft model, whose cache takes up `token` and all of them."""
 
     def step(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], tuple[Array, Array]]:
-        """One token of every row."""
+        """One token of every sequence."""
         token, cache = carry
         logits, cache = decode(model, params, token, cache)
         probabilities = _distribution(logits, sampling)
@@ -117,8 +117,8 @@ def judge(
     Args:
       logits: the model's, after the last token and after each of the `W - 1` proposals.
       draft: the proposals.
-      sampling: settings of each row.
-      lengths: position of each row's last token.
+      sampling: settings of each sequence.
+      lengths: position of each sequence's last token.
 
     Returns:
       Tokens, of which the first ones are kept proposals and one more the model's own; and how many count.
@@ -131,7 +131,7 @@ def judge(
         return best, _leading(best[:, :-1] == draft.tokens)
 
     def randomly() -> tuple[Array, Array]:
-        """Proposals kept by chance, and a token of what probability is left."""
+        """DraftState kept by chance, and a token of what probability is left."""
         p = _distribution(logits, sampling)
         q = jax.nn.one_hot(draft.tokens, p.shape[-1]) if draft.probabilities is None else draft.probabilities
         keys = _keys(sampling, lengths[:, None] + 1 + jnp.arange(width - 1), _ACCEPT)
@@ -150,7 +150,7 @@ def judge(
 
 
 def _biased(logits: Float[Array, "B W V"], sampling: Sampling) -> Float[Array, "B W V"]:
-    """Logits of all positions after the bias of their row."""
+    """Logits of all positions after the bias of their sequence."""
     if sampling.bias is None:
         return logits
     return jax.vmap(lambda at: adjust(at, sampling, None), in_axes=1, out_axes=1)(logits)
@@ -164,9 +164,9 @@ def _leading(kept: Bool[Array, "B k"]) -> Int[Array, " B"]:
 def _accept(
     progress: Progress, tokens: Int[Array, "B W"], count: Int[Array, " B"], stop_ids: Array, sound: Bool[Array, "B W"]
 ) -> tuple[Progress, Array]:
-    """Takes up to `count` tokens a row, up to a stop token and to what the row may still draw; the rest is `NOTHING`.
+    """Takes up to `count` tokens a sequence, up to a stop token and to what the sequence may still draw; the rest is `NOTHING`.
 
-    The first token that is not `sound` becomes `BROKEN` and ends the row.
+    The first token that is not `sound` becomes `BROKEN` and ends the sequence.
     """
     width = tokens.shape[1]
     stops = jnp.any(tokens[:, :, None] == stop_ids[:, None, :], axis=-1)
@@ -184,32 +184,32 @@ def _accept(
 
 
 def speculate(
-    model: Llama, params: Parameters, progress: Progress, proposals: Proposals, sampling: Sampling,
+    model: Llama, params: Parameters, progress: Progress, proposals: DraftState, sampling: Sampling,
     stop_ids: Int[Array, "B M"], steps: Int[Array, ""] | int, *, room: int, count: int,
     draft_model: Llama | None = None, draft_params: Parameters | None = None, logprobs: int | None = None,
-) -> tuple[Progress, Proposals, Drawn]:  # fmt: skip
-    """Up to `steps` (at most `room`) rounds of `count` proposals and their judgement; ends as soon as every row is done.
+) -> tuple[Progress, DraftState, SampledTokens]:  # fmt: skip
+    """Up to `steps` (at most `room`) rounds of `count` proposals and their judgement; ends as soon as every sequence is done.
 
     The cache needs slots for `count + 1` tokens beyond the longest text.
 
     Returns:
       The state after them, and what was drawn: `count + 1` columns a round, of which the first is `NOTHING` only where a
-      row was done before.
+      sequence was done before.
     """
     width = count + 1
 
-    def unfinished(carry: tuple[Array, Progress, Proposals, Drawn]) -> Array:
-        """Whether rounds are left and a row that needs them."""
+    def unfinished(carry: tuple[Array, Progress, DraftState, SampledTokens]) -> Array:
+        """Whether rounds are left and a sequence that needs them."""
         return (carry[0] < steps) & ~jnp.all(carry[1].done)
 
-    def guess(progress: Progress, proposals: Proposals) -> tuple[Draft, Cache | None]:
+    def guess(progress: Progress, proposals: DraftState) -> tuple[Draft, Cache | None]:
         """By the draft model, or by looking back."""
         if draft_model is None or draft_params is None or proposals.cache is None:
             return Draft(look_up(proposals.text, progress.cache.lengths, count), None), None
         return propose(draft_model, draft_params, progress.token, proposals.cache, sampling, count)
 
-    def step(carry: tuple[Array, Progress, Proposals, Drawn]) -> tuple[Array, Progress, Proposals, Drawn]:
-        """One round of every row."""
+    def step(carry: tuple[Array, Progress, DraftState, SampledTokens]) -> tuple[Array, Progress, DraftState, SampledTokens]:
+        """One round of every sequence."""
         step, progress, proposals, out = carry
         draft, draft_cache = guess(progress, proposals)
         lengths = progress.cache.lengths
@@ -220,11 +220,11 @@ def speculate(
         progress = progress._replace(cache=Cache(features.cache.layers, lengths))
         progress, emitted = _accept(progress, tokens, kept, stop_ids, finite(logits))
         drawn = measured(logits, tokens, emitted, logprobs)
-        text = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at + 1,)))(proposals.text, tokens, lengths)
+        text = jax.vmap(lambda sequence, new, at: lax.dynamic_update_slice(sequence, new, (at + 1,)))(proposals.text, tokens, lengths)
         if draft_cache is not None:
             draft_cache = Cache(draft_cache.layers, progress.cache.lengths)
         out = jax.tree.map(lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, step * width, axis=1), out, drawn)
-        return step + 1, progress, Proposals(text, draft_cache), out
+        return step + 1, progress, DraftState(text, draft_cache), out
 
     nothing = empty(progress.token.shape[0], room * width, logprobs)
     _, progress, proposals, out = lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), progress, proposals, nothing))

@@ -11,7 +11,7 @@ from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, check_names, check_texts, stop_strings, stop_table, whole, wholes
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.sampling import make_sampling
-from llama_jax.generation.session import NewTokens, Prefix, Session, joined, stop_reason
+from llama_jax.generation.session import TokenChunk, Prefix, Session, joined, stop_reason
 from llama_jax.model.options import ModelOptions
 from llama_jax.text.chat import encode_chat
 from llama_jax.text.stops import StopStrings
@@ -59,16 +59,16 @@ class Completion(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """New text of one row, as it comes.
+    """New text of one sequence, as it comes.
 
     Attributes:
-      row: which answer, from 0; with `samples`, those of one prompt lie next to each other.
+      sequence: which answer, from 0; with `samples`, those of one prompt lie next to each other.
       text: text that is certain; may be empty.
       tokens: how many tokens it was.
-      completion: the whole, with the last piece of a row; `None` before.
+      completion: the whole, with the last piece of a sequence; `None` before.
     """
 
-    row: int
+    sequence: int
     text: str
     tokens: int
     completion: Completion | None
@@ -125,19 +125,19 @@ class _Row:
         self.prompt, self.ids = prompt, ids
         self.finished = False
         self.count = 0  # new tokens
-        self._parts: list[NewTokens] = []
+        self._parts: list[TokenChunk] = []
         self._texts: list[str] = []
         self._stop_ids = stop_ids
         self._vocab_size = tokenizer.vocab_size
         self._decoder = StreamDecoder(tokenizer)
         self._watch = StopStrings(stops)
 
-    def take(self, new: NewTokens, limit: int) -> str:
-        """Adds tokens up to the one that ends the row; the text that became certain."""
+    def take(self, new: TokenChunk, limit: int) -> str:
+        """Adds tokens up to the one that ends the sequence; the text that became certain."""
         added, used = "", 0
         for token in new.token_ids:
             used += 1
-            # A model may have more rows than its tokenizer has tokens (padding); a token drawn from these has no text.
+            # A model may have more sequences than its tokenizer has tokens (padding); a token drawn from these has no text.
             known = token < self._vocab_size
             added += self._watch.push(self._decoder.push(token)) if known else ""
             if self._watch.found:
@@ -152,7 +152,7 @@ class _Row:
         return added
 
     def completion(self) -> Completion:
-        """The row as a result."""
+        """The sequence as a result."""
         ids, logprobs, top = joined(self._parts)
         reason = "stop_string" if self._watch.found else stop_reason(ids, self._stop_ids)
         return Completion(self.prompt, "".join(self._texts), ids, reason, len(self.ids), len(ids), logprobs, top)
@@ -186,58 +186,58 @@ class TextSession:
         samples = whole("samples", samples, 1)
         tokenizer = require_tokenizer(model)
         encoded = [encode_user(model, prompt, chat) for prompt in prompts]
-        rows = len(prompts) * samples
-        limits = wholes("max_new_tokens", max_new_tokens, rows, 0)
-        sampling = make_sampling(rows, **{name: settings.pop(name) for name in _SAMPLING if name in settings})
-        stops = stop_strings(stop, rows)
-        ends = [[*model.stop_ids, *own] for own in stop_table(stop_ids, rows)]
+        sequences = len(prompts) * samples
+        limits = wholes("max_new_tokens", max_new_tokens, sequences, 0)
+        sampling = make_sampling(sequences, **{name: settings.pop(name) for name in _SAMPLING if name in settings})
+        stops = stop_strings(stop, sequences)
+        ends = [[*model.stop_ids, *own] for own in stop_table(stop_ids, sequences)]
         generator = generator or Generator(model.params, model.config, **settings)
         require_generator_of(model, generator)
-        self._rows = [
-            _Row(tokenizer, prompts[row // samples], encoded[row // samples], stops[row], ends[row]) for row in range(rows)
+        self._sequences = [
+            _Row(tokenizer, prompts[sequence // samples], encoded[sequence // samples], stops[sequence], ends[sequence]) for sequence in range(sequences)
         ]
-        self._limits = [min(limit, model.config.context_length - len(row.ids)) for limit, row in zip(limits, self._rows)]
+        self._limits = [min(limit, model.config.context_length - len(sequence.ids)) for limit, sequence in zip(limits, self._sequences)]
         self.session: Session = generator.start(
             encoded, limits, sampling, ends, samples=samples, logprobs=logprobs, prefix=prefix, speculation=speculation
         )
 
     def stream(self, chunk: int) -> Iterator[Piece]:
-        """Yields the text of all rows as it comes."""
+        """Yields the text of all sequences as it comes."""
         for chunks in self.session.stream(chunk):
-            for i, (row, new, limit) in enumerate(zip(self._rows, chunks, self._limits)):
-                if row.finished:
+            for i, (sequence, new, limit) in enumerate(zip(self._sequences, chunks, self._limits)):
+                if sequence.finished:
                     continue
-                before = row.count
-                text = row.take(new, limit)
-                if row.finished:
+                before = sequence.count
+                text = sequence.take(new, limit)
+                if sequence.finished:
                     self.session.finish(i)
-                yield Piece(i, text, row.count - before, row.completion() if row.finished else None)
-            if all(row.finished for row in self._rows):
+                yield Piece(i, text, sequence.count - before, sequence.completion() if sequence.finished else None)
+            if all(sequence.finished for sequence in self._sequences):
                 return
 
 
 def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4, **settings: Any) -> Iterator[Piece]:
     """Yields the text of all prompts, decoded together, as it comes.
 
-    Every setting below that says "a row" may be one value for all rows, or a list of one a row.
+    Every setting below that says "a sequence" may be one value for all sequences, or a list of one a sequence.
 
     Args:
       model: from `llama_jax.load`.
       prompts: texts, or conversations as lists of messages `{"role": ..., "content": ...}`.
       chunk: decoding steps between two pieces, up to 32.
       **settings: any of these:
-        `max_new_tokens` (128): a row; limit of new tokens; the model's context is another.
+        `max_new_tokens` (128): a sequence; limit of new tokens; the model's context is another.
         `chat` (False): whether a text is one user message, to be put through the model's chat template.
-        `temperature` (0): a row; 0 for the most probable token always.
-        `top_k` (0): a row; draw from the `k` most probable tokens only; 0 for all.
-        `top_p` (1): a row; draw from the most probable tokens that together reach this probability.
-        `min_p` (0): a row; draw from tokens at least this fraction as probable as the best.
-        `repetition_penalty` (1), `presence_penalty` (0), `frequency_penalty` (0): a row; see `Penalties`.
-        `logit_bias`: a row; token id -> number added to its logit.
-        `seed` (0): a number or a `jax.random.key`, for all rows, which sample independently of each other, or one a row.
-        `stop`: a row; strings that end the text and are no part of it.
-        `stop_ids`: a row; token ids that end the text, beside the model's own.
-        `samples` (1): answers to each prompt, which share its prefill; each is a row.
+        `temperature` (0): a sequence; 0 for the most probable token always.
+        `top_k` (0): a sequence; draw from the `k` most probable tokens only; 0 for all.
+        `top_p` (1): a sequence; draw from the most probable tokens that together reach this probability.
+        `min_p` (0): a sequence; draw from tokens at least this fraction as probable as the best.
+        `repetition_penalty` (1), `presence_penalty` (0), `frequency_penalty` (0): a sequence; see `Penalties`.
+        `logit_bias`: a sequence; token id -> number added to its logit.
+        `seed` (0): a number or a `jax.random.key`, for all sequences, which sample independently of each other, or one a sequence.
+        `stop`: a sequence; strings that end the text and are no part of it.
+        `stop_ids`: a sequence; token ids that end the text, beside the model's own.
+        `samples` (1): answers to each prompt, which share its prefill; each is a sequence.
         `logprobs`: 0 for the log-probability of each new token, `n` for those of the `n` best as well.
         `prefix`: from `Generator.prefix` or `Session.prefix`, tokens that need not be run again.
         `speculation`: a `Speculation`, to guess tokens ahead; the text is the same.
@@ -255,7 +255,7 @@ def stream(model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4
 def generate(
     model: Pretrained, prompts: Sequence[Prompt], *, callback: Callable[[Piece], object] | None = None, **settings: Any
 ) -> list[Completion]:
-    """The completions of all rows, decoded together, in their order; settings are those of `stream`.
+    """The completions of all sequences, decoded together, in their order; settings are those of `stream`.
 
     Args:
       model: from `llama_jax.load`.
@@ -268,8 +268,8 @@ def generate(
         if callback is not None:
             callback(piece)
         if piece.completion is not None:
-            found[piece.row] = piece.completion
-    return [found[row] for row in sorted(found)]
+            found[piece.sequence] = piece.completion
+    return [found[sequence] for sequence in sorted(found)]
 
 
 # --- conversation ---

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.axes import Array, Float, Num
 from llama_jax.errors import InputError
-from llama_jax.model.blockwise import chunked_attention
+from llama_jax.model.blockwise import blockwise_attention
 from llama_jax.model.cudnn import fits_cudnn
 from llama_jax.model.mask import NO_MASK, Mask, require_complete, visible
 from llama_jax.model.splash import fits_splash
@@ -59,18 +59,18 @@ def in_float(k: Array, v: Array, scales: Scales | None, dtype: DTypeLike) -> tup
     return k.astype(dtype) * scales.keys[..., None].astype(dtype), v.astype(dtype) * scales.values[..., None].astype(dtype)
 
 
-def _chunked(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None = None) -> Array:
+def _blockwise(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None = None) -> Array:
     # Many queries share the keys, so writing out those of one layer is a small part of the work.
-    return chunked_attention(q, *in_float(k, v, scales, q.dtype), mask, causal)
+    return blockwise_attention(q, *in_float(k, v, scales, q.dtype), mask, causal)
 
 
-BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _chunked}
+BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _blockwise}
 
 # Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep anyway.
 _FEW_SCORES = 512 * 512
 
 
-KERNELS = ("splash", "cudnn")  # of one kind of device, for rows that see themselves; see `llama_jax.model.context_parallel`
+KERNELS = ("splash", "cudnn")  # of one kind of device, for sequences that see themselves; see `llama_jax.model.context_parallel`
 
 
 def choose_backend(
@@ -78,17 +78,17 @@ def choose_backend(
 ) -> str:
     """The backend that a name stands for.
 
-    `auto` is, for whole rows, `splash` on TPUs and `cudnn` on GPUs where these kernels take them; else `reference` for few
-    scores (decoding, short rows) and `chunked` for many. Kernels and `chunked` have no forward-mode derivative (`jax.jvp`):
+    `auto` is, for whole sequences, `splash` on TPUs and `cudnn` on GPUs where these kernels take them; else `reference` for few
+    scores (decoding, short sequences) and `chunked` for many. Kernels and `chunked` have no forward-mode derivative (`jax.jvp`):
     name `reference` for one.
 
     Args:
       name: `auto` or a backend.
-      queries: of a row.
+      queries: of a sequence.
       keys: that they see.
-      platform: `tpu` or `gpu` where rows see themselves.
+      platform: `tpu` or `gpu` where sequences see themselves.
       head_dim: width of a head, for the same.
-      parts: devices that share a row, for the same.
+      parts: devices that share a sequence, for the same.
       dtype: of queries, keys and values, for the same.
 
     Raises:

@@ -135,8 +135,8 @@ def forward(
             """Adds key block `j`, where any query sees it."""
             return blocks.unless_hidden(i, j, functools.partial(_add_keys, q[i], k, v, blocks, i, j), carry)
 
-        rows = q.shape[1:-1]
-        nothing = (jnp.full(rows, HIDDEN), jnp.zeros(rows), jnp.zeros(q.shape[1:]))
+        sequences = q.shape[1:-1]
+        nothing = (jnp.full(sequences, HIDDEN), jnp.zeros(sequences), jnp.zeros(q.shape[1:]))
         peak, total, out = lax.fori_loop(0, blocks.key_blocks(i, k.shape[0]), key_block, nothing)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return (out / total[..., None]).astype(dtype), peak + jnp.log(total)
@@ -179,7 +179,7 @@ def backward(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array,
 
 
 def cut_tokens(x: Int[Array, "B T"] | None, size: int) -> Int[Array, "blocks B C"] | None:
-    """`cut` of one number a token and row; `None` stays."""
+    """`cut` of one number a token and sequence; `None` stays."""
     return None if x is None else cut(x[:, None, :, None], size)[:, :, 0, :, 0]
 
 
@@ -202,7 +202,7 @@ def prepare(q: Array, k: Array, v: Array, mask: Mask, causal: bool, size: int) -
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def chunked_attention(
+def blockwise_attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
@@ -212,18 +212,18 @@ def chunked_attention(
 ) -> Float[Array, "B N T H"]:
     """Exact attention in blocks of `size` queries by `size` keys.
 
-    Blocks that no query can see (beyond the causal diagonal or every row's length) are not computed.
+    Blocks that no query can see (beyond the causal diagonal or every sequence's length) are not computed.
     """
-    return _chunked_forward(q, k, v, mask, causal, size)[0]
+    return _blockwise_forward(q, k, v, mask, causal, size)[0]
 
 
-def _chunked_forward(q: Array, k: Array, v: Array, mask: Mask, causal: bool, size: int) -> tuple[Array, tuple]:
+def _blockwise_forward(q: Array, k: Array, v: Array, mask: Mask, causal: bool, size: int) -> tuple[Array, tuple]:
     out, lse = forward(*prepare(q, k, v, mask, causal, size), q.dtype)
     out = checkpoint_name(join(unfold(out), q.shape[2]), "context")
     return out, (q, k, v, mask, out, checkpoint_name(lse, "context"))
 
 
-def _chunked_backward(causal: bool, size: int, saved: tuple, d_out: Array) -> tuple:
+def _blockwise_backward(causal: bool, size: int, saved: tuple, d_out: Array) -> tuple:
     q, k, v, mask, out, lse = saved
     qb, kb, vb, blocks = prepare(q, k, v, mask, causal, size)
     out_blocks, d_blocks = (fold(cut(x, size), k.shape[1]) for x in (out, d_out))
@@ -232,4 +232,4 @@ def _chunked_backward(causal: bool, size: int, saved: tuple, d_out: Array) -> tu
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-chunked_attention.defvjp(_chunked_forward, _chunked_backward)
+blockwise_attention.defvjp(_blockwise_forward, _blockwise_backward)

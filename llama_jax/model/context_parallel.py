@@ -1,4 +1,4 @@
-"""Attention of rows whose tokens lie on several devices, along the mesh axes that the rules name for `length`.
+"""Attention of sequences whose tokens lie on several devices, along the mesh axes that the rules name for `length`.
 
 Each device has its own queries and either gathers all keys and values (`gathered`) or sees them pass by (`ring`). In the
 first form a backend of `attend` is given the positions of its queries and those of all keys, in the order of the devices;
@@ -26,7 +26,7 @@ from llama_jax.parallel.sharding import Rules, partition_spec, parts_of, require
 
 # --- ring ---
 #
-# Ring attention (arXiv:2310.01889): keys and values go round the devices that share a row, queries stay where they are.
+# Ring attention (arXiv:2310.01889): keys and values go round the devices that share a sequence, queries stay where they are.
 #
 # A device computes with one block of keys while the next one is on its way, and merges what each block gives by logsumexps.
 # Backward goes round once more, and the gradients of keys and values travel with them, in float32, until they are at home.
@@ -34,7 +34,7 @@ from llama_jax.parallel.sharding import Rules, partition_spec, parts_of, require
 
 
 class Ring(NamedTuple):
-    """The devices that share a row; static.
+    """The devices that share a sequence; static.
 
     Attributes:
       axes: mesh axes along which they lie.
@@ -100,7 +100,7 @@ def ring_attention(
       q: of the device's own tokens, as are keys, values, positions and documents.
       k: keys.
       v: values.
-      positions: in the row.
+      positions: in the sequence.
       documents: number of each token's document, or `None` for one document.
       ring: the devices.
     """
@@ -179,21 +179,21 @@ def attend_over_mesh(
     options: ModelOptions,
     scales: Scales | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention, by `attend` alone unless the mesh set by `jax.set_mesh` cuts rows over devices.
+    """Causal attention, by `attend` alone unless the mesh set by `jax.set_mesh` cuts sequences over devices.
 
     Args:
       q: queries.
-      k: keys, of the same tokens where rows are cut.
+      k: keys, of the same tokens where sequences are cut.
       v: values.
-      mask: which keys a query sees; without positions, tokens are taken to be in the order of their row. A kernel on devices
-        that share rows takes them in the order of `balanced_positions`, whatever the mask says.
-      options: backend, rules, and how devices share keys. A kernel takes rows that see themselves; `auto` stands beside it for
-        tokens behind a cache. `auto` itself takes, for rows that see themselves and lie on one device each, the kernel of the
+      mask: which keys a query sees; without positions, tokens are taken to be in the order of their sequence. A kernel on devices
+        that share sequences takes them in the order of `balanced_positions`, whatever the mask says.
+      options: backend, rules, and how devices share keys. A kernel takes sequences that see themselves; `auto` stands beside it for
+        tokens behind a cache. `auto` itself takes, for sequences that see themselves and lie on one device each, the kernel of the
         platform for which the program is compiled, where there is one for these sizes.
       scales: of integer keys and values.
 
     Raises:
-      InputError: where rows are cut: for sizes that the mesh does not divide, and for a cache.
+      InputError: where sequences are cut: for sizes that the mesh does not divide, and for a cache.
     """
     parts = parts_of("length", options.rules)
     in_order = mask.positions is None or parts > 1  # over devices that of `balanced_positions`
@@ -210,7 +210,7 @@ def attend_over_mesh(
     length = q.shape[2]
     if scales is not None or mask.start is not None or mask.lengths is not None:
         raise InputError(
-            f"a cache was given on a mesh that cuts rows in {parts}; use `whole_rows` of the rules to decode on it"
+            f"a cache was given on a mesh that cuts sequences in {parts}; use `whole_sequences` of the rules to decode on it"
         )
     for axis, size in (("batch", q.shape[0]), ("heads", q.shape[1]), ("kv_heads", k.shape[1]), ("length", length)):
         require_divisible(axis, size, parts_of(axis, options.rules))
@@ -224,7 +224,7 @@ def attend_over_mesh(
 
 
 def _kernels(q: Array, k: Array, options: ModelOptions) -> dict[str, Callable[..., Array]]:
-    """The kernels that take whole rows of these sizes, by the platform for which a program is compiled."""
+    """The kernels that take whole sequences of these sizes, by the platform for which a program is compiled."""
     heads, length, head_dim = q.shape[1:]
     if heads % parts_of("heads", options.rules) or k.shape[1] % parts_of("kv_heads", options.rules):
         return {}
@@ -257,7 +257,7 @@ def _local(options: ModelOptions, parts: int, length: int) -> Callable[..., Arra
     backend = choose_backend(options.attention, length // parts, length)
     if options.context_attention == "ring":
         return functools.partial(_ring, ring=Ring(axes, parts, block_size(backend, length // parts)))
-    # The gathered keys are gathered anew for the backward pass, not kept: every layer would keep those of whole rows.
+    # The gathered keys are gathered anew for the backward pass, not kept: every layer would keep those of whole sequences.
     kept = checkpoint_policies.save_only_these_names("context")
     gathered = functools.partial(_gathered, axes=axes, backend=backend)
     return jax.checkpoint(gathered, policy=kept, prevent_cse=not options.scan)

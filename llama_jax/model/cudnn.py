@@ -1,13 +1,13 @@
-"""Flash attention on NVIDIA GPUs by cuDNN, forward and backward, rows of packed documents included.
+"""Flash attention on NVIDIA GPUs by cuDNN, forward and backward, sequences of packed documents included.
 
-The public call of JAX takes whole rows, or a mask, which makes the kernel slow. Documents as ranges of a row are fast, and are
+The public call of JAX takes whole sequences, or a mask, which makes the kernel slow. Documents as ranges of a sequence are fast, and are
 what JAX's own module of the kernel takes. Its rules of differentiation are called here, so that rematerialisation can keep the
 statistics of the softmax and need not run the kernel again. What the rules ask for is looked up by name, and a JAX whose rules
 ask for anything unknown counts as one without cuDNN.
 
-How many documents a row may have is fixed when the kernel is compiled. Rows with more, or with a document in two places, are
-found while the program runs and take the slower way in blocks, as rows of one document take the faster one: the result is the
-same. GPUs before Hopper have the kernel for whole rows alone.
+How many documents a sequence may have is fixed when the kernel is compiled. Rows with more, or with a document in two places, are
+found while the program runs and take the slower way in blocks, as sequences of one document take the faster one: the result is the
+same. GPUs before Hopper have the kernel for whole sequences alone.
 """
 
 import functools
@@ -23,23 +23,23 @@ from jax.sharding import PartitionSpec
 
 from llama_jax.axes import Array, Float, Int
 from llama_jax.errors import InputError
-from llama_jax.model.blockwise import chunked_attention
+from llama_jax.model.blockwise import blockwise_attention
 from llama_jax.model.mask import Mask
 from llama_jax.parallel.sharding import Rules, fitting_spec, partition_spec, parts_of, require_divisible
 
 # Rows of documents that are shorter on average go the slower way. The statistics of the softmax grow with the number of
-# documents: T * T / 128 numbers a row and head.
+# documents: T * T / 128 numbers a sequence and head.
 _TOKENS_A_DOCUMENT = 128
 _WIDEST_HEAD = 128  # up to 256 on some GPUs, 128 on all
 
 
 class Documents(NamedTuple):
-    """Documents of packed rows as ranges, in the form that the kernel takes; -1 behind the last one of a row.
+    """Documents of packed sequences as ranges, in the form that the kernel takes; -1 behind the last one of a sequence.
 
     Attributes:
       lengths: tokens of each.
       offsets: first token of each.
-      way: 0 if every row is one document, 1 if the ranges say all, 2 if not: more than `M` documents in a row, or one of them
+      way: 0 if every sequence is one document, 1 if the ranges say all, 2 if not: more than `M` documents in a row, or one of them
         in two places.
     """
 
@@ -49,11 +49,11 @@ class Documents(NamedTuple):
 
 
 def ranges(documents: Int[Array, "B T"], most: int) -> Documents:
-    """The ranges of equal document numbers, up to `most` a row; padding is a document like others."""
+    """The ranges of equal document numbers, up to `most` a sequence; padding is a document like others."""
     length = documents.shape[1]
     changes = documents[:, 1:] != documents[:, :-1]
     begins = jnp.concatenate([jnp.ones_like(changes[:, :1]), changes], axis=1)
-    offsets = jax.vmap(lambda row: jnp.nonzero(row, size=most + 1, fill_value=-1)[0])(begins).astype(jnp.int32)
+    offsets = jax.vmap(lambda sequence: jnp.nonzero(sequence, size=most + 1, fill_value=-1)[0])(begins).astype(jnp.int32)
     ends = jnp.where(offsets[:, 1:] < 0, length, offsets[:, 1:])
     lengths = jnp.where(offsets[:, :-1] < 0, -1, ends - offsets[:, :-1])
     ordered = jnp.sort(documents, axis=1)
@@ -71,7 +71,7 @@ class Kernel(NamedTuple):
     backward: Callable[..., Any]
     arrays: tuple[str, ...]  # arguments before the static ones; the rules keep them in this order
     static: dict[str, Any]
-    packs: bool  # whether the GPU has the form for packed rows: from compute capability 9.0 on
+    packs: bool  # whether the GPU has the form for packed sequences: from compute capability 9.0 on
 
 
 @functools.cache
@@ -136,7 +136,7 @@ def _backward(
 
 
 def _one_of(documents: Documents, whole: Callable, packed: Callable, blocks: Callable) -> Any:
-    """What the way of these documents gives, on GPUs without the form for packed rows too."""
+    """What the way of these documents gives, on GPUs without the form for packed sequences too."""
     kernel = _kernel()
     if kernel is not None and kernel.packs:
         return lax.switch(documents.way, (whole, packed, blocks))
@@ -146,14 +146,14 @@ def _one_of(documents: Documents, whole: Callable, packed: Callable, blocks: Cal
 def _in_blocks(q: Array, k: Array, v: Array, numbers: Array | None) -> Array:
     """The same without cuDNN, `[B, T, n, H]` in and out."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return chunked_attention(q, k, v, Mask(documents=numbers), True).swapaxes(1, 2)
+    return blockwise_attention(q, k, v, Mask(documents=numbers), True).swapaxes(1, 2)
 
 
 @jax.custom_vjp
 def _attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], numbers: Int[Array, "B T"] | None
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of whole rows, or of the documents in them."""
+    """Causal attention of whole sequences, or of the documents in them."""
     return _attention_forward(q, k, v, numbers)[0]
 
 
@@ -164,7 +164,7 @@ def _attention_forward(q: Array, k: Array, v: Array, numbers: Array | None) -> t
         documents = None
     else:
         documents = ranges(numbers, max(2, length // _TOKENS_A_DOCUMENT))
-        empty = [jnp.zeros((rows, heads, length), jnp.float32) for rows in (batch, documents.lengths.size)]
+        empty = [jnp.zeros((sequences, heads, length), jnp.float32) for sequences in (batch, documents.lengths.size)]
 
         def whole() -> list[Array]:
             """Rows of one document."""
@@ -200,9 +200,9 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def fits_cudnn(head_dim: int, dtype: str, parts: int = 1, length: int = 2) -> bool:
-    """Whether the kernel is there and takes heads of that width, numbers of that type and rows of that length.
+    """Whether the kernel is there and takes heads of that width, numbers of that type and sequences of that length.
 
-    It takes no odd lengths and no rows on several devices.
+    It takes no odd lengths and no sequences on several devices.
     """
     sizes = parts == 1 and length % 2 == 0 and head_dim % 8 == 0 and head_dim <= _WIDEST_HEAD
     return sizes and dtype in ("bfloat16", "float16") and bool(_kernel())
@@ -215,13 +215,13 @@ def cudnn_attention(
     documents: Int[Array, "B T"] | None,
     rules: Rules,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention of rows over themselves, split over the mesh set by `jax.set_mesh` as the rules say.
+    """Causal attention of sequences over themselves, split over the mesh set by `jax.set_mesh` as the rules say.
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      documents: document numbers of packed rows.
+      documents: document numbers of packed sequences.
       rules: axis name -> mesh axes.
 
     Raises:
@@ -230,8 +230,8 @@ def cudnn_attention(
     parts = parts_of("length", rules)
     if not fits_cudnn(q.shape[-1], q.dtype.name, parts, q.shape[2]):
         raise InputError(
-            f"attention cudnn: heads of {q.shape[-1]} in {q.dtype.name} on {parts} device(s) a row given, {q.shape[2]} tokens; "
-            f"bfloat16 or float16, heads of {_WIDEST_HEAD} or less, a multiple of 8, whole rows of an even length and a GPU "
+            f"attention cudnn: heads of {q.shape[-1]} in {q.dtype.name} on {parts} device(s) a sequence given, {q.shape[2]} tokens; "
+            f"bfloat16 or float16, heads of {_WIDEST_HEAD} or less, a multiple of 8, whole sequences of an even length and a GPU "
             "with cuDNN expected (auto suits all)"
         )
     # The kernel wants tokens before heads, as the products before it leave them: these transposes cancel.
@@ -246,9 +246,9 @@ def cudnn_attention(
     if mesh.size > 1:
         for axis, size in (("heads", q.shape[2]), ("kv_heads", k.shape[2])):
             require_divisible(axis, size, parts_of(axis, rules))
-        row = fitting_spec(("batch",), q.shape[:1], rules)[0]
-        q_spec = PartitionSpec(row, None, *partition_spec(("heads",), rules))
-        k_spec = PartitionSpec(row, None, *partition_spec(("kv_heads",), rules))
-        specs = (q_spec, k_spec, k_spec, *(PartitionSpec(row) for _ in tokens))
+        sequence = fitting_spec(("batch",), q.shape[:1], rules)[0]
+        q_spec = PartitionSpec(sequence, None, *partition_spec(("heads",), rules))
+        k_spec = PartitionSpec(sequence, None, *partition_spec(("kv_heads",), rules))
+        specs = (q_spec, k_spec, k_spec, *(PartitionSpec(sequence) for _ in tokens))
         local = jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)
     return local(q, k, v, *tokens).swapaxes(1, 2)

@@ -80,7 +80,7 @@ def declare(module: nn.Module, name: str, std: float, shape: tuple[int, int]) ->
     return held if isinstance(held, Quantized | Adapted) else module.param(name, nn.initializers.normal(std), shape)
 
 
-def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
+def gather_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
     """The weight `name` gathered for use; a plain one in the compute dtype, or its own where that is narrower."""
     if isinstance(weight, Quantized):
         return jax.tree.map(lambda part: gathered_part(part, channels_first(name), options.rules), weight)
@@ -88,14 +88,14 @@ def gathered_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
 
 
 def gathered_matrix(matrix: Matrix, name: str, options: ModelOptions) -> Matrix:
-    """`gathered_weight` of a matrix that may be adapted: its weight and both factors."""
+    """`gather_weight` of a matrix that may be adapted: its weight and both factors."""
     if not isinstance(matrix, Adapted):
-        return gathered_weight(matrix, name, options)
+        return gather_weight(matrix, name, options)
     a, b = (
         gathered(factor, adapter_axes(name, part), options.compute_dtype, options.rules)
         for part, factor in (("a", matrix.a), ("b", matrix.b))
     )
-    return dataclasses.replace(matrix, weight=gathered_weight(matrix.weight, name, options), a=a, b=b)
+    return dataclasses.replace(matrix, weight=gather_weight(matrix.weight, name, options), a=a, b=b)
 
 
 def _weights(

@@ -13,7 +13,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.model.attention import Mask
 from llama_jax.model.cache import Cache
-from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gathered_weight, layer_class, scanned_layers
+from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gather_weight, layer_class, scanned_layers
 from llama_jax.model.lora import Adapted
 from llama_jax.model.matmul import product
 from llama_jax.model.options import ModelOptions, check_options
@@ -72,7 +72,7 @@ class Llama(nn.Module):
     def embed(self, inputs: Num[Array, "B T *D"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table in the compute dtype; embeddings pass through."""
         if jnp.issubdtype(inputs.dtype, jnp.integer):
-            inputs = take_embeddings(gathered_weight(self.embedding, "embedding", self.options), inputs)
+            inputs = take_embeddings(gather_weight(self.embedding, "embedding", self.options), inputs)
         return constrain_stream(inputs.astype(self.options.compute_dtype), self.options.rules)
 
     def features(
@@ -83,10 +83,10 @@ class Llama(nn.Module):
 
         Args:
           inputs: token ids or embeddings.
-          documents: document number of each token of a packed row; attention does not cross documents.
+          documents: document number of each token of a packed sequence; attention does not cross documents.
           cache: keys and values of the tokens before; the new tokens are written from `cache.lengths` on. The cache
             comes back with the new tokens in it and `lengths` as they were: the caller knows how many are real.
-          positions: where in their rows the tokens stand, when they come in another order; not with a cache.
+          positions: where in their sequences the tokens stand, when they come in another order; not with a cache.
           fresh: the cache is empty; then the tokens see themselves alone, whatever its capacity.
 
         Raises:
@@ -135,9 +135,9 @@ class Llama(nn.Module):
         return x, None
 
     def _head(self) -> tuple[Weight, int]:
-        """The output head gathered for use, and the axis of it that meets the features: a tied table has rows for columns."""
+        """The output head gathered for use, and the axis of it that meets the features: a tied table has sequences for columns."""
         name = "embedding" if self.config.tied_head else "head"
-        return gathered_weight(getattr(self, name), name, self.options), int(self.config.tied_head)
+        return gather_weight(getattr(self, name), name, self.options), int(self.config.tied_head)
 
     def head_matrix(self) -> Float[Array, "D V"]:
         """The output head in the compute dtype: its own matrix, or the embedding table transposed."""
@@ -158,7 +158,7 @@ class Llama(nn.Module):
 
 
 def require_inputs(inputs: Any) -> None:
-    """Refuses what is no batch of rows.
+    """Refuses what is no batch of sequences.
 
     Raises:
       InputError: for lists, and for arrays of other dimensions than those of token ids or embeddings.
@@ -223,7 +223,7 @@ def logits(
       params: parameters, stacked or unrolled.
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
       config: the architecture.
-      documents: document numbers of packed rows.
+      documents: document numbers of packed sequences.
       **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
     """
     require_inputs(inputs)

@@ -12,11 +12,11 @@ class Mask(NamedTuple):
     """Which keys a query sees; every field narrows it further.
 
     Attributes:
-      start: key slot of each row's first query; `None` means 0. Query `t` of row `b` stands at slot `start[b] + t`.
-      lengths: number of valid keys of each row; `None` means all.
-      documents: document number of each query's token, for packed rows; a query sees keys of its own document only. `None`
+      start: key slot of each sequence's first query; `None` means 0. Query `t` of sequence `b` stands at slot `start[b] + t`.
+      lengths: number of valid keys of each sequence; `None` means all.
+      documents: document number of each query's token, for packed sequences; a query sees keys of its own document only. `None`
         means one document.
-      positions: where each query stands in its row, the same for all rows, for tokens in another order than that of the row;
+      positions: where each query stands in its sequence, the same for all sequences, for tokens in another order than that of the sequence;
         a causal query sees keys of its own and earlier positions. `None` means `start` and the order of the queries.
       key_positions: the same of the keys, given with `positions` and only then.
       key_documents: the same as `documents` of the keys; `None` means that queries and keys are of the same tokens (`S = T`).
@@ -48,7 +48,7 @@ def require_complete(mask: Mask, queries: int, keys: int) -> None:
 
 
 def visible(mask: Mask, causal: bool, batch: int, queries: int, keys: int) -> Bool[Array, "B T S"]:
-    """The mask written out: whether query `t` of row `b` sees key `s`."""
+    """The mask written out: whether query `t` of sequence `b` sees key `s`."""
     slots = jnp.arange(keys)[None, None, :]
     start = jnp.zeros((batch,), jnp.int32) if mask.start is None else mask.start
     seen = jnp.ones((batch, queries, keys), bool)

@@ -123,7 +123,7 @@ def _quantized_sums(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "
     )
 
 
-def _quantized_product(x: Float[Array, "M I"], weight: Quantized, dtype: DTypeLike) -> Float[Array, "M O"]:
+def _quantized_matmul(x: Float[Array, "M I"], weight: Quantized, dtype: DTypeLike) -> Float[Array, "M O"]:
     sums = _quantized_sums(x, weight)
     return (sums * lax.stop_gradient(weight.scales)[:, 0]).astype(dtype)
 
@@ -155,7 +155,7 @@ def product(x: Float[Array, "*B I"], weight: Matrix, axis: int = 0, dtype: DType
         return with_adapter(x, weight, functools.partial(product, dtype=dtype))
     shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantized):
-        return _quantized_product(rows, weight, dtype).reshape(*shape, -1)
+        return _quantized_matmul(rows, weight, dtype).reshape(*shape, -1)
     if weight.dtype != jnp.bfloat16 or math.prod(x.shape[:-1]) > _FEW_ROWS:
         # As rows where they all lie on one device: for a weight's gradient XLA's CPU compiler would transpose `[B, T, O]`.
         x = rows if jax.sharding.get_abstract_mesh().size <= 1 else x

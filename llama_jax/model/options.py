@@ -40,11 +40,11 @@ class ModelOptions:
         (Products of float32 have XLA's default precision: on TPUs and TF32 GPUs set `jax_default_matmul_precision`.)
       scan: run the layers as one scanned body over stacked weights (compile time does not grow with depth), or unrolled
         over per-layer weights (faster decoding). The parameter tree has the matching form; see `llama_jax.weights.assemble`.
-      remat: what the backward pass keeps of each layer: a rung of `llama_jax.model.remat.LADDER`, from `none` (everything,
+      remat: what the backward pass keeps of each layer: a rung of `llama_jax.model.remat.REMAT_POLICIES`, from `none` (everything,
         nothing is recomputed) to `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`;
         or a split of the layers, `20*all+attention`. `context@host` is kept by the host.
       attention: attention backend, see `llama_jax.model.attention`.
-      context_attention: where the mesh cuts rows over `context`, whether a device gathers their keys and values (`gathered`) or
+      context_attention: where the mesh cuts sequences over `context`, whether a device gathers their keys and values (`gathered`) or
         the keys and values go round the devices (`ring`); see `llama_jax.model.context_parallel`.
       rules: axis name -> mesh axes, see `llama_jax.parallel.sharding`.
       cache_dtype: dtype of keys and values in the cache: `auto` (that of the activations), a float type, or `int8` (half the

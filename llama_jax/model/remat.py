@@ -14,7 +14,7 @@ from llama_jax.errors import InputError
 # logarithms of its sums; `middle` is the stream between attention and feed-forward.
 NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
 # Rungs by what is kept beside a layer's input, from the least computed again to the least kept.
-RUNGS: Mapping[str, tuple[str, ...]] = {
+REMAT_NAMES: Mapping[str, tuple[str, ...]] = {
     "all": NAMES,
     "no_up": ("q", "k", "v", "context", "middle", "gate"),
     "attention": ("q", "k", "v", "context", "middle"),
@@ -22,10 +22,10 @@ RUNGS: Mapping[str, tuple[str, ...]] = {
     "context": ("context",),
     "full": (),
 }
-LADDER = ("none", *RUNGS)  # `none`: no rematerialisation, so that all is kept that differentiation asks for
+REMAT_POLICIES = ("none", *REMAT_NAMES)  # `none`: no rematerialisation, so that all is kept that differentiation asks for
 _HOST = "@host"
 EXPECTED = (
-    f"{', '.join(LADDER)}, or some of {'+'.join(NAMES)}, {_HOST} behind those to be kept by the host, "
+    f"{', '.join(REMAT_POLICIES)}, or some of {'+'.join(NAMES)}, {_HOST} behind those to be kept by the host, "
     "or a split such as 20*all+attention"
 )
 _SPLIT = re.compile(r"([1-9][0-9]{0,3})\*(\w+)\+(.+)")
@@ -40,8 +40,8 @@ def saved_names(remat: str) -> frozenset[str]:
     Raises:
       InputError: for what is neither.
     """
-    if remat in LADDER:
-        return frozenset(RUNGS.get(remat, NAMES))
+    if remat in REMAT_POLICIES:
+        return frozenset(REMAT_NAMES.get(remat, NAMES))
     names = [name.removesuffix(_HOST) for name in remat.split("+")]
     unknown = [name for name in names if name not in NAMES]
     if unknown:
@@ -65,9 +65,9 @@ def parse_remat(remat: str) -> tuple[int, str, str]:
     """
     split = _SPLIT.fullmatch(remat)
     count, first, rest = (int(split[1]), split[2], split[3]) if split else (0, remat, remat)
-    if split and (first not in RUNGS or rest == "none"):  # what `none` keeps is not a layer's alone
-        wrong = rest if first in RUNGS else first
-        raise InputError(f"remat {remat!r:.80}: {wrong!r:.40} in a split; {', '.join(RUNGS)} expected")
+    if split and (first not in REMAT_NAMES or rest == "none"):  # what `none` keeps is not a layer's alone
+        wrong = rest if first in REMAT_NAMES else first
+        raise InputError(f"remat {remat!r:.80}: {wrong!r:.40} in a split; {', '.join(REMAT_NAMES)} expected")
     saved_names(rest)
     return count, first, rest
 

@@ -49,7 +49,7 @@ def rotation(positions: Int[Array, "B T"], config: LlamaConfig) -> Rotation:
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def _quarter_turn(head_dim: int, dtype: DTypeLike) -> Float[Array, "H H"]:
+def _rotate_half(head_dim: int, dtype: DTypeLike) -> Float[Array, "H H"]:
     """The matrix of a turn of every pair by 90 degrees: `x @ it` is `(-second, first)` of each pair, without rounding."""
     half = head_dim // 2
     matrix = np.zeros((head_dim, head_dim), np.float32)
@@ -64,9 +64,9 @@ def _by_halves(x: Float[Array, "B T n H"], turn: Rotation, heads: int = 2) -> Fl
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _by_product(x: Float[Array, "B T n H"], turn: Rotation, heads: int = 2) -> Float[Array, "B T n H"]:
+def _by_matmul(x: Float[Array, "B T n H"], turn: Rotation, heads: int = 2) -> Float[Array, "B T n H"]:
     """The same without arrays of half a head, which fill half of a TPU's lanes, and which CPUs are slow to put together."""
-    matrix = _quarter_turn(x.shape[-1], x.dtype)
+    matrix = _rotate_half(x.shape[-1], x.dtype)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # or a TPU would round `x` to bfloat16
     turned = jnp.dot(x, matrix, preferred_element_type=jnp.float32, precision=precision)
     cos, sin = (jnp.expand_dims(jnp.concatenate([part, part], axis=-1), heads) for part in turn)
@@ -83,5 +83,5 @@ def rotate(x: Float[Array, "B T n H"], turn: Rotation, heads: int = 2) -> Float[
     """
     if x.shape[3 - heads] == 1:
         return _by_halves(x, turn, heads).astype(x.dtype)
-    halves, product = (functools.partial(form, heads=heads) for form in (_by_halves, _by_product))
+    halves, product = (functools.partial(form, heads=heads) for form in (_by_halves, _by_matmul))
     return lax.platform_dependent(x, turn, cuda=halves, rocm=halves, default=product).astype(x.dtype)

@@ -1,7 +1,7 @@
 """Flash attention on TPUs by the kernel `splash_attention` of `jax.experimental.pallas`, forward and backward.
 
-A compiler cannot split a kernel, so on a mesh every device is told its rows, heads and tokens. Devices that share rows gather
-all keys, put them into the order of the row, and run the kernel over their own queries with their own part of the mask.
+A compiler cannot split a kernel, so on a mesh every device is told its sequences, heads and tokens. Devices that share sequences gather
+all keys, put them into the order of the sequence, and run the kernel over their own queries with their own part of the mask.
 """
 
 import functools
@@ -16,7 +16,7 @@ from llama_jax.axes import Array, Float, Int
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import Rules, balanced_positions, fitting_spec, partition_spec, parts_of, require_divisible
 
-_LARGEST_BLOCK = 2048  # rows of a block; small ones (128 is the kernel's default) leave most of the matrix unit idle
+_LARGEST_BLOCK = 2048  # sequences of a block; small ones (128 is the kernel's default) leave most of the matrix unit idle
 _LANES = 128
 _BLOCKS = (
     *("block_q", "block_kv", "block_kv_compute", "block_q_dq", "block_kv_dq"),
@@ -25,7 +25,7 @@ _BLOCKS = (
 
 
 def fits_splash(length: int, head_dim: int, parts: int = 1) -> bool:
-    """Whether the kernel takes rows of so many tokens, cut into so many parts, and heads of that width."""
+    """Whether the kernel takes sequences of so many tokens, cut into so many parts, and heads of that width."""
     return length % (2 * parts * _LANES if parts > 1 else _LANES) == 0 and head_dim % 64 == 0
 
 
@@ -35,12 +35,12 @@ def _block(length: int) -> int:
 
 
 def _kernel(heads: int, length: int, parts: int, interpret: bool) -> Any:
-    """Causal attention of one row: q `[N, T, H]`, k, already scaled, and v `[K, T, H]`; output and its logsumexp are `context`.
+    """Causal attention of one sequence: q `[N, T, H]`, k, already scaled, and v `[K, T, H]`; output and its logsumexp are `context`.
 
     Args:
       heads: of one device.
-      length: tokens of a row.
-      parts: devices that share a row; their queries are in the order of `balanced_positions`.
+      length: tokens of a sequence.
+      parts: devices that share a sequence; their queries are in the order of `balanced_positions`.
       interpret: run the kernel's program step by step on any device.
     """
     # Imported here: it takes a second, and only programs for TPUs need it.
@@ -61,8 +61,8 @@ def _kernel(heads: int, length: int, parts: int, interpret: bool) -> Any:
     )
 
 
-def _rows(kernel: Any, q: Array, k: Array, v: Array, documents: Array | None, key_documents: Array | None) -> Array:
-    """Attention of the rows and heads of one device."""
+def _sequences(kernel: Any, q: Array, k: Array, v: Array, documents: Array | None, key_documents: Array | None) -> Array:
+    """Attention of the sequences and heads of one device."""
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     if documents is None:
@@ -70,20 +70,20 @@ def _rows(kernel: Any, q: Array, k: Array, v: Array, documents: Array | None, ke
     return jax.vmap(lambda q, k, v, own, theirs: kernel(q, k, v, SegmentIds(own, theirs)))(q, k, v, documents, key_documents)
 
 
-def _over_whole_rows(kernel: Any, q: Array, k: Array, v: Array, documents: Array | None = None) -> Array:
-    return _rows(kernel, q, k, v, documents, documents)
+def _over_whole_sequences(kernel: Any, q: Array, k: Array, v: Array, documents: Array | None = None) -> Array:
+    return _sequences(kernel, q, k, v, documents, documents)
 
 
 def _over_gathered(
     axes: tuple[str, ...], order: Any, kernel: Any, q: Array, k: Array, v: Array, documents: Array | None = None
 ) -> Array:
-    """The device's own queries over the keys of all, in the order of their row."""
+    """The device's own queries over the keys of all, in the order of their sequence."""
 
     def whole(x: Array, axis: int) -> Array:
-        """All devices' parts, in the order of the row."""
+        """All devices' parts, in the order of the sequence."""
         return lax.all_gather(x, axes, axis=axis, tiled=True).take(order, axis=axis)
 
-    return _rows(kernel, q, whole(k, 2), whole(v, 2), documents, None if documents is None else whole(documents, 1))
+    return _sequences(kernel, q, whole(k, 2), whole(v, 2), documents, None if documents is None else whole(documents, 1))
 
 
 def splash_attention(
@@ -94,13 +94,13 @@ def splash_attention(
     rules: Rules,
     interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention of rows over themselves, split over the mesh set by `jax.set_mesh` as the rules say.
+    """Causal attention of sequences over themselves, split over the mesh set by `jax.set_mesh` as the rules say.
 
     Args:
-      q: queries; where the mesh cuts rows, they and all else are in the order of `balanced_positions`.
+      q: queries; where the mesh cuts sequences, they and all else are in the order of `balanced_positions`.
       k: keys.
       v: values.
-      documents: document numbers of packed rows.
+      documents: document numbers of packed sequences.
       rules: axis name -> mesh axes.
       interpret: run the kernel's program step by step on any device, for tests.
 
@@ -111,24 +111,24 @@ def splash_attention(
     (batch, heads, length, head_dim), tokens = q.shape, () if documents is None else (documents,)
     if not fits_splash(length, head_dim, parts):
         raise InputError(
-            f"attention splash: {length} tokens a row in {parts} parts and heads of {head_dim} given; "
+            f"attention splash: {length} tokens a sequence in {parts} parts and heads of {head_dim} given; "
             f"a multiple of {2 * parts * _LANES if parts > 1 else _LANES} and of 64 expected"
         )
     k = k * head_dim**-0.5  # not the queries: there are several times as many
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
-        return _over_whole_rows(_kernel(heads, length, 1, interpret), q, k, v, *tokens)
+        return _over_whole_sequences(_kernel(heads, length, 1, interpret), q, k, v, *tokens)
     for axis, size in (("heads", heads), ("kv_heads", k.shape[1])):
         require_divisible(axis, size, parts_of(axis, rules))
     kernel = _kernel(heads // parts_of("heads", rules), length, parts, interpret)
     over_length = partition_spec(("length",), rules)[0]
-    row = fitting_spec(("batch",), (batch,), rules)[0]
-    q_spec = PartitionSpec(row, *partition_spec(("heads",), rules), over_length)
-    k_spec = PartitionSpec(row, *partition_spec(("kv_heads",), rules), over_length)
-    work = _over_whole_rows
+    sequence = fitting_spec(("batch",), (batch,), rules)[0]
+    q_spec = PartitionSpec(sequence, *partition_spec(("heads",), rules), over_length)
+    k_spec = PartitionSpec(sequence, *partition_spec(("kv_heads",), rules), over_length)
+    work = _over_whole_sequences
     if parts > 1:
         order = np.argsort(balanced_positions(length, parts))
         work = functools.partial(_over_gathered, dict(rules)["length"], order)
     kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, over_length)))
-    specs = (kernel_spec, q_spec, k_spec, k_spec, *(PartitionSpec(row, over_length) for _ in tokens))
+    specs = (kernel_spec, q_spec, k_spec, k_spec, *(PartitionSpec(sequence, over_length) for _ in tokens))
     return jax.shard_map(work, in_specs=specs, out_specs=q_spec, check_vma=False)(kernel, q, k, v, *tokens)

@@ -1,1 +1,1 @@
-"""Meshes, the two sharding tables, and rows over devices."""
+"""Meshes, the two sharding tables, and sequences over devices."""

@@ -60,9 +60,9 @@ class Chip(NamedTuple):
       name: as in a topology.
       kind: the beginning of its `device_kind` in JAX.
       memory: bytes that a program can have.
-      bandwidth: bytes a second between chip and memory.
-      link: bytes a second to other chips: of a TPU one axis of the torus in both directions, of a GPU NVLink one way.
-      network: bytes a second and chip between slices or nodes.
+      bandwidth: bytes/second between chip and memory.
+      link: bytes/second to other chips: of a TPU one axis of the torus in both directions, of a GPU NVLink one way.
+      network: bytes/second and chip between slices or nodes.
       share: of the peak, to be expected of all products that are computed; an assumption, see `source`.
       source: the published training that the share is taken from.
       axes: dimensions of the topology; 0 for GPUs, which are counted.

@@ -54,7 +54,7 @@ TRAINING: Rules = (
 
 _GATHERED = ("fsdp", "context")  # mesh axes that hold parts of the weights and compute with whole ones
 # Parts that are gathered should follow each other in memory: of others a TPU makes a copy, every time. So matrices are split by
-# rows where they are stored, and these three, whose columns are gathered, are used transposed (`Attention`).
+# sequences where they are stored, and these three, whose columns are gathered, are used transposed (`Attention`).
 USED_TRANSPOSED = ("wq", "wk", "wv")
 
 
@@ -87,7 +87,7 @@ def stored_spec(path: tuple, shape: tuple[int, ...], rules: Rules, sizes: Mappin
 
 
 def gathered_side(name: str) -> int | None:
-    """The side along which a matrix is split where it is stored: -2 for rows, -1 for columns; `None` for what is no matrix."""
+    """The side along which a matrix is split where it is stored: -2 for sequences, -1 for columns; `None` for what is no matrix."""
     if len(PARAMETER_AXES.get(name, ())) < 2:
         return None
     return -1 if name in USED_TRANSPOSED else -2
@@ -251,7 +251,7 @@ def gathered_part(part: Array, axes: tuple[str, ...], rules: Rules) -> Array:
 
 
 def batch_spec(rules: Rules, leading: int = 0) -> PartitionSpec:
-    """Where the rows of a batch live; `leading` unsharded dimensions (micro-batches) stand before the rows."""
+    """Where the sequences of a batch live; `leading` unsharded dimensions (micro-batches) stand before the sequences."""
     return PartitionSpec(*[None] * leading, dict(rules)["batch"])
 
 
@@ -264,7 +264,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 #
 # A sequence over devices: which tokens each of them holds, and the residual stream between blocks.
 #
-# Attention of a causal row has little to do for its first tokens and much for its last ones. So a row is cut into `2C` chunks
+# Attention of a causal sequence has little to do for its first tokens and much for its last ones. So a sequence is cut into `2C` chunks
 # for `C` devices, and device `i` holds chunks `i` and `2C - 1 - i`: the same work everywhere, and with keys that go round
 # (arXiv:2310.01889, arXiv:2311.09431) in every round. Only token numbers are moved to that order, once a batch; everything
 # else goes by the positions of tokens.
@@ -276,8 +276,8 @@ def parts_of(axis: str, rules: Rules) -> int:
     return math.prod(sizes.get(name, 1) for name in dict(rules)[axis])
 
 
-def whole_rows(rules: Rules) -> Rules:
-    """The rules for generation: a row's few new tokens stay together, whatever the mesh."""
+def whole_sequences(rules: Rules) -> Rules:
+    """The rules for generation: a sequence's few new tokens stay together, whatever the mesh."""
     return tuple((axis, () if axis in ("length", "stream_length") else mesh_axes) for axis, mesh_axes in rules)
 
 
@@ -303,8 +303,8 @@ def balanced_positions(length: int, parts: int) -> np.ndarray:
     """Position of each token when devices hold equal shares of causal work, device by device, `[T]` int32.
 
     Args:
-      length: tokens of a row, a multiple of `2 * parts`.
-      parts: devices that share a row.
+      length: tokens of a sequence, a multiple of `2 * parts`.
+      parts: devices that share a sequence.
 
     Raises:
       InputError: for a length that does not divide.
@@ -323,7 +323,7 @@ def _stream_axes(length: int, rules: Rules) -> tuple[str, ...]:
 def constrain_stream(x: Array, rules: Rules) -> Array:
     """Pins the residual stream `[B, T, D]` between blocks, where it is cut over `tensor` too (arXiv:2205.05198).
 
-    What a row-parallel product leaves to be summed is scattered with it, and norms and what is kept for the backward pass
+    What a sequence-parallel product leaves to be summed is scattered with it, and norms and what is kept for the backward pass
     are shared instead of repeated.
     """
     return constrain(x, _stream_axes(x.shape[1], rules), rules)

@@ -26,7 +26,7 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.quantize import quantize
 from llama_jax.parallel.chips import Topology
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.sharding import TRAINING, partition_spec, replicated, tree_shardings, whole_rows
+from llama_jax.parallel.sharding import TRAINING, partition_spec, replicated, tree_shardings, whole_sequences
 from llama_jax.planning.cost_model import Prediction, predict, predict_round
 from llama_jax.planning.job import Job
 from llama_jax.planning.speed import DecodePlan, flops_per_token
@@ -119,7 +119,7 @@ def compile_config(config: TrainConfig, job: Job) -> Compiled:
 
 def _compile(recipe: Recipe, job: Job) -> Compiled:
     mesh = make_mesh(job.mesh.data, job.mesh.fsdp, job.mesh.tensor, topology_devices(job.topology), job.mesh.context)
-    shape = (job.microbatches, job.rows // job.microbatches, job.length)
+    shape = (job.microbatches, job.sequences // job.microbatches, job.length)
     config, tokens = job.config, job.tokens / job.topology.chips
     product = config.layers * tokens * job.length * config.heads * config.head_dim  # half of the square, two FLOPs each
     lowered = lowered_step(recipe, mesh, shape)
@@ -197,8 +197,8 @@ def job_recipe(job: Job) -> Recipe:
 
 
 _BITS = {"int8": 8, "int4": 4}
-_RULES = whole_rows(TRAINING)
-_STOPS = 2  # stop tokens of a row
+_RULES = whole_sequences(TRAINING)
+_STOPS = 2  # stop tokens of a sequence
 
 
 def compile_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dtype: str) -> Compiled:
@@ -206,7 +206,7 @@ def compile_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dt
 
     Args:
       config: the architecture.
-      plan: mesh, rows and length.
+      plan: mesh, sequences and length.
       dtype: of the weights: `bfloat16`, `float32`, `int8` or `int4`.
       cache_dtype: of keys and values.
 
@@ -241,7 +241,7 @@ def _shapes(config: LlamaConfig, options: ModelOptions, plan: DecodePlan, bits: 
 
 
 def _placed(params: PyTree, progress: Progress, rest: PyTree, mesh: Mesh) -> tuple:
-    """The same on the mesh: weights and cache as generation lays them, a few numbers a row everywhere."""
+    """The same on the mesh: weights and cache as generation lays them, a few numbers a sequence everywhere."""
     layers = progress.cache.layers
     heads = NamedSharding(mesh, partition_spec(("batch", "kv_heads"), _RULES))
     small = (progress._replace(cache=Cache((), progress.cache.lengths)), rest)

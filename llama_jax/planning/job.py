@@ -19,10 +19,10 @@ class MeshSizes(NamedTuple):
     """Chips along each axis of the mesh.
 
     Attributes:
-      data: copies of the model, each with its own rows.
-      fsdp: ways in which parameters and rows are split together.
+      data: copies of the model, each with its own sequences.
+      fsdp: ways in which parameters and sequences are split together.
       tensor: ways in which each product is split.
-      context: ways in which the tokens of a row are split; keys and values are gathered over it. Parameters are split over it
+      context: ways in which the tokens of a sequence are split; keys and values are gathered over it. Parameters are split over it
         as over `fsdp`.
     """
 
@@ -32,8 +32,8 @@ class MeshSizes(NamedTuple):
     context: int = 1
 
     @property
-    def rows(self) -> int:
-        """Ways in which the rows of a batch are split."""
+    def sequences(self) -> int:
+        """Ways in which the sequences of a batch are split."""
         return self.data * self.fsdp
 
     @property
@@ -53,8 +53,8 @@ class Job:
       config: the architecture.
       topology: the chips.
       mesh: how they share the work.
-      length: `T`, tokens of a row.
-      rows: of one optimizer update, all micro-batches together.
+      length: `T`, tokens of a sequence.
+      sequences: of one optimizer update, all micro-batches together.
       microbatches: into which an update is cut.
       remat: `compute.remat`.
       optimizer: `optimizer.name`.
@@ -73,7 +73,7 @@ class Job:
     topology: Topology
     mesh: MeshSizes
     length: int
-    rows: int
+    sequences: int
     microbatches: int = 1
     remat: str = "full"
     optimizer: str = "adamw"
@@ -90,26 +90,26 @@ class Job:
             raise InputError(f"mesh {mesh} makes {math.prod(mesh)} chips, {self.topology.name} has {chips}; set one axis to -1")
         require_divisible(self.config, mesh, self.length)
         layer_parts(self.remat, self.config.layers)
-        if self.rows % (mesh.rows * self.microbatches):
-            raise InputError(f"{self.rows} rows a step given; a multiple of data * fsdp * microbatches "
-                             f"({mesh.rows * self.microbatches}) expected")  # fmt: skip
+        if self.sequences % (mesh.sequences * self.microbatches):
+            raise InputError(f"{self.sequences} sequences a step given; a multiple of data * fsdp * microbatches "
+                             f"({mesh.sequences * self.microbatches}) expected")  # fmt: skip
         if self.length > self.config.context_length:
             raise InputError(f"length {self.length} given; at most the model's context ({self.config.context_length}) expected")
 
     @property
     def tokens(self) -> int:
         """Of one optimizer update."""
-        return self.rows * self.length
+        return self.sequences * self.length
 
     @property
-    def chip_rows(self) -> int:
+    def chip_batch_size(self) -> int:
         """Rows that a chip has at one time, whole or as its part of each."""
-        return self.rows // self.microbatches // self.mesh.rows
+        return self.sequences // self.microbatches // self.mesh.sequences
 
     @property
     def chip_tokens(self) -> float:
         """Tokens that a chip has at one time."""
-        return self.chip_rows * self.length / self.mesh.context
+        return self.chip_batch_size * self.length / self.mesh.context
 
     @property
     def chunk_tokens(self) -> float:

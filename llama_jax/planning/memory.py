@@ -21,8 +21,8 @@ from llama_jax.planning.job import ITEMSIZES, Job
 # A test compares with the tree and the shardings that the training step itself declares. `stored` is `fsdp` times `context`.
 
 
-_FACTORED = 128  # Adafactor keeps sums of rows and columns where both sides have so many; optax's min_dim_size_to_factor
-# The side along which a matrix is gathered, where it is not the one on the residual stream: 0 for rows, 1 for columns.
+_FACTORED = 128  # Adafactor keeps sums of sequences and columns where both sides have so many; optax's min_dim_size_to_factor
+# The side along which a matrix is gathered, where it is not the one on the residual stream: 0 for sequences, 1 for columns.
 _GATHERED_SIDE = {"embedding": 0, "wo": 0, "down": 0, "wq": 1, "wk": 1, "wv": 1}
 _ONTO_STREAM = ("embedding", "wo", "down")  # matrices whose columns are the residual stream
 
@@ -148,12 +148,12 @@ def _moments(array: Array, optimizer: str, mean: float) -> Iterator[float]:
 
 
 def _factored_size(array: Array) -> float:
-    """Numbers that Adafactor keeps: sums over rows and over columns, or all squares; and a number for each part left out."""
+    """Numbers that Adafactor keeps: sums over sequences and over columns, or all squares; and a number for each part left out."""
     factored = len(array.shape) == 2 and min(array.shape) >= _FACTORED
     if not factored:
         return array.size + 2 * array.layers
-    (rows, columns), (first, second) = array.shape, array.ways
-    return array.layers * (rows / first + columns / second + 1)
+    (sequences, columns), (first, second) = array.shape, array.ways
+    return array.layers * (sequences / first + columns / second + 1)
 
 
 # --- remat ---
@@ -218,7 +218,7 @@ def recomputed_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int
 
 
 def score_bytes(config: LlamaConfig, length: int, tensor: int = 1) -> float:
-    """Bytes of one token's scores, masks and softmax in one layer, where rows are short enough for attention to keep them."""
+    """Bytes of one token's scores, masks and softmax in one layer, where sequences are short enough for attention to keep them."""
     return _SCORE_BYTES * config.heads / tensor * length if length * length <= _SHORT_SCORES else 0.0
 
 
@@ -243,10 +243,10 @@ ACCURACY = (
     "within 10 % of small ones on CPUs; "
     "GPUs: fitted to one training that was seen and what another asked for, within 4 % of both; fragmentation is not modelled"
 )
-# What is alive of the layer that the backward pass is in, over the bytes of its named activations: what one more row adds to a
+# What is alive of the layer that the backward pass is in, over the bytes of its named activations: what one more sequence adds to a
 # compiled step beyond what is kept. TPUs: the difference of two compiled steps of 8B. Others, with attention in plain XLA:
 # compiled steps of a small model on CPUs, one and eight, which the closed form meets within 10 %.
-_IN_FLIGHT_TPU, _IN_FLIGHT, _IN_FLIGHT_ALONE = 1.14, 3.0, 2.7  # alone: on one device products take all rows as one
+_IN_FLIGHT_TPU, _IN_FLIGHT, _IN_FLIGHT_ALONE = 1.14, 3.0, 2.7  # alone: on one device products take all sequences as one
 # Beyond the state, over this form: 1B with AdamW took 36.2 GB of 30.5 on a GPU, 8B with adapters asked for 36.3 of 31.7.
 _ON_GPU = 1.17
 _LAYERS_GATHERED = 2  # the one at work and the next, whose weights are on their way
@@ -320,7 +320,7 @@ def training_memory(job: Job) -> Memory:
 
 
 def _packed_statistics(job: Job) -> float:
-    """What cuDNN's attention keeps for packed rows, where it is used: a logsumexp of the row for each document it may have."""
+    """What cuDNN's attention keeps for packed sequences, where it is used: a logsumexp of the sequence for each document it may have."""
     packs = job.topology.chip.name != "a100" and job.compute_dtype != "float32" and job.mesh.context == 1
     if not packs or job.config.head_dim > 128 or job.config.head_dim % 8:
         return 0.0
@@ -359,7 +359,7 @@ def _working(job: Job) -> float:
     in_flight = _IN_FLIGHT_TPU if job.topology.chip.axes else _IN_FLIGHT if job.topology.chips > 1 else _IN_FLIGHT_ALONE
     each = in_flight * named + again + score_bytes(config, job.length, mesh.tensor)
     keys = 2 * config.kv_heads * config.head_dim / mesh.tensor * width
-    gathered = 2 * keys * job.chip_rows * job.length if mesh.context > 1 else 0.0  # keys and values, and their gradients
+    gathered = 2 * keys * job.chip_batch_size * job.length if mesh.context > 1 else 0.0  # keys and values, and their gradients
     streams = 2 * config.dim * width * (1 - 1 / mesh.tensor)  # what a block gathers of the stream, and its gradient
     return job.chip_tokens * (each + streams) + gathered
 

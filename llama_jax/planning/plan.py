@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from llama_jax.errors import InputError
-from llama_jax.model.remat import LADDER, parse_remat, saved_names
+from llama_jax.model.remat import REMAT_POLICIES, parse_remat, saved_names
 from llama_jax.parallel.chips import Chip, Topology, chip_of, common_topologies
 from llama_jax.planning.job import Job, MeshSizes
 from llama_jax.planning.memory import Memory, training_memory
@@ -47,15 +47,15 @@ def make_plan(job: Job, limit: float | None = None) -> Plan:
     return Plan(job, training_memory(job), training_speed(job), job.topology.chip.memory if limit is None else limit)
 
 
-def ladder_plans(job: Job) -> list[Plan]:
+def remat_plans(job: Job) -> list[Plan]:
     """The plans of a job for every setting of remat, from the fastest to the smallest."""
-    return [make_plan(dataclasses.replace(job, remat=remat)) for remat in LADDER]
+    return [make_plan(dataclasses.replace(job, remat=remat)) for remat in REMAT_POLICIES]
 
 
 def best_remat(job: Job) -> str:
     """The setting of remat that is fastest among those that fit, and of equally fast ones the smallest; `full` if none fits."""
-    fitting = [plan for plan in ladder_plans(job) if plan.fits]
-    return min(fitting, key=lambda plan: (plan.speed.step, plan.memory.total)).job.remat if fitting else LADDER[-1]
+    fitting = [plan for plan in remat_plans(job) if plan.fits]
+    return min(fitting, key=lambda plan: (plan.speed.step, plan.memory.total)).job.remat if fitting else REMAT_POLICIES[-1]
 
 
 class Change(NamedTuple):
@@ -126,7 +126,7 @@ def job_of(config: TrainConfig, topology: Topology, compute_dtype: str = "bfloat
         topology,
         mesh,
         length=config.data.length,
-        rows=config.data.batch_rows,
+        sequences=config.data.batch_size,
         microbatches=config.data.accumulation,
         remat="full" if config.compute.remat == "auto" else config.compute.remat,
         optimizer=config.optimizer.name,
@@ -149,8 +149,8 @@ def first_fitting_remat(job: Job, memory: float | None = None) -> str:
       memory: bytes of one chip, where they are known better than by the table of chips.
     """
     limit = _SHARE * (memory or job.topology.chip.memory)
-    fitting = (remat for remat in LADDER if make_plan(dataclasses.replace(job, remat=remat), limit).fits)
-    return next(fitting, LADDER[-1])
+    fitting = (remat for remat in REMAT_POLICIES if make_plan(dataclasses.replace(job, remat=remat), limit).fits)
+    return next(fitting, REMAT_POLICIES[-1])
 
 
 def remat_candidates(job: Job, memory: float | None = None, before: str | None = None) -> tuple[str, ...]:
@@ -166,10 +166,10 @@ def remat_candidates(job: Job, memory: float | None = None, before: str | None =
     """
     limit, earlier = memory or job.topology.chip.memory, [before] if before else []
     if not limit:
-        return (before or LADDER[-1],)
-    fitting = [remat for remat in (*earlier, *LADDER) if make_plan(dataclasses.replace(job, remat=remat), limit).fits]
-    once = list(dict.fromkeys((*fitting, LADDER[-1])))
-    return tuple(once[: once.index(LADDER[-1]) + 1])
+        return (before or REMAT_POLICIES[-1],)
+    fitting = [remat for remat in (*earlier, *REMAT_POLICIES) if make_plan(dataclasses.replace(job, remat=remat), limit).fits]
+    once = list(dict.fromkeys((*fitting, REMAT_POLICIES[-1])))
+    return tuple(once[: once.index(REMAT_POLICIES[-1]) + 1])
 
 
 def leaves_room(needed: float, limit: float) -> bool:
@@ -209,7 +209,7 @@ def outlook(plan: Plan) -> Outlook:
     """The alternatives to a plan."""
     found = remedies(plan)
     enough = None if plan.fits or found else enough_chips(plan)
-    return Outlook(ladder_plans(plan.job), found, enough, fastest(plan) if plan.fits else None)
+    return Outlook(remat_plans(plan.job), found, enough, fastest(plan) if plan.fits else None)
 
 
 def remedies(plan: Plan, most: int = 5) -> list[Remedy]:
@@ -233,7 +233,7 @@ def remedies(plan: Plan, most: int = 5) -> list[Remedy]:
 
 
 def _pace(remedy: Remedy) -> float:
-    """Seconds a token: on another mesh an update may have other rows."""
+    """Seconds a token: on another mesh an update may have other sequences."""
     return remedy.plan.speed.step / remedy.plan.job.tokens
 
 
@@ -252,7 +252,7 @@ def _smallest(plan: Plan, choices: list[Sequence[Change | None]]) -> list[Remedy
 def _choices(job: Job) -> list[Sequence[Change | None]]:
     """For each choice the changes to try, from none to the one that saves most."""
     return [
-        [None, *[Change("remat", remat) for remat in LADDER if _keeps_less(remat, job.remat)]],
+        [None, *[Change("remat", remat) for remat in REMAT_POLICIES if _keeps_less(remat, job.remat)]],
         [None, *[Change("microbatches", count) for count in _more_microbatches(job)]],
         [
             None,
@@ -276,9 +276,9 @@ def _keeps_less(remat: str, than: str) -> bool:
 
 
 def _more_microbatches(job: Job) -> list[int]:
-    rows = job.rows // job.mesh.rows
+    sequences = job.sequences // job.mesh.sequences
     return [count for count in range(job.microbatches + 1, _MOST_MICROBATCHES + 1)
-            if rows % count == 0 and count % job.microbatches == 0]  # fmt: skip
+            if sequences % count == 0 and count % job.microbatches == 0]  # fmt: skip
 
 
 def _wide_enough(job: Job, divisor: int) -> bool:
@@ -290,7 +290,7 @@ def _has_wide_mean(job: Job) -> bool:
 
 
 def _other_meshes(job: Job) -> list[MeshSizes]:
-    """Meshes with the weights split further or the work of a row shared: `data` as it is or 1, `fsdp` the rest."""
+    """Meshes with the weights split further or the work of a sequence shared: `data` as it is or 1, `fsdp` the rest."""
     chips, now = job.topology.chips, job.mesh
     pairs = [*((ways, now.context) for ways in _SPLITS), *((now.tensor, ways) for ways in _SPLITS)]
     found = []
@@ -320,7 +320,7 @@ def _together(job: Job, changes: tuple[Change, ...]) -> tuple[Change, ...]:
 def fastest(plan: Plan) -> Remedy | None:
     """Another `remat` and number of micro-batches with which a job fits and is at least 2 % faster, if there is one."""
     job, found = plan.job, []
-    for remat, count in itertools.product(LADDER, (job.microbatches, *_more_microbatches(job))):
+    for remat, count in itertools.product(REMAT_POLICIES, (job.microbatches, *_more_microbatches(job))):
         other = {"remat": remat, "microbatches": count}
         changes = tuple(Change(name, value) for name, value in other.items() if value != getattr(job, name))
         remedy = _remedy(plan, changes)
@@ -332,7 +332,7 @@ def fastest(plan: Plan) -> Remedy | None:
 def enough_chips(plan: Plan) -> Plan | None:
     """A plan on the smallest common topology of the same chip on which a job fits when as little as possible is kept.
 
-    That is: of a layer only its input, one row a chip at a time, weights split over all chips, products over up to 8 of them;
+    That is: of a layer only its input, one sequence a chip at a time, weights split over all chips, products over up to 8 of them;
     `None` where no topology is large enough.
     """
     job = plan.job
@@ -348,8 +348,8 @@ def _on_chips(job: Job, topology: Topology, tensor: int) -> Job | None:
     if topology.chips % tensor:
         return None
     mesh = MeshSizes(fsdp=topology.chips // tensor, tensor=tensor)
-    rows = -(-job.rows // mesh.rows) * mesh.rows
-    values = {"topology": topology, "mesh": mesh, "rows": rows, "microbatches": rows // mesh.rows, "remat": LADDER[-1]}
+    sequences = -(-job.sequences // mesh.sequences) * mesh.sequences
+    values = {"topology": topology, "mesh": mesh, "sequences": sequences, "microbatches": sequences // mesh.sequences, "remat": REMAT_POLICIES[-1]}
     return changed(job, tuple(Change(name, value) for name, value in values.items()))
 
 
@@ -433,7 +433,7 @@ def advice(job: Job, memory: float | None = None, most: int = 2) -> list[str]:
     found = remedies(smaller, most)
     if not found:
         return [*lines, "no setting of compute.remat, data.accumulation, compute.loss_chunk or the mesh saves enough: "
-                "use more devices, adapters (adapter.rank), shorter rows (data.length) or a smaller model"]  # fmt: skip
+                "use more devices, adapters (adapter.rank), shorter sequences (data.length) or a smaller model"]  # fmt: skip
     return [*lines, *[f"{'or' if i else 'try'} {_remedy_line(remedy, plan)}" for i, remedy in enumerate(found)]]
 
 

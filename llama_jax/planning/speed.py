@@ -19,7 +19,7 @@ from llama_jax.planning.memory import (
 )
 
 # Bytes between chip and memory for one token and layer, forward and backward, over the bytes of its named activations: each is
-# written and read in both passes, in fused kernels (8B: 24 MB a token in all).
+# written and read in both passes, in fused kernels (8B: 24 MB/token in all).
 _TRAFFIC = 8
 _FORWARD, _BACKWARD = 1, 1  # times that weights are gathered over `fsdp` and `context` in a micro-batch
 
@@ -172,9 +172,9 @@ def _tensor_traffic(job: Job) -> float:
 
 
 def _context_traffic(job: Job) -> float:
-    """Keys and values of whole rows gathered in both passes, their gradients scattered."""
+    """Keys and values of whole sequences gathered in both passes, their gradients scattered."""
     mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
-    keys = 2 * job.config.kv_heads * job.config.head_dim / mesh.tensor * width * job.chip_rows * job.length
+    keys = 2 * job.config.kv_heads * job.config.head_dim / mesh.tensor * width * job.chip_batch_size * job.length
     return job.microbatches * job.config.layers * 3 * (mesh.context - 1) / mesh.context * keys
 
 
@@ -186,7 +186,7 @@ def _data_traffic(job: Job) -> float:
 
 # --- decode ---
 #
-# Decoding in closed form: memory of weights and cache on a chip, bytes a step moves, the limit that they set.
+# Decoding in closed form: memory of weights and cache on a chip, bytes/step moves, the limit that they set.
 
 
 class DecodePlan(NamedTuple):
@@ -194,13 +194,13 @@ class DecodePlan(NamedTuple):
 
     Attributes:
       topology: the chips.
-      mesh: `tensor` splits weights, cache and products; `data` the rows.
-      batch: rows, all chips together.
+      mesh: `tensor` splits weights, cache and products; `data` the sequences.
+      batch: sequences, all chips together.
       length: tokens of prompt and answer together.
       weights: bytes on a chip.
-      cache: bytes on a chip, keys and values of full rows.
+      cache: bytes on a chip, keys and values of full sequences.
       logits: bytes on a chip, float32.
-      moved: bytes that a chip reads in a step with full rows: every matrix once, and the cache.
+      moved: bytes that a chip reads in a step with full sequences: every matrix once, and the cache.
       limit: bytes that a chip has.
     """
 
@@ -226,7 +226,7 @@ class DecodePlan(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows, at most: at the nominal bandwidth, without the time that chips wait for each other."""
+        """Of all sequences, at most: at the nominal bandwidth, without the time that chips wait for each other."""
         return self.batch / self.step
 
     @property
@@ -255,14 +255,14 @@ def make_decode_plan(
     Args:
       config: the architecture.
       topology: the chips.
-      batch: rows at a time, all chips together, a multiple of `data`; `None` for one a copy of the model.
+      batch: sequences at a time, all chips together, a multiple of `data`; `None` for one a copy of the model.
       length: tokens of prompt and answer together.
       dtype: of the weights: `bfloat16`, `float32`, `int8` or `int4`.
       cache_dtype: of keys and values; `int8` has a float32 scale a vector.
       mesh: `data` and `tensor`; by default `decode_mesh`.
 
     Raises:
-      InputError: for rows that copies of the model cannot share, and for other axes of the mesh.
+      InputError: for sequences that copies of the model cannot share, and for other axes of the mesh.
     """
     mesh = decode_mesh(config, topology) if mesh is None else mesh
     if mesh.fsdp * mesh.context != 1 or config.kv_heads % mesh.tensor:
@@ -272,10 +272,10 @@ def make_decode_plan(
         raise InputError(f"batch {batch} given; a multiple of the copies of the model ({mesh.data}) expected; see --mesh")
     slot = cache_bytes_per_token(config, 1) * (ITEMSIZES[cache_dtype] + (4 / config.head_dim if cache_dtype == "int8" else 0))
     weights = weight_bytes(config, dtype, tensor=mesh.tensor)
-    rows = batch // mesh.data
-    cache = rows * length * slot / mesh.tensor
+    sequences = batch // mesh.data
+    cache = sequences * length * slot / mesh.tensor
     head = 1 if dtype == "int4" else ITEMSIZES[dtype]  # 4-bit models keep a head of 8 bits
     table = config.vocab_size * config.dim
     read = (ITEMSIZES[dtype] * (matmul_parameters(config) - table) + head * table) / mesh.tensor
-    logits = rows * config.vocab_size * 4 / mesh.tensor
+    logits = sequences * config.vocab_size * 4 / mesh.tensor
     return DecodePlan(topology, mesh, batch, length, weights, cache, logits, read + cache, topology.chip.memory)

@@ -92,12 +92,12 @@ SPLIT_RULES = {
 }
 
 
-# --- surface ---
+# --- token_bytes ---
 #
 # What each token id adds to decoded text, in bytes: a character may be cut between two tokens, a byte never is.
 
 
-class Surface(NamedTuple):
+class TokenBytes(NamedTuple):
     """The bytes of every token.
 
     Attributes:

@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from llama_jax.errors import InputError
-from llama_jax.text.byte_level import SPLIT_RULES, Surface, require_characters
-from llama_jax.text.files import special_token, template_text, turn_tokens
+from llama_jax.text.byte_level import SPLIT_RULES, TokenBytes, require_characters
+from llama_jax.text.files import special_token, template_text, role_tokens
 from llama_jax.text.llama3 import Llama3Tokenizer
 from llama_jax.text.sentencepiece import Model, Piece, SentencePieceTokenizer, read_model
 from llama_jax.text.tokenizer_json import read_tokenizer_json
@@ -119,7 +119,7 @@ class BytePairTokenizer:
         return {entry.content: token for token, entry in added.items() if entry.special}
 
     @functools.cached_property
-    def surface(self) -> Surface:
+    def token_bytes(self) -> TokenBytes:
         """The bytes of every token."""
         spelling = _spelling(self.tokenizer)
         pieces = [b""] * self.vocab_size
@@ -128,7 +128,7 @@ class BytePairTokenizer:
         for token, added in self.tokenizer.get_added_tokens_decoder().items():
             pieces[token] = b"" if added.special else added.content.encode()
         spaced = (token for token, piece in enumerate(pieces) if piece.startswith(b" ") and spelling is _spaced_bytes)
-        return Surface(tuple(pieces), {token: self.tokenizer.decode([token]).encode() for token in spaced})
+        return TokenBytes(tuple(pieces), {token: self.tokenizer.decode([token]).encode() for token in spaced})
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens written in it stay text, nothing is added.
@@ -155,7 +155,7 @@ class BytePairTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, special ones left out."""
-        return self.surface.decode(tokens)
+        return self.token_bytes.decode(tokens)
 
 
 def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
@@ -169,7 +169,7 @@ def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
     """
     tokenizer = read_tokenizer_json(path)
     ordinary = (entry.content for entry in tokenizer.get_added_tokens_decoder().values() if not entry.special)
-    promoted = turn_tokens(ordinary, template_text(path.parent))
+    promoted = role_tokens(ordinary, template_text(path.parent))
     tokenizer = _with_special(tokenizer, promoted)
     first = next(iter(tokenizer.encode("", add_special_tokens=True).ids), None)
     if first is not None and tokenizer.id_to_token(first) is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llama_jax.errors import InputError
 from llama_jax.text.files import read_json, read_text, special_token
-from llama_jax.text.loss_mask import Said, Span, cut_at, said_spans, tokens_inside
+from llama_jax.text.loss_mask import AssistantText, Span, cut_at, assistant_spans, tokens_inside
 from llama_jax.text.sandbox import LARGEST_SOURCE, render
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -110,7 +110,7 @@ def encode_dialogue(
     probe = writing.render(writing.probes())
     writing.require_written()
     marks = writing.marks
-    contents = said_spans(rendered, probe, writing.said(), marks.opening, marks.closing)
+    contents = assistant_spans(rendered, probe, writing.said(), marks.opening, marks.closing)
     turns = writing.learned(writing.turns(rendered, contents), writing.call_turns(rendered))
     stretches = list(writing.stretches(rendered))
     mask = [inside for stretch in stretches for inside in writing.inside(stretch, turns)]
@@ -168,12 +168,12 @@ class _Writing:
         """A content with a mark before each place where a special token begins, overlapping ones included."""
         return self._seam + re.sub(f"(?={self._special})", self.marks.plain, content) + self._seam
 
-    def _said(self, written: str) -> Said:
+    def _said(self, written: str) -> AssistantText:
         core = written.strip(self._seam).strip()
         start = written.find(core) if core else 0
-        return Said(written[:start], core, written[start + len(core) :])
+        return AssistantText(written[:start], core, written[start + len(core) :])
 
-    def said(self) -> list[Said]:
+    def said(self) -> list[AssistantText]:
         """What the assistant says."""
         return [self._said(message["content"]) for message in self.messages if _speaks(message)]
 

@@ -90,7 +90,7 @@ _KNOWN = frozenset(
 _TAG = re.compile(r"<\S+>|\[\S+\]")  # an added run of spaces, or a word, stands in many a template without structuring it
 
 
-def turn_tokens(added: Iterable[str], template: str) -> tuple[str, ...]:
+def role_tokens(added: Iterable[str], template: str) -> tuple[str, ...]:
     """Those of the added tokens that structure a conversation.
 
     Args:

@@ -46,7 +46,7 @@ _CHATML = r"""{%- for message in messages %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
-_TURN_TOKENS: Mapping[str, frozenset[str]] = {  # without which a tokenizer would read a format as plain text
+_ROLE_TOKENS: Mapping[str, frozenset[str]] = {  # without which a tokenizer would read a format as plain text
     "llama2": frozenset(),
     "llama3": frozenset({"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}),
     "chatml": frozenset({"<|im_start|>", "<|im_end|>"}),
@@ -91,7 +91,7 @@ def format_for(tokenizer: Tokenizer) -> ChatTemplate | None:
 
     `None` if they tell nothing: the tokenizer of LLaMA 1 and 2 is the same for base and chat models.
     """
-    telling = (name for name, needed in _TURN_TOKENS.items() if needed and needed <= tokenizer.special_tokens.keys())
+    telling = (name for name, needed in _ROLE_TOKENS.items() if needed and needed <= tokenizer.special_tokens.keys())
     name = next(telling, None)
     return None if name is None else named_format(name, tokenizer)
 
@@ -105,7 +105,7 @@ def named_format(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     if name not in FORMATS:
         raise InputError(f"chat format: {name!r:.60} given, one of {', '.join(FORMATS)} expected")
     begin, end = _token_text(tokenizer, tokenizer.begin_id), _token_text(tokenizer, tokenizer.end_id)
-    missing = sorted(_TURN_TOKENS[name] - tokenizer.special_tokens.keys())
+    missing = sorted(_ROLE_TOKENS[name] - tokenizer.special_tokens.keys())
     if name == "llama2" and (begin is None or end is None):
         missing = ["a token that begins or one that ends a text"]
     if missing:

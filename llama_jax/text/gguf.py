@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models
 from llama_jax.errors import InputError
 from llama_jax.text.byte_level import SPLIT_RULES, require_characters
 from llama_jax.text.byte_pair import BytePairTokenizer
-from llama_jax.text.files import one_line, turn_tokens
+from llama_jax.text.files import one_line, role_tokens
 from llama_jax.text.sentencepiece import Piece, SentencePieceTokenizer, model_proto, processor_from_bytes
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -145,7 +145,7 @@ def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     plain = _USER_DEFINED if typed else _NORMAL
     ordinary = (token for token, kind in zip(tokens, kinds) if kind == plain)
     # Of tokens without types only the known ones: "[0]" is a word of a vocabulary, and stands in many a template.
-    promoted = turn_tokens(ordinary, str(metadata.get("tokenizer.chat_template", "")) if typed else "")
+    promoted = role_tokens(ordinary, str(metadata.get("tokenizer.chat_template", "")) if typed else "")
     own = set(promoted)
     return _Vocabulary(tokens, [_CONTROL if token in own else kind for token, kind in zip(tokens, kinds)], promoted)
 

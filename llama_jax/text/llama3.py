@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import tiktoken
 
 from llama_jax.errors import InputError
-from llama_jax.text.byte_level import LLAMA3_PATTERN, Surface, require_characters
+from llama_jax.text.byte_level import LLAMA3_PATTERN, TokenBytes, require_characters
 
 # --- tiktoken file ---
 #
@@ -129,9 +129,9 @@ class Llama3Tokenizer:
         return {token: len(self.tokens) + n for n, token in enumerate(SPECIAL_TOKENS)}
 
     @functools.cached_property
-    def surface(self) -> Surface:
+    def token_bytes(self) -> TokenBytes:
         """The bytes of every token."""
-        return Surface((*self.tokens, *[b""] * _NUMBER_OF_SPECIAL), {})
+        return TokenBytes((*self.tokens, *[b""] * _NUMBER_OF_SPECIAL), {})
 
     @functools.cached_property
     def _encoding(self) -> tiktoken.Encoding:
@@ -152,7 +152,7 @@ class Llama3Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, special ones left out."""
-        return self.surface.decode(tokens)
+        return self.token_bytes.decode(tokens)
 
 
 def _pieces(text: str) -> Iterator[str]:

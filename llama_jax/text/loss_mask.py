@@ -19,7 +19,7 @@ class Span(NamedTuple):
     end: int
 
 
-class Said(NamedTuple):
+class AssistantText(NamedTuple):
     """A content in three parts.
 
     Attributes:
@@ -32,13 +32,13 @@ class Said(NamedTuple):
     core: str
     trail: str
 
-    def kept(self) -> Iterator["Said"]:
+    def kept(self) -> Iterator["AssistantText"]:
         """What a template may leave of it, the whole first."""
         for lead, trail in ((self.lead, self.trail), ("", ""), (self.lead, ""), ("", self.trail)):
-            yield Said(lead, self.core, trail)
+            yield AssistantText(lead, self.core, trail)
 
 
-def said_spans(rendered: str, probe: str, said: Sequence[Said], opening: str, closing: str) -> list[Span]:
+def assistant_spans(rendered: str, probe: str, said: Sequence[AssistantText], opening: str, closing: str) -> list[Span]:
     """Where in a rendering the contents stand, one span each, in order.
 
     A second rendering of the same conversation, the probe, tells the template's words from the contents: in it each
@@ -69,7 +69,7 @@ def said_spans(rendered: str, probe: str, said: Sequence[Said], opening: str, cl
     return spans
 
 
-def _span(rendered: str, position: int, content: Said, following: str) -> Span:
+def _span(rendered: str, position: int, content: AssistantText, following: str) -> Span:
     """Where a content stands that begins at `position` and is followed by some words of the template."""
     for left in content.kept():
         text = "".join(left)
@@ -128,8 +128,8 @@ def tokens_inside(tokenizer: Tokenizer, parts: Sequence[str], ids: Sequence[int]
 
 def _laid_out(tokenizer: Tokenizer, parts: Sequence[str], ids: Sequence[int]) -> tuple[Sequence[str], list[bytes]]:
     """A text as the tokenizer reads it, character for character, and the bytes of each token."""
-    surface = tokenizer.surface
-    layouts = list(surface.walk(ids)), [surface.pieces[token] for token in ids]  # as the beginning, inside a text
+    token_bytes = tokenizer.token_bytes
+    layouts = list(token_bytes.walk(ids)), [token_bytes.pieces[token] for token in ids]  # as the beginning, inside a text
     for spelled, pieces in itertools.product((parts, [part.replace(_SPACE, " ") for part in parts]), layouts):
         if b"".join(pieces) == "".join(spelled).encode():
             return spelled, pieces

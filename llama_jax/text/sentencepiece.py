@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sentencepiece import SentencePieceProcessor
 
 from llama_jax.errors import InputError
-from llama_jax.text.byte_level import Surface, require_characters
+from llama_jax.text.byte_level import TokenBytes, require_characters
 
 # --- model proto ---
 #
@@ -216,11 +216,11 @@ class SentencePieceTokenizer:
         return {self.processor.id_to_piece(token): token for token in control}
 
     @functools.cached_property
-    def surface(self) -> Surface:
+    def token_bytes(self) -> TokenBytes:
         """The bytes of every token."""
         pieces = tuple(map(self._piece_bytes, range(self.vocab_size)))
         spaced = (token for token in range(self.vocab_size) if self.processor.id_to_piece(token).startswith(_SPACE))
-        return Surface(pieces, {token: self.processor.decode([token]).encode() for token in spaced})
+        return TokenBytes(pieces, {token: self.processor.decode([token]).encode() for token in spaced})
 
     def _piece_bytes(self, token: int) -> bytes:
         """Bytes inside a text; the library decodes bytes only in runs, so byte pieces are read from their names."""
@@ -245,7 +245,7 @@ class SentencePieceTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, special ones left out."""
-        return self.surface.decode(tokens)
+        return self.token_bytes.decode(tokens)
 
 
 def processor_from_bytes(model: bytes, origin: str) -> SentencePieceProcessor:

@@ -62,7 +62,7 @@ def gguf_stops(tokenizer: Tokenizer, stops: Iterable[int]) -> GgufStops:
     return GgufStops({f"tokenizer.ggml.{key}": token for key, token in placed.items()}, tuple(unnamed[2:]))
 
 
-def turn_ends(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
+def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
     """The special token with which a template ends the assistant's turn; nothing where there is none, or the template fails."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

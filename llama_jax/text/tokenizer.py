@@ -10,9 +10,9 @@ import tokenizers
 from tokenizers import AddedToken, pre_tokenizers
 
 from llama_jax.errors import InputError
-from llama_jax.text.byte_level import Surface
+from llama_jax.text.byte_level import TokenBytes
 from llama_jax.text.byte_pair import BytePairTokenizer, byte_pair_from_pieces, load_byte_pair
-from llama_jax.text.files import is_text, read_json, special_token, template_text, turn_tokens
+from llama_jax.text.files import is_text, read_json, special_token, template_text, role_tokens
 from llama_jax.text.llama3 import is_tiktoken, load_llama3
 from llama_jax.text.sentencepiece import SentencePieceTokenizer, load_sentence_piece
 
@@ -48,7 +48,7 @@ def with_added_tokens(tokenizer: SentencePieceTokenizer, directory: pathlib.Path
     _require_dense(added, tokenizer.vocab_size, directory)
     config = read_json(directory / _CONFIG)
     special = _special(directory, config)
-    promoted = turn_tokens((text for text in added.values() if text not in special), template_text(directory))
+    promoted = role_tokens((text for text in added.values() if text not in special), template_text(directory))
     joined = byte_pair_from_pieces(tokenizer)
     library = _as_transformers(joined.tokenizer, bool(config.get("legacy")))
     control = special.union(promoted)
@@ -146,7 +146,7 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def surface(self) -> Surface:
+    def token_bytes(self) -> TokenBytes:
         """The bytes of every token."""
         ...
 
@@ -182,7 +182,7 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._surface = tokenizer.surface
+        self._token_bytes = tokenizer.token_bytes
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._begins = True
 
@@ -192,8 +192,8 @@ class StreamDecoder:
         Raises:
           InputError: for an id outside the vocabulary.
         """
-        piece = self._surface.piece(token, self._begins)
-        self._begins = self._begins and not self._surface.pieces[token]
+        piece = self._token_bytes.piece(token, self._begins)
+        self._begins = self._begins and not self._token_bytes.pieces[token]
         return self._characters.decode(piece)
 
     def flush(self) -> str:

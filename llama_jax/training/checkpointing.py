@@ -52,7 +52,7 @@ class Saver:
         self._running = False  # whether a save has begun of which no failure is known
         # Other hosts may not know of a failure, and a save is made by all or by none: they wait for the next that is due.
         self._alone = jax.process_count() == 1
-        self._in_a_row = 0  # failures since the last save that went well
+        self._in_a_sequence = 0  # failures since the last save that went well
         self._again: int | None = None  # the step after which a save that failed is tried again
         self.failures = 0
 
@@ -69,7 +69,7 @@ class Saver:
         if not self._looked:
             self._look(state)
         if self._running:  # and so has ended well
-            self._in_a_row = 0
+            self._in_a_sequence = 0
         if self._attempt(step, lambda: self._checkpoints.save(step, state, self._metadata())):
             self._running, self._again = True, None
 
@@ -95,10 +95,10 @@ class Saver:
         except SaveError as error:
             self._running = False
             self.failures += 1
-            self._in_a_row += 1
+            self._in_a_sequence += 1
             # After 1, 2, 4, ... steps: what is full stays full for a while, and a save that fails costs time too.
-            self._again = step + 2 ** min(self._in_a_row - 1, 20) if self._alone else None
-            times = f" ({self._in_a_row} in a row)" if self._in_a_row > 1 else ""
+            self._again = step + 2 ** min(self._in_a_sequence - 1, 20) if self._alone else None
+            times = f" ({self._in_a_sequence} in a row)" if self._in_a_sequence > 1 else ""
             self._tell(f"warning: {error}{times}")
             return False
         return True
@@ -169,7 +169,7 @@ class Summary(NamedTuple):
       step: updates done.
       steps: updates wanted.
       evaluation: on what is held out with the final parameters; `None` where this call did not come to the end, or nothing is.
-      unigram: nats a token of guessing held-out tokens by their frequency in the training text, as a baseline; `None`
+      unigram: nats/token of drafting held-out tokens by their frequency in the training text, as a baseline; `None`
         where nothing is held out, and for pairs of answers.
       saved: whether the last state is on disk.
       goodput: where the wall time of the run went, restarts included.
@@ -190,19 +190,19 @@ class Summary(NamedTuple):
 
 
 def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
-    """A summary as the rows of the display's last table."""
-    rows = {"steps": f"{summary.step} of {summary.steps}", "time": duration(seconds)}
+    """A summary as the sequences of the display's last table."""
+    sequences = {"steps": f"{summary.step} of {summary.steps}", "time": duration(seconds)}
     if summary.evaluation:
-        rows["held-out"] = summary.evaluation.line()
+        sequences["held-out"] = summary.evaluation.line()
     if summary.evaluation and summary.unigram is not None:
-        rows["unigram"] = f"{summary.unigram:.4f} nats a token (the entropy to beat)"
+        sequences["unigram"] = f"{summary.unigram:.4f} nats/token (the entropy to beat)"
     if summary.skipped or summary.rewinds:
-        rows["skipped"] = f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
+        sequences["skipped"] = f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
     if summary.failed_saves:
-        rows["checkpoints"] = f"{summary.failed_saves} could not be written" + (
+        sequences["checkpoints"] = f"{summary.failed_saves} could not be written" + (
             "" if summary.saved else ", the last among them"
         )
-    return rows | summary.goodput.lines()
+    return sequences | summary.goodput.lines()
 
 
 # --- changed settings ---

@@ -108,8 +108,8 @@ class ComputeConfig:
         a CPU, kept in the run's config. `docs/performance.md` has a table.
       scan_layers: run the layers as one compiled loop (compile time does not grow with depth) instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
-      context_attention: where mesh.context is above 1: each device gathers the keys and values of whole rows (`gathered`), or
-        they go round the devices (`ring`), which for very long rows takes less memory and hides the transfer.
+      context_attention: where mesh.context is above 1: each device gathers the keys and values of whole sequences (`gathered`), or
+        they go round the devices (`ring`), which for very long sequences takes less memory and hides the transfer.
       loss_chunk: tokens of one device whose logits exist at one time in the loss; fewer than about 2,048 make products too
         narrow to be fast.
 
@@ -141,10 +141,10 @@ class MeshConfig:
     """Devices along each axis of the mesh; their product is the number of devices.
 
     Attributes:
-      data: copies of the model, each with its own rows of the batch.
-      fsdp: ways in which parameters and rows are split together.
+      data: copies of the model, each with its own sequences of the batch.
+      fsdp: ways in which parameters and sequences are split together.
       tensor: ways in which each matrix product is split.
-      context: ways in which each row is split along its length, for long rows; twice as many divide data.length.
+      context: ways in which each sequence is split along its length, for long sequences; twice as many divide data.length.
 
     At most one of them is -1: the rest of the devices.
 
@@ -219,9 +219,9 @@ class TrainConfig:
         require(rank <= smallest, "adapter.rank", rank, f"at most the smaller side of the targets' matrices ({smallest})")
         require(rank == 0 or self.run.init is not None, "run.init", None, "a model for the adapters (adapter.rank) to change")
         require(beta == 0 or rank > 0, "adapter.rank", rank, "1 or more with preference.beta: it compares with the bare model")
-        rows = data.batch_rows // data.accumulation
-        require(beta == 0 or rows % 2 == 0, "data.batch_rows", data.batch_rows,
-                 f"an even number of rows a micro-batch, {rows} are left: preference.beta takes pairs")  # fmt: skip
+        sequences = data.batch_size // data.accumulation
+        require(beta == 0 or sequences % 2 == 0, "data.batch_size", data.batch_size,
+                 f"an even number of sequences a micro-batch, {sequences} are left: preference.beta takes pairs")  # fmt: skip
 
 
 def _sides(model: LlamaConfig, targets: Sequence[str]) -> list[int]:

@@ -78,7 +78,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.vocab_size": (1, 1 << 22),
     "data.held_out_fraction": (0, 0.5),
     "data.length": (1, 1 << 27),
-    "data.batch_rows": (1, 10**9),
+    "data.batch_size": (1, 10**9),
     "data.accumulation": (1, 10**6),
     "data.seed": (0, 2**32 - 1),
     "data.sources.weight": (1e-9, 1e9),
@@ -162,7 +162,7 @@ class SourceConfig:
 
     Attributes:
       path: the folder.
-      weight: its share of the rows, beside the weights of the others.
+      weight: its share of the sequences, beside the weights of the others.
       name: in metrics (`held_out/NAME/loss`); null for the folder's own.
 
     Raises:
@@ -188,20 +188,20 @@ class DataConfig:
 
     Attributes:
       paths: text files and folders of them; empty for the standard library of the running Python.
-      sources: folders that `prepare` wrote, in place of `paths`: `[{path, weight, name}, ...]`, mixed row by row; their
+      sources: folders that `prepare` wrote, in place of `paths`: `[{path, weight, name}, ...]`, mixed sequence by sequence; their
         tokenizer is that of the run.
       vocab_size: of the tokenizer to train when `tokenizer` is not given; at most `model.vocab_size`.
       tokenizer: path of an existing tokenizer file; null to train one on the text.
       held_out_fraction: share of the documents kept out of training, for evaluation; of a single file, its end; 0 for none.
       length: `T`, tokens predicted in a row.
-      batch_rows: rows of one optimizer update, over all devices and micro-batches.
-      accumulation: micro-batches an update is computed in; divides `batch_rows`.
-      packing: `cut`: documents one after another, cut into rows; `fit`: whole documents side by side, by best fit; `auto`:
-        `fit` for conversations, `cut` for text. (Pairs of answers always have a row each.)
+      batch_size: sequences of one optimizer update, over all devices and micro-batches.
+      accumulation: micro-batches an update is computed in; divides `batch_size`.
+      packing: `cut`: documents one after another, cut into sequences; `fit`: whole documents side by side, by best fit; `auto`:
+        `fit` for conversations, `cut` for text. (Pairs of answers always have a sequence each.)
       too_long: what happens to a whole document (`fit`, pairs) of more than `length` tokens: `drop` it, `cut_front` (a
         conversation loses the beginning of its prompt), `cut_end` (it loses answers), or `refuse` to begin; `auto`: `drop`
         for conversations and pairs, `cut_end` for text. Counted and printed at the start.
-      batch_ramp: later sizes of a batch, `[[step, rows], ...]`: from that step on so many rows, in more micro-batches of the
+      batch_ramp: later sizes of a batch, `[[step, sequences], ...]`: from that step on so many sequences, in more micro-batches of the
         same size; skipped steps count.
       skip_steps: data that is never used, `[[first, last], ...]`: what these steps would have read is left out, and the
         steps from `first` on read what follows.
@@ -217,7 +217,7 @@ class DataConfig:
     tokenizer: str | None = None
     held_out_fraction: float = 0.02
     length: int = 256
-    batch_rows: int = 8
+    batch_size: int = 8
     accumulation: int = 1
     packing: Literal["auto", "cut", "fit"] = "auto"
     too_long: Literal["auto", "drop", "cut_front", "cut_end", "refuse"] = "auto"
@@ -231,8 +231,8 @@ class DataConfig:
         require(texts, "data.paths", self.paths, "a list of paths such as [text, notes.md]")
         named = self.tokenizer is None or (isinstance(self.tokenizer, str) and self.tokenizer != "")
         require(named, "data.tokenizer", self.tokenizer, "a path or null")
-        require(self.batch_rows % self.accumulation == 0, "data.accumulation", self.accumulation,
-                 f"a divisor of data.batch_rows ({self.batch_rows})")  # fmt: skip
+        require(self.batch_size % self.accumulation == 0, "data.accumulation", self.accumulation,
+                 f"a divisor of data.batch_size ({self.batch_size})")  # fmt: skip
         require(not (self.sources and self.paths), "data.paths", self.paths, "no text beside data.sources")
         require(
             not (self.sources and self.tokenizer), "data.tokenizer", self.tokenizer, "none beside data.sources (they have one)"
@@ -240,14 +240,14 @@ class DataConfig:
         require(self.packing in ("auto", "cut", "fit"), "data.packing", self.packing, "auto, cut or fit")
         choices = ("auto", "drop", "cut_front", "cut_end", "refuse")
         require(self.too_long in choices, "data.too_long", self.too_long, ", ".join(choices))
-        Steps(self.batch_rows, self.batch_ramp, self.skip_steps)
-        odd = [rows for _, rows in self.batch_ramp if rows % micro_rows(self)]
-        require(not odd, "data.batch_ramp", odd, f"multiples of a micro-batch's {micro_rows(self)} rows")
+        Steps(self.batch_size, self.batch_ramp, self.skip_steps)
+        odd = [sequences for _, sequences in self.batch_ramp if sequences % micro_batch_size(self)]
+        require(not odd, "data.batch_ramp", odd, f"multiples of a micro-batch's {micro_batch_size(self)} sequences")
 
 
-def micro_rows(data: DataConfig) -> int:
+def micro_batch_size(data: DataConfig) -> int:
     """Rows of a micro-batch."""
-    return data.batch_rows // data.accumulation
+    return data.batch_size // data.accumulation
 
 
 # --- config method ---

@@ -26,7 +26,7 @@ class _Axes(NamedTuple):
       tokens: those of batch and length.
       length: those of length alone.
       vocab: those of the head's columns.
-      kept: those of `tokens` over which the head's gradient is left split, by rows.
+      kept: those of `tokens` over which the head's gradient is left split, by sequences.
     """
 
     tokens: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ _Tokens = tuple[Array, Array, Array]  # features [M, D], targets [M], weights [M
 
 
 def _cut(features: Array, targets: Array, weights: Array, chunk: int) -> _Tokens:
-    """Tokens of all rows one after the other, in chunks `[n, C, ...]`; padding weighs nothing."""
+    """Tokens of all sequences one after the other, in chunks `[n, C, ...]`; padding weighs nothing."""
     tokens = targets.size
     size = min(chunk, tokens)
     count = -(-tokens // size)
@@ -88,7 +88,7 @@ def _cut(features: Array, targets: Array, weights: Array, chunk: int) -> _Tokens
 
 
 def _joined(parts: Array, like: Array) -> Array:
-    """Chunks `[n, C, ...]` as the rows `[B, T, ...]` that they were cut from, without their padding."""
+    """Chunks `[n, C, ...]` as the sequences `[B, T, ...]` that they were cut from, without their padding."""
     return parts.reshape(-1, *parts.shape[2:])[: math.prod(like.shape[:2])].reshape(*like.shape[:2], *parts.shape[2:])
 
 
@@ -98,7 +98,7 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
     Args:
       work: from what one device holds to its results, put together.
       rules: axis name -> mesh axes.
-      outputs: what the results are, a letter each: `s` a sum, `r` one number a row, `x` like the features, `h` like the head.
+      outputs: what the results are, a letter each: `s` a sum, `r` one number a sequence, `x` like the features, `h` like the head.
       *given: features, head, targets and weights.
     """
     features, head, _, _ = given
@@ -108,18 +108,18 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
     stream = fitting_spec(("batch", "length", "width"), features.shape, rules)
     used = fitting_spec(("width", "vocab"), head.shape, rules)
     kept = fitting_spec(("embed", "vocab"), head.shape, rules)
-    rows = PartitionSpec(*stream[:2])
-    tokens = _names(*rows)
-    axes = _Axes(tokens, _names(rows[1]), _names(used[1]), tuple(name for name in _names(kept[0]) if name in tokens))
+    sequences = PartitionSpec(*stream[:2])
+    tokens = _names(*sequences)
+    axes = _Axes(tokens, _names(sequences[1]), _names(used[1]), tuple(name for name in _names(kept[0]) if name in tokens))
     specs = {
         "s": PartitionSpec(),
-        "r": PartitionSpec(rows[0]),
+        "r": PartitionSpec(sequences[0]),
         "x": stream,
         "h": PartitionSpec(axes.kept or None, used[1]),
     }
     placed = jax.shard_map(
         functools.partial(work, axes),
-        in_specs=(stream, used, rows, rows),
+        in_specs=(stream, used, sequences, sequences),
         out_specs=tuple(specs[letter] for letter in outputs),
         check_vma=False,
     )
@@ -132,7 +132,7 @@ def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _whole_head_gradient(d_head: Array, axes: _Axes) -> Array:
-    """The sum of all devices' gradients of the head, left split by rows where its weight is."""
+    """The sum of all devices' gradients of the head, left split by sequences where its weight is."""
     if axes.kept:
         d_head = lax.psum_scatter(d_head, axes.kept, scatter_dimension=0, tiled=True)
     return _sum(d_head, tuple(name for name in axes.tokens if name not in axes.kept))
@@ -242,7 +242,7 @@ def cross_entropy(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def row_losses(
+def sequence_losses(
     features: Float[Array, "B T D"],
     head: Float[Array, "D V"],
     targets: Int[Array, "B T"],
@@ -250,7 +250,7 @@ def row_losses(
     chunk: int,
     rules: Rules = TRAINING,
 ) -> Float[Array, " B"]:
-    """Sum of weight * -log p(target) of each row, in nats, float32, under a frozen head: no gradient of it is formed.
+    """Sum of weight * -log p(target) of each sequence, in nats, float32, under a frozen head: no gradient of it is formed.
 
     Args:
       features: normed stream, ready for the head; the only argument that gradients reach.
@@ -262,28 +262,28 @@ def row_losses(
     """
 
     def sweep(axes: _Axes, features: Array, head: Array, targets: Array, weights: Array) -> tuple[Array]:
-        """Each row's sum, by one device's sweep over its own tokens."""
+        """Each sequence's sum, by one device's sweep over its own tokens."""
 
         def losses(_: None, piece: _Tokens) -> tuple[None, Array]:
             """Weighted losses of a chunk."""
             part, target, weight = piece
             return None, weight * _scores(part, head, target, axes).losses
 
-        return (_row_sums(lax.scan(losses, None, _cut(features, targets, weights, chunk))[1], targets, axes),)
+        return (_sequence_sums(lax.scan(losses, None, _cut(features, targets, weights, chunk))[1], targets, axes),)
 
     return _over_devices(sweep, rules, "r", features, head, targets, weights)[0]
 
 
-def _row_sums(losses: Array, like: Array, axes: _Axes) -> Array:
-    """Chunks of weighted losses summed by row, over every device that has a part of the row."""
+def _sequence_sums(losses: Array, like: Array, axes: _Axes) -> Array:
+    """Chunks of weighted losses summed by sequence, over every device that has a part of the sequence."""
     return _sum(jnp.sum(_joined(losses, like), axis=1), axes.length)
 
 
-def _row_losses_forward(
+def _sequence_losses_forward(
     features: Array, head: Array, targets: Array, weights: Array, chunk: int, rules: Rules
 ) -> tuple[Array, Array]:
     def sweep(axes: _Axes, features: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-        """Each row's sum and the gradients of the features."""
+        """Each sequence's sum and the gradients of the features."""
 
         def losses(_: None, piece: _Tokens) -> tuple[None, tuple[Array, Array]]:
             """Weighted losses of a chunk; gives the gradient of its features."""
@@ -292,13 +292,13 @@ def _row_losses_forward(
             return None, (weight * scores.losses, _gradients(scores, head, weight, axes)[1].astype(part.dtype))
 
         each, parts = lax.scan(losses, None, _cut(features, targets, weights, chunk))[1]
-        return _row_sums(each, targets, axes), _joined(parts, features)
+        return _sequence_sums(each, targets, axes), _joined(parts, features)
 
     return _over_devices(sweep, rules, "rx", features, head, targets, weights)
 
 
-def _row_losses_backward(chunk: int, rules: Rules, d_features: Array, scales: Array) -> tuple:
+def _sequence_losses_backward(chunk: int, rules: Rules, d_features: Array, scales: Array) -> tuple:
     return (d_features * scales[:, None, None]).astype(d_features.dtype), None, None, None
 
 
-row_losses.defvjp(_row_losses_forward, _row_losses_backward)
+sequence_losses.defvjp(_sequence_losses_forward, _sequence_losses_backward)

@@ -25,7 +25,7 @@ class Corpus(NamedTuple):
 
     Attributes:
       name: for metrics and messages.
-      weight: its share of the rows, beside the weights of the others.
+      weight: its share of the sequences, beside the weights of the others.
       train: what is trained on.
       held_out: what is evaluated on; `None` if nothing was held out.
     """
@@ -100,7 +100,7 @@ def make_batches(opened: RunData, data: DataConfig) -> Batches:
                 f"({packing.counts.too_long:,} of {packing.counts.documents:,} are longer); raise it, or see data.too_long"
             )
     sources = tuple(Source(packing, corpus.weight) for packing, corpus in zip(packed, opened.corpora))
-    batches = Batches(sources, Steps(data.batch_rows, data.batch_ramp, data.skip_steps), data.seed)
+    batches = Batches(sources, Steps(data.batch_size, data.batch_ramp, data.skip_steps), data.seed)
     _require_targets(batches, data)
     return batches
 
@@ -109,11 +109,11 @@ def _require_targets(batches: Batches, data: DataConfig) -> None:
     """Refuses conversations cut so that batches are to be expected in which there is nothing to learn."""
     cut = [source.packing for source in batches.sources if isinstance(source.packing, Cut)]
     empty = sum(packing.without_targets() for packing in cut)
-    rows = sum(source.packing.count for source in batches.sources)
-    fewest = min([data.batch_rows, *(size for _, size in data.batch_ramp)])
-    if rows / fewest * (empty / rows) ** fewest >= 1:
+    sequences = sum(source.packing.count for source in batches.sources)
+    fewest = min([data.batch_size, *(size for _, size in data.batch_ramp)])
+    if sequences / fewest * (empty / sequences) ** fewest >= 1:
         raise InputError(
-            f"data.packing cut: {empty:,} of {rows:,} sequences of {data.length} tokens hold no answer, so batches of "
+            f"data.packing cut: {empty:,} of {sequences:,} sequences of {data.length} tokens hold no answer, so batches of "
             f"{fewest} would have nothing to learn from; set it to fit, raise data.length, or take larger batches"
         )
 
@@ -168,7 +168,7 @@ def require_same_tokenizer(prepared: TokenSet, tokenizer: Tokenizer | None, mode
     """
     if tokenizer is None:
         return
-    theirs, ours = load_tokenizer(prepared.tokenizer_path).surface.pieces, tokenizer.surface.pieces
+    theirs, ours = load_tokenizer(prepared.tokenizer_path).token_bytes.pieces, tokenizer.token_bytes.pieces
     differing = next((token for token, (a, b) in enumerate(zip(theirs, ours)) if a != b), None)
     if differing is not None:
         raise InputError(

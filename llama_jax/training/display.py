@@ -246,10 +246,10 @@ def pack(texts: Sequence[str], width: int) -> list[str]:
     return lines
 
 
-def table(rows: Mapping[str, str]) -> list[str]:
+def table(sequences: Mapping[str, str]) -> list[str]:
     """Names and values in two columns."""
-    width = max(map(len, rows), default=0)
-    return [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    width = max(map(len, sequences), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in sequences.items()]
 
 
 def duration(seconds: float) -> str:
@@ -293,7 +293,7 @@ def encodable(text: str, encoding: str | None) -> str:
 # What the processes of a run beside the first show: their warnings.
 
 
-class Aside:
+class WorkerDisplay:
     """A display that leaves all but warnings to the first process.
 
     Args:

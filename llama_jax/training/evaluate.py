@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.axes import Array, Parameters
-from llama_jax.data.batches import permute, sequential_rows, sequential_windows
+from llama_jax.data.batches import permute, sequential_sequences, sequential_windows
 from llama_jax.data.packing import Batch, Cut, Name, Packing, TooLong, pack
 from llama_jax.data.token_set import TokenSet
 from llama_jax.data.tokens import Tokens
@@ -26,14 +26,14 @@ from llama_jax.generation.generate import Generator
 from llama_jax.generation.session import NotFiniteError
 from llama_jax.model.llama import Llama, model_for
 from llama_jax.parallel.sharding import Rules, batch_spec
-from llama_jax.text.byte_level import Surface
+from llama_jax.text.byte_level import TokenBytes
 from llama_jax.text.stops import stop_ids
 from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 from llama_jax.training.config import RunConfig
 from llama_jax.training.data import require_same_tokenizer
 from llama_jax.training.loss import Objective, batch_loss
 from llama_jax.training.metrics import LineFile, drop_later
-from llama_jax.training.step import placed_rows
+from llama_jax.training.step import placed_sequences
 from llama_jax.weights.load import Pretrained
 
 _TEXT_CHUNK = 1024  # tokens whose logits exist at one time
@@ -110,7 +110,7 @@ def together(parts: Sequence[Evaluation]) -> Evaluation:
     return make_evaluation(nats, sum(part.tokens for part in parts), sum(part.bytes for part in parts))
 
 
-class TokenBytes(NamedTuple):
+class ByteCounts(NamedTuple):
     """UTF-8 bytes of every token, int32 `[V]`; 0 for special tokens.
 
     Attributes:
@@ -122,16 +122,16 @@ class TokenBytes(NamedTuple):
     opening: np.ndarray
 
 
-def token_bytes(surface: Surface) -> TokenBytes:
+def byte_counts(token_bytes: TokenBytes) -> ByteCounts:
     """The bytes of every token of a tokenizer."""
-    inside = np.array([len(piece) for piece in surface.pieces], np.int32)
+    inside = np.array([len(piece) for piece in token_bytes.pieces], np.int32)
     opening = inside.copy()
-    for token, piece in surface.opening.items():
+    for token, piece in token_bytes.opening.items():
         opening[token] = len(piece)
-    return TokenBytes(inside, opening)
+    return ByteCounts(inside, opening)
 
 
-def scored_bytes(batch: Batch, sizes: TokenBytes) -> Array:
+def scored_bytes(batch: Batch, sizes: ByteCounts) -> Array:
     """Bytes of the targets of a batch `[B, T]`, each times its weight, summed."""
     inside, opening = map(jnp.asarray, sizes)
     first = jnp.ones_like(batch.documents[:, :1], bool)
@@ -145,7 +145,7 @@ Sums = dict[str, Array]  # over a batch, by name
 Evaluator = Callable[[Parameters, Batch], Sums]
 
 
-def batch_evaluator(model: Llama, loss_chunk: int, sizes: TokenBytes) -> Evaluator:
+def batch_evaluator(model: Llama, loss_chunk: int, sizes: ByteCounts) -> Evaluator:
     """A compiled function from parameters and a batch `[B, T]` to its `nats`, the `tokens` that are targets, their `bytes`."""
 
     def sums(params: Parameters, batch: Batch) -> Sums:
@@ -225,7 +225,7 @@ def _sequences(packing: Packing) -> int:
 
 
 def evaluate(
-    run: Evaluator, params: Parameters, held_out: HeldOut, batch_rows: int, mesh: Mesh, rules: Rules,
+    run: Evaluator, params: Parameters, held_out: HeldOut, batch_size: int, mesh: Mesh, rules: Rules,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:  # fmt: skip
     """The sums of an evaluator over the sequences of a data set.
@@ -234,7 +234,7 @@ def evaluate(
       run: a compiled evaluator.
       params: what it is given.
       held_out: the sequences; each process reads those of its own devices.
-      batch_rows: sequences at a time; the last batch is filled up with padding.
+      batch_size: sequences at a time; the last batch is filled up with padding.
       mesh: the devices.
       rules: of the model, which say how they share a batch.
       alive: called after every batch.
@@ -249,11 +249,11 @@ def evaluate(
             totals[name] += float(value)
         alive()
 
-    for first in range(0, len(numbers), batch_rows):
-        padded = np.full(batch_rows, held_out.end, np.int64)
-        some = numbers[first : first + batch_rows]
+    for first in range(0, len(numbers), batch_size):
+        padded = np.full(batch_size, held_out.end, np.int64)
+        some = numbers[first : first + batch_size]
         padded[: len(some)] = some
-        sums = run(params, placed_rows(packing.rows, padded, packing.length, sharding))
+        sums = run(params, placed_sequences(packing.sequences, padded, packing.length, sharding))
         add(before)
         before = sums
     add(before)
@@ -282,11 +282,11 @@ def _added(parts: Iterable[Mapping[str, SupportsFloat]]) -> dict[str, float]:
     return totals
 
 
-def _in_order(tokens: Tokens, length: int, batch_rows: int, packing: Name) -> Iterator[Batch]:
-    """All tokens once, in batches of rows of `length`."""
+def _in_order(tokens: Tokens, length: int, batch_size: int, packing: Name) -> Iterator[Batch]:
+    """All tokens once, in batches of sequences of `length`."""
     if packing == "fit" or tokens.kind == "pairs":
-        return sequential_rows(pack(tokens, length, packing, "cut_end"), batch_rows)
-    return sequential_windows(tokens, length, batch_rows)
+        return sequential_sequences(pack(tokens, length, packing, "cut_end"), batch_size)
+    return sequential_windows(tokens, length, batch_size)
 
 
 def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = None, **options: Any) -> Evaluation:
@@ -295,7 +295,7 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
     Args:
       model: from `llama_jax.load`.
       data: prepared with the tokenizer of this model.
-      length: tokens of a row; the model's context by default. What is longer is cut.
+      length: tokens of a sequence; the model's context by default. What is longer is cut.
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
     Raises:
@@ -310,9 +310,9 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
         raise InputError(f"{tokens.name}: token {largest}; the vocabulary of the model goes to {model.config.vocab_size - 1}")
     length = min(context, max(1, tokens.size - 1)) if length is None else length
     if not 1 <= length <= context:
-        raise InputError(f"rows of {length} tokens asked for; 1 to {context}, the model's context, expected")
-    rows = _in_order(tokens, length, 1, "cut" if tokens.kind == "text" else "fit")
-    scored = itertools.islice(rows, 0, None, 2 if tokens.kind == "pairs" else 1)
+        raise InputError(f"sequences of {length} tokens asked for; 1 to {context}, the model's context, expected")
+    sequences = _in_order(tokens, length, 1, "cut" if tokens.kind == "text" else "fit")
+    scored = itertools.islice(sequences, 0, None, 2 if tokens.kind == "pairs" else 1)
     result = _summed(model, load_tokenizer(data.tokenizer_path), scored, options)
     if not result.tokens:
         raise InputError(f"{tokens.name}: no answer begins within {length} tokens, so nothing can be scored; raise --length")
@@ -321,7 +321,7 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
 
 def _summed(model: Pretrained, tokenizer: Tokenizer, batches: Iterable[Batch], options: Mapping[str, Any]) -> Evaluation:
     """The evaluation of a model on batches."""
-    run = batch_evaluator(model_for(model.params, model.config, **options), _TEXT_CHUNK, token_bytes(tokenizer.surface))
+    run = batch_evaluator(model_for(model.params, model.config, **options), _TEXT_CHUNK, byte_counts(tokenizer.token_bytes))
     return text_evaluation(_added(run(model.params, batch) for batch in batches))
 
 
@@ -343,8 +343,8 @@ def evaluate_text(model: Pretrained, text: str | Sequence[str], length: int | No
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
     texts = [text] if isinstance(text, str) else list(text)
-    rows = [np.asarray(encode_prompt(model.tokenizer, one), np.int32) for one in texts]
-    longest, context = max(map(len, rows), default=0), model.config.context_length
+    sequences = [np.asarray(encode_prompt(model.tokenizer, one), np.int32) for one in texts]
+    longest, context = max(map(len, sequences), default=0), model.config.context_length
     length = context if length is None else length
     if longest < 2 or not 1 <= length <= context:
         raise InputError(
@@ -352,15 +352,15 @@ def evaluate_text(model: Pretrained, text: str | Sequence[str], length: int | No
             "context) expected"
         )
     length = min(length, longest - 1)
-    vocabulary, largest = model.config.vocab_size, max(int(ids.max()) for ids in rows if len(ids))
+    vocabulary, largest = model.config.vocab_size, max(int(ids.max()) for ids in sequences if len(ids))
     if largest >= vocabulary:
         raise InputError(f"the text holds token {largest}; the vocabulary goes from 0 to {vocabulary - 1}")
-    windows = (window for ids in rows for window in _text_windows(ids, length))
+    windows = (window for ids in sequences for window in _text_windows(ids, length))
     return _summed(model, model.tokenizer, windows, options)
 
 
 def _text_windows(ids: np.ndarray, length: int) -> Iterator[Batch]:
-    """One row at a time; the last one filled up with targets of weight 0."""
+    """One sequence at a time; the last one filled up with targets of weight 0."""
     for first in range(0, len(ids) - 1, length):
         window = ids[first : first + length + 1]
         padded = np.zeros(length + 1, np.int32)
@@ -425,14 +425,14 @@ class Samples:
             warnings.simplefilter("ignore", UserWarning)  # a few tokens on the mesh of a training, whatever it gathers
             generator = Generator(params, self._model.config, self._mesh, dtype=options.dtype, rules=options.rules)
         try:
-            rows = generator.generate(self._ids, self._new_tokens, stop_ids=stop_ids(self._tokenizer))
+            sequences = generator.generate(self._ids, self._new_tokens, stop_ids=stop_ids(self._tokenizer))
         except NotFiniteError as error:  # the guard of the run decides what becomes of it
             self._say(f"sample    {error}")
             return
         file = self._file()
-        for prompt, row in zip(self._prompts, rows):
-            # The model may have more rows than the tokenizer has tokens; those have no text.
-            text = self._tokenizer.decode([token for token in row.token_ids if token < self._tokenizer.vocab_size])
+        for prompt, sequence in zip(self._prompts, sequences):
+            # The model may have more sequences than the tokenizer has tokens; those have no text.
+            text = self._tokenizer.decode([token for token in sequence.token_ids if token < self._tokenizer.vocab_size])
             self._say(shown(prompt, text))
             file.write(json.dumps({"step": step, "prompt": prompt, "text": text}))
         file.close()

@@ -43,14 +43,14 @@ class Goodput(NamedTuple):
         return self.useful / self.wall if self.wall > 0 else None
 
     def lines(self) -> dict[str, str]:
-        """The rows of a table."""
+        """The sequences of a table."""
         if self.share is None:
             return {}
-        rows = {"goodput": f"{self.share:.1%}: {duration(self.useful)} in updates that were kept, of {duration(self.wall)} "
+        sequences = {"goodput": f"{self.share:.1%}: {duration(self.useful)} in updates that were kept, of {duration(self.wall)} "
                            f"since the start of the run ({self.starts} start{'s' if self.starts != 1 else ''})"}  # fmt: skip
         spent = {**self.parts, "redone": self.redone, "start-up and down": self.down}
         told = [f"{name} {seconds / self.wall:.1%}" for name, seconds in spent.items() if seconds / self.wall >= 0.0005]
-        return rows | ({"other time": ", ".join(told)} if told else {})
+        return sequences | ({"other time": ", ".join(told)} if told else {})
 
 
 class Ledger:

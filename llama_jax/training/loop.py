@@ -22,7 +22,7 @@ from llama_jax.training.checkpointing import (
     only_run,
 )
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.config_sections import micro_rows
+from llama_jax.training.config_sections import micro_batch_size
 from llama_jax.training.consistency import require_equal_replicas, require_same, require_same_data
 from llama_jax.training.data import make_batches, open_data, packing_figures, packing_lines, split_corpus
 from llama_jax.training.display import Display, si
@@ -38,11 +38,11 @@ from llama_jax.training.evaluate import (
     pair_evaluator,
     text_evaluation,
     together,
-    token_bytes,
+    byte_counts,
 )
 from llama_jax.training.metrics import StepRecord, require_trackers
 from llama_jax.training.recovery import Recovery, Trouble, array_figures, let_go
-from llama_jax.training.run_log import Books, mfu_line
+from llama_jax.training.run_log import RunLog, mfu_line
 from llama_jax.training.setup import (
     MADE_FROM,
     TOKENIZER,
@@ -135,7 +135,7 @@ class Run:
         model, chunk = self.recipe.model, self.recipe.loss_chunk
         if self.batches.unit == 2:
             return pair_evaluator(model, chunk, self.recipe.objective)
-        return batch_evaluator(model, chunk, token_bytes(load_tokenizer(self.data.tokenizer_path).surface))
+        return batch_evaluator(model, chunk, byte_counts(load_tokenizer(self.data.tokenizer_path).token_bytes))
 
     def train(
         self,
@@ -173,7 +173,7 @@ class Run:
             state = self._restore_or_init(checkpoints)
             first = int(state.step)
             kinds = [device.device_kind for device in mesh.devices.flat]
-            books = Books(config, lambda step: self.batches.tokens_before(step), kinds, first, say, self.hosts.first)
+            books = RunLog(config, lambda step: self.batches.tokens_before(step), kinds, first, say, self.hosts.first)
             with books.clock("compile"):
                 self._take(settle(config))
             self.hosts.first_does("changes", lambda: self._tell_changes(first, books))
@@ -193,7 +193,7 @@ class Run:
             skipped, rewinds = self._recovery.skipped, self._recovery.count
             return Summary(step, config.run.steps, evaluation, unigram, saved, goodput, skipped, rewinds, saver.failures)
 
-    def _tell_changes(self, step: int, books: Books) -> None:
+    def _tell_changes(self, step: int, books: RunLog) -> None:
         """Says which settings have changed since the run was trained last, keeps that among the metrics, and the old config."""
         changes = changed_settings(self._before, self.config) if self._before is not None and step else {}
         if self._before is None or not changes:
@@ -240,24 +240,24 @@ class Run:
     def _heading(self, first: int, unigram: float | None) -> list[str]:
         config, devices = self.config, self.mesh.devices.size
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-        tokens = config.data.batch_rows * config.data.length
+        tokens = config.data.batch_size * config.data.length
         training, held_out = (sum(part.size for part in parts) for parts in (self.data.train, self.data.held_out.values()))
         return [
             f"model     {si(parameter_count(config.model))} parameters, {config.model.layers} layers, "
             f"{self.recipe.model.options.dtype} compute, remat {self.recipe.model.options.remat}",
             f"devices   {devices} x {self.mesh.devices.flat[0].device_kind} ({shape})",
             f"data      {si(training)} training tokens, {si(held_out)} held out; "
-            f"{si(tokens)} tokens a step, {self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",
+            f"{si(tokens)} tokens/step, {self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",
             f"mfu       {mfu_line(config, [device.device_kind for device in self.mesh.devices.flat])}",
             *self._mixture_lines(),
             *[f"packing   {line}" for line in packing_lines(self.batches)],
             *self._evaluation_lines(),
-            *([] if unigram is None else [f"baseline  unigram entropy of the held-out text {unigram:.3f} nats a token"]),
+            *([] if unigram is None else [f"baseline  unigram entropy of the held-out text {unigram:.3f} nats/token"]),
             f"run       {self.directory}, " + (f"going on from step {first}" if first else "from the start"),
         ]
 
     def _mixture_lines(self) -> list[str]:
-        """The share of the rows that each data set has, where there are several."""
+        """The share of the sequences that each data set has, where there are several."""
         if len(self.data.corpora) == 1:
             return []
         shares = (f"{corpus.name} {share:.4%}" for corpus, share in zip(self.data.corpora, self.batches.shares))
@@ -267,24 +267,24 @@ class Run:
         """What evaluations read, where that is not all held-out text."""
         if not self._held_out:
             return ["held-out  no text is held out: no evaluation"]
-        rows, whole = (sum(len(part.numbers) for part in self._held_out.values()), sum(p.end for p in self._held_out.values()))
-        if rows == whole:
+        sequences, whole = (sum(len(part.numbers) for part in self._held_out.values()), sum(p.end for p in self._held_out.values()))
+        if sequences == whole:
             return []
-        tokens = rows * self.config.data.length
+        tokens = sequences * self.config.data.length
         return [f"held-out  evaluations read {si(tokens)} tokens, the same ones each time (run.eval_tokens; 0 for all)"]
 
     def _steps(
-        self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, saver: Saver, books: Books,
+        self, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, saver: Saver, books: RunLog,
         should_stop: Stop,
     ) -> tuple[TrainState, Held | None]:  # fmt: skip
         """The loop itself; returns the last state and, at the end of the run, its evaluation."""
-        run, rows = self.config.run, micro_rows(self.config.data)
+        run, sequences = self.config.run, micro_batch_size(self.config.data)
         step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), batch_sharding(self.recipe, self.mesh)
         step = int(state.step)
         before: StepMetrics | None = None
         while step < run.steps:
             with books.clock("data"):
-                batch = global_batch(self.batches, step, rows, sharding)
+                batch = global_batch(self.batches, step, sequences, sharding)
             state, figures = books.trace.run(step + 1, step_program, state, batch, *frozen)
             step += 1
             books.add(step, figures)
@@ -323,7 +323,7 @@ class Run:
 
     def _go_back(
         self, trouble: Trouble, state: TrainState, frozen: tuple[Parameters, ...], checkpoints: Checkpoints, saver: Saver,
-        books: Books,
+        books: RunLog,
     ) -> TrainState:  # fmt: skip
         """The state to go on with after a trouble.
 
@@ -334,8 +334,8 @@ class Run:
             saver.wait(int(state.step))
         rewind = self._recovery.plan(trouble, self.batches.steps)
         if rewind is None:
-            rows, sharding = micro_rows(self.config.data), batch_sharding(self.recipe, self.mesh)
-            batch = global_batch(self.batches, trouble.steps[-1].step, rows, sharding)
+            sequences, sharding = micro_batch_size(self.config.data), batch_sharding(self.recipe, self.mesh)
+            batch = global_batch(self.batches, trouble.steps[-1].step, sequences, sharding)
             arrays = array_figures(self.recipe, state, batch, frozen)
             raise self._recovery.give_up(trouble, self.batches.steps, state, arrays)
         step = int(state.step)
@@ -349,7 +349,7 @@ class Run:
         self.batches = self._recovery.without_bad_data(self.batches)
         return state
 
-    def _record(self, step: int, books: Books) -> StepRecord:
+    def _record(self, step: int, books: RunLog) -> StepRecord:
         """The figures of the updates since the last record, written down."""
         record = books.log.record(step)._replace(skipped=self._recovery.skipped, rewinds=self._recovery.count)
         books.write(step, record.flat())
@@ -360,12 +360,12 @@ class Run:
         self, state: TrainState, frozen: tuple[Parameters, ...], alive: Callable[[], None]
     ) -> tuple[Held, dict[str, float | int]]:
         """The evaluation of a state, and the loss of each data set where there are several, by their names in the metrics."""
-        rows, rules = micro_rows(self.config.data), self.recipe.model.options.rules
+        sequences, rules = micro_batch_size(self.config.data), self.recipe.model.options.rules
         params = self.recipe.parameters(state.params, frozen[0] if frozen else None, None)
         self._samples.take(int(state.step), params)
         alive()
         sums = {
-            name: evaluate(self._evaluator, params, part, rows, self.mesh, rules, alive)
+            name: evaluate(self._evaluator, params, part, sequences, self.mesh, rules, alive)
             for name, part in self._held_out.items()
         }
         if self.batches.unit == 2:

@@ -15,7 +15,7 @@ from llama_jax.errors import InputError
 from llama_jax.model.llama import Llama, apply, model_for, require_inputs
 from llama_jax.model.lora import without_adapters
 from llama_jax.parallel.sharding import balanced_positions, constrain, parts_of
-from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, row_losses
+from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, sequence_losses
 
 _MEAN_CHUNK = 2048  # tokens of one device whose logits exist at one time in `mean_loss`
 
@@ -30,7 +30,7 @@ class _Ready(NamedTuple):
 
 
 def _ready(model: Llama, params: Parameters, batch: Batch) -> _Ready:
-    """The forward pass of a batch, tokens laid out so that devices that share a row share its work; the loss is a sum."""
+    """The forward pass of a batch, tokens laid out so that devices that share a sequence share its work; the loss is a sum."""
     rules = model.options.rules
     parts, positions = parts_of("length", rules), None
     if parts > 1:
@@ -46,10 +46,10 @@ def batch_loss(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Fl
     return cross_entropy(last, head, targets, weights, chunk, model.options.rules)
 
 
-def batch_row_losses(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, " B"]:
-    """Sum over each row of weight * -log p(target) in nats; the head (plain or quantised) is a constant."""
+def batch_sequence_losses(model: Llama, params: Parameters, batch: Batch, chunk: int) -> Float[Array, " B"]:
+    """Sum over each sequence of weight * -log p(target) in nats; the head (plain or quantised) is a constant."""
     last, head, targets, weights = _ready(model, params, batch)
-    return row_losses(last, lax.stop_gradient(head), targets, weights, chunk, model.options.rules)
+    return sequence_losses(last, lax.stop_gradient(head), targets, weights, chunk, model.options.rules)
 
 
 class Objective(NamedTuple):
@@ -71,7 +71,7 @@ def target_weight(batch: Batch) -> Float[Array, ""]:
 
 NEXT_TOKEN = Objective(lambda *given: (batch_loss(*given), {}), target_weight)
 # The same where nothing of the head is trained: two products with it instead of three.
-NEXT_TOKEN_FROZEN_HEAD = Objective(lambda *given: (jnp.sum(batch_row_losses(*given)), {}), target_weight)
+NEXT_TOKEN_FROZEN_HEAD = Objective(lambda *given: (jnp.sum(batch_sequence_losses(*given)), {}), target_weight)
 
 
 def next_token(z_loss: float) -> Objective:
@@ -97,7 +97,7 @@ def mean_loss(
     weights: Num[Array, "B T"] | Bool[Array, "B T"] | None = None,
     **options: Any,
 ) -> Float[Array, ""]:
-    """Mean loss of predicting each token from those before it, nats a token; differentiable in `params`.
+    """Mean loss of predicting each token from those before it, nats/token; differentiable in `params`.
 
     Args:
       params: parameters, stacked or unrolled.
@@ -109,14 +109,14 @@ def mean_loss(
       **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
 
     Raises:
-      InputError: for rows of fewer than two tokens, and for what is no array `[B, T]` of integers.
+      InputError: for sequences of fewer than two tokens, and for what is no array `[B, T]` of integers.
     """
     require_inputs(tokens)
     tokens = jnp.asarray(tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise InputError(f"tokens: {tokens.dtype} given; token ids, integers, expected")
     if tokens.shape[1] < 2:
-        raise InputError(f"rows of {tokens.shape[1]} tokens given; at least 2 expected, one to predict the other from")
+        raise InputError(f"sequences of {tokens.shape[1]} tokens given; at least 2 expected, one to predict the other from")
     given = jnp.ones(tokens.shape) if weights is None else lax.stop_gradient(jnp.asarray(weights, jnp.float32))
     targets, counted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, given))
     batch = Batch(tokens, targets, counted, None)
@@ -127,15 +127,15 @@ def mean_loss(
 #
 # Direct preference optimisation (arXiv:2305.18290): of two answers to a prompt the chosen one is made the likelier.
 #
-# Rows come in pairs, row `2i` the chosen and row `2i + 1` the rejected answer, with weights on the tokens of the answers. What
+# Rows come in pairs, sequence `2i` the chosen and sequence `2i + 1` the rejected answer, with weights on the tokens of the answers. What
 # the policy is compared with is the model without its adapters: the same arrays, not a second copy.
 
 
 def preference_objective(beta: float) -> Objective:
-    """Mean over pairs of -log sigmoid(beta * (log-ratio of the chosen row - log-ratio of the rejected one)).
+    """Mean over pairs of -log sigmoid(beta * (log-ratio of the chosen sequence - log-ratio of the rejected one)).
 
-    A row's log-ratio is log p of its answer under the policy minus that under the model without adapters. The further means
-    are `accuracy`, the share of pairs whose chosen row has the larger log-ratio, `margin`, beta times the difference, and
+    A sequence's log-ratio is log p of its answer under the policy minus that under the model without adapters. The further means
+    are `accuracy`, the share of pairs whose chosen sequence has the larger log-ratio, `margin`, beta times the difference, and
     `chosen` and `rejected`, beta times the log-ratios.
 
     Args:
@@ -145,7 +145,7 @@ def preference_objective(beta: float) -> Objective:
 
 
 def _real_pairs(batch: Batch) -> Float[Array, "... P"]:
-    """1 for pairs whose rows both have targets, 0 for padding."""
+    """1 for pairs whose sequences both have targets, 0 for padding."""
     real = jnp.any(batch.weights > 0, axis=-1)
     return (real[..., 0::2] & real[..., 1::2]).astype(jnp.float32)
 
@@ -153,8 +153,8 @@ def _real_pairs(batch: Batch) -> Float[Array, "... P"]:
 def _preference_loss(
     model: Llama, params: Parameters, batch: Batch, chunk: int, beta: float
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    reference = jax.lax.stop_gradient(batch_row_losses(model, without_adapters(params), batch, chunk))
-    rewards = beta * (reference - batch_row_losses(model, params, batch, chunk))
+    reference = jax.lax.stop_gradient(batch_sequence_losses(model, without_adapters(params), batch, chunk))
+    rewards = beta * (reference - batch_sequence_losses(model, params, batch, chunk))
     chosen, rejected = rewards[0::2], rewards[1::2]
     margin, real = chosen - rejected, _real_pairs(batch)
     each = {"accuracy": margin > 0, "margin": margin, "chosen": chosen, "rejected": rejected}

@@ -30,7 +30,7 @@ class StepRecord(NamedTuple):
       tokens: trained on since the start of the run.
       tokens_per_second: over all devices.
       step_seconds: seconds per update.
-      mfu: `accounting.training_flops_per_token` times tokens a second, as a share of the peak FLOP/s of the devices, 0 to 1;
+      mfu: `accounting.training_flops_per_token` times tokens/second, as a share of the peak FLOP/s of the devices, 0 to 1;
         `None` where the peak is unknown.
       held_out_loss: nats per token on held-out text, where this step was evaluated.
       time: seconds of wall time since the record before by part (`data`, `step`, `save`, `eval`, `compile`), see `Clock`.

@@ -178,13 +178,13 @@ def array_figures(recipe: Recipe, state: TrainState, batch: Batch, frozen: Seque
         return params, gradients
 
     params, gradients = jax.device_get(jax.jit(measured)(state, batch, *frozen))
-    rows = []
+    sequences = []
     for path, of_parameter in params.items():
         for layer, figures in enumerate(np.concatenate([of_parameter, gradients[path]], axis=1)):
             name = path.replace("layers/", f"layers/{layer}/", 1) if _is_stacked(path) else path
             norm, bad, gradient_norm, gradient_bad = map(float, figures)
-            rows.append(ArrayFigures(name, norm, int(bad), gradient_norm, int(gradient_bad)))
-    return rows
+            sequences.append(ArrayFigures(name, norm, int(bad), gradient_norm, int(gradient_bad)))
+    return sequences
 
 
 def _is_stacked(path: str) -> bool:
@@ -222,12 +222,12 @@ def write_postmortem(directory: Path, report: Mapping[str, object], arrays: Sequ
     if jax.process_index():
         return folder
     folder.mkdir(exist_ok=True)
-    broken = next((row.path for row in arrays if row.not_finite or row.gradient_not_finite), None)
+    broken = next((sequence.path for sequence in arrays if sequence.not_finite or sequence.gradient_not_finite), None)
     with atomic_write(folder / "report.json") as file:
         file.write((json.dumps(_plain({**report, "first_array_not_finite": broken}), indent=1) + "\n").encode())
     with atomic_write(folder / "arrays.tsv") as file:
-        for row in (ArrayFigures._fields, *arrays):
-            file.write(("\t".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row) + "\n").encode())
+        for sequence in (ArrayFigures._fields, *arrays):
+            file.write(("\t".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in sequence) + "\n").encode())
     return folder
 
 

@@ -236,7 +236,7 @@ class Trace:
 # --- books ---
 
 
-class Books:
+class RunLog:
     """The books of a run, open for this program.
 
     Attributes:

@@ -129,7 +129,7 @@ class SelfTest:
         return chosen if chosen in KERNELS else ""
 
     def _kernel_against_plain(self, kernel: str) -> float:
-        """Both in bfloat16, packed rows."""
+        """Both in bfloat16, packed sequences."""
         ways = (self._computed(dtype="bfloat16", attention=attention) for attention in (kernel, _PLAIN_ATTENTION))
         ours, plain = (self._run(config, self._one, self._batches[:_UPDATES]).values for config in ways)
         return relative_difference(ours, plain)
@@ -172,7 +172,7 @@ class SelfTest:
         return state if scan_layers else state._replace(params=jax.device_get(unstack(self._start(True).params)))
 
     def _documents(self, backend: str) -> float:
-        """Documents that share a row, and each in a row of its own: the same loss and gradient of all of them."""
+        """Documents that share a sequence, and each in a row of its own: the same loss and gradient of all of them."""
         config, packed = self._computed(attention=backend), self._batches[0]
         together = self._run(config, self._one, [packed]).values
         return relative_difference(self._run(config, self._one, [alone(packed)]).values, together)
@@ -203,44 +203,44 @@ def tiny_config(devices: int, dtype: Literal["float32", "bfloat16"]) -> TrainCon
         run=RunConfig(steps=10),
         model=model,
         compute=ComputeConfig(dtype=dtype, attention=_PLAIN_ATTENTION, loss_chunk=1024),
-        data=DataConfig(vocab_size=model.vocab_size, length=_LENGTH, batch_rows=4 * devices),
+        data=DataConfig(vocab_size=model.vocab_size, length=_LENGTH, batch_size=4 * devices),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     )
 
 
 def meshes(devices: int, model: LlamaConfig) -> list[tuple[int, ...]]:
-    """Every way to share devices among the axes of a mesh, in their order, that the model and the length of a row allow."""
+    """Every way to share devices among the axes of a mesh, in their order, that the model and the length of a sequence allow."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     ways = itertools.product(divisors, repeat=len(MESH_AXES))
     return [sizes for sizes in ways if math.prod(sizes) == devices and _fits(model, *sizes)]
 
 
 def _fits(model: LlamaConfig, data: int, fsdp: int, context: int, tensor: int) -> bool:
-    rows = context == 1 or _LENGTH % (2 * context) == 0
-    return rows and model.kv_heads % tensor == 0 and model.dim % (fsdp * context) == 0
+    sequences = context == 1 or _LENGTH % (2 * context) == 0
+    return sequences and model.kv_heads % tensor == 0 and model.dim % (fsdp * context) == 0
 
 
 def random_batch(config: TrainConfig, seed: int) -> Batch:
     """Rows of two documents, cut anywhere; the last token of a document has no target, as in training."""
-    rng, rows = np.random.default_rng(seed), config.data.batch_rows
-    ids = rng.integers(0, config.model.vocab_size, (rows, _LENGTH + 1), dtype=np.int32)
-    cuts = rng.integers(4, _LENGTH - 4, (rows, 1))
+    rng, sequences = np.random.default_rng(seed), config.data.batch_size
+    ids = rng.integers(0, config.model.vocab_size, (sequences, _LENGTH + 1), dtype=np.int32)
+    cuts = rng.integers(4, _LENGTH - 4, (sequences, 1))
     documents = (1 + (np.arange(_LENGTH + 1) >= cuts)).astype(np.int32)
     weights = (documents[:, 1:] == documents[:, :-1]).astype(np.float32)
     return Batch(tokens=ids[:, :-1], targets=ids[:, 1:], weights=weights, documents=documents[:, :-1])
 
 
 def alone(packed: Batch) -> Batch:
-    """The same documents, each at the beginning of a row of its own, the rest of which is padding."""
-    rows = []
-    for row, number in itertools.product(range(len(packed.tokens)), (1, 2)):
-        here = packed.documents[row] == number
-        columns = [np.zeros_like(values[row]) for values in packed]
+    """The same documents, each at the beginning of a sequence of its own, the rest of which is padding."""
+    sequences = []
+    for sequence, number in itertools.product(range(len(packed.tokens)), (1, 2)):
+        here = packed.documents[sequence] == number
+        columns = [np.zeros_like(values[sequence]) for values in packed]
         for column, values in zip(columns, packed):
-            column[: here.sum()] = values[row][here]
+            column[: here.sum()] = values[sequence][here]
         columns[-1][: here.sum()] = 1
-        rows.append(columns)
-    return Batch(*[np.stack(column) for column in zip(*rows)])
+        sequences.append(columns)
+    return Batch(*[np.stack(column) for column in zip(*sequences)])
 
 
 def relative_difference(values: np.ndarray, expected: np.ndarray) -> float:

@@ -26,7 +26,7 @@ from llama_jax.storage import atomic_write
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.config import ComputeConfig, TrainConfig
-from llama_jax.training.config_sections import AdapterConfig, micro_rows
+from llama_jax.training.config_sections import AdapterConfig, micro_batch_size
 from llama_jax.training.data import packing_identity, require_same_tokenizer, sources_identity
 from llama_jax.training.loss import NEXT_TOKEN_FROZEN_HEAD, next_token, preference_objective
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -129,7 +129,7 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
     # Data that are to be left out (`skip_steps`) may change: that is how a run gets past what it stumbled over.
     values |= {
         "length": data.length,
-        "batch_rows": data.batch_rows,
+        "batch_size": data.batch_size,
         "seed": data.seed,
         **packing_identity(data),
         "batch_ramp": [list(stage) for stage in data.batch_ramp],
@@ -264,16 +264,16 @@ def run_mesh(config: TrainConfig) -> Mesh:
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, context=sizes.context)
     check_divisible(config.model, mesh, TRAINING)
     require_divisible_length(config, mesh.shape["context"])
-    rows, ways = micro_rows(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
+    sequences, ways = micro_batch_size(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
+    if sequences % ways:
         raise InputError(
-            f"data.batch_rows: micro-batches of {rows} rows given; a multiple of mesh.data * mesh.fsdp ({ways}) expected"
+            f"data.batch_size: micro-batches of {sequences} sequences given; a multiple of mesh.data * mesh.fsdp ({ways}) expected"
         )
     return mesh
 
 
 def require_divisible_length(config: TrainConfig, parts: int) -> None:
-    """Refuses rows that so many devices cannot share with equal work, in two chunks each.
+    """Refuses sequences that so many devices cannot share with equal work, in two chunks each.
 
     Raises:
       InputError: naming the key, its value and what it should be a multiple of.
@@ -315,7 +315,7 @@ def require_fitting_objective(config: TrainConfig, unit: int) -> None:
 
     Args:
       config: of the run.
-      unit: neighbouring rows of a batch that belong together: 2 for pairs.
+      unit: neighbouring sequences of a batch that belong together: 2 for pairs.
 
     Raises:
       InputError: naming the key.

@@ -18,41 +18,41 @@ from llama_jax.data.batches import Batches
 from llama_jax.data.packing import Batch
 from llama_jax.model.llama import Llama
 from llama_jax.parallel.compiler import training_options
-from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings, whole_rows
+from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings, whole_sequences
 from llama_jax.training.loss import NEXT_TOKEN, Objective
 
 # --- hosts ---
 #
-# The batch of a step on all devices of all hosts, each host reading the rows of its own devices only; the step to end at.
+# The batch of a step on all devices of all hosts, each host reading the sequences of its own devices only; the step to end at.
 
 
-def row_numbers(rows: int, micro_rows: int, unit: int) -> np.ndarray:
-    """Which rows of a batch each micro-batch holds, `[A, B/A]`: the units are dealt out in turn.
+def sequence_numbers(sequences: int, micro_batch_size: int, unit: int) -> np.ndarray:
+    """Which sequences of a batch each micro-batch holds, `[A, B/A]`: the units are dealt out in turn.
 
-    So a host that holds the same rows of every micro-batch reads neighbouring rows, and pairs stay together.
+    So a host that holds the same sequences of every micro-batch reads neighbouring sequences, and pairs stay together.
     """
     return (
-        np.arange(rows, dtype=np.int64)
-        .reshape(micro_rows // unit, rows // micro_rows, unit)
+        np.arange(sequences, dtype=np.int64)
+        .reshape(micro_batch_size // unit, sequences // micro_batch_size, unit)
         .swapaxes(0, 1)
-        .reshape(-1, micro_rows)
+        .reshape(-1, micro_batch_size)
     )
 
 
-def global_batch(batches: Batches, step: int, micro_rows: int, sharding: NamedSharding) -> Batch:
+def global_batch(batches: Batches, step: int, micro_batch_size: int, sharding: NamedSharding) -> Batch:
     """The batch of a step as micro-batches `[A, B/A, T]`, sharded over the devices of all processes.
 
     Args:
       batches: the same on every process.
       step: from 0.
-      micro_rows: rows of a micro-batch; divides the rows of the batch.
+      micro_batch_size: sequences of a micro-batch; divides the sequences of the batch.
       sharding: of the result.
     """
-    numbers = row_numbers(batches.rows_at(step), micro_rows, batches.unit)
-    return placed_rows(functools.partial(batches.chosen_rows, step), numbers, batches.length, sharding)
+    numbers = sequence_numbers(batches.sequences_at(step), micro_batch_size, batches.unit)
+    return placed_sequences(functools.partial(batches.chosen_sequences, step), numbers, batches.length, sharding)
 
 
-def placed_rows(read: Callable[[np.ndarray], Batch], numbers: np.ndarray, length: int, sharding: NamedSharding) -> Batch:
+def placed_sequences(read: Callable[[np.ndarray], Batch], numbers: np.ndarray, length: int, sharding: NamedSharding) -> Batch:
     """Sequences by their numbers, sharded over the devices of all processes; each process reads those of its own devices.
 
     Args:
@@ -200,7 +200,7 @@ class StepMetrics(NamedTuple):
     """Figures of one update.
 
     Attributes:
-      loss: mean over the batch's targets, nats a token.
+      loss: mean over the batch's targets, nats/token.
       grad_norm: global norm of the gradient before clipping.
       learning_rate: of this update.
       targets: tokens that counted in the loss; whatever else an objective counts.
@@ -223,7 +223,7 @@ Draw = tuple[Int[Array, ""], Int[Array, ""]]
 def fresh_parameters(model: Llama, key: Key[Array, ""]) -> Parameters:
     """Random parameters of a model."""
     options = model.options  # one token, which neither a mesh can cut nor every kernel takes
-    model = Llama(model.config, dataclasses.replace(options, rules=whole_rows(options.rules), attention="auto"))
+    model = Llama(model.config, dataclasses.replace(options, rules=whole_sequences(options.rules), attention="auto"))
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
@@ -343,7 +343,7 @@ def sharded_init(recipe: Recipe, mesh: Mesh) -> Callable[[Array], TrainState]:
 
 
 def batch_sharding(recipe: Recipe, mesh: Mesh) -> NamedSharding:
-    """Where micro-batches `[A, B, T]` live: rows over `data` and `fsdp`."""
+    """Where micro-batches `[A, B, T]` live: sequences over `data` and `fsdp`."""
     return NamedSharding(mesh, batch_spec(recipe.model.options.rules, leading=1))
 
 
@@ -389,5 +389,5 @@ def lowered_step(recipe: Recipe, mesh: Mesh, shape: tuple[int, int, int], frozen
 
 
 def micro_batches(batch: Batch, accumulation: int) -> Batch:
-    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every row `i` with `i % A == a`."""
+    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every sequence `i` with `i % A == a`."""
     return Batch(*[x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1) for x in batch])

@@ -71,7 +71,7 @@ def has_files(directory: Path) -> bool:
     return any(path.is_file() for path in directory.rglob("*"))
 
 
-def set_aside(entry: Path) -> None:
+def quarantine(entry: Path) -> None:
     """Renames `STEP` to `STEP.corrupt`, or `STEP.corrupt2` and so on where that exists."""
     names = (f"{entry.name}.corrupt{suffix}" for suffix in ["", *range(2, 1000)])
     entry.rename(next(entry.with_name(name) for name in names if not entry.with_name(name).exists()))
@@ -273,7 +273,7 @@ class Checkpoints:
         steps = self.agreed_steps()
         newest = newest_whole(self._directory, lambda step: self.restore(step, like), steps)
         if newest is not None:
-            self._hosts.first_does("set aside", lambda: self._set_aside([step for step in steps if step > newest.step]))
+            self._hosts.first_does("set aside", lambda: self._quarantine([step for step in steps if step > newest.step]))
             self._manager.reload()
         return newest
 
@@ -330,9 +330,9 @@ class Checkpoints:
             raise CorruptError(found[0])
         return done[0]
 
-    def _set_aside(self, steps: Sequence[int]) -> None:
+    def _quarantine(self, steps: Sequence[int]) -> None:
         for step in steps:
-            set_aside(self._directory / str(step))
+            quarantine(self._directory / str(step))
 
     def _start(self, step: int, arguments: ocp.args.Composite) -> SaveError | None:
         """Begins a save; gives its failure in this process."""
@@ -405,7 +405,7 @@ def _tidy(directory: Path) -> None:
         raise InputError(f"{directory}: cannot be made ({error.strerror}); a writable directory expected") from None
     for entry in numbered(directory):
         if not has_files(entry):
-            set_aside(entry)
+            quarantine(entry)
     for entry in directory.glob(f"*{_DISCARDED}"):
         shutil.rmtree(entry)
 

@@ -16,7 +16,7 @@ import numpy as np
 from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.storage import fresh_directory, write_synced
+from llama_jax.storage import atomic_directory, write_synced
 from llama_jax.text.chat import ChatTemplate, template_from_directory
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.files import read_json
@@ -268,7 +268,7 @@ def _export(
     specs = _specs(source, dtype)
     shards = plan_shards(specs, parse_size(max_shard_size))
     nbytes = sum(spec.nbytes for spec in specs) + sum(map(len, beside.files.values()))
-    with fresh_directory(target, nbytes) as partial:
+    with atomic_directory(target, nbytes) as partial:
         metadata: dict[str, str] = {}
         if opened is not None:
             whole = verified(opened)

@@ -130,7 +130,7 @@ def _of_run(source: RunSource) -> Iterator[Stored]:
             yield Stored(size, record.dtype, size * np.dtype(record.dtype).itemsize, counts=True)
 
 
-# --- oddities ---
+# --- warnings_of ---
 #
 # What is strange about a model's files, in plain sentences: none of it stops a model from loading, all of it misleads.
 
@@ -138,7 +138,7 @@ def _of_run(source: RunSource) -> Iterator[Stored]:
 _SIZES = ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
 
 
-def oddities(opened: Opened, held: Contents) -> list[str]:
+def warnings_of(opened: Opened, held: Contents) -> list[str]:
     """A sentence for everything about an opened model that its maker may not have meant.
 
     Args:
@@ -390,7 +390,7 @@ def report(opened: Opened) -> Report:
         stops={token: _text(tokenizer, token) for token in opened.stop_ids},
         special_tokens=dict(tokenizer.special_tokens) if tokenizer else {},
         chat_template="none" if opened.template is None else recognise(opened.template) or "foreign",
-        odd=tuple(oddities(opened, held)),
+        odd=tuple(warnings_of(opened, held)),
     )
 
 

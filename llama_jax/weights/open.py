@@ -11,7 +11,7 @@ from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, template_from_directory, template_from_gguf
 from llama_jax.text.formats import format_for
 from llama_jax.text.gguf import tokenizer_from_gguf
-from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids, turn_ends
+from llama_jax.text.stops import declared_stop_ids, declared_stop_ids_from_gguf, stop_ids, end_of_turn_ids
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.hf_read import HuggingFaceSource, inside
@@ -205,7 +205,7 @@ def _open_hugging_face(path: pathlib.Path) -> Opened:
 def _stops(tokenizer: Tokenizer, template: ChatTemplate | None, declared: tuple[int, ...]) -> tuple[int, ...]:
     """The stops that are declared or known, and of tokens that only the template makes special the one that ends turns."""
     promoted = {tokenizer.special_tokens[token] for token in getattr(tokenizer, "promoted", ())}
-    ends = turn_ends(tokenizer, template) if promoted else ()
+    ends = end_of_turn_ids(tokenizer, template) if promoted else ()
     return stop_ids(tokenizer, [*declared, *promoted.intersection(ends)])
 
 
@@ -308,7 +308,7 @@ def _inherited_stops(source: RunSource, tokenizer: Tokenizer) -> tuple[int, ...]
     stops = made_from.get("stops") if isinstance(made_from, dict) else None
     if not isinstance(stops, dict):
         return ()
-    texts = dict(enumerate(tokenizer.surface.pieces)) | {
+    texts = dict(enumerate(tokenizer.token_bytes.pieces)) | {
         token: text.encode() for text, token in tokenizer.special_tokens.items()
     }
     same = (token for token, text in texts.items() if stops.get(str(token)) == text.decode(errors="replace"))

@@ -22,7 +22,7 @@ from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.storage import fresh_directory, write_synced
+from llama_jax.storage import atomic_directory, write_synced
 from llama_jax.weights.assemble import stack
 from llama_jax.weights.checkpoint import Restored
 from llama_jax.weights.hf_read import NAMES, inside
@@ -231,7 +231,7 @@ def save_adapters(adapters: Adapters, directory: str | os.PathLike[str], dtype: 
         raise InputError(f"dtype {shown(dtype)} given; one of {', '.join(kinds)} expected")
     arrays = _by_file_name(adapters.tree)
     specs = [TensorSpec(name, kinds[dtype], array.shape) for name, array in sorted(arrays.items())]
-    with fresh_directory(pathlib.Path(directory), sum(spec.nbytes for spec in specs)) as partial:
+    with atomic_directory(pathlib.Path(directory), sum(spec.nbytes for spec in specs)) as partial:
         write_safetensors(partial / TENSORS, specs, arrays.__getitem__)
         write_synced(partial / CONFIG, (json.dumps(_description(adapters, dropout), indent=2) + "\n").encode())
 

@@ -41,7 +41,7 @@ def h100(monkeypatch):
 
 def config_in(directory: pathlib.Path, remat: str = "auto") -> TrainConfig:
     return TrainConfig(run=RunConfig(dir=str(directory)), model=preset("llama3.1-8b"), mesh=MeshConfig(data=1, fsdp=-1),
-                       compute=ComputeConfig(dtype="bfloat16", remat=remat), data=DataConfig(length=8192, batch_rows=16),
+                       compute=ComputeConfig(dtype="bfloat16", remat=remat), data=DataConfig(length=8192, batch_size=16),
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def small_devices(monkeypatch):
 
 def small_config(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> TrainConfig:
     """A tiny run whose activations weigh more than its state."""
-    long = {"model": {"context_length": 256}, "data": {"length": 256, "batch_rows": 8}, "mesh": {"data": 2, "fsdp": 4}}
+    long = {"model": {"context_length": 256}, "data": {"length": 256, "batch_size": 8}, "mesh": {"data": 2, "fsdp": 4}}
     return tiny_config(directory, corpus, **long, **changes)
 
 
@@ -103,7 +103,7 @@ def needed() -> dict[str, float]:
         with jax.set_mesh(mesh):
             if state is None:  # the same with all of them
                 state = sharded_init(recipe, mesh)(jax.random.key(0))
-                rows = micro_batches(empty_batch(SMALL.data.batch_rows, SMALL.data.length), 1)
+                rows = micro_batches(empty_batch(SMALL.data.batch_size, SMALL.data.length), 1)
                 batch = jax.device_put(rows, batch_sharding(recipe, mesh))
             memory = sharded_step(recipe, mesh).lower(state, batch).compile().memory_analysis()
         found[remat] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -172,7 +172,7 @@ def test_the_largest_batch_of_a_ramp_counts():
     """Several micro-batches are added up in float32, one is not."""
     config = SMALL
     growing = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_ramp=((5, 16),)))
-    large = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_rows=16, accumulation=2))
+    large = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16, accumulation=2))
     assert compiled_bytes(growing) == compiled_bytes(large) > COMPILED_BYTES(config)
 
 
@@ -207,7 +207,7 @@ def test_what_is_frozen_under_adapters_is_known_before_it_is_read(base, tiny_dir
         run=RunConfig(init=str(tiny_directory)),
         model=open_model(tiny_directory).source.config,
         mesh=MeshConfig(2, 2, 2),
-        data=DataConfig(length=32, batch_rows=4, tokenizer="base"),
+        data=DataConfig(length=32, batch_size=4, tokenizer="base"),
         adapter=AdapterConfig(rank=4, base=base),
     )
     recipe, mesh = make_recipe(config), run_mesh(config)

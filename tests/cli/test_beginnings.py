@@ -10,7 +10,7 @@ from llama_jax.cli import infer, models
 from llama_jax.cli.main import run_program
 from llama_jax.generation import generate as beginning
 from llama_jax.generation import session
-from llama_jax.generation.generate import common_beginning, saved
+from llama_jax.generation.generate import common_prefix, saved
 
 SYSTEM = "You are the keeper of a lighthouse, and answer briefly and truly."
 WORDS = ["The cat", "你好 🎉", "a", "dog " * 5, "The cat sat"]
@@ -46,8 +46,8 @@ def test_the_longest_beginning():
         prompts = [[draw.randrange(2) for _ in range(draw.randrange(6))] for _ in range(draw.randrange(2, 4))]
         longest = max(n for n in range(7) if len({tuple(prompt[:n]) for prompt in prompts}) == 1
                       and all(len(prompt) >= n for prompt in prompts))  # fmt: skip
-        assert common_beginning(prompts) == prompts[0][:longest]
-    assert common_beginning([]) == []
+        assert common_prefix(prompts) == prompts[0][:longest]
+    assert common_prefix([]) == []
     assert saved(None, [3, 4]) == 0
 
 

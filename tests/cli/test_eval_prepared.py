@@ -93,7 +93,7 @@ def test_program_with_text_and_conversations(model, talks, prepare, capsys):
 def test_what_does_not_fit_is_refused(model, talks, prepare, tmp_path, tiny_directory):
     whole = TokenSet.open(talks)
     for length in (0, model.config.context_length + 1):
-        with pytest.raises(InputError, match=f"rows of {length} tokens asked for; 1 to"):
+        with pytest.raises(InputError, match=f"sequences of {length} tokens asked for; 1 to"):
             evaluate_prepared(model, whole, length)
     with pytest.raises(InputError, match="nothing was held out"):
         evaluate_prepared(model, TokenSet.open(prepare("all", [{"text": "x y z"}] * 9, held_out=0.0)))

@@ -190,7 +190,7 @@ def test_settings_of_the_text(tiny_directory, capsys):
     expected = generate(model, ["The cat"], max_new_tokens=20, **settings)
     assert run("--model", tiny_directory, "--prompt", "The cat", "--json", *flags) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert answers == [json.loads(json.dumps({"sample": i, **as_dict(row)})) for i, row in enumerate(expected)]
+    assert answers == [json.loads(json.dumps({"sample": i, **as_dict(sequence)})) for i, sequence in enumerate(expected)]
     stop = expected[0].text[4:6]
     assert run("--model", tiny_directory, "--prompt", "The cat", "--json", *flags, "--stop", stop, "--stop", r"\n") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0])["stop_reason"] == "stop_string"
@@ -375,4 +375,4 @@ def test_weights_that_are_not_finite_make_no_json(tiny_directory, tmp_path, caps
     assert run("--model", broken, "--prompt", "a", "--max-new-tokens", 2, "--json", "--logprobs", 1) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "row 1: logits that are NaN or infinite computed for new token 1" in err
+    assert "sequence 1: logits that are NaN or infinite computed for new token 1" in err

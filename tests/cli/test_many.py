@@ -17,7 +17,7 @@ from llama_jax.cli.batch import Job, batch_settings, batches
 from llama_jax.cli.infer import main
 from llama_jax.cli.main import run_program
 from llama_jax.cli.requests import Request
-from llama_jax.generation.sampling import row_keys
+from llama_jax.generation.sampling import sequence_keys
 from llama_jax.generation.text import generate
 from llama_jax.weights.load import load
 
@@ -58,7 +58,7 @@ def one_by_one(tiny, line: dict, index: int, **settings) -> list:
     if "logit_bias" in own:
         own["logit_bias"] = {int(token): value for token, value in own["logit_bias"].items()}
     prompt = line.get("prompt") or line["messages"]
-    return generate(tiny, [prompt], **{"seed": row_keys(0, 1, index), "max_new_tokens": 12, **settings, **own})
+    return generate(tiny, [prompt], **{"seed": sequence_keys(0, 1, index), "max_new_tokens": 12, **settings, **own})
 
 
 def test_answers_are_those_asked_one_by_one(tiny, tiny_directory, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_samples(tiny, tiny_directory, tmp_path, capsys):
         *generate(tiny, ["dog"], max_new_tokens=6, temperature=1.0, samples=2, seed=9),
     ]
     assert [(answer["index"], answer["sample"]) for answer in answers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [answer["token_ids"] for answer in answers] == [row.token_ids for row in expected]
+    assert [answer["token_ids"] for answer in answers] == [sequence.token_ids for sequence in expected]
 
 
 def test_prompts_as_messages(tiny, tiny_directory, tmp_path, capsys):
@@ -277,7 +277,7 @@ def test_limits_of_their_own_fill_batches():
 
 
 def test_an_output_of_other_weights_is_not_continued(tiny_directory, tmp_path, capsys):
-    """Two models of one name, a template that was edited, guessing where there was none: each is another output."""
+    """Two models of one name, a template that was edited, drafting where there was none: each is another output."""
     name = written(tmp_path / "in.jsonl", [{"prompt": "The cat"}, {"prompt": "dog"}])
     models = [shutil.copytree(tiny_directory, tmp_path / place / "m") for place in "ab"]
     weights = models[1] / "model.safetensors"
@@ -322,4 +322,4 @@ def test_logits_that_are_no_numbers_name_their_line(tiny, tiny_directory, tmp_pa
     common = ["--input", lines, "--max-new-tokens", 3, "--logit-bias", f"{tiny.tokenizer.encode('a')[0]}=1000"]
     assert run("--model", damaged, *common, "--batch-size", 1, "--output", tmp_path / "out.jsonl") == 2
     assert [answer["text"] for answer in objects((tmp_path / "out.jsonl").read_text())] == ["aaa"]
-    assert "line 3 of the input: row 1: logits that are NaN or infinite computed for new token 1" in capsys.readouterr().err
+    assert "line 3 of the input: sequence 1: logits that are NaN or infinite computed for new token 1" in capsys.readouterr().err

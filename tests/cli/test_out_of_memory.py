@@ -16,7 +16,7 @@ TEXT = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4294967296 by
 @pytest.fixture
 def config(tmp_path):
     config = tiny_config(tmp_path / "run", write_corpus(tmp_path / "text"))
-    rows = dataclasses.replace(config.data, batch_rows=16)
+    rows = dataclasses.replace(config.data, batch_size=16)
     return write_yaml(tmp_path / "config.yaml", dataclasses.replace(config, data=rows))
 
 

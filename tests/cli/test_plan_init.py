@@ -21,7 +21,7 @@ def config(tmp_path):
 
     def write(init: object, **sections) -> pathlib.Path:
         path = tmp_path / "run.yaml"
-        rows = {"length": 32, "batch_rows": 4}
+        rows = {"length": 32, "batch_size": 4}
         path.write_text(yaml.safe_dump({"run": {} if init is None else {"init": str(init)}, "data": rows} | sections))
         return path
 

@@ -1,4 +1,4 @@
-"""The recipes as `train.py` reads them: tokens a step, tokens in all and learning rates, against the published numbers."""
+"""The recipes as `train.py` reads them: tokens/step, tokens in all and learning rates, against the published numbers."""
 
 import pathlib
 
@@ -15,7 +15,7 @@ from llama_jax.training.optimizer import learning_rate_schedule
 RECIPES = pathlib.Path(__file__).parent.parent.parent / "configs" / "recipes"
 M, T = 10**6, 10**12
 
-# Tokens in all, length, tokens a step, peak, warm-up, share of the peak at the end, eps where it is published. What a file
+# Tokens in all, length, tokens/step, peak, warm-up, share of the peak at the end, eps where it is published. What a file
 # says was chosen (the batches of Llama 3 below 405B and all but the tokens of 3.2) stands here as it was chosen.
 # LLaMA 1: arXiv:2302.13971, sections 2.1 to 2.3 and table 2. Llama 2: arXiv:2307.09288, section 2.2 and table 1. Llama 3:
 # arXiv:2407.21783, section 3.4.1 and table 3. Llama 3.2: the tokens of its model card.
@@ -44,7 +44,7 @@ def read(name: str, *overrides: str) -> TrainConfig:
 
 
 def steps_of(data: DataConfig) -> Steps:
-    return Steps(data.batch_rows, data.batch_ramp, data.skip_steps)
+    return Steps(data.batch_size, data.batch_ramp, data.skip_steps)
 
 
 def test_every_size_has_one():
@@ -59,9 +59,9 @@ def test_numbers_are_the_published_ones(name):
     assert config.model == preset(name)
     assert data.length == length
     # 4M is 2^22 tokens: 5 % more than 4,000,000, in every multiple.
-    assert data.batch_rows * length / batch == pytest.approx(2**20 / 10**6, rel=1e-12)
+    assert data.batch_size * length / batch == pytest.approx(2**20 / 10**6, rel=1e-12)
     total = steps_of(data).used_before(steps) * length
-    last = steps_of(data).rows_at(steps - 1) * length
+    last = steps_of(data).sequences_at(steps - 1) * length
     assert tokens <= total < tokens + last  # the last step is the one that passes the mark
     assert (optimizer.name, optimizer.schedule, optimizer.beta1, optimizer.beta2) == ("adamw", "cosine", 0.9, 0.95)
     assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.z_loss) == (0.1, 1.0, 0.0)
@@ -80,7 +80,7 @@ def test_the_batch_of_405b_grows_as_published():
     # Half a step is as near as a step can come to the mark.
     assert before[0] == pytest.approx(252 * M, abs=2 * M)
     assert before[1] == pytest.approx(2.87 * T, abs=4.2 * M)
-    assert [rows * data.length / (M * 2**20 / 10**6) for _, rows in data.batch_ramp] == [8, 16]
+    assert [sequences * data.length / (M * 2**20 / 10**6) for _, sequences in data.batch_ramp] == [8, 16]
 
 
 def test_the_rate_of_405b_ends_at_8e_7_after_1_2_million_steps():

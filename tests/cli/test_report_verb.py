@@ -94,7 +94,7 @@ def test_in_the_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     assert run(write_run(tmp_path / "run")) == 0
     out = capsys.readouterr().out
-    for words in ("loss, nats a token", "learning rate", "gradient norm", "tokens a second", "o run, held out", "┴",
+    for words in ("loss, nats/token", "learning rate", "gradient norm", "tokens/second", "o run, held out", "┴",
                   "run: 60 steps, 60k tokens, loss 2.0000", "held-out loss 2.1000, at best 2.1000 at step 60",
                   "resumed from step 20", "goodput     75.0%"):  # fmt: skip
         assert words in out

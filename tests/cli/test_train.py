@@ -203,7 +203,7 @@ def test_a_finished_run_of_another_model_is_not_this_one(undisturbed, capsys):
 
 @pytest.mark.parametrize("how", [pytest.param("gathered", marks=pytest.mark.slow), "ring"])
 def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys, on_devices):
-    """Long rows cut over the mesh, held-out loss and samples included; then on from what they left with more steps on one
+    """Long sequences cut over the mesh, held-out loss and samples included; then on from what they left with more steps on one
     device, with another rhythm and another learning rate, which shows in the step after the next.
     """
     words = ["--compute.context_attention", how, "--run.sample_prompts", '["<3> al"]', "--run.sample_tokens", "8"]
@@ -245,7 +245,7 @@ def test_overwrite_starts_anew_on_the_prepared_data(finished, undisturbed, on_de
 
 def test_overwrite_with_a_mistake_loses_nothing(finished, capsys):
     before = snapshot(pathlib.Path(finished.run.dir))
-    words = ("--run.overwrite", "true", "--mesh.data", "8")  # rows do not divide by it
+    words = ("--run.overwrite", "true", "--mesh.data", "8")  # sequences do not divide by it
     assert in_process(capsys, *arguments(finished, *words))[0] == 2
     assert snapshot(pathlib.Path(finished.run.dir)) == before
 
@@ -285,7 +285,7 @@ def test_newest_checkpoints_are_kept(undisturbed):
     (["--model.rope_theta", "500000"], "model.rope_theta"),
     (["--model.rope_scaling.rope_type", "linear", "--model.rope_scaling.factor", "2"], "model.rope_scaling"),
     (["--data.seed", "1"], "data.seed"),
-    (["--data.batch_rows", "8"], "data.batch_rows"),
+    (["--data.batch_size", "8"], "data.batch_size"),
     (["--data.length", "16"], "data.length"),
     (["--data.held_out_fraction", "0.3"], "data.held_out_fraction"),
     (["--data.vocab_size", "300"], "data.vocab_size"),
@@ -315,8 +315,8 @@ def test_going_on_with_another_run_is_refused(finished, tmp_path, words, key, ca
     (["--run.steps", "many"], "run.steps: 'many' given, a whole number expected"),
     (["--model", "llama3.2-1x"], "preset 'llama3.2-1x' is unknown; the nearest are llama3.2-1b"),
     (["--mesh.data", "3"], "mesh data 3 .* does not make up the 8 devices"),
-    (["--mesh.data", "8"], "data.batch_rows: micro-batches of 4 rows given; a multiple of .* expected"),
-    (["--data.batch_rows", "6", "--data.accumulation", "4"], "data.accumulation: 4 given, a divisor of data.batch_rows"),
+    (["--mesh.data", "8"], "data.batch_size: micro-batches of 4 sequences given; a multiple of .* expected"),
+    (["--data.batch_size", "6", "--data.accumulation", "4"], "data.accumulation: 4 given, a divisor of data.batch_size"),
     (["--mesh.tensor", "8"], "kv_heads|heads"),
     (["--mesh.context", "8", "--data.length", "24"], r"data.length: 24 given, a multiple of 2 \* mesh.context \(16\) expected"),
     (["--compute.context_attention", "spiral"], "context_attention"),

@@ -12,11 +12,11 @@ from llama_jax.data.packing import Batch, fingerprint, pack
 from llama_jax.errors import InputError
 
 
-def cut_batches(tokens, rows, length, seed):
-    return Batches((Source(pack(tokens, length, "cut"), 1.0),), Steps(rows), seed)
+def cut_batches(tokens, sequences, length, seed):
+    return Batches((Source(pack(tokens, length, "cut"), 1.0),), Steps(sequences), seed)
 
 
-def oracle_row(documents, window, length):
+def oracle_sequence(documents, window, length):
     """One window, token by token: (tokens, targets, weights, documents)."""
     flat = [(token, number) for number, ids in enumerate(documents) for token in ids]
     cut = flat[window * length : window * length + length + 1]
@@ -30,8 +30,8 @@ def oracle_row(documents, window, length):
 
 
 def oracle_batch(documents, windows, length):
-    rows = [oracle_row(documents, window, length) for window in windows]
-    return Batch(*(np.array(field) for field in zip(*rows)))
+    sequences = [oracle_sequence(documents, window, length) for window in windows]
+    return Batch(*(np.array(field) for field in zip(*sequences)))
 
 
 def assert_equal(batch, expected):
@@ -62,9 +62,9 @@ def test_epoch_of_training_is_all_full_windows_once(make_file, random_documents,
     documents = random_documents(seed, 15)
     data = cut_batches(make_file(documents), 1, length, seed)
     assert data.sources[0].packing.count == (sum(map(len, documents)) - 1) // length
-    rows = [content(data.batch(step)) for step in range(data.sources[0].packing.count)]
+    sequences = [content(data.batch(step)) for step in range(data.sources[0].packing.count)]
     wanted = [content(oracle_batch(documents, [window], length)) for window in range(data.sources[0].packing.count)]
-    assert sorted(rows) == sorted(wanted)
+    assert sorted(sequences) == sorted(wanted)
 
 
 def test_types_and_shapes(make_file, random_documents):
@@ -78,7 +78,7 @@ def test_types_and_shapes(make_file, random_documents):
 def test_hosts_together_read_the_global_batch(packed, step, seed, hosts):
     data = cut_batches(packed, 8, 5, seed)
     share = 8 // hosts
-    parts = [data.rows(step, host * share, (host + 1) * share) for host in range(hosts)]
+    parts = [data.sequences(step, host * share, (host + 1) * share) for host in range(hosts)]
     assert fingerprint(joined(parts)) == fingerprint(data.batch(step))
 
 
@@ -93,11 +93,11 @@ def test_batch_does_not_depend_on_history(packed):
 def test_epochs_continue_seamlessly_and_differ(packed):
     data = cut_batches(packed, 8, 5, 1)
     assert data.sources[0].packing.count % 8, "the epoch must end inside a batch for this test"
-    rows = joined([data.batch(step) for step in range(3 * data.sources[0].packing.count // 8 + 1)])
+    sequences = joined([data.batch(step) for step in range(3 * data.sources[0].packing.count // 8 + 1)])
     first, second = (
         [
-            fingerprint(Batch(*(field[[row]] for field in rows)))
-            for row in range(epoch * data.sources[0].packing.count, (epoch + 1) * data.sources[0].packing.count)
+            fingerprint(Batch(*(field[[sequence]] for field in sequences)))
+            for sequence in range(epoch * data.sources[0].packing.count, (epoch + 1) * data.sources[0].packing.count)
         ]
         for epoch in range(2)
     )
@@ -122,13 +122,13 @@ def test_fingerprint_sees_every_field_and_the_shape(packed):
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 1000])
-@pytest.mark.parametrize("batch_rows", [1, 4])
-def test_evaluation_counts_each_target_exactly_once(make_file, length, batch_rows):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_evaluation_counts_each_target_exactly_once(make_file, length, batch_size):
     documents = [[10 * d + i for i in range(size)] for d, size in enumerate([4, 1, 9, 2, 7])]  # every id is unique
     file = make_file(documents)
     targets = [
         target
-        for batch in sequential_windows(file, length, batch_rows)
+        for batch in sequential_windows(file, length, batch_size)
         for target, weight in zip(batch.targets.ravel().tolist(), batch.weights.ravel().tolist())
         if weight
     ]
@@ -155,22 +155,22 @@ def test_no_target_comes_from_another_document(packed):
 def test_too_little_text_names_the_numbers(make_file):
     file = make_file([[1] * 41])
     assert cut_batches(file, 4, 10, 0).batch(0).tokens.shape == (4, 10)
-    with pytest.raises(InputError, match="41 tokens are 4 rows, but its part of a batch needs 5"):
+    with pytest.raises(InputError, match="41 tokens are 4 sequences, but its part of a batch needs 5"):
         cut_batches(file, 5, 10, 0)
 
 
-@pytest.mark.parametrize(("rows", "length", "name"), [(0, 4, "at least 1 row"), (1, 0, "length"), (-1, 4, "at least 1 row")])
-def test_senseless_sizes_are_refused(packed, rows, length, name):
+@pytest.mark.parametrize(("sequences", "length", "name"), [(0, 4, "at least 1 sequence"), (1, 0, "length"), (-1, 4, "at least 1 sequence")])
+def test_senseless_sizes_are_refused(packed, sequences, length, name):
     with pytest.raises(InputError, match=name):
-        cut_batches(packed, rows, length, 0)
+        cut_batches(packed, sequences, length, 0)
     with pytest.raises(InputError, match="at least 1"):
-        next(sequential_windows(packed, length, rows))
+        next(sequential_windows(packed, length, sequences))
 
 
 @pytest.mark.parametrize(("step", "start", "stop"), [(-1, 0, 8), (0, -1, 8), (0, 0, 9), (0, 5, 4)])
 def test_rows_outside_the_batch_are_refused(packed, step, start, stop):
-    with pytest.raises(InputError, match="rows 0 to 8"):
-        cut_batches(packed, 8, 5, 0).rows(step, start, stop)
+    with pytest.raises(InputError, match="sequences 0 to 8"):
+        cut_batches(packed, 8, 5, 0).sequences(step, start, stop)
 
 
 GOLDEN = "99400df27efa371fe3cf0879b0c8a5531bbde57dbd6d8a16644d443a6a019b87"

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import packing as module
-from llama_jax.data.batches import BLOCK, ROUND, Batches, Source, Steps, block_shares, permute, round_shares, sequential_rows
-from llama_jax.data.packing import Batch, Cut, Fit, Pairs, best_fit, fingerprint, pack, select_rows
+from llama_jax.data.batches import BLOCK, ROUND, Batches, Source, Steps, block_shares, permute, round_shares, sequential_sequences
+from llama_jax.data.packing import Batch, Cut, Fit, Pairs, best_fit, fingerprint, pack, select_sequences
 from llama_jax.data.token_file import TokenFile, token_writer
 from llama_jax.data.tokens import Piece, Tokens, count_tokens
 from llama_jax.errors import InputError
@@ -48,8 +48,8 @@ def unique_documents(lengths, masked=False):
     return [(ids, [source.random() < 0.5 for _ in ids] if masked else None) for ids in made]
 
 
-def best_fit_rows(lengths, room):
-    """How many rows plain best fit needs, the longest first, one document at a time."""
+def best_fit_sequences(lengths, room):
+    """How many sequences plain best fit needs, the longest first, one document at a time."""
     left = []
     for length in sorted(lengths, reverse=True):
         fitting = [place for place, size in enumerate(left) if size >= length]
@@ -60,7 +60,7 @@ def best_fit_rows(lengths, room):
     return len(left)
 
 
-def first_fit_rows(lengths, room):
+def first_fit_sequences(lengths, room):
     left = []
     for length in sorted(lengths, reverse=True):
         place = next((place for place, size in enumerate(left) if size >= length), None)
@@ -73,14 +73,14 @@ def first_fit_rows(lengths, room):
 
 @many
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=80), st.integers(30, 60))
-def test_best_fit_needs_as_many_rows_as_one_document_at_a_time(lengths, room):
-    rows = best_fit(np.array(lengths), room)
-    used = np.bincount(rows, lengths)
+def test_best_fit_needs_as_many_sequences_as_one_document_at_a_time(lengths, room):
+    sequences = best_fit(np.array(lengths), room)
+    used = np.bincount(sequences, lengths)
     assert used.max() <= room
     assert used.min() > 0
-    assert len(used) == best_fit_rows(lengths, room)
-    assert len(used) <= 1.05 * first_fit_rows(lengths, room) + 1
-    assert rows.tolist() == best_fit(np.array(lengths), room).tolist()
+    assert len(used) == best_fit_sequences(lengths, room)
+    assert len(used) <= 1.05 * first_fit_sequences(lengths, room) + 1
+    assert sequences.tolist() == best_fit(np.array(lengths), room).tolist()
 
 
 @many
@@ -88,7 +88,7 @@ def test_best_fit_needs_as_many_rows_as_one_document_at_a_time(lengths, room):
 def test_fit_holds_every_document_once_and_whole(lengths, room, masked):
     documents = unique_documents(lengths, masked)
     packing = pack(Listed(documents), room, "fit")
-    batch = packing.rows(np.arange(packing.count))
+    batch = packing.sequences(np.arange(packing.count))
     seen = []
     for tokens, targets, weights, numbers in zip(*batch):
         assert numbers.max(initial=0) == len(set(numbers.tolist()) - {0})
@@ -134,7 +134,7 @@ def test_documents_that_are_too_long(lengths, room, too_long, kind):
     if kind == "pairs":
         both = [pair for pair in zip(wanted[::2], wanted[1::2]) if None not in pair]
         wanted = [answer for pair in both for answer in pair]
-    batch = packing.rows(np.arange(packing.count))
+    batch = packing.sequences(np.arange(packing.count))
     seen = [(int(target), float(weight)) for target, weight in zip(batch.targets.ravel(), batch.weights.ravel()) if target]
     kept = [document for document in wanted if document is not None]
     assert sorted(seen) == sorted(pair for document in kept for pair in document)
@@ -146,7 +146,7 @@ def test_documents_that_are_too_long(lengths, room, too_long, kind):
         assert packing.counts.dropped + packing.counts.masked == len(documents) - short - len(kept)
         assert packing.counts.dropped == (over if too_long == "drop" else 0)
     else:
-        assert [batch.targets[row][batch.targets[row] > 0].tolist() for row in range(packing.count)] == [
+        assert [batch.targets[sequence][batch.targets[sequence] > 0].tolist() for sequence in range(packing.count)] == [
             [token for token, _ in document] for document in kept
         ]
 
@@ -170,7 +170,7 @@ def test_too_long_can_be_refused_and_depends_on_the_kind():
 def test_windows_without_targets_are_counted(lengths, length, at_once):
     tokens = Listed(unique_documents(lengths, masked=True), "chat")
     packing = pack(tokens, length, "cut")
-    weights = packing.rows(np.arange(packing.count)).weights
+    weights = packing.sequences(np.arange(packing.count)).weights
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_WINDOWS_AT_ONCE", at_once)
         assert packing.without_targets() == np.count_nonzero(weights.sum(axis=1) == 0)
@@ -183,7 +183,7 @@ def test_masked_windows_weigh_the_targets_of_the_mask(lengths, length, seed):
     learned = {token for ids, mask in documents for token, flag in list(zip(ids, mask))[1:] if flag}
     tokens = Listed(documents)
     packing = pack(tokens, length, "cut")
-    batch = packing.rows(np.arange(-(-(tokens.size - 1) // length)))
+    batch = packing.sequences(np.arange(-(-(tokens.size - 1) // length)))
     weighed = batch.targets[batch.weights > 0].tolist()
     assert sorted(weighed) == sorted(learned)
 
@@ -198,12 +198,12 @@ def test_pairs_stay_together_in_every_epoch():
     packing = pack(Listed(pair_documents(7), "pairs"), 4, "cut")
     assert isinstance(packing, Pairs)
     batches = Batches((Source(packing, 1.0),), Steps(4), 0)
-    rows = select_rows([batches.batch(step) for step in range(7)], np.arange(28))
-    chosen, rejected = rows.tokens[::2, 0], rows.tokens[1::2, 0]
+    sequences = select_sequences([batches.batch(step) for step in range(7)], np.arange(28))
+    chosen, rejected = sequences.tokens[::2, 0], sequences.tokens[1::2, 0]
     np.testing.assert_array_equal(rejected, chosen + 1)
     for epoch in (chosen[:7], chosen[7:]):
         assert sorted(epoch.tolist()) == [100 * pair for pair in range(7)]
-    assert (rows.documents <= 1).all()
+    assert (sequences.documents <= 1).all()
     with pytest.raises(InputError, match="an even number"):
         Batches((Source(packing, 1.0),), Steps(3), 0)
 
@@ -212,14 +212,14 @@ def test_pairs_stay_together_in_every_epoch():
 
 
 def numbered(count, first):
-    """Tokens whose every window of length 1 is one number, so that a row says where it comes from."""
+    """Tokens whose every window of length 1 is one number, so that a sequence says where it comes from."""
     return Listed([(list(range(first, first + count + 1)), None)])
 
 
-def mixture(weights, rows, seed=0, counts=None):
+def mixture(weights, sequences, seed=0, counts=None):
     counts = counts or [400] * len(weights)
     sources = [Source(pack(numbered(count, 10_000 * i), 1, "cut"), w) for i, (count, w) in enumerate(zip(counts, weights), 1)]
-    return Batches(tuple(sources), Steps(rows), seed)
+    return Batches(tuple(sources), Steps(sequences), seed)
 
 
 @many
@@ -237,11 +237,11 @@ def test_shares_are_proportional_to_a_millionth_after_any_number_of_blocks(weigh
 
 
 def test_a_share_of_14_in_ten_thousand_is_that():
-    """Rounded to thousandths it was 0.001: 100 rows of 100,000."""
+    """Rounded to thousandths it was 0.001: 100 sequences of 100,000."""
     batches = mixture([0.9986, 0.0014], 100)
     of, places = batches._mixed(np.arange(100_000))
     assert abs(np.sum(of == 1) - 140) < 4
-    for source in (0, 1):  # every row of a source once, none left out
+    for source in (0, 1):  # every sequence of a source once, none left out
         np.testing.assert_array_equal(np.sort(places[of == source]), np.arange(np.sum(of == source)))
     assert batches.shares == [0.9986, 0.0014]
     assert block_shares([0.9986, 0.0014]).sum(axis=0).tolist() == [998_600, 1400]
@@ -279,7 +279,7 @@ def test_llama1_mixture_is_exact_in_a_block():
 
 
 def test_the_order_of_mixtures_in_thousandths_has_not_changed():
-    """By its definition: slot of a unit in its block, sources one after another, so many rows a block."""
+    """By its definition: slot of a unit in its block, sources one after another, so many sequences a block."""
     batches = mixture([0.7, 0.25, 0.05], 250, seed=5)
     units = np.arange(2500)
     slots = np.concatenate([permute(np.arange(1000), 1000, 5 | 1 << 62, block) for block in range(3)])[:2500]
@@ -295,17 +295,17 @@ def test_the_order_of_mixtures_in_thousandths_has_not_changed():
 def test_hosts_together_read_the_mixed_batch(hosts, step, seed):
     batches = mixture([3, 1], 16, seed)
     share = 16 // hosts
-    parts = [batches.rows(step, host * share, (host + 1) * share) for host in range(hosts)]
-    assert fingerprint(select_rows(parts, np.arange(16))) == fingerprint(batches.batch(step))
+    parts = [batches.sequences(step, host * share, (host + 1) * share) for host in range(hosts)]
+    assert fingerprint(select_sequences(parts, np.arange(16))) == fingerprint(batches.batch(step))
 
 
 def test_wrong_mixtures_are_refused():
-    with pytest.raises(InputError, match=r"weight 1e-08 is 0.01 of 1,000,000 rows, 0 would be more than 1 % off"):
+    with pytest.raises(InputError, match=r"weight 1e-08 is 0.01 of 1,000,000 sequences, 0 would be more than 1 % off"):
         mixture([1, 1e-8], 4)
-    with pytest.raises(InputError, match=r"weight 1.5e-06 is 1.5 of 1,000,000 rows, . would be more than 1 % off"):
+    with pytest.raises(InputError, match=r"weight 1.5e-06 is 1.5 of 1,000,000 sequences, . would be more than 1 % off"):
         mixture([1, 1.5e-6], 4)
     assert mixture([1, 1e-5], 4).shares[1] == 1e-5
-    with pytest.raises(InputError, match="listed: 6 tokens are 5 rows, but its part of a batch needs 8"):
+    with pytest.raises(InputError, match="listed: 6 tokens are 5 sequences, but its part of a batch needs 8"):
         mixture([1, 1], 16, counts=[400, 5])
     with pytest.raises(InputError, match="above 0"):
         mixture([1, 0], 4)
@@ -314,16 +314,16 @@ def test_wrong_mixtures_are_refused():
 # Steps
 
 
-def rows_by_hand(steps, count):
-    """For each step the first row of the data and the number of rows, counted up one data step at a time."""
+def sequences_by_hand(steps, count):
+    """For each step the first sequence of the data and the number of sequences, counted up one data step at a time."""
     dealt, position = [], 0
     for data_step in range(10_000):
-        rows = steps.rows
+        sequences = steps.sequences
         for start, size in steps.ramp:
-            rows = size if data_step >= start else rows
+            sequences = size if data_step >= start else sequences
         if not any(first <= data_step <= last for first, last in steps.skip):
-            dealt.append((position, rows))
-        position += rows
+            dealt.append((position, sequences))
+        position += sequences
         if len(dealt) == count:
             return dealt
 
@@ -340,9 +340,9 @@ def step_rules(draw):
 @given(step_rules())
 def test_steps_in_closed_form_equal_counting(steps):
     used = 0
-    for step, (position, rows) in enumerate(rows_by_hand(steps, 90)):
-        assert (steps.position(step), steps.rows_at(step), steps.used_before(step)) == (position, rows, used)
-        used += rows
+    for step, (position, sequences) in enumerate(sequences_by_hand(steps, 90)):
+        assert (steps.position(step), steps.sequences_at(step), steps.used_before(step)) == (position, sequences, used)
+        used += sequences
 
 
 def test_skipping_leaves_out_what_those_steps_would_have_read():
@@ -389,5 +389,5 @@ def test_masks_come_back_from_disk(tmp_path_factory, masks, first):
     assert file.read(first, first + 17).learned.tolist() == flat[first : first + 17]
     assert file.read(0, file.size).learned.tolist() == flat
     assert isinstance(file, Tokens)
-    assert len(list(sequential_rows(pack(file, 20, "fit"), 2))) * 2 >= pack(file, 20, "fit").count
-    assert isinstance(pack(file, 3, "cut").rows(np.arange(1)), Batch)
+    assert len(list(sequential_sequences(pack(file, 20, "fit"), 2))) * 2 >= pack(file, 20, "fit").count
+    assert isinstance(pack(file, 3, "cut").sequences(np.arange(1)), Batch)

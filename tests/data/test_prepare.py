@@ -72,7 +72,7 @@ def test_held_out_documents_never_appear_in_training_windows(tmp_path, documents
     data = run(tmp_path, documents)
     tokenizer = load_tokenizer(data.tokenizer_path)
     packing = pack(data.train, 64, "cut")
-    rows = packing.rows(np.arange(packing.count)).tokens
+    rows = packing.sequences(np.arange(packing.count)).tokens
     seen = "".join(tokenizer.decode(row.tolist()) for row in rows)
     for document in documents:
         lines = [line for line in document.text.splitlines() if line in seen]

@@ -166,10 +166,10 @@ def install(faults: Sequence[Fault]) -> None:
         at("in_eval", now["step"])
         return evaluate(*given, **named)
 
-    placed_rows = evaluate_module.placed_rows
+    placed_sequences = evaluate_module.placed_sequences
 
-    def faulty_rows(*given: Any) -> Any:
-        return at("in_eval_batch", now["step"], placed_rows(*given))
+    def faulty_sequences(*given: Any) -> Any:
+        return at("in_eval_batch", now["step"], placed_sequences(*given))
 
     def faulty_open(directory: pathlib.Path, *more: Any, **named: Any) -> Any:
         CHECKPOINTS[:] = [str(directory)]
@@ -190,7 +190,7 @@ def install(faults: Sequence[Fault]) -> None:
         at("after_commit_before_gc", step)
 
     loop.global_batch, loop.sharded_step, loop.evaluate = faulty_batch, faulty_program, faulty_evaluate
-    evaluate_module.placed_rows = faulty_rows
+    evaluate_module.placed_sequences = faulty_sequences
     Checkpoints.open, Checkpoints.save = faulty_open, faulty_save  # type: ignore[method-assign]
     AtomicRenameTemporaryPath.finalize = faulty_commit
     CheckpointManager._finalize_checkpoint = faulty_finalize

@@ -1,7 +1,7 @@
-"""`child.py` as one of several hosts: its own working directory and version, and a record of the rows that it was given.
+"""`child.py` as one of several hosts: its own working directory and version, and a record of the sequences that it was given.
 
-`HOST_DIRECTORY` is where it works, `HOST_VERSION` what it takes itself for, `HOST_ROWS` the file of the rows: a line `STEP ROW
-HASH` for each row of each batch that lives on this process.
+`HOST_DIRECTORY` is where it works, `HOST_VERSION` what it takes itself for, `HOST_ROWS` the file of the sequences: a line `STEP ROW
+HASH` for each sequence of each batch that lives on this process.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 import child
 
 
-def record_rows(path: pathlib.Path) -> None:
+def record_sequences(path: pathlib.Path) -> None:
     """Wraps the making of batches."""
     import numpy as np
 
@@ -26,11 +26,11 @@ def record_rows(path: pathlib.Path) -> None:
         per_micro = batch.tokens.shape[1]
         with path.open("a") as file:
             for parts in zip(*[field.addressable_shards for field in batch]):
-                micro, rows = (range(*part.indices(size)) for part, size in zip(parts[0].index[:2], batch.tokens.shape[:2]))
+                micro, sequences = (range(*part.indices(size)) for part, size in zip(parts[0].index[:2], batch.tokens.shape[:2]))
                 for i, m in enumerate(micro):
-                    for j, row in enumerate(rows):
+                    for j, sequence in enumerate(sequences):
                         content = b"".join(np.asarray(part.data)[i, j].tobytes() for part in parts)
-                        file.write(f"{step + 1} {m * per_micro + row} {hashlib.sha256(content).hexdigest()[:16]}\n")
+                        file.write(f"{step + 1} {m * per_micro + sequence} {hashlib.sha256(content).hexdigest()[:16]}\n")
         return batch
 
     loop.global_batch = recorded
@@ -43,7 +43,7 @@ def main() -> int:
 
         llama_jax.__version__ = os.environ["HOST_VERSION"]
     if "HOST_ROWS" in os.environ:
-        record_rows(pathlib.Path(os.environ["HOST_ROWS"]))
+        record_sequences(pathlib.Path(os.environ["HOST_ROWS"]))
     return child.main()
 
 

@@ -51,24 +51,24 @@ def start(
     return [
         spawn.train(
             config, fault, more=[*host_words(port, process, count), *(more[process] if more else [])],
-            HOST_ROWS=f"{config.run.dir}.rows.{process}", **(environments[process] if environments else {}),
+            HOST_ROWS=f"{config.run.dir}.sequences.{process}", **(environments[process] if environments else {}),
         )
         for process, fault in enumerate(faults)
     ]  # fmt: skip
 
 
-def rows(config: TrainConfig) -> dict[tuple[int, int], str]:
-    """The hash of each row of each step, of all processes; those who have the same row have it alike."""
+def sequences(config: TrainConfig) -> dict[tuple[int, int], str]:
+    """The hash of each sequence of each step, of all processes; those who have the same sequence have it alike."""
     found: dict[tuple[int, int], str] = {}
-    for path in pathlib.Path(config.run.dir).parent.glob(f"{pathlib.Path(config.run.dir).name}.rows.*"):
+    for path in pathlib.Path(config.run.dir).parent.glob(f"{pathlib.Path(config.run.dir).name}.sequences.*"):
         for line in path.read_text().splitlines():
-            step, row, content = line.split()
-            assert found.setdefault((int(step), int(row)), content) == content
+            step, sequence, content = line.split()
+            assert found.setdefault((int(step), int(sequence)), content) == content
     return found
 
 
 def assert_same_training(config: TrainConfig, reference: TrainConfig) -> None:
-    """Losses and parameters agree but for the order of sums; the rows of all batches are the same."""
+    """Losses and parameters agree but for the order of sums; the sequences of all batches are the same."""
     ours, theirs = metrics(config), metrics(reference)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
     for name in ("train/loss", "train/learning_rate", "train/tokens"):
@@ -86,12 +86,12 @@ def jax_leaves(tree) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, corpus, reference) -> TrainConfig:
-    """One process from beginning to end, with its rows."""
+    """One process from beginning to end, with its sequences."""
     directory = tmp_path_factory.mktemp("alone")
     config = host_run(directory / "run", corpus, reference)
     with pytest.MonkeyPatch.context() as patch, harness.spawner(directory) as children:
         patch.setattr(harness, "CHILD", pathlib.Path(__file__).with_name("host_child.py"))
-        children.train(config, HOST_ROWS=f"{config.run.dir}.rows.0").expect(0)
+        children.train(config, HOST_ROWS=f"{config.run.dir}.sequences.0").expect(0)
     return config
 
 
@@ -113,10 +113,10 @@ def test_two_processes_train_as_one_and_only_the_first_writes(run, alone, spawn)
     shutil.rmtree(pathlib.Path(run.run.dir) / "data")  # so that the text is encoded with two processes there
     first, second = [child.expect(0) for child in start(spawn, run)]
     assert_same_training(run, alone)
-    assert rows(run) == rows(alone)
-    assert len(rows(run)) == STEPS * run.data.batch_rows
-    of_each = [pathlib.Path(f"{run.run.dir}.rows.{process}").read_text().splitlines() for process in range(2)]
-    assert [len(lines) for lines in of_each] == [STEPS * run.data.batch_rows // 2] * 2
+    assert sequences(run) == sequences(alone)
+    assert len(sequences(run)) == STEPS * run.data.batch_size
+    of_each = [pathlib.Path(f"{run.run.dir}.sequences.{process}").read_text().splitlines() for process in range(2)]
+    assert [len(lines) for lines in of_each] == [STEPS * run.data.batch_size // 2] * 2
     held_out = [[line["held_out/loss"] for line in read_lines(pathlib.Path(c.run.dir)) if "held_out/loss" in line]
                 for c in (run, alone)]  # fmt: skip
     assert held_out[0] == pytest.approx(held_out[1], rel=CLOSE)
@@ -147,15 +147,15 @@ def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(run, alo
         for child in start(spawn, run):
             child.expect(0)
     else:
-        assert f"going on from step {stopped}" in spawn.train(run, HOST_ROWS=f"{run.run.dir}.rows.0").expect(0).output
+        assert f"going on from step {stopped}" in spawn.train(run, HOST_ROWS=f"{run.run.dir}.sequences.0").expect(0).output
     assert_same_training(run, alone)
-    assert rows(run) == rows(alone)
+    assert sequences(run) == sequences(alone)
 
 
 @pytest.mark.parametrize("fault", ["usr1", "int"])
 def test_a_signal_to_a_single_process_saves_and_two_go_on(run, alone, spawn, fault):
     """7, 19: SIGUSR1 and Ctrl-C are wishes to stop; two processes go on."""
-    child = spawn.train(run, f"in_data:5:{fault}", HOST_ROWS=f"{run.run.dir}.rows.0").expect(0)
+    child = spawn.train(run, f"in_data:5:{fault}", HOST_ROWS=f"{run.run.dir}.sequences.0").expect(0)
     assert re.search(r"^SIG(USR1|INT): saving after this step; Ctrl-C within 5 s ends at once$", child.errors, re.MULTILINE)
     assert checkpoint_steps(run) == [4, 5]
     if fault == "int":
@@ -163,7 +163,7 @@ def test_a_signal_to_a_single_process_saves_and_two_go_on(run, alone, spawn, fau
     for child in start(spawn, run):
         child.expect(0)
     assert_same_training(run, alone)
-    assert rows(run) == rows(alone)
+    assert sequences(run) == sequences(alone)
 
 
 def test_a_second_ctrl_c_ends_at_once(run, spawn):

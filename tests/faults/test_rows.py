@@ -1,4 +1,4 @@
-"""The catalogue of faults and the contract name tests that exist; the tests of this folder say which of its rows they are."""
+"""The catalogue of faults and the contract name tests that exist; the tests of this folder say which of its sequences they are."""
 
 import ast
 import re
@@ -8,15 +8,15 @@ from faults.rows import ROWS
 from tiny_runs import ROOT
 
 
-@pytest.mark.parametrize(("row", "test"), [(row, test) for row, tests in ROWS.items() for test in tests])
-def test_a_row_names_a_test(row, test):
+@pytest.mark.parametrize(("sequence", "test"), [(sequence, test) for sequence, tests in ROWS.items() for test in tests])
+def test_a_sequence_names_a_test(sequence, test):
     file, _, name = test.partition("::")
     functions = {node.name: node for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
     assert name in functions
     if file.startswith("tests/faults/"):
         numbers = re.match(r"([\d, ]+)[,:]", ast.get_docstring(functions[name]) or "")
-        assert numbers, f"{test} does not begin with the numbers of its rows"
-        assert row.split()[0] in numbers[1].split(", ")
+        assert numbers, f"{test} does not begin with the numbers of its sequences"
+        assert sequence.split()[0] in numbers[1].split(", ")
 
 
 def test_the_contract_names_tests_that_exist():

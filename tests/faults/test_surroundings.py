@@ -64,9 +64,9 @@ def in_process(config, stop_at: int = 0) -> None:
 
 @pytest.mark.usefixtures("one_device")
 def test_ends_that_fall_together(run, tmp_path, corpus, reference):
-    """27: stopped at the end of an epoch, ended at a step that no interval has: each state is saved once, no row is lost."""
-    rows, batch = Run(run, PlainDisplay(sys.stdout)).batches.sources[0].packing.count, run.data.batch_rows
-    epoch = rows // batch
+    """27: stopped at the end of an epoch, ended at a step that no interval has: each state is saved once, no sequence is lost."""
+    sequences, batch = Run(run, PlainDisplay(sys.stdout)).batches.sources[0].packing.count, run.data.batch_size
+    epoch = sequences // batch
     steps = epoch + 3
     changes = {"steps": steps, "checkpoint_every": epoch, "keep_checkpoints": 9}
     runs = [make_run(tmp_path / name, corpus, reference, run=changes) for name in ("straight", "stopped")]

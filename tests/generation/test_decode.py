@@ -1,4 +1,4 @@
-"""Decoding as pure functions: step by step equals all at once, rows end when they should, and so does the loop."""
+"""Decoding as pure functions: step by step equals all at once, sequences end when they should, and so does the loop."""
 
 import dataclasses
 import functools
@@ -38,21 +38,21 @@ slow = pytest.mark.slow
     pytest.param("gqa-untied", False, marks=slow), pytest.param("wide-head", False, marks=slow),
 ])  # fmt: skip
 def test_decoding_equals_the_full_pass(variant, scan):
-    """Logits after a prefill of unequal prompts and after each step, for every row."""
+    """Logits after a prefill of unequal prompts and after each step, for every sequence."""
     config = dataclasses.replace(VARIANTS[variant], layers=2)
     params = random_parameters(config) if scan else unrolled_parameters(config)
     model = Llama(config, ModelOptions(scan=scan))
     texts, padding = (np.asarray(random_tokens(config, *how)) for how in (((4, 20 + STEPS),), ((4, 24), 1)))
     expected = float64_logits(params, texts, config)
-    rows, lengths = np.arange(4), np.asarray(LENGTHS)
+    sequences, lengths = np.arange(4), np.asarray(LENGTHS)
     prompts = np.where(np.arange(24) < lengths[:, None], texts[:, :24], padding)
     start = jax.jit(lambda params, *prompts: prefill(model, params, *prompts, init_cache(config, 4, 40, scan=scan)))
     got, cache = start(params, prompts, lengths)
-    np.testing.assert_allclose(got, expected[rows, lengths - 1], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(got, expected[sequences, lengths - 1], atol=1e-4, rtol=0)
     step = jax.jit(functools.partial(decode.decode, model))
     for i in range(STEPS):
-        got, cache = step(params, texts[rows, lengths + i], cache)
-        np.testing.assert_allclose(got, expected[rows, lengths + i], atol=1e-4, rtol=0)
+        got, cache = step(params, texts[sequences, lengths + i], cache)
+        np.testing.assert_allclose(got, expected[sequences, lengths + i], atol=1e-4, rtol=0)
     assert cache.lengths.tolist() == (lengths + STEPS).tolist()
 
 
@@ -82,7 +82,7 @@ def test_first_token_and_budget(tiny):
     assert progress.cache.lengths.tolist() == LENGTHS.tolist()
 
 
-def test_the_loop_ends_with_the_last_row(tiny, monkeypatch):
+def test_the_loop_ends_with_the_last_sequence(tiny, monkeypatch):
     """Counted where every iteration must pass: the forward pass of one token."""
     count = []
     real = decode.decode
@@ -115,9 +115,9 @@ def rollout(model, params, prompts, lengths, sampling, stop_ids, new, samples=1)
     return found, (found.tokens > 50).sum()
 
 
-def penalised(rows, seed):
+def penalised(sequences, seed):
     """With all that a draw looks at."""
-    return make_sampling(rows, [0.0, 1.0, 0.0, 0.7][:rows] * (rows // 4), top_k=20, repetition_penalty=1.3, seed=seed)
+    return make_sampling(sequences, [0.0, 1.0, 0.0, 0.7][:sequences] * (sequences // 4), top_k=20, repetition_penalty=1.3, seed=seed)
 
 
 def tokens_of(tiny, sampling, stops=(NOTHING,) * 3):
@@ -125,13 +125,13 @@ def tokens_of(tiny, sampling, stops=(NOTHING,) * 3):
 
 
 def test_rows_end_at_their_own_stop_token(tiny):
-    """Each row is what it is without stop tokens, cut behind the first of them; the stops in an array or in a list."""
+    """Each sequence is what it is without stop tokens, cut behind the first of them; the stops in an array or in a list."""
     sampling = penalised(4, 0)
     free = tokens_of(tiny, sampling)
     stops = [int(free[0, 3]), int(free[1, 12]), int(free[2, 0])]
-    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), NEW) for row in free.tolist()]
+    ends = [next((i + 1 for i, token in enumerate(sequence) if token in stops), NEW) for sequence in free.tolist()]
     assert len(set(ends)) >= 3
-    expected = [row[:end] + [NOTHING] * (NEW - end) for row, end in zip(free.tolist(), ends)]
+    expected = [sequence[:end] + [NOTHING] * (NEW - end) for sequence, end in zip(free.tolist(), ends)]
     assert tokens_of(tiny, sampling, stops).tolist() == expected
     in_a_list = jax.jit(lambda *args: generate_tokens(tiny[0], *args, stops, NEW).tokens)
     assert in_a_list(*tiny[1:], sampling).tolist() == expected
@@ -142,8 +142,8 @@ def test_inside_a_larger_program(tiny):
     _, params, prompts, lengths = tiny
     sampling = penalised(4, 3)
     found, count = rollout(*tiny, sampling, np.full(3, NOTHING, np.int32), NEW)
-    lists = [row[:length] for row, length in zip(prompts.tolist(), lengths.tolist())]
-    expected = [row.token_ids for row in Generator(params, CONFIG).generate(lists, NEW, sampling)]
+    lists = [sequence[:length] for sequence, length in zip(prompts.tolist(), lengths.tolist())]
+    expected = [sequence.token_ids for sequence in Generator(params, CONFIG).generate(lists, NEW, sampling)]
     assert found.tokens.tolist() == expected
     assert count == (np.asarray(expected) > 50).sum()
 
@@ -177,22 +177,22 @@ def test_a_limit_beyond_the_context_is_named(tiny):
 def test_samples_share_a_prefill_and_log_probabilities_are_those_of_the_full_pass(tiny):
     """What each sample is does not depend on the others: the same as prompts given again and again.
 
-    Log-probabilities are of the model itself, whatever the temperature and the limits; 0 behind a row's end.
+    Log-probabilities are of the model itself, whatever the temperature and the limits; 0 behind a sequence's end.
     """
     _, params, prompts, lengths = tiny
     seeds = np.arange(12).reshape(4, 3) + 7
-    warm = lambda rows, seed: make_sampling(rows, 0.9, top_k=20, repetition_penalty=1.3, seed=seed.tolist())  # noqa: E731
+    warm = lambda sequences, seed: make_sampling(sequences, 0.9, top_k=20, repetition_penalty=1.3, seed=seed.tolist())  # noqa: E731
     nothing = np.full(3, NOTHING, np.int32)
     apart = np.stack([tokens_of(tiny, warm(4, seeds[:, sample])) for sample in range(3)], axis=1).reshape(12, NEW)
-    assert len({tuple(row) for row in apart.tolist()}) == 12
+    assert len({tuple(sequence) for sequence in apart.tolist()}) == 12
     stop = int(apart[0, 4])
     together, _ = rollout(*tiny, warm(12, seeds.ravel()), np.asarray([stop, *nothing[1:]]), NEW, 3)
-    ends = [row.index(stop) + 1 if stop in row else NEW for row in apart.tolist()]
+    ends = [sequence.index(stop) + 1 if stop in sequence else NEW for sequence in apart.tolist()]
     assert ends[0] <= 5
-    for row, end in enumerate(ends):
-        tokens, logprobs = np.asarray(together.tokens)[row], np.asarray(together.logprobs)[row]
-        assert tokens.tolist() == apart[row, :end].tolist() + [NOTHING] * (NEW - end)
-        prompt = np.asarray(prompts)[row // 3, : np.asarray(lengths)[row // 3]].tolist()
+    for sequence, end in enumerate(ends):
+        tokens, logprobs = np.asarray(together.tokens)[sequence], np.asarray(together.logprobs)[sequence]
+        assert tokens.tolist() == apart[sequence, :end].tolist() + [NOTHING] * (NEW - end)
+        prompt = np.asarray(prompts)[sequence // 3, : np.asarray(lengths)[sequence // 3]].tolist()
         every = float64_logprobs(params, prompt + tokens[:end].tolist(), CONFIG)
         expected = every[np.arange(len(prompt) - 1, len(prompt) + end - 1), tokens[:end]]
         np.testing.assert_allclose(logprobs[:end], expected, atol=1e-4)

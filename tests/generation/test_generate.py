@@ -1,4 +1,4 @@
-"""The generator: rows that do not feel each other, few programs, and limits that hold."""
+"""The generator: sequences that do not feel each other, few programs, and limits that hold."""
 
 import dataclasses
 import itertools
@@ -12,9 +12,9 @@ from support import TINY, float64_logprobs, greedy_continues, random_parameters,
 
 from llama_jax.errors import InputError
 from llama_jax.generation.generate import Generator
-from llama_jax.generation.programs import bucket_rows, bucket_size, bucket_slots
+from llama_jax.generation.programs import bucket_sequences, bucket_size, bucket_slots
 from llama_jax.generation.sampling import make_sampling
-from llama_jax.generation.session import NewTokens, Tokens, stop_reason
+from llama_jax.generation.session import TokenChunk, Tokens, stop_reason
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, tree_shardings
 
@@ -30,7 +30,7 @@ def generator():
 
 
 def ids(tokens: list[Tokens]) -> list[list[int]]:
-    return [row.token_ids for row in tokens]
+    return [sequence.token_ids for sequence in tokens]
 
 
 def of_context(context: int, layers: int = 2) -> Generator:
@@ -49,12 +49,12 @@ def test_greedy_is_the_most_probable_token_of_the_full_pass(generator):
         assert is_greedy(prompt, tokens)
 
 
-def test_each_row_has_its_own_limit(generator):
+def test_each_sequence_has_its_own_limit(generator):
     whole = ids(generator.generate(PROMPTS, 12))
     for limits in ([1, 12, 0, 5, 12], np.asarray([1, 12, 0, 5, 12])):
-        assert ids(generator.generate(PROMPTS, limits)) == [row[:limit] for row, limit in zip(whole, limits)]
+        assert ids(generator.generate(PROMPTS, limits)) == [sequence[:limit] for sequence, limit in zip(whole, limits)]
     for bad, words in (
-        ([1, 2], "2 values given for 5 rows; one for all or one a row expected"),
+        ([1, 2], "2 values given for 5 sequences; one for all or one a sequence expected"),
         ([1, 2, 3, 4, -1], "-1 given"),
     ):
         with pytest.raises(InputError, match=f"^max_new_tokens: {words}"):
@@ -62,8 +62,8 @@ def test_each_row_has_its_own_limit(generator):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_a_row_does_not_depend_on_its_neighbours(generator, temperature):
-    """Nor on its place among them, on how far their prompts make its own be padded, or on rows that only fill up."""
+def test_a_sequence_does_not_depend_on_its_neighbours(generator, temperature):
+    """Nor on its place among them, on how far their prompts make its own be padded, or on sequences that only fill up."""
     seeds = [11, 5, 11, 2, 0]
     together = ids(generator.generate(PROMPTS, 12, make_sampling(5, temperature, seed=seeds)))
     for i in (0, 2, 4):
@@ -74,13 +74,13 @@ def test_a_row_does_not_depend_on_its_neighbours(generator, temperature):
     assert len({tuple(tokens) for tokens in together}) == 5
 
 
-def test_a_row_does_not_depend_on_slots_or_chunks(generator):
+def test_a_sequence_does_not_depend_on_slots_or_chunks(generator):
     sampling = make_sampling(1, 1.0, seed=3)
     (short,) = ids(generator.generate(PROMPTS[:1], 12, sampling))
     (long,) = ids(generator.generate(PROMPTS[:1], 60, sampling))
     assert long[:12] == short
     for chunk in (1, 5, 100):
-        pieces = [row.token_ids for (row,) in generator.stream(PROMPTS[:1], 60, sampling, chunk=chunk)]
+        pieces = [sequence.token_ids for (sequence,) in generator.stream(PROMPTS[:1], 60, sampling, chunk=chunk)]
         assert list(itertools.chain(*pieces)) == long
         assert max(map(len, pieces)) == min(chunk, 32)
 
@@ -90,19 +90,19 @@ def test_rows_stop_on_their_own(generator):
     free = ids(generator.generate(PROMPTS, 20, sampling))
     stops = [free[0][2], free[1][12], free[2][19]]
     got = generator.generate(PROMPTS, 20, sampling, stop_ids=stops)
-    for row, full in zip(got, free):
+    for sequence, full in zip(got, free):
         end = next((i + 1 for i, token in enumerate(full) if token in stops), None)
-        assert row == Tokens(full[:end], "stop" if end else "length")
-    assert len({len(row.token_ids) for row in got}) >= 3
-    assert {row.stop_reason for row in got} == {"stop", "length"}
+        assert sequence == Tokens(full[:end], "stop" if end else "length")
+    assert len({len(sequence.token_ids) for sequence in got}) >= 3
+    assert {sequence.stop_reason for sequence in got} == {"stop", "length"}
 
 
-def test_work_ends_with_the_last_row(generator):
+def test_work_ends_with_the_last_sequence(generator):
     """Sixty tokens asked for, a stop token drawn soon: one chunk is under way by then, no other begins."""
     (free,) = ids(generator.generate(PROMPTS[:1], 60, make_sampling(1, 1.0, seed=3)))
     end = free.index(free[8])
     pieces = list(generator.stream(PROMPTS[:1], 60, make_sampling(1, 1.0, seed=3), stop_ids=[free[8]], chunk=1))
-    assert pieces == [[NewTokens([token])] for token in free[: end + 1]] + [[NewTokens([])]]
+    assert pieces == [[TokenChunk([token])] for token in free[: end + 1]] + [[TokenChunk([])]]
 
 
 def test_few_programs_a_bucket():
@@ -124,8 +124,8 @@ def test_buckets_hold_what_they_should_and_little_more():
     sizes = [bucket_size(count) for count in range(1, 5000)]
     assert all(count <= size <= max(16, 1.5 * count) for count, size in enumerate(sizes, 1))
     assert sorted(set(sizes))[:6] == [16, 24, 32, 48, 64, 96]
-    assert [bucket_rows(count) for count in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
-    assert [bucket_rows(count, 6) for count in (1, 6, 7, 13)] == [6, 6, 12, 24]
+    assert [bucket_sequences(count) for count in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    assert [bucket_sequences(count, 6) for count in (1, 6, 7, 13)] == [6, 6, 12, 24]
     assert bucket_slots(10, 10) == 16
     assert bucket_slots(40, 6000) == 256  # not the 6000 that may never come
     assert bucket_slots(3000, 3100) == 4096
@@ -196,9 +196,9 @@ def test_a_prefix_is_not_run_again(generator, monkeypatch):
 def test_a_conversation_goes_on_from_its_cache(generator):
     session = generator.start([PROMPTS[1], PROMPTS[1][:14]], 20, make_sampling(2, 1.0, seed=1))
     list(session.stream(8))
-    for row in (0, 1):
-        said = PROMPTS[1][: (17, 14)[row]] + session.tokens(row).token_ids
-        prefix = session.prefix(row)
+    for sequence in (0, 1):
+        said = PROMPTS[1][: (17, 14)[sequence]] + session.tokens(sequence).token_ids
+        prefix = session.prefix(sequence)
         assert prefix.token_ids == said[:-1]
         question = [*said, 3, 4, 5]
         (answer,) = ids(generator.generate([question], 10, prefix=prefix))
@@ -209,17 +209,17 @@ def test_a_conversation_goes_on_from_its_cache(generator):
 def test_the_context_ends_the_text_and_a_full_one_is_a_prefix_too():
     """Not one token beyond it, and those before it as if it were longer.
 
-    A row that has ended runs along and must not spoil what it held.
+    A sequence that has ended runs along and must not spoil what it held.
     """
     generator, prompts = of_context(32), [PROMPTS[3][:length] for length in (20, 31, 32, 9)]
     session = generator.start(prompts, 1000)
     list(session.stream(32))
-    got = [session.tokens(row) for row in range(4)]
-    assert [len(row.token_ids) for row in got] == [12, 1, 0, 23]
-    assert {row.stop_reason for row in got} == {"length"}
-    assert all(is_greedy(prompt, row.token_ids) for prompt, row in zip(prompts, got))
+    got = [session.tokens(sequence) for sequence in range(4)]
+    assert [len(sequence.token_ids) for sequence in got] == [12, 1, 0, 23]
+    assert {sequence.stop_reason for sequence in got} == {"length"}
+    assert all(is_greedy(prompt, sequence.token_ids) for prompt, sequence in zip(prompts, got))
     prefix = session.prefix(1)
-    assert len(prefix.token_ids) == len(session.prefix(2).token_ids) == 31  # of a full row the last slot is not its own
+    assert len(prefix.token_ids) == len(session.prefix(2).token_ids) == 31  # of a full sequence the last slot is not its own
     question = [*prefix.token_ids[:20], 1]
     (answer,) = ids(generator.generate([question], 8, prefix=prefix))
     assert len(answer) == 8
@@ -234,16 +234,16 @@ def test_samples_lie_next_to_each_other(generator):
     assert len({tuple(tokens) for tokens in together}) == 6
 
 
-def test_stop_tokens_of_a_row(generator):
+def test_stop_tokens_of_a_sequence(generator):
     prompts = [PROMPTS[3]] * 5
     (free, *_) = ids(generator.generate(prompts, 20))
     stops = [[free[3]], [], [free[9], 96, 97], [], []]
     got = generator.generate(prompts, 20, stop_ids=stops)
-    ends = [min((free.index(token) + 1 for token in row if token in free), default=20) for row in stops]
+    ends = [min((free.index(token) + 1 for token in sequence if token in free), default=20) for sequence in stops]
     assert len(set(ends)) == 3
-    assert [row.token_ids for row in got] == [free[:end] for end in ends]
-    assert [row.stop_reason for row in got] == ["stop", "length", "stop", "length", "length"]
-    with pytest.raises(InputError, match="stop_ids: 2 lists given for 3 rows"):
+    assert [sequence.token_ids for sequence in got] == [free[:end] for end in ends]
+    assert [sequence.stop_reason for sequence in got] == ["stop", "length", "stop", "length", "length"]
+    with pytest.raises(InputError, match="stop_ids: 2 lists given for 3 sequences"):
         generator.generate([PROMPTS[0]] * 3, 20, stop_ids=[[1], [2]])
 
 
@@ -252,29 +252,29 @@ def test_log_probabilities(generator):
     sampling = make_sampling(5, 0.9, seed=5)
     plain = generator.generate(PROMPTS, 24, sampling)
     assert plain[0].logprobs is None
-    for prompt, row, expected in zip(PROMPTS, generator.generate(PROMPTS, 24, sampling, logprobs=3), plain):
-        assert row.token_ids == expected.token_ids
-        every = float64_logprobs(PARAMS, prompt + row.token_ids, CONFIG)[len(prompt) - 1 :]
-        np.testing.assert_allclose(row.logprobs, [line[token] for line, token in zip(every, row.token_ids)], atol=1e-4)
-        assert len(row.logprobs) == len(row.top_logprobs) == 24
-        for line, best in zip(every, row.top_logprobs):
+    for prompt, sequence, expected in zip(PROMPTS, generator.generate(PROMPTS, 24, sampling, logprobs=3), plain):
+        assert sequence.token_ids == expected.token_ids
+        every = float64_logprobs(PARAMS, prompt + sequence.token_ids, CONFIG)[len(prompt) - 1 :]
+        np.testing.assert_allclose(sequence.logprobs, [line[token] for line, token in zip(every, sequence.token_ids)], atol=1e-4)
+        assert len(sequence.logprobs) == len(sequence.top_logprobs) == 24
+        for line, best in zip(every, sequence.top_logprobs):
             assert [token for token, _ in best] == np.argsort(-line)[:3].tolist()
             np.testing.assert_allclose([value for _, value in best], -np.sort(-line)[:3], atol=1e-4)
 
 
 def test_log_probabilities_of_the_drawn_or_of_a_whole_vocabulary(generator):
-    (row,) = generator.generate(PROMPTS[:1], 12, logprobs=0)
-    assert row.top_logprobs is None
-    assert len(row.logprobs) == 12
-    (row,) = generator.generate(PROMPTS[:1], 12, logprobs=98)
-    assert sorted(token for token, _ in row.top_logprobs[0]) == list(range(98))
+    (sequence,) = generator.generate(PROMPTS[:1], 12, logprobs=0)
+    assert sequence.top_logprobs is None
+    assert len(sequence.logprobs) == 12
+    (sequence,) = generator.generate(PROMPTS[:1], 12, logprobs=98)
+    assert sorted(token for token, _ in sequence.top_logprobs[0]) == list(range(98))
 
 
 @pytest.mark.parametrize(("scan", "fsdp", "context"), [
     pytest.param(True, 2, 1, marks=pytest.mark.slow), (False, 2, 1), (True, 1, 2),
 ])  # fmt: skip
 def test_a_mesh_changes_nothing(generator, scan, fsdp, context):
-    """The parameters as training leaves them on 8 devices, rows over data and fsdp, heads over tensor; rows stay whole."""
+    """The parameters as training leaves them on 8 devices, sequences over data and fsdp, heads over tensor; sequences stay whole."""
     sampling = make_sampling(5, [0.0, 1.0, 0.0, 0.7, 1.0], top_p=0.9, seed=3)
     alone = generator.generate(PROMPTS, 12, sampling)
     mesh = make_mesh(data=2, fsdp=fsdp, tensor=2, context=context)
@@ -285,7 +285,7 @@ def test_a_mesh_changes_nothing(generator, scan, fsdp, context):
     keys = jax.tree.leaves(session._progress.cache.layers)[0]
     assert keys.sharding.shard_shape(keys.shape)[-4:-1] == (4 // fsdp, 1, session._progress.cache.slots)
     list(session.stream(32))
-    assert [session.tokens(row) for row in range(5)] == alone
+    assert [session.tokens(sequence) for sequence in range(5)] == alone
     prefix = over_mesh.prefix(PROMPTS[3][:30])
     assert over_mesh.generate(PROMPTS, 12, sampling, prefix=prefix) == alone
 
@@ -314,27 +314,27 @@ def test_what_a_model_cannot_take(generator, prompts, new, words):
     ([[1]], {"samples": 1.5}, "samples: 1.5 given; a whole number expected"),
     ([[1]], {"logprobs": 99}, "logprobs: 99 given; 0 to 98 expected, or none"),
     ([[1]], {"logprobs": True}, "logprobs: True given; a whole number expected"),
-    ([[1]], {"stop_ids": ["a"]}, "stop_ids: .* given; token ids for all rows, or one list a row expected"),
+    ([[1]], {"stop_ids": ["a"]}, "stop_ids: .* given; token ids for all sequences, or one list a sequence expected"),
     ([[1]], {"stop_ids": [1 << 40]}, "stop_ids: 1099511627776 given; token ids from 0 to 2147483647 expected"),
     ([[1]], {"stop_ids": [[-3]]}, "stop_ids: -3 given"),
     ([[1]], {"speculation": 3}, r"speculation: a int given; Speculation\(tokens\) expected"),
     ([[1]], {"prefix": [1, 2]}, r"prefix: a list given; one from this generator's prefix\(\) expected"),
     ([[1]], {"sampling": make_sampling(1, logit_bias={10**6: 5})}, "logit_bias: token 1000000 given; .* from 0 to 97"),
-    ([[1]], {"stop_ids": [[2.5]]}, "stop_ids: .* given; token ids for all rows, or one list a row expected"),
+    ([[1]], {"stop_ids": [[2.5]]}, "stop_ids: .* given; token ids for all sequences, or one list a sequence expected"),
 ])  # fmt: skip
 def test_what_is_of_another_kind(generator, prompts, settings, words):
     with pytest.raises(InputError, match=words):
         generator.generate(prompts, **{"max_new_tokens": 3, **settings})
 
 
-@pytest.mark.parametrize("kind", [np.array, jnp.array, lambda rows: [np.array(row) for row in rows]])
+@pytest.mark.parametrize("kind", [np.array, jnp.array, lambda sequences: [np.array(sequence) for sequence in sequences]])
 def test_arrays_are_prompts_and_stops(generator, kind):
-    rows = np.random.default_rng(1).integers(0, 98, (5, 40)).tolist()
-    expected = generator.generate(rows, 12)
-    assert generator.generate(kind(rows), np.int64(12), stop_ids=None) == expected
+    sequences = np.random.default_rng(1).integers(0, 98, (5, 40)).tolist()
+    expected = generator.generate(sequences, 12)
+    assert generator.generate(kind(sequences), np.int64(12), stop_ids=None) == expected
     stops = [expected[0].token_ids[2], expected[1].token_ids[4], expected[2].token_ids[6]]
-    stopped = generator.generate(kind(rows), 12, stop_ids=np.array(stops))
-    assert stopped == generator.generate(rows, 12, stop_ids=stops) != expected
+    stopped = generator.generate(kind(sequences), 12, stop_ids=np.array(stops))
+    assert stopped == generator.generate(sequences, 12, stop_ids=stops) != expected
 
 
 def test_a_prefix_of_another_model_is_refused(generator):
@@ -354,9 +354,9 @@ def test_a_prefix_of_another_model_is_refused(generator):
 
 
 def test_settings_that_do_not_fit(generator):
-    with pytest.raises(InputError, match=r"sampling.*1 rows.*2 rows"):
+    with pytest.raises(InputError, match=r"sampling.*1 sequences.*2 sequences"):
         generator.generate([[1], [2]], 3, make_sampling(1, 1.0))
-    with pytest.raises(InputError, match=r"sampling.*3 rows.*2 rows"):
+    with pytest.raises(InputError, match=r"sampling.*3 sequences.*2 sequences"):
         generator.generate([[1], [2]], 3, make_sampling(3, 1.0))
     with pytest.raises(InputError, match="chunk: 0 given"):
         list(generator.stream([[1]], 3, chunk=0))
@@ -368,8 +368,8 @@ def test_no_prompts_no_tokens(generator):
 
 @pytest.mark.parametrize("new", [0, 1, 2])
 def test_few_new_tokens(generator, new):
-    (row,) = generator.generate(PROMPTS[1:2], new)
-    assert (len(row.token_ids), row.stop_reason) == (new, "length")
+    (sequence,) = generator.generate(PROMPTS[1:2], new)
+    assert (len(sequence.token_ids), sequence.stop_reason) == (new, "length")
 
 
 def test_stop_reason():

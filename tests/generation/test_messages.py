@@ -45,7 +45,7 @@ CASES = [
     (lambda: llama_jax.Generator(STACKED, CONFIG, scan=True), "option scan given; stacked or unrolled parameters say it"),
     (lambda: llama_jax.logits({"params": STACKED}, TOKENS, CONFIG), "params: a tree of params given; .* load"),
     (lambda: to_nnx()(TOKENS), r"no parameters given; .* after ToNNX\(...\) first .lazy_init\(tokens\)"),
-    (lambda: rollout(llama_jax.make_sampling(1)), r"sampling for 1 rows given .* make_sampling\(2, ...\)"),
+    (lambda: rollout(llama_jax.make_sampling(1)), r"sampling for 1 sequences given .* make_sampling\(2, ...\)"),
     (lambda: rollout(llama_jax.make_sampling(2), jnp.asarray([4, 4])), r"lengths of shape \[2\] given for 1 prompts"),
 ]  # fmt: skip
 

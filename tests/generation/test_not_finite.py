@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite end in an error that names the row and the token, and nothing is sampled from them."""
+"""Logits that are NaN or infinite end in an error that names the sequence and the token, and nothing is sampled from them."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.weights.load import load
 
 CONFIG = dataclasses.replace(TINY, layers=1)
-BAD = 96  # a token whose embedding is NaN: a row is sound until it comes
-MESSAGE = "row {}: logits that are NaN or infinite computed for new token {}, finite numbers expected; check the weights"
+BAD = 96  # a token whose embedding is NaN: a sequence is sound until it comes
+MESSAGE = "sequence {}: logits that are NaN or infinite computed for new token {}, finite numbers expected; check the weights"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def damaged():
     return Generator({**params, "embedding": params["embedding"].at[BAD].set(jnp.nan)}, CONFIG)
 
 
-def towards_bad(rows: int = 2):
-    """Sampling whose every token is the one with the NaN, in the last row."""
-    return make_sampling(rows, logit_bias=[*[{BAD: -1e4}] * (rows - 1), {BAD: 1e4}])
+def towards_bad(sequences: int = 2):
+    """Sampling whose every token is the one with the NaN, in the last sequence."""
+    return make_sampling(sequences, logit_bias=[*[{BAD: -1e4}] * (sequences - 1), {BAD: 1e4}])
 
 
 def test_finite_looks_at_the_largest():
@@ -46,12 +46,12 @@ def test_finite_looks_at_the_largest():
 def test_a_prompt_is_named(damaged):
     with pytest.raises(NotFiniteError, match=MESSAGE.format(2, 1)) as caught:
         damaged.generate([[1, 2], [3, BAD, 4]], 5)
-    assert caught.value.row == 1
+    assert caught.value.sequence == 1
 
 
 @pytest.mark.parametrize("speculation", [None, Speculation(2)], ids=["plain", "speculation"])
 def test_tokens_before_it_are_given(damaged, speculation):
-    """The first token is the bad one, the second cannot be known; the other row is sound."""
+    """The first token is the bad one, the second cannot be known; the other sequence is sound."""
     session = damaged.start([[1, 2], [3, 4]], 5, towards_bad(), speculation=speculation)
     given: list[list[int]] = [[], []]
 
@@ -67,10 +67,10 @@ def test_tokens_before_it_are_given(damaged, speculation):
     assert len(given[0]) > 1
 
 
-def test_a_row_that_had_ended_is_no_error(damaged):
+def test_a_sequence_that_had_ended_is_no_error(damaged):
     session = damaged.start([[1, 2], [3, 4]], 5, towards_bad())
     session.finish(1)
-    assert [len(session.tokens(row).token_ids) for _ in session.stream(4) for row in (0,)][-1] == 5
+    assert [len(session.tokens(sequence).token_ids) for _ in session.stream(4) for sequence in (0,)][-1] == 5
 
 
 def test_inside_of_a_larger_program(damaged):
@@ -97,7 +97,7 @@ def tiny(tiny_directory):
 
 
 def test_texts_and_conversations(tiny):
-    words = "row 1: logits that are NaN or infinite computed for new token 1"
+    words = "sequence 1: logits that are NaN or infinite computed for new token 1"
     generator = Generator(tiny.params, tiny.config)
     for ask in (
         lambda: generate(tiny, ["The cat"], generator=generator),

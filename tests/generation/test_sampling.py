@@ -1,4 +1,4 @@
-"""Sampling: which tokens may be drawn and how often, against float64; rows that know nothing of each other."""
+"""Sampling: which tokens may be drawn and how often, against float64; sequences that know nothing of each other."""
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,11 @@ def test_restrict_equals_the_definitions(vocab):
     restricted = np.asarray(_restrict(logits, settings(MIXTURE)))
     got = np.exp(restricted - restricted.max(-1, keepdims=True))
     got /= got.sum(-1, keepdims=True)
-    for row, setting in enumerate(MIXTURE):
-        expected = distribution(logits[row], *setting)
+    for sequence, setting in enumerate(MIXTURE):
+        expected = distribution(logits[sequence], *setting)
         if vocab < 1000:  # in a large vocabulary neighbours may lie closer than float32 tells apart
-            assert np.flatnonzero(np.isfinite(restricted[row])).tolist() == sorted(kept(logits[row], *setting)), setting
-        np.testing.assert_allclose(got[row], expected, atol=2e-6, rtol=1e-4, err_msg=str(setting))
+            assert np.flatnonzero(np.isfinite(restricted[sequence])).tolist() == sorted(kept(logits[sequence], *setting)), setting
+        np.testing.assert_allclose(got[sequence], expected, atol=2e-6, rtol=1e-4, err_msg=str(setting))
 
 
 def test_top_p_of_1_keeps_every_token():
@@ -108,7 +108,7 @@ def test_neighbouring_draws_are_independent(seed, position):
 
 
 def test_mixed_batch():
-    """Greedy rows take the most probable token, sampled rows draw as they would in any other batch."""
+    """Greedy sequences take the most probable token, sampled sequences draw as they would in any other batch."""
     logits = np.random.default_rng(1).normal(size=(6, 50)).astype(np.float32)
     positions = np.arange(6, dtype=np.int32)
     mixed = _sample(logits, make_sampling(6, [0.0, 1.0] * 3, seed=list(range(6))), positions)
@@ -122,32 +122,32 @@ def keys(*args, **settings) -> list:
     return jax.random.key_data(make_sampling(*args, **settings).key).tolist()
 
 
-def folded(key, row: int) -> list[int]:
-    return jax.random.key_data(jax.random.fold_in(key, row)).tolist()
+def folded(key, sequence: int) -> list[int]:
+    return jax.random.key_data(jax.random.fold_in(key, sequence)).tolist()
 
 
-def test_keys_of_rows_are_jax_fold_in():
+def test_keys_of_sequences_are_jax_fold_in():
     five, nine = jax.random.key(5), jax.random.key(9)
-    assert keys(3, seed=5) == keys(3, seed=five) == keys(3, seed=np.int64(5)) == [folded(five, row) for row in range(3)]
+    assert keys(3, seed=5) == keys(3, seed=five) == keys(3, seed=np.int64(5)) == [folded(five, sequence) for sequence in range(3)]
     assert keys(2, seed=[5, 9]) == [folded(five, 0), folded(nine, 0)]  # each as it would be alone
     assert keys(2, seed=jnp.stack([five, nine])) == [jax.random.key_data(key).tolist() for key in (five, nine)]
 
 
-def test_no_row_of_one_seed_is_a_row_of_another():
+def test_no_sequence_of_one_seed_is_a_sequence_of_another():
     """A rollout of four samples a step with the step as its seed: two hundred different texts, not 53."""
     together = np.concatenate([keys(4, seed=step) for step in range(50)])
     assert len(np.unique(together, axis=0)) == 200
 
 
 def test_a_seed_or_a_key_may_be_traced():
-    """Row by row the keys of a call outside of `jit`, without a compilation for each seed."""
+    """Row by sequence the keys of a call outside of `jit`, without a compilation for each seed."""
     compiled = jax.jit(lambda seed: make_sampling(3, 1.0, seed=seed).key)
     for seed in (5, 6):
         got = [jax.random.key_data(compiled(given)).tolist() for given in (seed, jax.random.key(seed))]
         assert got == [keys(3, seed=seed)] * 2
     assert jax.random.key_data(compiled(jnp.asarray([4, 5, 6]))).tolist() == keys(3, seed=[4, 5, 6])
     assert compiled._cache_size() == 3
-    for bad, words in ((jnp.zeros(2, jnp.int32), r"shape \[2\] given for 3 rows"), (0.5, "traced numbers of float32 given")):
+    for bad, words in ((jnp.zeros(2, jnp.int32), r"shape \[2\] given for 3 sequences"), (0.5, "traced numbers of float32 given")):
         with pytest.raises(InputError, match=f"^seed: {words}[^\n]*expected"):
             compiled(bad)
 
@@ -171,7 +171,7 @@ def test_bad_settings_are_named(setting, value):
 
 @pytest.mark.parity
 def test_every_step_equals_transformers():
-    """Bias, penalties, temperature, top-k, top-p and min-p of rows with settings of their own, in transformers' order."""
+    """Bias, penalties, temperature, top-k, top-p and min-p of sequences with settings of their own, in transformers' order."""
     torch = pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
     from transformers.generation import logits_process as peer
 
@@ -180,23 +180,23 @@ def test_every_step_equals_transformers():
         ({}, 1.0, 1.0, 0, 1.0, 0.1), ({3: 4.0, 7: -2.5}, 1.4, 0.7, 0, 1.0, 0.0), ({5: 1.0}, 0.8, 1.3, 20, 0.9, 0.05),
         ({}, 1.2, 0.9, 0, 0.6, 0.0), ({119: -100.0}, 1.0, 2.0, 7, 1.0, 0.3), ({}, 1.0, 1.0, 0, 1.0, 1.0),
     ]  # fmt: skip
-    rows = len(settings)
-    logits = rng.normal(0, 3, (rows, vocab)).astype(np.float32)
-    prompts, lengths = rng.integers(0, vocab, (rows, 9)), np.asarray([9, 4, 7, 9, 1, 5])
-    answers = rng.integers(0, vocab, (rows, 6))
+    sequences = len(settings)
+    logits = rng.normal(0, 3, (sequences, vocab)).astype(np.float32)
+    prompts, lengths = rng.integers(0, vocab, (sequences, 9)), np.asarray([9, 4, 7, 9, 1, 5])
+    answers = rng.integers(0, vocab, (sequences, 6))
     bias, repetition, temperature, top_k, top_p, min_p = (list(column) for column in zip(*settings))
-    sampling = make_sampling(rows, temperature, top_k, top_p, min_p, repetition_penalty=repetition, logit_bias=bias)
+    sampling = make_sampling(sequences, temperature, top_k, top_p, min_p, repetition_penalty=repetition, logit_bias=bias)
 
     @jax.jit
     def run(logits, sampling, prompts, lengths, answers):
         history = begin_history(prompts, lengths, vocab)
         for at in range(answers.shape[1]):
-            history = remember(history, answers[:, at], jnp.ones(rows, bool))
+            history = remember(history, answers[:, at], jnp.ones(sequences, bool))
         return jax.nn.softmax(restrict(adjust(logits, sampling, history), sampling))
 
     got = np.asarray(run(logits, sampling, prompts, lengths, answers))
-    for row, setting in enumerate(settings):
-        ids = torch.tensor([[*prompts[row, : lengths[row]], *answers[row]]])
+    for sequence, setting in enumerate(settings):
+        ids = torch.tensor([[*prompts[sequence, : lengths[sequence]], *answers[sequence]]])
         biases = {(token,): value for token, value in setting[0].items()}
         processors = [
             *([peer.SequenceBiasLogitsProcessor(biases)] if biases else []),
@@ -204,10 +204,10 @@ def test_every_step_equals_transformers():
             *([peer.TopKLogitsWarper(setting[3])] if setting[3] else []), peer.TopPLogitsWarper(setting[4]),
             peer.MinPLogitsWarper(setting[5]),
         ]  # fmt: skip
-        scores = torch.tensor(logits[row : row + 1])
+        scores = torch.tensor(logits[sequence : sequence + 1])
         for processor in processors:
             scores = processor(ids, scores)
-        np.testing.assert_allclose(got[row], torch.softmax(scores, -1)[0].numpy(), atol=1e-6, err_msg=str(setting))
+        np.testing.assert_allclose(got[sequence], torch.softmax(scores, -1)[0].numpy(), atol=1e-6, err_msg=str(setting))
 
 
 def test_presence_and_frequency():

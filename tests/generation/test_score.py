@@ -42,7 +42,7 @@ def test_scores_equal_the_full_pass(generator, monkeypatch, batch_size):
 
 def test_what_greedy_decoding_writes_is_greedy(generator):
     prompts = [prompt for prompt, _ in PAIRS]
-    written = [row.token_ids for row in generator.generate(prompts, 12)]
+    written = [sequence.token_ids for sequence in generator.generate(prompts, 12)]
     assert all(result.greedy for result in score_tokens(generator, prompts, written))
     other = [[*tokens[:-1], (tokens[-1] + 1) % 97] for tokens in written]
     assert not any(result.greedy for result in score_tokens(generator, prompts, other))

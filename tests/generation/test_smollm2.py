@@ -33,7 +33,7 @@ def ours(smollm2_model, prompts):
     params, config = smollm2_model.params, smollm2_model.config
     unrolled, stacked = Generator(params, config), Generator(stack(params), config)
     short, long = prompts
-    return [row.token_ids for row in (*unrolled.generate(short, NEW), *stacked.generate([long], NEW))]
+    return [sequence.token_ids for sequence in (*unrolled.generate(short, NEW), *stacked.generate([long], NEW))]
 
 
 @pytest.mark.parity

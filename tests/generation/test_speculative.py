@@ -35,20 +35,20 @@ def drafts():
     pytest.param("look-up", 1, marks=pytest.mark.slow), ("look-up", 4), ("stranger", 3), ("near", 4), ("itself", 4),
 ])  # fmt: skip
 def test_greedy_text_is_the_same(generator, kind, tokens):
-    """With stop tokens of two rows, limits and log-probabilities; at temperature 0 exactly. Good proposals save passes."""
+    """With stop tokens of two sequences, limits and log-probabilities; at temperature 0 exactly. Good proposals save passes."""
     stops = [[60], [77], [], []]
     speculation = Speculation(tokens, drafts()[kind])
     session = generator.start(PROMPTS, 70, stop_ids=stops, logprobs=2, speculation=speculation)
     steps = sum(1 for _ in session.stream(1))
-    rows = [session.tokens(row) for row in range(4)]
-    assert [len(row.token_ids) for row in rows] == [6, 57, 70, 70]
-    assert [row.stop_reason for row in rows] == ["stop", "stop", "length", "length"]
-    for prompt, row, stop in zip(PROMPTS, rows, stops):
-        every = float64_logprobs(PARAMS, prompt + row.token_ids, CONFIG)[len(prompt) - 1 : -1]
-        assert row.token_ids == every.argmax(-1).tolist()
-        assert not set(stop) & set(row.token_ids[:-1])
-        np.testing.assert_allclose(row.logprobs, every[np.arange(len(every)), row.token_ids], atol=1e-4)
-        assert [[token for token, _ in best] for best in row.top_logprobs] == np.argsort(-every)[:, :2].tolist()
+    sequences = [session.tokens(sequence) for sequence in range(4)]
+    assert [len(sequence.token_ids) for sequence in sequences] == [6, 57, 70, 70]
+    assert [sequence.stop_reason for sequence in sequences] == ["stop", "stop", "length", "length"]
+    for prompt, sequence, stop in zip(PROMPTS, sequences, stops):
+        every = float64_logprobs(PARAMS, prompt + sequence.token_ids, CONFIG)[len(prompt) - 1 : -1]
+        assert sequence.token_ids == every.argmax(-1).tolist()
+        assert not set(stop) & set(sequence.token_ids[:-1])
+        np.testing.assert_allclose(sequence.logprobs, every[np.arange(len(every)), sequence.token_ids], atol=1e-4)
+        assert [[token for token, _ in best] for best in sequence.top_logprobs] == np.argsort(-every)[:, :2].tolist()
     # Without speculation a pass a token, and one to see that all is done; the model itself is never wrong about the next five.
     assert steps <= (70 / 5 + 3 if kind == "itself" else 71)
 
@@ -72,7 +72,7 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 4, 1.0), (1.3, 0, 0.8)])
 @pytest.mark.parametrize("kind", ["drawn", "one"])
 def test_the_first_token_is_distributed_as_without(kind, temperature, top_k, top_p):
-    """Proposals from another distribution, or always the same: the frequencies of what is drawn are the model's own."""
+    """DraftState from another distribution, or always the same: the frequencies of what is drawn are the model's own."""
     draws = 20_000
     logits, guess = RNG.normal(0, 1.5, (2, V)), RNG.normal(0, 1.5, V)
     sampling = make_sampling(draws, temperature, top_k, top_p, seed=list(range(draws)))
@@ -99,7 +99,7 @@ def test_the_first_token_is_distributed_as_without(kind, temperature, top_k, top
 
 def test_texts_are_distributed_as_without():
     """Four tokens of the real loop at temperature 1, with a draft that is near: how often each triple, by its probability."""
-    config, rows = dataclasses.replace(CONFIG, vocab_size=5, layers=1), 2000
+    config, sequences = dataclasses.replace(CONFIG, vocab_size=5, layers=1), 2000
     params = unrolled_parameters(config, std=0.4)
     texts = np.asarray(list(itertools.product(range(5), repeat=4)))
     behind = np.concatenate([np.tile([1, 2], (len(texts), 1)), texts], axis=1)
@@ -111,18 +111,18 @@ def test_texts_are_distributed_as_without():
     near = Generator(jax.tree.map(lambda x: np.asarray(x) * np.float32(0.9), params), config)
     model = Generator(params, config)
     for seed, speculation in ((5000, Speculation(2, near)), (9000, Speculation(2))):
-        texts = model.generate([[1, 2]], 4, make_sampling(rows, 1.0, seed=seed), samples=rows, speculation=speculation)
-        last = np.asarray([row.token_ids for row in texts])
-        found = np.bincount(last[:, 1] * 25 + last[:, 2] * 5 + last[:, 3], minlength=125) / rows
-        assert (np.abs(found - p) <= 4.5 * np.sqrt(p / rows) + 2 / rows).all()
+        texts = model.generate([[1, 2]], 4, make_sampling(sequences, 1.0, seed=seed), samples=sequences, speculation=speculation)
+        last = np.asarray([sequence.token_ids for sequence in texts])
+        found = np.bincount(last[:, 1] * 25 + last[:, 2] * 5 + last[:, 3], minlength=125) / sequences
+        assert (np.abs(found - p) <= 4.5 * np.sqrt(p / sequences) + 2 / sequences).all()
         assert np.abs(found - p).sum() < 0.25
 
 
 def test_look_up():
     """The latest of the longest matches; a repetition goes on; nothing found proposes something all the same."""
-    rows = [[1, 2, 3, 9, 1, 2, 3, 0, 0, 0], [7, 7, 7, 0, 0, 0, 0, 0, 0, 0], [1, 2, 1, 2, 1, 0, 0, 0, 0, 0],
+    sequences = [[1, 2, 3, 9, 1, 2, 3, 0, 0, 0], [7, 7, 7, 0, 0, 0, 0, 0, 0, 0], [1, 2, 1, 2, 1, 0, 0, 0, 0, 0],
             [5, 1, 2, 8, 3, 2, 4, 1, 2, 0], [1, 2, 3, 4, 5, 6, 0, 0, 0, 0]]  # fmt: skip
-    found = jax.jit(look_up, static_argnums=2)(np.asarray(rows), np.asarray([6, 2, 4, 8, 5]), 4)
+    found = jax.jit(look_up, static_argnums=2)(np.asarray(sequences), np.asarray([6, 2, 4, 8, 5]), 4)
     assert found[:4].tolist() == [[9, 1, 2, 3], [7, 7, 7, 7], [2, 1, 2, 1], [8, 3, 2, 4]]
 
 

@@ -11,8 +11,8 @@ from support import shallow
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import check_texts
 from llama_jax.generation.generate import Generator
-from llama_jax.generation.sampling import make_sampling, row_keys
-from llama_jax.generation.session import NewTokens
+from llama_jax.generation.sampling import make_sampling, sequence_keys
+from llama_jax.generation.session import TokenChunk
 from llama_jax.generation.text import Completion, _Row, encode_user, generate, stream
 from llama_jax.weights.load import Pretrained, load
 
@@ -34,9 +34,9 @@ def completions(tiny) -> list[Completion]:
 def test_completions_are_the_decoded_ids(tiny, completions):
     prompts = [tiny.tokenizer.encode(prompt) for prompt in PROMPTS]
     expected = Generator(tiny.params, tiny.config).generate(prompts, 30, make_sampling(3, 1.0, seed=4), tiny.stop_ids)
-    for completion, text, prompt, row in zip(completions, PROMPTS, prompts, expected):
+    for completion, text, prompt, sequence in zip(completions, PROMPTS, prompts, expected):
         assert completion == Completion(
-            text, tiny.tokenizer.decode(row.token_ids), row.token_ids, row.stop_reason, len(prompt), len(row.token_ids)
+            text, tiny.tokenizer.decode(sequence.token_ids), sequence.token_ids, sequence.stop_reason, len(prompt), len(sequence.token_ids)
         )
     assert any("\ufffd" in completion.text for completion in completions)  # noise: some bytes are no characters
 
@@ -44,8 +44,8 @@ def test_completions_are_the_decoded_ids(tiny, completions):
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_pieces_make_up_the_completions(tiny, completions, chunk):
     pieces = list(stream(tiny, PROMPTS, max_new_tokens=30, temperature=1.0, seed=4, chunk=chunk))
-    for row, completion in enumerate(completions):
-        own = [piece for piece in pieces if piece.row == row]
+    for sequence, completion in enumerate(completions):
+        own = [piece for piece in pieces if piece.sequence == sequence]
         assert [piece.completion for piece in own] == [None] * (len(own) - 1) + [completion]
         assert "".join(piece.text for piece in own) == completion.text
         assert sum(piece.tokens for piece in own) == completion.new_tokens
@@ -53,19 +53,19 @@ def test_pieces_make_up_the_completions(tiny, completions, chunk):
 
 
 def test_settings_per_prompt(tiny, completions):
-    """A row's settings and seed are its own."""
-    settings = {"temperature": [0.0, 1.0, 1.0], "top_k": [0, 0, 1], "seed": row_keys(4, 3)[np.array([2, 1, 0])]}
+    """A sequence's settings and seed are its own."""
+    settings = {"temperature": [0.0, 1.0, 1.0], "top_k": [0, 0, 1], "seed": sequence_keys(4, 3)[np.array([2, 1, 0])]}
     got = generate(tiny, PROMPTS, max_new_tokens=30, **settings)
     greedy = generate(tiny, PROMPTS, max_new_tokens=30)
-    assert [row.token_ids for row in got] == [greedy[0].token_ids, completions[1].token_ids, greedy[2].token_ids]
+    assert [sequence.token_ids for sequence in got] == [greedy[0].token_ids, completions[1].token_ids, greedy[2].token_ids]
     assert greedy[1].token_ids != completions[1].token_ids
 
 
-def test_each_row_has_its_own_limit(tiny, completions):
+def test_each_sequence_has_its_own_limit(tiny, completions):
     """Samples of a prompt too, and beside a limit that the context sets."""
     got = generate(tiny, PROMPTS, max_new_tokens=[4, 30, 0], temperature=1.0, seed=4)
-    assert [row.token_ids for row in got] == [row.token_ids[:limit] for row, limit in zip(completions, (4, 30, 0))]
-    assert [row.new_tokens for row in generate(tiny, ["a"], samples=2, max_new_tokens=[2, 1])] == [2, 1]
+    assert [sequence.token_ids for sequence in got] == [sequence.token_ids[:limit] for sequence, limit in zip(completions, (4, 30, 0))]
+    assert [sequence.new_tokens for sequence in generate(tiny, ["a"], samples=2, max_new_tokens=[2, 1])] == [2, 1]
 
 
 def test_chat_goes_through_the_template(tiny):
@@ -91,15 +91,15 @@ def test_a_prompt_that_fills_the_context(tiny):
     ("a", {"top_k": -1}, "top_k: -1"),
     ("a", {"top_p": 2.0}, "top_p: 2.0"),
     ("a", {"seed": -1}, "seed: -1"),
-    ("a", {"temperature": [1.0, 1.0]}, "temperature: 2 values given for 1 rows"),
+    ("a", {"temperature": [1.0, 1.0]}, "temperature: 2 values given for 1 sequences"),
     ("a\udc80", {}, "surrogate"),
     ("a", {"dtype": "int8"}, "dtype 'int8'"),
     ("a", {"attention": "flash"}, "attention backend 'flash'"),
     ("a", {"tempreature": 1}, "setting 'tempreature' is unknown; the nearest is temperature"),
     ("a", {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
-    ("a", {"max_new_tokens": [3, 4]}, "max_new_tokens: 2 values given for 1 rows; one for all or one a row expected"),
+    ("a", {"max_new_tokens": [3, 4]}, "max_new_tokens: 2 values given for 1 sequences; one for all or one a sequence expected"),
     ("a", {"stop": 3}, "stop: 3 given; texts that end an answer expected"),
-    ("a", {"stop": [["a", 3]]}, "stop: .* one list a row expected"),
+    ("a", {"stop": [["a", 3]]}, "stop: .* one list a sequence expected"),
     ("a", {"logprobs": 1000}, "logprobs: 1000 given; 0 to 100 expected"),
 ])  # fmt: skip
 def test_what_cannot_be_done(tiny, prompt, settings, words):
@@ -146,10 +146,10 @@ def test_the_work_of_a_long_answer_grows_with_its_length_alone(tiny):
 
     def seconds(pieces: int) -> float:
         def once() -> float:
-            row, started = _Row(tiny.tokenizer, "a", [1], ["zzz"], []), time.process_time()
+            sequence, started = _Row(tiny.tokenizer, "a", [1], ["zzz"], []), time.process_time()
             for _ in range(pieces):
-                row.take(NewTokens([70, 71], [-1.0, -2.0]), 10**9)
-            assert len(row.completion().token_ids) == 2 * pieces == row.count
+                sequence.take(TokenChunk([70, 71], [-1.0, -2.0]), 10**9)
+            assert len(sequence.completion().token_ids) == 2 * pieces == sequence.count
             return time.process_time() - started
 
         return min(once() for _ in range(3))

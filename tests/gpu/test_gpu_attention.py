@@ -1,4 +1,4 @@
-"""cuDNN's attention on a GPU against float64 written out, forward and backward: whole rows, documents, prompts of a cache."""
+"""cuDNN's attention on a GPU against float64 written out, forward and backward: whole sequences, documents, prompts of a cache."""
 
 import dataclasses
 
@@ -26,19 +26,19 @@ def draw(length, width, heads=8, kv_heads=2, batch=2, seed=0):
 
 
 def documents(kind, batch, length, rng=None):
-    """Document numbers of packed rows."""
+    """Document numbers of packed sequences."""
     rng = np.random.default_rng(1) if rng is None else rng
     if kind == "one":
         return np.ones((batch, length), np.int32)
     if kind == "two places":  # a document goes on behind another
         return np.tile(np.repeat([1, 2, 1], [length // 4, length // 4, length - length // 2]), (batch, 1)).astype(np.int32)
     count = {"few": 5, "uneven": 2, "too many": length // 4}[kind]
-    rows = [np.sort(rng.integers(1, count + 1, length)) for _ in range(batch)]
-    rows = np.stack(rows).astype(np.int32)
-    if kind == "uneven":  # rows with one document and with many, and padding behind the last one
-        rows[0] = 1
-        rows[1, -7:] = 0
-    return rows
+    sequences = [np.sort(rng.integers(1, count + 1, length)) for _ in range(batch)]
+    sequences = np.stack(sequences).astype(np.int32)
+    if kind == "uneven":  # sequences with one document and with many, and padding behind the last one
+        sequences[0] = 1
+        sequences[1, -7:] = 0
+    return sequences
 
 
 def error(ours, theirs):
@@ -53,7 +53,7 @@ def check(run, arrays, seen):
 
 
 @pytest.mark.parametrize(("length", "width"), [(512, 64), (1024, 128), (1000, 64)])
-def test_whole_rows_equal_float64(length, width):
+def test_whole_sequences_equal_float64(length, width):
     arrays = draw(length, width)
     check(lambda q, k, v: cudnn_attention(q, k, v, None, TRAINING), arrays, seen_by(np.arange(length), None))
 
@@ -67,7 +67,7 @@ def test_documents_equal_float64(length, width, kind):
 
 
 @pytest.mark.parametrize("mask", MASKS[:4])
-def test_the_row_of_the_table_is_right(mask):
+def test_the_sequence_of_the_table_is_right(mask):
     """`tests/model/test_conformance.py` shows it."""
     assert ROWS["cudnn"][MASKS.index(mask)] == EQUAL
     arrays, numbers = draw(LENGTH, 128), documents_of(mask)

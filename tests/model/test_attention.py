@@ -12,7 +12,7 @@ from matrix import ALL, matrix
 
 from llama_jax.errors import InputError
 from llama_jax.model.attention import BACKENDS, Mask, attend, choose_backend
-from llama_jax.model.blockwise import chunked_attention
+from llama_jax.model.blockwise import blockwise_attention
 
 HEADS = [pytest.param((4, 4), id="mha"), pytest.param((6, 2), id="gqa"), pytest.param((4, 1), id="mqa")]
 
@@ -52,7 +52,7 @@ def seen_by(mask, causal, batch, queries, keys):
 
 
 def run_chunked(q, k, v, mask, causal):
-    return chunked_attention(q, k, v, mask, causal, 8)
+    return blockwise_attention(q, k, v, mask, causal, 8)
 
 
 @functools.partial(jax.jit, static_argnums=5)

@@ -1,4 +1,4 @@
-"""The cache: growing, taking rows, and 8-bit keys and values against their dequantised selves."""
+"""The cache: growing, taking sequences, and 8-bit keys and values against their dequantised selves."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from support import TINY, float64_logits, random_parameters, random_tokens, unro
 from llama_jax.errors import InputError
 from llama_jax.generation.decode import decode, prefill
 from llama_jax.model.attention import Mask, Scales, attend
-from llama_jax.model.cache import Cache, _write_at_once, _write_in_turn, append, grow, init_cache, quantise_heads, take_rows
+from llama_jax.model.cache import Cache, _write_at_once, _write_in_turn, append, grow, init_cache, quantise_heads, take_sequences
 from llama_jax.model.llama import model_for
 from llama_jax.model.options import ModelOptions
 
@@ -48,7 +48,7 @@ def layer(cache: Cache, i: int):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_rows_are_taken_and_slots_added(dtype, scan):
     cache = any_cache(dtype, scan)
-    wide = jax.jit(lambda cache, rows: take_rows(grow(cache, 20), rows))(cache, np.asarray([2, 1, 1, 0]))
+    wide = jax.jit(lambda cache, sequences: take_sequences(grow(cache, 20), sequences))(cache, np.asarray([2, 1, 1, 0]))
     assert wide.slots == 20
     assert wide.lengths.tolist() == [1, 9, 9, 5]
     assert jax.tree.structure(wide) == jax.tree.structure(cache)
@@ -61,13 +61,13 @@ def test_rows_are_taken_and_slots_added(dtype, scan):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_decoding_goes_on_after_growing(dtype):
-    """A row moved into a larger cache gives the logits that it gave at home."""
+    """A sequence moved into a larger cache gives the logits that it gave at home."""
     model, params, cache = filled(dtype, scan=False)
     token, order = np.asarray([3, 4, 5], np.int32), np.asarray([1, 0])
 
     @jax.jit
     def both(params, cache, token, order):
-        moved = take_rows(grow(cache, 24), order)
+        moved = take_sequences(grow(cache, 24), order)
         return decode(model, params, token, cache)[0], *decode(model, params, token[order], moved)
 
     expected, got, after = both(params, cache, token, order)
@@ -105,17 +105,17 @@ def test_integer_attention_equals_attention_on_dequantised_keys_and_values(backe
 
 @pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
 def test_ragged_decoding_with_an_integer_cache(scan):
-    """Rows of unequal length, token by token: near the logits of whole rows without a cache, in float64."""
+    """Rows of unequal length, token by token: near the logits of whole sequences without a cache, in float64."""
     model, params, cache = filled("int8", scan)
     tokens, more = (np.asarray(random_tokens(CONFIG, *how)) for how in (((3, 9),), ((3, 4), 7)))
     step = jax.jit(lambda token, cache: decode(model, params, token, cache))
     for i in range(more.shape[1]):
         got, cache = step(more[:, i], cache)
-    for row, length in enumerate(LENGTHS.tolist()):
-        whole = np.concatenate([tokens[row, :length], more[row]])[None]
+    for sequence, length in enumerate(LENGTHS.tolist()):
+        whole = np.concatenate([tokens[sequence, :length], more[sequence]])[None]
         expected = float64_logits(params, whole, CONFIG)[0, -1]
         # More than float32 would be off, or there were no integers.
-        assert 1e-4 * np.abs(expected).max() < np.abs(np.asarray(got)[row] - expected).max() < 0.02 * np.abs(expected).max()
+        assert 1e-4 * np.abs(expected).max() < np.abs(np.asarray(got)[sequence] - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_bytes_of_the_cache():
@@ -131,12 +131,12 @@ def test_appending_touches_the_new_slots_only():
     cache = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), empty)
     new = np.full((2, TINY.kv_heads, 2, TINY.head_dim), 2.54, np.float32)
     after = jax.tree.map(np.asarray, jax.jit(append)(cache, new, -new, np.asarray([0, 5])))
-    for row, at in ((0, 0), (1, 5)):
+    for sequence, at in ((0, 0), (1, 5)):
         touched = np.isin(np.arange(8), [at, at + 1])
-        assert (after.keys[row][:, touched] == 127).all()
-        assert (after.values[row][:, touched] == -127).all()
-        np.testing.assert_allclose(after.key_scales[row][:, touched], 0.02, rtol=1e-6)
-        assert all((array[row][:, ~touched] == 1).all() for array in after)
+        assert (after.keys[sequence][:, touched] == 127).all()
+        assert (after.values[sequence][:, touched] == -127).all()
+        np.testing.assert_allclose(after.key_scales[sequence][:, touched], 0.02, rtol=1e-6)
+        assert all((array[sequence][:, ~touched] == 1).all() for array in after)
 
 
 def test_cache_dtype_follows_the_activations_unless_named():
@@ -147,8 +147,8 @@ def test_cache_dtype_follows_the_activations_unless_named():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_the_two_ways_to_write_rows_write_the_same(dtype):
-    """GPUs write all rows at once, others in turn; rows of unequal length, several tokens."""
+def test_the_two_ways_to_write_sequences_write_the_same(dtype):
+    """GPUs write all sequences at once, others in turn; sequences of unequal length, several tokens."""
     cache, rng = jax.eval_shape(lambda: init_cache(TINY, 3, 12, dtype)).layers[0], np.random.default_rng(0)
     lengths = np.asarray([0, 5, 9], np.int32)
     draw = lambda shape, dtype: rng.integers(-9, 9, shape).astype(dtype)  # noqa: E731
@@ -157,5 +157,5 @@ def test_the_two_ways_to_write_rows_write_the_same(dtype):
     ways = jax.jit(lambda *x: (_write_at_once(*x), _write_in_turn(2, *x)))(cache, new, lengths)
     for at_once, in_turn in zip(*map(jax.tree.leaves, ways)):
         np.testing.assert_array_equal(at_once, in_turn)
-        for row, start in enumerate(lengths.tolist()):
-            assert not np.asarray(at_once)[row, :, :start].any()
+        for sequence, start in enumerate(lengths.tolist()):
+            assert not np.asarray(at_once)[sequence, :, :start].any()

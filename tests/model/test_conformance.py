@@ -1,6 +1,6 @@
 """Backends of attention against float64, mask by mask, forward and backward; docs/performance.md shows the same table.
 
-`python tests/model/test_conformance.py` prints the table. Its row of GPUs is checked on one by tests/gpu/test_gpu_attention.py.
+`python tests/model/test_conformance.py` prints the table. Its sequence of GPUs is checked on one by tests/gpu/test_gpu_attention.py.
 """
 
 import functools
@@ -23,7 +23,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, balanced_positions
 
 BATCH, HEADS, KV_HEADS, LENGTH, WIDTH = 2, 4, 2, 512, 64
-MASKS = ("whole rows", "documents", "padding behind", "document in two places", "cache, rows of unequal length", "8-bit cache")
+MASKS = ("whole sequences", "documents", "padding behind", "document in two places", "cache, sequences of unequal length", "8-bit cache")
 EQUAL, REFUSED, AUTO = "equal", "refused", "as auto"
 ROWS = {
     "reference": [EQUAL] * 6,
@@ -43,8 +43,8 @@ WHERE = {
 
 def table() -> str:
     head = ["backend", *MASKS, "where"]
-    rows = [[name, *cells, WHERE.get(name, "CPU")] for name, cells in ROWS.items()]
-    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *[f"| {' | '.join(row)} |" for row in rows]])
+    sequences = [[name, *cells, WHERE.get(name, "CPU")] for name, cells in ROWS.items()]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *[f"| {' | '.join(sequence)} |" for sequence in sequences]])
 
 
 def documents_of(mask: str) -> np.ndarray | None:
@@ -72,12 +72,12 @@ def expected_of(mask: str) -> tuple[np.ndarray, ...]:
 
 
 def over_devices(**options):
-    """Runs rows cut over two devices, in the order of balanced work."""
+    """Runs sequences cut over two devices, in the order of balanced work."""
     order = balanced_positions(LENGTH, 2)
     back = np.argsort(order)
 
     def run(q, k, v, documents):
-        """In the order of the row."""
+        """In the order of the sequence."""
         places, numbers = jnp.asarray(order), None if documents is None else documents[:, order]
         mask = Mask(documents=numbers, positions=places, key_positions=places, key_documents=numbers)
         moved = [x[:, :, order] for x in (q, k, v)]
@@ -148,7 +148,7 @@ def test_tokens_behind_a_cache_equal_float64(backend, mask):
 @pytest.mark.parametrize(
     "options", [{"context_attention": "gathered"}, {"context_attention": "ring"}, {"attention": "splash"}], ids=str
 )
-def test_a_cache_on_devices_that_share_rows_is_refused(options):
+def test_a_cache_on_devices_that_share_sequences_is_refused(options):
     q, k, v, _ = drawn()
     with (
         jax.set_mesh(make_mesh(fsdp=1, context=2, devices=jax.devices()[:2])),

@@ -58,7 +58,7 @@ def test_tokens_in_another_order_are_masked_by_their_positions(order, backend, p
     mask = Mask(documents=documents, positions=positions, key_positions=positions, key_documents=documents)
     run = lambda q, k, v: attend(q, k, v, mask, backend=backend)  # noqa: E731
     if backend == "chunked":
-        run = lambda q, k, v: chunked.chunked_attention(q, k, v, mask, True, 7)  # noqa: E731
+        run = lambda q, k, v: chunked.blockwise_attention(q, k, v, mask, True, 7)  # noqa: E731
     check(run, arrays, seen_by(positions, documents))
 
 
@@ -107,7 +107,7 @@ def test_ring_equals_float64(devices, size):
     ("gathered", "reference"), ("ring", "chunked"), pytest.param("gathered", "chunked", marks=pytest.mark.slow),
     pytest.param("ring", "reference", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_heads_rows_and_length_over_devices_at_once(how, backend):
+def test_heads_sequences_and_length_over_devices_at_once(how, backend):
     """Without positions: tokens in their own order, and no documents."""
     arrays, _ = draw()
     options = ModelOptions(attention=backend, context_attention=how)
@@ -146,7 +146,7 @@ def test_every_device_computes_as_many_blocks(how, passes, monkeypatch):
         """Blocks by device; each holds one chunk."""
         mask = Mask(positions=jnp.asarray(positions), key_positions=jnp.asarray(positions))
         with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:devices], devices)), monkeypatch.context() as patch:
-            patch.setattr("llama_jax.model.attention.chunked_attention", functools.partial(chunked.chunked_attention, size=6))
+            patch.setattr("llama_jax.model.attention.blockwise_attention", functools.partial(chunked.blockwise_attention, size=6))
             total = jax.jit(jax.grad(lambda q, k, v: attend_over_mesh(q, k, v, mask, options).sum(), (0, 1, 2)))
             return computed_blocks(patch, lambda: total(*arrays[:3]))
 
@@ -184,7 +184,7 @@ def test_block_size_parts_a_chunk_evenly(backend, tokens, size):
 
 
 def test_model_goes_by_positions():
-    """Logits of tokens in another order are the logits of the row in that order."""
+    """Logits of tokens in another order are the logits of the sequence in that order."""
     config = dataclasses.replace(TINY, layers=2)
     tokens, order = np.asarray(random_tokens(config, (2, LENGTH))), ORDERS["balanced"]
     params, model, documents = random_parameters(config), Llama(config), draw()[1]
@@ -204,7 +204,7 @@ def test_rows_that_devices_cannot_share_are_refused():
     with jax.set_mesh(make_mesh(1, 1, 2, context=4)):
         with pytest.raises(InputError, match=r"^length: 42 given, a multiple of 4 expected, .* a smaller mesh\n"):
             logits(params, random_tokens(TINY, (2, 42)), TINY)
-        with pytest.raises(InputError, match="a cache was given on a mesh that cuts rows in 4"):
+        with pytest.raises(InputError, match="a cache was given on a mesh that cuts sequences in 4"):
             attend_over_mesh(q, q, q, cached, ModelOptions())
     with pytest.raises(InputError, match="context_attention 'spiral' given; gathered or ring expected"):
         ModelOptions(context_attention="spiral")

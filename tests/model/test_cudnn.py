@@ -23,7 +23,7 @@ def pretend(monkeypatch, capability: float) -> None:
 
 @pytest.fixture
 def present(monkeypatch):
-    """A Hopper GPU, which has the kernel for packed rows."""
+    """A Hopper GPU, which has the kernel for packed sequences."""
     pretend(monkeypatch, 9.0)
     yield
     cudnn._kernel.cache_clear()
@@ -33,17 +33,17 @@ _ranges = jax.jit(cudnn.ranges, static_argnums=1)
 
 
 def test_ranges_are_those_of_a_loop():
-    rows = np.array([[1, 1, 2, 3, 3, 3, 0, 0], [4] * 8, [1, 1, 1, 2, 2, 2, 2, 2]], np.int32)
-    found = _ranges(rows, 5)
+    sequences = np.array([[1, 1, 2, 3, 3, 3, 0, 0], [4] * 8, [1, 1, 1, 2, 2, 2, 2, 2]], np.int32)
+    found = _ranges(sequences, 5)
     assert found.lengths.tolist() == [[2, 1, 3, 2, -1], [8, -1, -1, -1, -1], [3, 5, -1, -1, -1]]
     assert found.offsets.tolist() == [[0, 2, 3, 6, -1, -1], [0, -1, -1, -1, -1, -1], [0, 3, -1, -1, -1, -1]]
     assert found.way == 1
 
 
-@pytest.mark.parametrize(("row", "way"), [([2, 2, 2, 2], 0), ([3, 3, 2, 1], 1), ([1, 2, 3, 4], 2), ([1, 2, 2, 1], 2)])
-def test_rows_go_the_way_that_takes_them(row, way):
-    """One document, up to three, four, one in two places; a second row has one."""
-    assert _ranges(np.asarray([row, [1] * 4], np.int32), 3).way == way
+@pytest.mark.parametrize(("sequence", "way"), [([2, 2, 2, 2], 0), ([3, 3, 2, 1], 1), ([1, 2, 3, 4], 2), ([1, 2, 2, 1], 2)])
+def test_rows_go_the_way_that_takes_them(sequence, way):
+    """One document, up to three, four, one in two places; a second sequence has one."""
+    assert _ranges(np.asarray([sequence, [1] * 4], np.int32), 3).way == way
 
 
 def lowered(documents):
@@ -57,7 +57,7 @@ def lowered(documents):
     return program.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_whole_rows_run_each_kernel_once(present):
+def test_whole_sequences_run_each_kernel_once(present):
     text = lowered(None)
     assert text.count("__cudnn$fmhaSoftmax(") == text.count("__cudnn$fmhaSoftmaxBackward") == 1
     assert "PADDING_CAUSAL" not in text
@@ -83,7 +83,7 @@ def test_gpus_before_hopper_take_documents_in_blocks(present, monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 def test_kept_statistics_save_the_kernel_from_running_again(present, kept, packed):
     numbers = jnp.ones((2, 512), jnp.int32) if packed else None
-    ways = 2 if packed else 1  # for whole rows, and for packed ones
+    ways = 2 if packed else 1  # for whole sequences, and for packed ones
     policy = jax.checkpoint_policies.save_only_these_names(*(["context"] if kept else []))
     shapes = [jax.ShapeDtypeStruct((2, n, 512, 64), jnp.bfloat16) for n in (8, 2, 2)]
     run = jax.checkpoint(lambda q, k, v: cudnn.cudnn_attention(q, k, v, numbers, TRAINING), policy=policy)
@@ -115,7 +115,7 @@ def test_auto_takes_it_on_gpus_only_and_for_what_it_takes(present):
 def test_without_a_gpu_it_is_refused():
     q = jnp.zeros((1, 2, 8, 64), jnp.bfloat16)
     with pytest.raises(
-        InputError, match=r"heads of 64 in bfloat16 on 1 device\(s\) a row given, 8 tokens; .* a GPU with cuDNN expected"
+        InputError, match=r"heads of 64 in bfloat16 on 1 device\(s\) a sequence given, 8 tokens; .* a GPU with cuDNN expected"
     ):
         cudnn.cudnn_attention(q, q, q, None, TRAINING)
     with pytest.raises(InputError, match="attention backend cudnn given for one call"):

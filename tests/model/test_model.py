@@ -17,7 +17,7 @@ from llama_jax.model.llama import Llama, embed, hidden_states, logits
 from llama_jax.model.lora import combine, init_adapters
 from llama_jax.model.options import ModelOptions
 from llama_jax.model.quantize import quantize
-from llama_jax.model.rope import _by_halves, _by_product, inverse_frequencies, rotate, rotation
+from llama_jax.model.rope import _by_halves, _by_matmul, inverse_frequencies, rotate, rotation
 from llama_jax.training.loss import mean_loss
 from llama_jax.weights.assemble import stack, unstack
 
@@ -96,12 +96,12 @@ def test_no_position_sees_a_later_token():
     np.testing.assert_array_equal(seen, np.tril(np.ones((12, 12), bool)))
 
 
-def test_documents_of_a_packed_row_equal_documents_alone():
+def test_documents_of_a_packed_sequence_equal_documents_alone():
     params = random_parameters(SMALL)
     first, second = (np.asarray(random_tokens(SMALL, (1, size), seed=size)) for size in (13, 9))
-    documents, row = np.asarray([[1] * 13 + [2] * 9], np.int32), np.concatenate([first, second], axis=1)
-    packed = np.asarray(logits(params, jnp.asarray(row), SMALL, jnp.asarray(documents)))
-    # Rotary positions are relative, so the second document may stand anywhere in the row.
+    documents, sequence = np.asarray([[1] * 13 + [2] * 9], np.int32), np.concatenate([first, second], axis=1)
+    packed = np.asarray(logits(params, jnp.asarray(sequence), SMALL, jnp.asarray(documents)))
+    # Rotary positions are relative, so the second document may stand anywhere in the sequence.
     np.testing.assert_allclose(packed[:, :13], float64_logits(params, first, SMALL), atol=1e-5)
     np.testing.assert_allclose(packed[:, 13:], float64_logits(params, second, SMALL), atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_rotation_turns_pairs_of_the_half_layout():
 def test_both_forms_of_the_rotary_embedding_are_one(dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3, 16)), dtype)
     config, positions = dataclasses.replace(TINY, head_dim=16), np.arange(5, dtype=np.int32)[None] * 700
-    both = jax.jit(lambda x, at: [form(x, rotation(at, config)) for form in (_by_product, _by_halves)])
+    both = jax.jit(lambda x, at: [form(x, rotation(at, config)) for form in (_by_matmul, _by_halves)])
     np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in both(x, positions)), atol=1e-6)
 
 

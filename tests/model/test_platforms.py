@@ -61,7 +61,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_forward(name):
-    ways = 2 if name == "packed" else 1  # cuDNN has one for rows of one document and one for several
+    ways = 2 if name == "packed" else 1  # cuDNN has one for sequences of one document and one for several
     assert kernels(FUNCTIONS[name], narrow(), TOKENS) == {"tpu": 1, "cuda": ways}
 
 
@@ -90,7 +90,7 @@ def test_prefill_and_rollouts():
 
 
 def test_on_a_mesh():
-    """Rows and heads over devices; heads that the mesh does not divide and rows over devices go another way."""
+    """Rows and heads over devices; heads that the mesh does not divide and sequences over devices go another way."""
     for sizes, expected in (({"fsdp": 2, "tensor": 2}, 1), ({"tensor": 4}, 0), ({"context": 2}, 0)):
         mesh = make_mesh(**{"fsdp": 1, **sizes}, devices=jax.devices()[: np.prod(list(sizes.values()))])
         with jax.set_mesh(mesh):

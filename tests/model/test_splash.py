@@ -65,7 +65,7 @@ def test_equals_float64_on_a_mesh(sizes):
 def test_what_the_kernel_does_not_take_is_refused():
     (q, k, v, _), _ = draw(200, 64)
     q, k, v = map(jnp.asarray, (q, k, v))
-    with pytest.raises(InputError, match="200 tokens a row in 1 parts and heads of 64 given; a multiple of 128"):
+    with pytest.raises(InputError, match="200 tokens a sequence in 1 parts and heads of 64 given; a multiple of 128"):
         splash_attention(q, k, v, None, TRAINING)
 
 

@@ -20,7 +20,7 @@ from llama_jax.training.config_sections import OptimizerConfig
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.step import Recipe, batch_sharding, sharded_step, state_shapes
 
-# Training steps of 8,192 tokens a chip compiled ahead of time (jax 0.12, libtpu 0.0.50): bytes of arguments and temporaries in
+# Training steps of 8,192 tokens/chip compiled ahead of time (jax 0.12, libtpu 0.0.50): bytes of arguments and temporaries in
 # GB. They scanned the layers, kept these activations, formed the head's gradient in float32 and had AdamW moments in float32
 # (405B: both moments in bfloat16, and the head's gradient, as is taken from the fact that the step fitted at all).
 COMPILED = [
@@ -32,15 +32,15 @@ COMPILED = [
 ]
 
 
-def on_chips(model: str, name: str, rows: int = 1, **changes) -> Job:
-    """A row of 8,192 tokens a chip, or several."""
+def on_chips(model: str, name: str, sequences: int = 1, **changes) -> Job:
+    """A sequence of 8,192 tokens/chip, or several."""
     topology = parse_topology(name)
-    return Job(preset(model), topology, parse_mesh(None, topology), 8192, rows * topology.chips, **changes)
+    return Job(preset(model), topology, parse_mesh(None, topology), 8192, sequences * topology.chips, **changes)
 
 
-@pytest.mark.parametrize(("model", "name", "rows", "remat", "arguments", "temporaries"), COMPILED)
-def test_published_sizes_are_0_to_5_percent_above_the_compiled_steps(model, name, rows, remat, arguments, temporaries):
-    job = on_chips(model, name, rows, remat=remat)
+@pytest.mark.parametrize(("model", "name", "sequences", "remat", "arguments", "temporaries"), COMPILED)
+def test_published_sizes_are_0_to_5_percent_above_the_compiled_steps(model, name, sequences, remat, arguments, temporaries):
+    job = on_chips(model, name, sequences, remat=remat)
     memory = training_memory(job)
     kept, needed = memory.parameters + memory.optimizer, memory.total
     if model == "llama3.1-405b":  # what that step had narrower: moments by 4 bytes a parameter, the head's gradient by 4
@@ -66,16 +66,16 @@ SMALL = dataclasses.replace(TINY, vocab_size=1024, dim=256, layers=8, heads=4, k
 def test_a_small_step_is_within_10_percent_of_the_compiled_one(sizes, remat):
     data, fsdp, tensor, context = sizes
     devices = math.prod(sizes)
-    length, rows, chunk = 1024, 4 * devices, 1024
+    length, sequences, chunk = 1024, 4 * devices, 1024
     model = Llama(SMALL, ModelOptions(remat=remat, attention="chunked"))
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[:devices], context)
     recipe = Recipe(model, make_optimizer(OptimizerConfig()), lambda step: 1e-3, chunk)
     sharding = batch_sharding(recipe, mesh)
     kinds = (jnp.int32, jnp.int32, jnp.float32, jnp.int32)
-    batch = Batch(*[jax.ShapeDtypeStruct((1, rows, length), kind, sharding=sharding) for kind in kinds])
+    batch = Batch(*[jax.ShapeDtypeStruct((1, sequences, length), kind, sharding=sharding) for kind in kinds])
     with jax.set_mesh(mesh):
         compiled = sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch).compile().memory_analysis()
-    job = Job(SMALL, parse_topology(f"h100:{devices}"), MeshSizes(data, fsdp, tensor, context), length, rows, remat=remat,
+    job = Job(SMALL, parse_topology(f"h100:{devices}"), MeshSizes(data, fsdp, tensor, context), length, sequences, remat=remat,
               compute_dtype="float32", loss_chunk=chunk)  # fmt: skip
     needed = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     assert training_memory(job)._replace(beside=0.0).total == pytest.approx(needed, rel=0.1)
@@ -87,13 +87,13 @@ def test_a_small_step_is_within_10_percent_of_the_compiled_one(sizes, remat):
 )
 def test_it_is_within_4_percent_of_what_a_gpu_took(model, changes, taken):
     """GB, `benchmarks/results/gpu_h200.txt`."""
-    rows = 8 if changes else 16
+    sequences = 8 if changes else 16
     job = Job(
         preset(model),
         parse_topology("h200:1"),
         MeshSizes(),
         4096,
-        rows,
+        sequences,
         microbatches=4,
         remat="all",
         loss_chunk=4096,
@@ -107,7 +107,7 @@ def test_tensor_and_context_share_activations():
     alone = training_memory(whole)
     context = training_memory(dataclasses.replace(whole, mesh=MeshSizes(fsdp=32, context=2)))
     tensor = training_memory(dataclasses.replace(whole, mesh=MeshSizes(fsdp=32, tensor=2)))
-    assert context.activations == pytest.approx(alone.activations)  # two rows over two chips each
+    assert context.activations == pytest.approx(alone.activations)  # two sequences over two chips each
     assert tensor.activations == pytest.approx(alone.activations)  # the stream between blocks is split as well
     assert tensor.gathered == alone.gathered / 2 == context.gathered / 2
     assert context.parameters == alone.parameters  # stored over `context` as over `fsdp`

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from llama_jax.cli.arguments import parse_train
-from llama_jax.model.remat import LADDER
+from llama_jax.model.remat import REMAT_POLICIES
 from llama_jax.parallel.chips import parse_topology
 from llama_jax.planning.job import Job, MeshSizes, parse_mesh
 from llama_jax.planning.plan import (
@@ -28,10 +28,10 @@ NOWHERE = pathlib.Path("none.yaml")
 BASE = pathlib.Path(__file__).parent.parent.parent / "configs" / "recipes" / "llama3.1-8b.yaml"
 
 
-def job_on(name: str, model: str = "llama3.1-8b", rows: int = 1, **changes) -> Job:
+def job_on(name: str, model: str = "llama3.1-8b", sequences: int = 1, **changes) -> Job:
     topology = parse_topology(name)
     mesh = parse_mesh(None, topology)
-    return Job(preset(model), topology, mesh, 8192, rows * mesh.rows, **changes)
+    return Job(preset(model), topology, mesh, 8192, sequences * mesh.sequences, **changes)
 
 
 def test_every_choice_of_a_job_has_a_key_of_the_config():
@@ -43,20 +43,20 @@ def test_every_choice_of_a_job_has_a_key_of_the_config():
     assert tuple(str(getattr(job, field)) for field in TRAIN_KEYS) == values
 
 
-@pytest.mark.parametrize(("model", "name", "rows"), [
+@pytest.mark.parametrize(("model", "name", "sequences"), [
     ("llama3.1-70b", "v5p:4x4x8", 4), ("llama3.1-8b", "h100:8", 8), ("llama3.2-1b", "h100:1", 4),
     pytest.param("llama3.1-8b", "v5e:4x4", 4, marks=pytest.mark.slow),
     pytest.param("llama3.1-70b", "v6e:16x16", 4, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_every_printed_flag_is_taken_by_the_training(model, name, rows):
+def test_every_printed_flag_is_taken_by_the_training(model, name, sequences):
     """Each remedy, read by the config's own parser on top of the job it is for, is the job that was promised."""
-    plan = make_plan(job_on(name, model, rows, remat="none"))
+    plan = make_plan(job_on(name, model, sequences, remat="none"))
     around = outlook(plan)
     found = around.remedies + ([around.faster] if around.faster else [])
     assert found
     for remedy in found:
         job = plan.job
-        base = {"data.length": job.length, "data.batch_rows": job.rows, "compute.loss_chunk": job.loss_chunk,
+        base = {"data.length": job.length, "data.batch_size": job.sequences, "compute.loss_chunk": job.loss_chunk,
                 "compute.remat": job.remat, "data.accumulation": 1}  # fmt: skip
         base |= {f"mesh.{axis}": size for axis, size in job.mesh._asdict().items()}
         typed = [f"--{key}={value}" for key, value in base.items()] + flags(remedy, job).split()
@@ -66,9 +66,9 @@ def test_every_printed_flag_is_taken_by_the_training(model, name, rows):
 
 
 def test_the_first_rung_that_fits_is_the_highest():
-    job = job_on("v5p:4x4x4", rows=4)
+    job = job_on("v5p:4x4x4", sequences=4)
     chosen = first_fitting_remat(job)
-    above, at = LADDER[: LADDER.index(chosen)], dataclasses.replace(job, remat=chosen)
+    above, at = REMAT_POLICIES[: REMAT_POLICIES.index(chosen)], dataclasses.replace(job, remat=chosen)
     assert above
     limit = 0.95 * job.topology.chip.memory
     assert make_plan(at, limit).fits
@@ -79,31 +79,31 @@ def test_the_first_rung_that_fits_is_the_highest():
 
 def test_auto_is_what_was_before_then_every_rung_that_may_fit():
     """The compiler is asked of those alone that the closed form does not refuse; `full` is what is left."""
-    job = job_on("v5p:4x4x4", rows=4)
-    possible = tuple(remat for remat in LADDER if make_plan(dataclasses.replace(job, remat=remat)).fits)
+    job = job_on("v5p:4x4x4", sequences=4)
+    possible = tuple(remat for remat in REMAT_POLICIES if make_plan(dataclasses.replace(job, remat=remat)).fits)
     assert remat_candidates(job) == possible
-    assert 1 < len(possible) < len(LADDER)
+    assert 1 < len(possible) < len(REMAT_POLICIES)
     assert possible[-1] == "full"
     assert remat_candidates(job, before="none") == possible  # too large
     assert remat_candidates(job, before="q+k") == ("q+k", *possible)
     assert remat_candidates(job, before="full") == ("full",)  # nothing behind it could fit where it does not
     assert remat_candidates(job, memory=1e9) == ("full",)
-    assert remat_candidates(job, memory=1e12) == LADDER
+    assert remat_candidates(job, memory=1e12) == REMAT_POLICIES
 
 
 def test_a_kind_of_device_that_is_not_known_keeps_least():
     config = TrainConfig(model=preset("llama3.2-1b"), compute=ComputeConfig(remat="auto"), mesh=MeshConfig(1, -1),
-                         data=DataConfig(length=4096, batch_rows=8))  # fmt: skip
+                         data=DataConfig(length=4096, batch_size=8))  # fmt: skip
     job = job_of(config, devices_of("a device of next year", 8))
     assert job.remat == "full"
     assert remat_candidates(job) == ("full",)
     assert remat_candidates(job, before="context") == ("context",)
-    assert remat_candidates(job, memory=1e12) == LADDER
+    assert remat_candidates(job, memory=1e12) == REMAT_POLICIES
 
 
 def test_the_mesh_of_a_job_stores_weights_over_context_too():
     mesh = MeshSizes(data=2, fsdp=4, tensor=2, context=2)
-    assert (mesh.rows, mesh.stored) == (8, 8)
+    assert (mesh.sequences, mesh.stored) == (8, 8)
     assert flags_of(mesh, MeshSizes(data=2, fsdp=8, tensor=2)) == "--mesh.fsdp 4 --mesh.context 2"
 
 

@@ -48,7 +48,7 @@ def verdict(plan: Plan) -> str:
     gb, speed = plan.memory.total / 1e9, plan.speed
     seconds = f"{speed.step:.1f} s" if speed.step >= 1 else f"{speed.step * 1e3:.0f} ms"
     return (
-        f"# Plan: {gb:.1f} of {plan.limit / 1e9:.1f} GB a chip, remat {plan.job.remat}; "
+        f"# Plan: {gb:.1f} of {plan.limit / 1e9:.1f} GB/chip, remat {plan.job.remat}; "
         f"{plan.job.tokens:,} tokens an update, {seconds}; "
         f"{speed.tokens_per_second:,.0f} tokens/s, causal MFU {speed.mfu:.0%}: expected by closed form, not measured."
     )

@@ -12,17 +12,17 @@ from llama_jax.errors import InputError
 from llama_jax.model.attention import Mask
 from llama_jax.model.layers import layer_class
 from llama_jax.model.options import ModelOptions
-from llama_jax.model.remat import LADDER, layer_parts, saved_names
+from llama_jax.model.remat import REMAT_POLICIES, layer_parts, saved_names
 from llama_jax.model.rope import rotation
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.planning.memory import all_saved_bytes, hosted_bytes, recomputed_flops, saved_bytes, score_bytes
 
 CONFIG = dataclasses.replace(TINY, dim=192, heads=6, kv_heads=2, head_dim=40, ffn_dim=448)
-ROWS, LENGTH = 4, 256  # no other axis has as many as there are rows
+ROWS, LENGTH = 4, 256  # no other axis has as many as there are sequences
 
 
 def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
-    """Bytes a token that the backward pass of a layer is handed, without weights and what all rows and layers share.
+    """Bytes a token that the backward pass of a layer is handed, without weights and what all sequences and layers share.
 
     On a mesh: on one device each product has its input flattened, which tracing takes for an array of its own.
     """
@@ -40,16 +40,16 @@ def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in per_token) / ROWS / LENGTH
 
 
-WIDE = [pytest.param(remat, "float32", marks=[pytest.mark.slow] * (remat not in ("none", "attention"))) for remat in LADDER]
+WIDE = [pytest.param(remat, "float32", marks=[pytest.mark.slow] * (remat not in ("none", "attention"))) for remat in REMAT_POLICIES]
 
 
-@pytest.mark.parametrize(("remat", "dtype"), [*((remat, "bfloat16") for remat in LADDER), *WIDE])
+@pytest.mark.parametrize(("remat", "dtype"), [*((remat, "bfloat16") for remat in REMAT_POLICIES), *WIDE])
 def test_bytes_are_those_that_differentiation_keeps(remat, dtype):
     itemsize = jnp.dtype(dtype).itemsize
     assert saved_bytes(CONFIG, remat, itemsize) == kept_by_differentiation(remat, dtype, "chunked")
 
 
-def test_short_rows_keep_their_scores():
+def test_short_sequences_keep_their_scores():
     kept = kept_by_differentiation("none", "bfloat16", "reference")
     planned = saved_bytes(CONFIG, "none", 2) + score_bytes(CONFIG, LENGTH)
     assert kept <= planned == pytest.approx(kept, rel=0.12)
@@ -57,10 +57,10 @@ def test_short_rows_keep_their_scores():
 
 
 def test_the_ladder_goes_down_in_bytes_and_up_in_flops():
-    for above, below in itertools.pairwise(LADDER):
+    for above, below in itertools.pairwise(REMAT_POLICIES):
         assert saved_bytes(CONFIG, below, 2) < saved_bytes(CONFIG, above, 2)
         assert recomputed_flops(CONFIG, below, 512) >= recomputed_flops(CONFIG, above, 512)
-    assert recomputed_flops(CONFIG, "none", 512) == recomputed_flops(CONFIG, LADDER[1], 512) == 0
+    assert recomputed_flops(CONFIG, "none", 512) == recomputed_flops(CONFIG, REMAT_POLICIES[1], 512) == 0
 
 
 def test_full_recomputes_all_products_but_the_last():

@@ -9,7 +9,7 @@ import pytest
 
 from llama_jax.accounting import training_flops_per_token
 from llama_jax.config import LlamaConfig
-from llama_jax.model.remat import LADDER, NAMES, saved_names
+from llama_jax.model.remat import REMAT_POLICIES, NAMES, saved_names
 from llama_jax.planning.memory import recomputed_flops, saved_bytes
 from llama_jax.presets import preset
 
@@ -19,10 +19,10 @@ EIGHT = preset("llama3.1-8b")
 UNEVEN = dataclasses.replace(EIGHT, dim=1152, heads=9, kv_heads=3, head_dim=64, ffn_dim=2000, layers=5)
 
 
-def rows() -> dict[str, list[str]]:
+def sequences() -> dict[str, list[str]]:
     """The cells after the name, by rung."""
     cells = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in PAGE.read_text("utf8").splitlines()]
-    return {row[0].strip("`"): row[1:] for row in cells if len(row) == 6 and row[0].strip("`") in LADDER}
+    return {sequence[0].strip("`"): sequence[1:] for sequence in cells if len(sequence) == 6 and sequence[0].strip("`") in REMAT_POLICIES}
 
 
 def value(text: str, config: LlamaConfig) -> int:
@@ -33,13 +33,13 @@ def value(text: str, config: LlamaConfig) -> int:
 
 
 def test_the_table_has_every_rung_in_order():
-    assert tuple(rows()) == LADDER
+    assert tuple(sequences()) == REMAT_POLICIES
 
 
 @pytest.mark.parametrize("config", [EIGHT, UNEVEN], ids=["8b", "uneven"])
-@pytest.mark.parametrize("rung", LADDER)
-def test_a_row_is_what_the_plan_reckons_with(rung, config):
-    kept, numbers, again, kilobytes, share = rows()[rung]
+@pytest.mark.parametrize("rung", REMAT_POLICIES)
+def test_a_sequence_is_what_the_plan_reckons_with(rung, config):
+    kept, numbers, again, kilobytes, share = sequences()[rung]
     roots = 16 if rung == "none" else 8  # of the mean squares in two norms
     beside = 4 * config.heads * ("context" in saved_names(rung)) + roots  # logsumexp
     assert saved_bytes(config, rung, 2) == 2 * value(numbers, config) + beside

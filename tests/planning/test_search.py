@@ -19,7 +19,7 @@ from llama_jax.planning.plan import (
     flags,
     is_out_of_memory,
     job_of,
-    ladder_plans,
+    remat_plans,
     make_plan,
     outlook,
     remedies,
@@ -35,10 +35,10 @@ CASES = [
 ]  # fmt: skip
 
 
-def plan_of(model: str, name: str, rows: int, remat: str):
+def plan_of(model: str, name: str, sequences: int, remat: str):
     topology = parse_topology(name)
     mesh = parse_mesh(None, topology)
-    return make_plan(Job(preset(model), topology, mesh, 8192, rows * mesh.rows, remat=remat))
+    return make_plan(Job(preset(model), topology, mesh, 8192, sequences * mesh.sequences, remat=remat))
 
 
 QUICK = [CASES[0], CASES[3], CASES[4]]
@@ -66,7 +66,7 @@ def test_best_remat_is_the_fastest_that_fits():
     """By hand over the ladder: every setting that fits is slower, or as fast and larger."""
     job = plan_of("llama3.1-8b", "v5p:4x4x4", 2, "full").job
     best = dataclasses.replace(job, remat=best_remat(job))
-    for other in ladder_plans(job):
+    for other in remat_plans(job):
         assert not other.fits or other.speed.step >= make_plan(best).speed.step
     assert make_plan(best).fits
 
@@ -111,7 +111,7 @@ def test_flags_are_keys_of_the_config():
 
 CONFIG = TrainConfig(
     model=preset("llama3.1-8b"), compute=ComputeConfig(remat="none", loss_chunk=16384), mesh=MeshConfig(data=1, fsdp=-1),
-    data=DataConfig(length=8192, batch_rows=32, accumulation=2),
+    data=DataConfig(length=8192, batch_size=32, accumulation=2),
     optimizer=OptimizerConfig(name="lion", moments_dtype="bfloat16"),
 )  # fmt: skip
 
@@ -120,7 +120,7 @@ def test_the_job_of_a_config():
     job = job_of(CONFIG, devices_of("NVIDIA H100 80GB HBM3", 8))
     assert job.topology.chip.name == "h100"
     assert job.mesh == MeshSizes(fsdp=8)
-    assert (job.rows, job.microbatches, job.chip_rows, job.remat) == (32, 2, 2, "none")
+    assert (job.sequences, job.microbatches, job.chip_batch_size, job.remat) == (32, 2, 2, "none")
     assert (job.optimizer, job.moment_dtype, job.loss_chunk) == ("lion", "bfloat16", 16384)
 
 
@@ -134,7 +134,7 @@ def test_advice_is_a_few_lines_with_keys_of_the_config(kind):
 
 
 def test_advice_where_there_is_none():
-    small = dataclasses.replace(CONFIG, compute=ComputeConfig(remat="full"), data=DataConfig(length=64, batch_rows=1))
+    small = dataclasses.replace(CONFIG, compute=ComputeConfig(remat="full"), data=DataConfig(length=64, batch_size=1))
     lines = advice(job_of(small, devices_of("NVIDIA H100 80GB HBM3", 1)), memory=8e9)
     assert len(lines) == 2
     assert "use more devices, adapters" in lines[1]

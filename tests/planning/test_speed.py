@@ -23,11 +23,11 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def job(model: str, name: str, length: int = 8192, rows: int = 1, mesh: str | None = None, **changes) -> Job:
-    """So many rows for each chip along `data` and `fsdp`."""
+def job(model: str, name: str, length: int = 8192, sequences: int = 1, mesh: str | None = None, **changes) -> Job:
+    """So many sequences for each chip along `data` and `fsdp`."""
     topology = parse_topology(name)
     sizes = parse_mesh(mesh, topology)
-    return Job(preset(model), topology, sizes, length, rows * sizes.rows, **{"remat": REMAT, **changes})
+    return Job(preset(model), topology, sizes, length, sequences * sizes.sequences, **{"remat": REMAT, **changes})
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -124,8 +124,8 @@ def test_more_ways_cost_more_transfers():
 
     assert for_a_token(mesh="tensor=4") > for_a_token()
     assert for_a_token(mesh="context=4") > for_a_token()
-    assert for_a_token(rows=2) == for_a_token() / 2  # the same weights for twice the tokens
-    assert for_a_token(rows=2, microbatches=2) == for_a_token()
+    assert for_a_token(sequences=2) == for_a_token() / 2  # the same weights for twice the tokens
+    assert for_a_token(sequences=2, microbatches=2) == for_a_token()
 
 
 # Tokens a second that memory alone allows an H100 (3.35 TB/s), worked out by hand: 8B and 1B, bfloat16 and int8 weights.
@@ -147,11 +147,11 @@ def test_a_cache_takes_the_published_bytes():
     assert make_decode_plan(*given, cache_dtype="int8").cache == plan.cache * (1 + 4 / 128) / 2
 
 
-def test_chips_share_weights_and_rows():
+def test_chips_share_weights_and_sequences():
     config, topology = preset("llama3.1-70b"), parse_topology("v5p:4x4x4")
     plan = make_decode_plan(config, topology, None, 4096)
     assert plan.mesh == MeshSizes(data=8, tensor=8)
     assert plan.batch == 8
     one = make_decode_plan(config, topology, 64, 4096, mesh=MeshSizes(data=64))
     assert plan.weights == pytest.approx(one.weights / 8, rel=0.001)
-    assert dataclasses.replace(job("llama3.1-8b", "h100:8"), remat="full").chip_rows == 1
+    assert dataclasses.replace(job("llama3.1-8b", "h100:8"), remat="full").chip_batch_size == 1

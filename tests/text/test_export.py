@@ -242,7 +242,7 @@ def same_ids(read: Tokenizer, tokenizer: Tokenizer, texts: list[str]) -> None:
         assert read.encode(text) == tokenizer.encode(text)
     assert (read.begin_id, read.end_id, read.adds_begin) == (tokenizer.begin_id, tokenizer.end_id, tokenizer.adds_begin)
     assert read.special_tokens == tokenizer.special_tokens
-    assert read.surface == tokenizer.surface
+    assert read.token_bytes == tokenizer.token_bytes
 
 
 def test_gguf_reads_back_as_the_same(kind: Tokenizer, metadata: dict[str, object], texts: list[str]):

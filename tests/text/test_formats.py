@@ -16,7 +16,7 @@ from trained import byte_level
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llama_jax.errors import InputError
-from llama_jax.text.byte_level import Surface
+from llama_jax.text.byte_level import TokenBytes
 from llama_jax.text.byte_pair import BytePairTokenizer
 from llama_jax.text.chat import APART, ChatTemplate, encode_chat, encode_dialogue, template_from_directory, template_from_gguf
 from llama_jax.text.export import hugging_face_files
@@ -73,10 +73,10 @@ class MetaTokens:
         return self.meta.special_tokens
 
     @functools.cached_property
-    def surface(self) -> Surface:
+    def token_bytes(self) -> TokenBytes:
         library = self.meta.model
         count = self.vocab_size - len(self.special_tokens)
-        return Surface((*map(library.decode_single_token_bytes, range(count)), *[b""] * len(self.special_tokens)), {})
+        return TokenBytes((*map(library.decode_single_token_bytes, range(count)), *[b""] * len(self.special_tokens)), {})
 
     def encode(self, text: str) -> list[int]:
         return self.meta.encode(text, bos=False, eos=False)
@@ -84,7 +84,7 @@ class MetaTokens:
     encode_after_special = encode
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self.surface.decode(tokens)
+        return self.token_bytes.decode(tokens)
 
 
 @pytest.fixture(scope="module")

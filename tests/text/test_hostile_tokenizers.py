@@ -34,7 +34,7 @@ def use(tokenizer: Tokenizer) -> None:
     ids = encode_prompt(tokenizer, TEXT) + tokenizer.encode_after_special(TEXT)
     decoder = StreamDecoder(tokenizer)
     assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
-    assert len(tokenizer.surface.pieces) == tokenizer.vocab_size
+    assert len(tokenizer.token_bytes.pieces) == tokenizer.vocab_size
     assert all(0 <= token < tokenizer.vocab_size for token in tokenizer.special_tokens.values())
 
 

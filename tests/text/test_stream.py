@@ -27,7 +27,7 @@ def test_random_ids(tokenizer: Tokenizer, fractions: list[float]):
 @pytest.fixture
 def single(tokenizer: Tokenizer) -> set[bytes]:
     """The bytes that are a piece of the vocabulary (SmolLM2's lacks 0xF1, for planes of Unicode not in use)."""
-    return {piece for piece in tokenizer.surface.pieces if len(piece) == 1}
+    return {piece for piece in tokenizer.token_bytes.pieces if len(piece) == 1}
 
 
 @PROPERTY

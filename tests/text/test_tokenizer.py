@@ -18,7 +18,7 @@ from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 
 def test_all_kinds_fulfil_the_protocol(tokenizer: Tokenizer):
     assert isinstance(tokenizer, Tokenizer)
-    assert len(tokenizer.surface.pieces) == tokenizer.vocab_size
+    assert len(tokenizer.token_bytes.pieces) == tokenizer.vocab_size
 
 
 def test_a_directory_or_a_file_of_it(tmp_path: pathlib.Path, sentence_piece_path: pathlib.Path):

@@ -56,7 +56,7 @@ class Program(hlo.Program):
         kernels = [k for k in self.kernels(self.loop()) if k.operation.startswith(COLLECTIVES)]
         return [f"{k.operation} {array}" for k in kernels for array, size in arrays(k.result, "") if size >= least]
 
-    def row_kernels(self) -> int:
+    def sequence_kernels(self) -> int:
         """Kernels that the loop starts in one round for changing places of arrays, and whatever loops in it do beside that."""
         found = 0
         for instruction in self.computations[self.loop()]:

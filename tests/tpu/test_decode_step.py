@@ -1,7 +1,7 @@
 """The decoding loop of Llama 3 8B as the compiler for TPUs leaves it: nothing as large as a cache or a weight is copied.
 
 Compiled ahead of time on the CPU, never run. The shapes are those of the whole model with four of its 32 layers, which
-are alike: eight rows of 2048 slots in bfloat16.
+are alike: eight sequences of 2048 slots in bfloat16.
 """
 
 import contextlib
@@ -123,9 +123,9 @@ def test_one_chip_copies_no_cache_and_no_weight_in_the_loop(topology, bits, cach
 
 
 @pytest.mark.parametrize(("topology", "bits", "cache"), ONE_CHIP)
-def test_one_chip_writes_a_row_of_the_cache_with_few_kernels(topology, bits, cache):
-    """At most one kernel a row and array, and a few for tokens; a loop of one row a round takes two, a scatter four."""
-    kernels = compiled(topology, bits, cache_dtype=cache).program.row_kernels()
+def test_one_chip_writes_a_sequence_of_the_cache_with_few_kernels(topology, bits, cache):
+    """At most one kernel a sequence and array, and a few for tokens; a loop of one sequence a round takes two, a scatter four."""
+    kernels = compiled(topology, bits, cache_dtype=cache).program.sequence_kernels()
     assert ROWS * CONFIG.layers <= kernels <= ROWS * (4 if cache == "int8" else 2) * CONFIG.layers + 4
 
 
@@ -148,8 +148,8 @@ def test_tensor_parallel_chips_gather_no_cache_and_no_weight(topology, bits):
 
 
 @pytest.mark.parametrize("bits", [None, 8], ids=["bf16", "weights8"])
-def test_chips_that_share_rows_write_their_own(bits):
-    """Four copies of the model: no row is moved, nothing is but a few bytes that say whether all are done."""
+def test_chips_that_share_sequences_write_their_own(bits):
+    """Four copies of the model: no sequence is moved, nothing is but a few bytes that say whether all are done."""
     found = compiled("v5e:2x2", bits, data=4)
     assert found.alias >= found.cache
     assert found.program.written(smallest(bits)) == []

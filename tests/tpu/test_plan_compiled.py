@@ -20,10 +20,10 @@ MODEL = {"vocab_size": 512, "dim": 256, "layers": 2, "heads": 4, "kv_heads": 2, 
 
 @pytest.fixture
 def config(tmp_path):
-    """Writes a file of a training, 16 rows in two micro-batches, for a mesh."""
+    """Writes a file of a training, 16 sequences in two micro-batches, for a mesh."""
 
     def write(**mesh):
-        data = {"paths": ["text"], "length": 512, "batch_rows": 16, "accumulation": 2, "vocab_size": 512}
+        data = {"paths": ["text"], "length": 512, "batch_size": 16, "accumulation": 2, "vocab_size": 512}
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump({"model": MODEL, "data": data, "mesh": mesh}))
         return path
@@ -41,8 +41,8 @@ def test_a_training_in_words(config):
     command = [sys.executable, "-m", "llama_jax", "plan", "--config", str(config(fsdp=4)), "--topology", "v5e:2x2", "--compile"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "compiling the step for v5e:2x2, which takes minutes\n")
-    rows = [line for line in done.stdout.splitlines() if not line.startswith("  ")]
-    assert [line.split()[0] for line in rows[-4:]] == ["compiled", "predicted", "transfers", "copies"]
+    sequences = [line for line in done.stdout.splitlines() if not line.startswith("  ")]
+    assert [line.split()[0] for line in sequences[-4:]] == ["compiled", "predicted", "transfers", "copies"]
     for words in (" s: fits; a chip has 16.9 GB", " of state and batch + ", " of temporaries = ", "the closed form says",
                   " a step, causal MFU ", " tokens/s",
                   f"from the compiler's own estimates, not measured: {CALIBRATION}"):  # fmt: skip

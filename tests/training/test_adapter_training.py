@@ -161,8 +161,8 @@ def base_layer(model):
 
 def test_frozen_part_costs_neither_gradients_nor_optimizer_state():
     model = dataclasses.replace(CONFIG, vocab_size=512, dim=256, layers=8, heads=4, kv_heads=2, head_dim=64, ffn_dim=1024)
-    rows, length = 1, 32
-    batch = micro_batches(jax.device_get(random_batch(model, rows, length)), 1)
+    sequences, length = 1, 32
+    batch = micro_batches(jax.device_get(random_batch(model, sequences, length)), 1)
     config, mesh = train_config(model), make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         recipe = make(config, remat="full")
@@ -181,8 +181,8 @@ def test_frozen_part_costs_neither_gradients_nor_optimizer_state():
     assert figures.alias_size_in_bytes >= 3 * trained
     # Between: gradients of the adapters, one layer's activations and weights (widened, turned), the stream before each layer,
     # and a chunk of logits; far from the gradients of the base, another `base` bytes.
-    layer = base_layer(model) + rows * length * (4 * model.dim + 8 * model.ffn_dim) * 4
-    stream, logits = (model.layers + 4) * rows * length * model.dim * 4, 3 * rows * length * model.vocab_size * 4
+    layer = base_layer(model) + sequences * length * (4 * model.dim + 8 * model.ffn_dim) * 4
+    stream, logits = (model.layers + 4) * sequences * length * model.dim * 4, 3 * sequences * length * model.vocab_size * 4
     bound = 2 * trained + layer + stream + logits
     print(f"base {base / 2**20:.1f} MiB, trained {trained / 2**20:.1f}, temporaries {figures.temp_size_in_bytes / 2**20:.1f}, "
           f"with an int8 base {narrow_figures.temp_size_in_bytes / 2**20:.1f}, bound {bound / 2**20:.1f}")  # fmt: skip

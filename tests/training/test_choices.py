@@ -140,7 +140,7 @@ def test_program_with_several_texts_and_questions(tiny_directory, tiny, tmp_path
     def scored(text: str) -> int:
         """Bytes of all but the first token."""
         first, *_ = tiny.tokenizer.encode(text)
-        return len(text.encode()) - len(tiny.tokenizer.surface.pieces[first])
+        return len(text.encode()) - len(tiny.tokenizer.token_bytes.pieces[first])
 
     nats = sum(result.nats_per_token * result.tokens for result in each.values())
     tokens, size = sum(r.tokens for r in each.values()), sum(map(scored, texts.values()))

@@ -17,11 +17,11 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import tree_shardings
 from llama_jax.training.cross_entropy import cross_entropy
-from llama_jax.training.loss import batch_loss, batch_row_losses
+from llama_jax.training.loss import batch_loss, batch_sequence_losses
 from llama_jax.weights.assemble import unstack
 
 LENGTH, ROWS = 64, 8
-# Every axis of every mesh of eight devices divides it; a row has two documents.
+# Every axis of every mesh of eight devices divides it; a sequence has two documents.
 CONFIG = dataclasses.replace(TINY, vocab_size=64, dim=32, layers=2, heads=16, kv_heads=8, head_dim=4)
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
 
@@ -58,8 +58,8 @@ def program(sizes, options):
     params = parameters() if options.scan else jax.tree.map(jnp.asarray, unstack(jax.device_get(parameters())))
     with jax.set_mesh(mesh):
         params = jax.device_put(params, tree_shardings(params, mesh, options.rules))
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
-        batch = jax.device_put(packed_batch(), rows)
+        sequences = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+        batch = jax.device_put(packed_batch(), sequences)
         return jax.jit(jax.value_and_grad(mean_loss_of(options))).lower(params, batch).compile(), params, batch
 
 
@@ -96,10 +96,10 @@ def test_recomputed_and_unrolled_layers_equal_one_device(how, changes):
     require_that_of_one_device((1, 2, 2, 2), ModelOptions(context_attention=how, **changes))
 
 
-def test_losses_of_rows_under_a_frozen_head():
+def test_losses_of_sequences_under_a_frozen_head():
     """What preferences are made of."""
     model, params, batch = Llama(CONFIG), parameters(), packed_batch()
-    run = jax.jit(lambda params, batch: batch_row_losses(model, params, batch, 96))
+    run = jax.jit(lambda params, batch: batch_sequence_losses(model, params, batch, 96))
     alone = run(params, batch)
     with jax.set_mesh(make_mesh(2, 1, 2, context=2)):
         np.testing.assert_allclose(run(params, batch), alone, rtol=1e-5)
@@ -152,7 +152,7 @@ def compiled(sizes, how="gathered") -> str:
     return program(sizes, ModelOptions(context_attention=how))[0].as_text()
 
 
-KEYS = (ROWS // 2, CONFIG.kv_heads, LENGTH, CONFIG.head_dim)  # of whole rows, for two groups of rows
+KEYS = (ROWS // 2, CONFIG.kv_heads, LENGTH, CONFIG.head_dim)  # of whole sequences, for two groups of sequences
 
 
 def test_ring_passes_keys_on_and_gathers_none():
@@ -171,7 +171,7 @@ def test_no_activation_moves_but_keys_and_values(how):
     assert [shape for shape in gathers(text) if len(shape) > 2 and shape != KEYS] == []
 
 
-def test_a_whole_row_on_each_device_has_none_of_it():
+def test_a_whole_sequence_on_each_device_has_none_of_it():
     text = compiled((2, 4, 1, 1))
     assert "collective-permute" not in text
     assert [shape for shape in gathers(text) if len(shape) > 2] == []

@@ -27,7 +27,7 @@ from llama_jax.training.data import make_batches, open_data, packing_identity, p
 from llama_jax.training.evaluate import Evaluation, choose_held_out, together
 from llama_jax.training.loop import Run
 from llama_jax.training.metrics import read_events
-from llama_jax.training.step import global_batch, micro_batches, row_numbers
+from llama_jax.training.step import global_batch, micro_batches, sequence_numbers
 
 
 class Quiet:
@@ -67,7 +67,7 @@ def config(tmp_path, folders, tiny_directory):
     made = tiny_config(tmp_path / "run", tmp_path, run={"steps": 3, "eval_every": 0, "checkpoint_every": 100})
     size = json.loads((tiny_directory / "config.json").read_text())["vocab_size"]
     sources = (SourceConfig(str(folders / "a"), 3.0), SourceConfig(str(folders / "b"), 1.0, "second"))
-    data = DataConfig(sources=sources, length=32, batch_rows=4)
+    data = DataConfig(sources=sources, length=32, batch_size=4)
     return dataclasses.replace(made, data=data, model=dataclasses.replace(MODEL, vocab_size=size))
 
 
@@ -143,7 +143,7 @@ def test_conversations_without_an_answer_in_reach_are_refused(config, folders, t
             make_batches(open_data(made), made.data)
         with pytest.raises(InputError, match=r"nothing that is held out can be scored within data\.length 4"):
             choose_held_out(open_data(made).held_out, 4, "auto", 0, 0, made.data.too_long)
-    cut = chat_run(config, folders, tmp_path, length=2, batch_rows=1, packing="cut")
+    cut = chat_run(config, folders, tmp_path, length=2, batch_size=1, packing="cut")
     with pytest.raises(InputError, match=r"data\.packing cut: \d+ of \d+ sequences of 2 tokens hold no answer"):
         make_batches(open_data(cut), cut.data)
     cut = chat_run(config, folders, tmp_path, length=32, packing="cut")
@@ -190,7 +190,7 @@ def test_sources_must_fit_together(config, folders, tmp_path, tiny_directory):
 ])  # fmt: skip
 def test_contradictions_in_the_config_are_named(changes, message):
     with pytest.raises(InputError, match=message):
-        DataConfig(batch_rows=8, accumulation=4, **changes)
+        DataConfig(batch_size=8, accumulation=4, **changes)
     with pytest.raises(InputError, match="weight"):
         SourceConfig("x", weight=0.0)
 
@@ -211,16 +211,16 @@ def numbers(tmp_path_factory):
     return write_tokens(path, documents, vocab_size=4000, bytes_of_text=1, tokenizer_sha256="", sources_sha256="")
 
 
-@pytest.mark.parametrize("micro_rows", [8, 16])
+@pytest.mark.parametrize("micro_batch_size", [8, 16])
 @pytest.mark.parametrize("spec", [(None, ("data", "fsdp")), (None, "data"), (None, "data", "fsdp"), ()])
-def test_global_batch_equals_the_whole_batch_put_on_the_devices(numbers, spec, micro_rows, monkeypatch):
+def test_global_batch_equals_the_whole_batch_put_on_the_devices(numbers, spec, micro_batch_size, monkeypatch):
     batches = Batches((Source(pack(numbers, 8, "cut"), 1.0),), Steps(16), 3)
     sharding = NamedSharding(make_mesh(4, 2, 1), PartitionSpec(*spec))
-    wanted = jax.device_put(micro_batches(batches.batch(5), 16 // micro_rows), sharding)
+    wanted = jax.device_put(micro_batches(batches.batch(5), 16 // micro_batch_size), sharding)
     read = []
-    chosen = Batches.chosen_rows
-    monkeypatch.setattr(Batches, "chosen_rows", lambda self, step, rows: read.append(len(rows)) or chosen(self, step, rows))
-    got = global_batch(batches, 5, micro_rows, sharding)
+    chosen = Batches.chosen_sequences
+    monkeypatch.setattr(Batches, "chosen_sequences", lambda self, step, sequences: read.append(len(sequences)) or chosen(self, step, sequences))
+    got = global_batch(batches, 5, micro_batch_size, sharding)
     for ours, theirs in zip(got, wanted):
         assert ours.sharding == theirs.sharding
         assert ours.dtype == theirs.dtype
@@ -228,10 +228,10 @@ def test_global_batch_equals_the_whole_batch_put_on_the_devices(numbers, spec, m
         assert [shard.data.tolist() for shard in ours.addressable_shards] == [
             s.data.tolist() for s in theirs.addressable_shards
         ]
-    assert sum(read) == 16  # every row once, though four fields and several devices want it
+    assert sum(read) == 16  # every sequence once, though four fields and several devices want it
 
 
 def test_pairs_stay_in_one_micro_batch():
-    assert row_numbers(8, 4, 2).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    assert row_numbers(8, 4, 1).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert sequence_numbers(8, 4, 2).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert sequence_numbers(8, 4, 1).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert isinstance(MODEL, LlamaConfig)

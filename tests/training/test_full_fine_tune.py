@@ -29,7 +29,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=2e-4, warmup_steps=WARMUP, weight_deca
 
 @pytest.fixture(scope="module")
 def batches(smollm2_model, tmp_path_factory) -> Batches:
-    """The source of a module of the standard library, cut into rows, in the product's order."""
+    """The source of a module of the standard library, cut into sequences, in the product's order."""
     ids = smollm2_model.tokenizer.encode(pathlib.Path(argparse.__file__).read_text())
     path = tmp_path_factory.mktemp("source") / "argparse.tokens"
     size = smollm2_model.config.vocab_size

@@ -40,13 +40,13 @@ CONFIG = dataclasses.replace(TINY, vocab_size=96, dim=32, layers=2, heads=4, kv_
 CONSTANT = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.0)
 
 
-def random_batch(seed: int, rows: int = 8, length: int = 16) -> Batch:
-    tokens = np.asarray(random_tokens(CONFIG, (rows, length + 1), seed))
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((rows, length), np.float32), np.ones((rows, length), np.int32))
+def random_batch(seed: int, sequences: int = 8, length: int = 16) -> Batch:
+    tokens = np.asarray(random_tokens(CONFIG, (sequences, length + 1), seed))
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((sequences, length), np.float32), np.ones((sequences, length), np.int32))
 
 
 def spoilt(batch: Batch) -> Batch:
-    """The batch with one weight that is not a number, in one row."""
+    """The batch with one weight that is not a number, in one sequence."""
     weights = batch.weights.copy()
     weights[3, 5] = np.nan
     return batch._replace(weights=weights)

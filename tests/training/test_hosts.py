@@ -17,7 +17,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, batch_spec
 from llama_jax.training import step as hosts
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.config_sections import micro_rows
+from llama_jax.training.config_sections import micro_batch_size
 from llama_jax.training.data import make_batches, open_data
 
 DEVICES, STEPS, STOPPED = 8, 7, 3
@@ -26,9 +26,9 @@ MESHES = [(8, 1, 1), (2, 4, 1), (4, 1, 2), (1, 2, 4)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
-    """A run with all that moves rows about: accumulation, a growing batch, skipped steps, epochs that end inside a batch."""
+    """A run with all that moves sequences about: accumulation, a growing batch, skipped steps, epochs that end inside a batch."""
     root = tmp_path_factory.mktemp("hosts")
-    data = {"batch_rows": 16, "accumulation": 2, "batch_ramp": ((5, 32),), "skip_steps": ((1, 2),)}
+    data = {"batch_size": 16, "accumulation": 2, "batch_ramp": ((5, 32),), "skip_steps": ((1, 2),)}
     return tiny_config(root / "run", write_corpus(root / "text", 12), data=data)
 
 
@@ -40,7 +40,7 @@ def made(config: TrainConfig) -> Batches:
 def read_by_hosts(
     monkeypatch, batches: Batches, step: int, micro: int, sizes: tuple[int, int, int], count: int
 ) -> tuple[Batch, list[int]]:
-    """What so many hosts put on their devices, laid together by places; and the rows that each has read.
+    """What so many hosts put on their devices, laid together by places; and the sequences that each has read.
 
     Every host runs the product's own function. That JAX asks a process for the parts of its own devices only is imitated: a
     host has the devices of its number, one after another.
@@ -59,23 +59,23 @@ def read_by_hosts(
                 have.setdefault(field, np.zeros(shape, bool))[index] = True
 
     read: list[set[int]] = []
-    chosen = Batches.chosen_rows
+    chosen = Batches.chosen_sequences
 
     def noted(self, step, numbers):
         read[-1].update(numbers.tolist())
         return chosen(self, step, numbers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "chosen_rows", noted)
+        patch.setattr(Batches, "chosen_sequences", noted)
         for host in range(count):
             read.append(set())
             patch.setattr(jax, "make_array_from_callback", lambda *given, host=host: of_host(host, *given))
             hosts.global_batch(batches, step, micro, NamedSharding(mesh, batch_spec(TRAINING, leading=1)))
     assert all(places.all() for places in have.values())
     kinds = (np.int32, np.int32, np.float32, np.int32)
-    # Micro-batch `a` holds every row `i` with `i % A == a`.
+    # Micro-batch `a` holds every sequence `i` with `i % A == a`.
     fields = [whole[field].swapaxes(0, 1).reshape(-1, batches.length).astype(kind) for field, kind in enumerate(kinds)]
-    return Batch(*fields), [len(rows) for rows in read]
+    return Batch(*fields), [len(sequences) for sequences in read]
 
 
 def verified(capsys, config_file, step: int) -> str:
@@ -86,14 +86,14 @@ def verified(capsys, config_file, step: int) -> str:
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_hashes_of_1_2_4_and_8_hosts_are_equal(monkeypatch, config, sizes):
-    batches, micro = made(config), micro_rows(config.data)
+    batches, micro = made(config), micro_batch_size(config.data)
     for step in (0, 1, 3):
-        wanted, rows = fingerprint(batches.batch(step)), batches.rows_at(step)
+        wanted, sequences = fingerprint(batches.batch(step)), batches.sequences_at(step)
         ways = sizes[0] * sizes[1]
         for count in (1, 2, 4, 8):
             batch, read = read_by_hosts(monkeypatch, batches, step, micro, sizes, count)
             assert fingerprint(batch) == wanted
-            assert read == [max(rows // count, rows // ways)] * count  # no host reads more than its devices hold
+            assert read == [max(sequences // count, sequences // ways)] * count  # no host reads more than its devices hold
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 2), (2, 4)])
@@ -104,7 +104,7 @@ def test_another_number_of_hosts_goes_on_with_the_remaining_batches(monkeypatch,
     for count, steps in ((before, range(STOPPED)), (after, range(STOPPED, STEPS))):
         batches = made(config)  # nothing is known but the config and the step
         for step in steps:
-            batch, _ = read_by_hosts(monkeypatch, batches, step, micro_rows(config.data), (8, 1, 1), count)
+            batch, _ = read_by_hosts(monkeypatch, batches, step, micro_batch_size(config.data), (8, 1, 1), count)
             found.append(fingerprint(batch))
     assert found == wanted
     assert len(set(wanted)) == STEPS

@@ -26,7 +26,7 @@ from llama_jax.training import evaluate as evaluate_module
 from llama_jax.training import loop, setup, step
 from llama_jax.training import run_log as step_log
 from llama_jax.training.checkpointing import keep_config, learning_rate_jump, only_run, summary_lines
-from llama_jax.training.evaluate import TokenBytes, batch_evaluator, choose_held_out, evaluate, text_evaluation
+from llama_jax.training.evaluate import ByteCounts, batch_evaluator, choose_held_out, evaluate, text_evaluation
 from llama_jax.training.loop import Run
 from llama_jax.training.setup import fingerprint
 from llama_jax.training.step import StepMetrics, global_batch
@@ -134,7 +134,7 @@ def nats_by_hand(params, documents: list[list[int]], length: int) -> tuple[float
     return total, count
 
 
-SIZES = TokenBytes(*np.random.default_rng(1).integers(0, 9, (2, 320), np.int32))
+SIZES = ByteCounts(*np.random.default_rng(1).integers(0, 9, (2, 320), np.int32))
 
 
 def bytes_by_hand(documents: list[list[int]]) -> int:
@@ -147,8 +147,8 @@ def bytes_by_hand(documents: list[list[int]]) -> int:
     return total
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_held_out_loss_equals_float64_by_hand(tmp_path, rows):
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_held_out_loss_equals_float64_by_hand(tmp_path, sequences):
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 320, size).tolist() for size in (5, 90, 1, 33, 64, 2, 47)]
     for document in documents[::2]:
@@ -161,14 +161,14 @@ def test_held_out_loss_equals_float64_by_hand(tmp_path, rows):
     signs = []
     with jax.set_mesh(mesh):
         run = batch_evaluator(model, 50, SIZES)
-        sums = evaluate(run, params, held_out, rows, mesh, model.options.rules, lambda: signs.append(1))
+        sums = evaluate(run, params, held_out, sequences, mesh, model.options.rules, lambda: signs.append(1))
     found = text_evaluation(sums)
     nats, count = nats_by_hand(params, documents, 32)
     assert found.tokens == count == sum(map(len, documents)) - len(documents)
     assert found.nats_per_token == pytest.approx(nats / count, rel=2e-6)
     assert found.bytes == bytes_by_hand(documents)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / found.bytes, rel=2e-6)
-    assert len(signs) >= -(-len(held_out.numbers) // rows)  # one a batch, for the watchdog
+    assert len(signs) >= -(-len(held_out.numbers) // sequences)  # one a batch, for the watchdog
 
 
 def test_a_run_reports_the_held_out_loss_of_its_last_state(finished, corpus):
@@ -205,7 +205,7 @@ def test_an_evaluation_reads_the_same_few_windows(make_held_out, most, expected)
     assert len(numbers) == expected
     assert set(numbers) <= set(range(101))
     assert expected != 10 or numbers != [*map(int, other.numbers)]
-    first = chosen.packing.rows(np.array(numbers[:1]))
+    first = chosen.packing.sequences(np.array(numbers[:1]))
     assert first.targets[0].tolist() == tokens.tokens[numbers[0] * 32 + 1 : numbers[0] * 32 + 33].tolist()
 
 
@@ -229,12 +229,12 @@ def make_held_out(tmp_path):
     return made
 
 
-def test_each_process_evaluates_the_rows_of_its_own_devices(make_held_out, monkeypatch):
-    """Eight devices, two of which share their rows: every row is read once here, in pieces of what a device holds."""
+def test_each_process_evaluates_the_sequences_of_its_own_devices(make_held_out, monkeypatch):
+    """Eight devices, two of which share their sequences: every sequence is read once here, in pieces of what a device holds."""
     mesh, read = make_mesh(4, 1, 2), []
     (held_out,) = choose_held_out({"x": make_held_out(3205)}, 32, "cut", 0, 0).values()
-    rows = held_out.packing.rows
-    monkeypatch.setattr(held_out.packing, "rows", lambda numbers: read.append(len(numbers)) or rows(numbers))
+    sequences = held_out.packing.sequences
+    monkeypatch.setattr(held_out.packing, "sequences", lambda numbers: read.append(len(numbers)) or sequences(numbers))
     seen = []
     with jax.set_mesh(mesh):
         evaluate(lambda params, batch: seen.append(batch) or {}, {}, held_out, 8, mesh, TRAINING)
@@ -282,7 +282,7 @@ def test_no_held_out_document_is_trained_on(config, monkeypatch, corpus):
     run.train()
     assert len(batches) == 60 > run.batches.sources[0].packing.count / 4  # more than an epoch
     tokenizer = load_tokenizer(run.data.tokenizer_path)
-    text = "\n".join(tokenizer.decode(row.tolist()) for batch in batches for row in np.asarray(batch.tokens[0]))
+    text = "\n".join(tokenizer.decode(sequence.tolist()) for batch in batches for sequence in np.asarray(batch.tokens[0]))
     seen = {int(number) for number in re.findall(r"<(\d+)>", text)}
     assert seen == {number for number in range(20) if not is_held_out(f"{number}.txt", 0.2)}
     assert len(seen) < 20
@@ -305,7 +305,7 @@ def test_a_record_means_the_losses_since_the_one_before(finished, runs):
 def test_evaluation_and_compilation_are_no_part_of_the_step_time(config, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(step_log.time, "perf_counter", lambda: now[0])
-    log = step_log.StepLog(config, lambda step: step * config.data.batch_rows * config.data.length)
+    log = step_log.StepLog(config, lambda step: step * config.data.batch_size * config.data.length)
     figures = StepMetrics(*map(np.float32, (2, 1, 1e-3, 128)), np.bool_(False), {})
 
     def update(seconds):
@@ -504,8 +504,8 @@ def test_overwrite_starts_anew(copied):
 
 
 def test_too_little_text_for_a_batch_is_explained(config):
-    with pytest.raises(InputError, match=r"tokens are \d+ rows, but its part of a batch needs 10000"):
-        Run(changed(config, data={"batch_rows": 10_000}), Recorder())
+    with pytest.raises(InputError, match=r"tokens are \d+ sequences, but its part of a batch needs 10000"):
+        Run(changed(config, data={"batch_size": 10_000}), Recorder())
 
 
 # Text
@@ -537,12 +537,12 @@ def test_repeated_lines_are_learned_and_continued(config, tmp_path):
     folder.mkdir()
     for number in range(100):
         (folder / f"{number}.txt").write_text(line * 3)
-    data = {"paths": (str(folder),), "vocab_size": 290, "batch_rows": 8}
+    data = {"paths": (str(folder),), "vocab_size": 290, "batch_size": 8}
     run = {"steps": 150, "log_every": 50, "eval_every": 0, "checkpoint_every": 150}
     display = Recorder()
     summary = Run(changed(config, data=data, run=run, optimizer={"warmup_steps": 10}), display).train()
     losses = [round(record.loss, 3) for record in display.records]
-    print(f"held-out {summary.evaluation.nats_per_token:.3f}, unigram {summary.unigram:.3f} nats a token; training {losses}")
+    print(f"held-out {summary.evaluation.nats_per_token:.3f}, unigram {summary.unigram:.3f} nats/token; training {losses}")
     assert summary.evaluation.nats_per_token < 0.3 * summary.unigram
     (completion,) = llama_jax.generate(llama_jax.load(config.run.dir), [line[:10]], max_new_tokens=20)
     assert len(completion.text) >= 20

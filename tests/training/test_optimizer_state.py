@@ -85,7 +85,7 @@ def test_factored_moments_are_split_as_the_dimension_that_is_left():
         key = jax.tree_util.keystr(path)
         if leaf.ndim and max(leaf.shape) >= 128 and ("v_row" in key or "v_col" in key):
             found[key.rpartition(".")[2]] = (leaf.shape, leaf.sharding.spec)
-    # Which of the two is called a row depends on the longer side; what counts is that each dimension goes where it went.
+    # Which of the two is called a sequence depends on the longer side; what counts is that each dimension goes where it went.
     fsdp, tensor, both = ("fsdp", "context"), "tensor", ("tensor", "fsdp", "context")
     assert found == {
         "v_row['embedding']": ((144,), PartitionSpec(None)), "v_col['embedding']": ((160,), PartitionSpec(both)),

@@ -30,8 +30,8 @@ def recipe(name: str, dtype: str) -> Recipe:
     return Recipe(Llama(MODEL), make_optimizer(OptimizerConfig(name=name)), lambda step: 1e-2, 64, param_dtype=dtype)
 
 
-def batch(rows: int = 4) -> Batch:
-    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (rows, 32), np.int32)
+def batch(sequences: int = 4) -> Batch:
+    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (sequences, 32), np.int32)
     return Batch(tokens, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32), np.zeros_like(tokens))
 
 

@@ -13,13 +13,13 @@ from llama_jax.data.packing import Batch
 from llama_jax.model.llama import logits
 from llama_jax.model.lora import merge
 from llama_jax.training.evaluate import pair_evaluation, pair_evaluator
-from llama_jax.training.step import micro_batches, row_numbers, train_step
+from llama_jax.training.step import micro_batches, sequence_numbers, train_step
 
 BETA = 0.3
 
 
-def row_log_probabilities(params, batch):
-    """Log p of each row's targets, from whole logits."""
+def sequence_log_probabilities(params, batch):
+    """Log p of each sequence's targets, from whole logits."""
     each = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch.tokens, CONFIG, batch.documents), batch.targets)
     return -jnp.sum(each * batch.weights, axis=1)
 
@@ -41,15 +41,15 @@ def compiled():
 def test_loss_figures_and_gradient_equal_the_formula():
     (recipe, step), params, batch = compiled(), parameters(CONFIG), jax.device_get(random_batch(CONFIG))
     state = warm_state(recipe)
-    policy = lambda adapters, params, batch: row_log_probabilities(merge(params, adapters, 2.0), batch)  # noqa: E731
+    policy = lambda adapters, params, batch: sequence_log_probabilities(merge(params, adapters, 2.0), batch)  # noqa: E731
 
     @jax.jit
-    def of_rows(adapters, params, batch, slopes):
-        """Log-probabilities of rows by adapted and bare parameters; the gradient of the former, summed with slopes."""
+    def of_sequences(adapters, params, batch, slopes):
+        """Log-probabilities of sequences by adapted and bare parameters; the gradient of the former, summed with slopes."""
         gradient = jax.grad(lambda adapters: policy(adapters, params, batch) @ slopes)(adapters)
-        return policy(adapters, params, batch), row_log_probabilities(params, batch), gradient
+        return policy(adapters, params, batch), sequence_log_probabilities(params, batch), gradient
 
-    ours, reference, _ = of_rows(state.params, params, batch, np.zeros(8, np.float32))
+    ours, reference, _ = of_sequences(state.params, params, batch, np.zeros(8, np.float32))
     _, margin, rewards = by_hand(ours, reference)
     for real in (8, 6):  # the last pair as it is, then as padding
         weights = np.where(np.arange(8)[:, None] < real, batch.weights, 0)
@@ -61,11 +61,11 @@ def test_loss_figures_and_gradient_equal_the_formula():
         for name, values in means.items():
             np.testing.assert_allclose(metrics.more[name], np.mean(values), rtol=1e-3, atol=1e-4)
         assert metrics.targets == real / 2
-        # The chain rule with slopes in float64: -beta sigmoid(-margin) for chosen rows, the opposite for rejected ones.
+        # The chain rule with slopes in float64: -beta sigmoid(-margin) for chosen sequences, the opposite for rejected ones.
         slope = BETA / (1 + np.exp(given)) / len(given)
         slopes = np.zeros(8, np.float32)
         slopes[:real] = np.stack([-slope, slope], axis=1).reshape(-1)
-        expected = of_rows(state.params, params, batch, slopes)[2]
+        expected = of_sequences(state.params, params, batch, slopes)[2]
         close(jax.tree.map(np.subtract, *jax.device_get((state.params, after.params))), expected, atol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_held_out_pairs_have_the_loss_of_the_objective_accuracy_and_margin():
     run = pair_evaluator(recipe.model, recipe.loss_chunk, recipe.objective)
     padded = batch._replace(weights=np.where(np.arange(8)[:, None] < 4, batch.weights, 0))
     found = pair_evaluation([jax.tree.map(float, run(adapted, part)) for part in (batch, padded)])
-    policy, reference = (jax.jit(row_log_probabilities)(p, batch) for p in (merge(params, adapters, 2.0), params))
+    policy, reference = (jax.jit(sequence_log_probabilities)(p, batch) for p in (merge(params, adapters, 2.0), params))
     _, margin, rewards = by_hand(policy, reference)
     twice = lambda values: np.concatenate([values, values[:2]])  # noqa: E731
     assert found.pairs == 6
@@ -104,7 +104,7 @@ def test_fresh_adapters_are_indifferent():
 
 def test_pairs_stay_together_in_micro_batches():
     batch = jax.device_get(random_batch(CONFIG))
-    dealt = row_numbers(rows=8, micro_rows=4, unit=2)
+    dealt = sequence_numbers(sequences=8, micro_batch_size=4, unit=2)
     assert dealt.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
     (recipe, step), params = compiled(), parameters(CONFIG)
     whole, figures = step(warm_state(recipe), micro_batches(batch, 1), params)

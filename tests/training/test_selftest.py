@@ -29,11 +29,11 @@ def require_success(capsys, groups: list[str]) -> None:
 
 
 @pytest.fixture
-def _short_rows(monkeypatch):
+def _short_sequences(monkeypatch):
     monkeypatch.setattr("llama_jax.training.selftest._LENGTH", 32)
 
 
-@pytest.mark.usefixtures("_short_rows")
+@pytest.mark.usefixtures("_short_sequences")
 def test_the_program_passes_and_says_so(capsys, monkeypatch):
     monkeypatch.setattr("llama_jax.training.selftest.meshes", lambda *given: [(1, 2, 1, 1)])
     require_success(capsys, ["mesh", "resume"])
@@ -44,7 +44,7 @@ def test_the_program_passes_with_every_mesh(capsys):
     require_success(capsys, ["mesh"] * 5 + ["resume"])  # tensor, context gathered and ring, fsdp, data
 
 
-@pytest.mark.usefixtures("_short_rows")
+@pytest.mark.usefixtures("_short_sequences")
 def test_attention_that_ignores_documents_is_noticed(tmp_path, monkeypatch, capsys):
     def blind(q, k, v, mask, causal, scales=None):
         return attention.reference_attention(q, k, v, mask._replace(documents=None), causal, scales)
@@ -57,7 +57,7 @@ def test_attention_that_ignores_documents_is_noticed(tmp_path, monkeypatch, caps
     assert "0 of 1 within their bounds" in err
 
 
-@pytest.mark.usefixtures("_short_rows")
+@pytest.mark.usefixtures("_short_sequences")
 def test_a_restore_that_loses_a_bit_is_noticed(tmp_path, monkeypatch):
     whole = Checkpoints.restore
 
@@ -74,7 +74,7 @@ def test_a_restore_that_loses_a_bit_is_noticed(tmp_path, monkeypatch):
     assert not case.ok
 
 
-@pytest.mark.usefixtures("_short_rows")
+@pytest.mark.usefixtures("_short_sequences")
 def test_what_cannot_be_computed_has_failed(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise NotImplementedError("no such\nkernel here")
@@ -92,7 +92,7 @@ def test_every_mesh_fits(devices, count):
     found = meshes(devices, config.model)
     assert count is None or len(found) == count  # ordered ways to write the number as a product of four
     assert all(np.prod(sizes) == devices for sizes in found)
-    assert config.data.batch_rows % (4 * devices) == 0
+    assert config.data.batch_size % (4 * devices) == 0
 
 
 def test_documents_alone_are_the_same_documents():

@@ -39,12 +39,12 @@ from llama_jax.weights.assemble import unstack
 CONFIG = dataclasses.replace(TINY, vocab_size=96, layers=2)
 
 
-def random_batch(config=CONFIG, rows=8, length=24, seed=0) -> Batch:
-    tokens = np.asarray(random_tokens(config, (rows, length + 1), seed))
+def random_batch(config=CONFIG, sequences=8, length=24, seed=0) -> Batch:
+    tokens = np.asarray(random_tokens(config, (sequences, length + 1), seed))
     rng = np.random.default_rng(seed)
-    documents = jnp.asarray(np.sort(rng.integers(1, 4, (rows, length)), axis=1), jnp.int32)
-    # Rows weigh differently, as packed rows do, so that a mean of means would show.
-    weights = jnp.asarray(rng.random((rows, length)) < np.linspace(0.3, 1, rows)[:, None], jnp.float32)
+    documents = jnp.asarray(np.sort(rng.integers(1, 4, (sequences, length)), axis=1), jnp.int32)
+    # Rows weigh differently, as packed sequences do, so that a mean of means would show.
+    weights = jnp.asarray(rng.random((sequences, length)) < np.linspace(0.3, 1, sequences)[:, None], jnp.float32)
     return Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), weights, documents)
 
 
@@ -92,12 +92,12 @@ def test_cross_entropy_and_gradients_equal_optax(chunk):
 
 
 def test_whole_logits_never_exist():
-    rows, length, dim, vocab = 2, 2048, 16, 4096
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((rows, length, dim), jnp.float32), ((dim, vocab), jnp.float32),
-              ((rows, length), jnp.int32), ((rows, length), jnp.float32))]  # fmt: skip
+    sequences, length, dim, vocab = 2, 2048, 16, 4096
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((sequences, length, dim), jnp.float32), ((dim, vocab), jnp.float32),
+              ((sequences, length), jnp.int32), ((sequences, length), jnp.float32))]  # fmt: skip
     loss = jax.value_and_grad(lambda f, h, t, w: cross_entropy(f, h, t, w, 256), argnums=(0, 1))
     used = jax.jit(loss).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-    whole = rows * length * vocab * 4
+    whole = sequences * length * vocab * 4
     print(f"temporaries {used / 2**20:.1f} MiB; logits in float32 would be {whole / 2**20:.1f} MiB")
     assert used < whole / 3
 
@@ -193,7 +193,7 @@ def test_state_is_born_sharded_and_stays_where_it_is():
         assert array.addressable_shards[0].data.size == array.size // 4  # fsdp x tensor; copied over data
 
 
-def test_each_parameter_has_one_row_and_each_row_a_parameter():
+def test_each_parameter_has_one_sequence_and_each_sequence_a_parameter():
     found = set()
     for config in (VARIANTS["gqa-untied"], VARIANTS["mqa-tied"]):
         shapes = jax.tree_util.tree_leaves_with_path(parameters(config))
@@ -221,7 +221,7 @@ def test_mean_loss_weights_targets():
     wide = dataclasses.replace(CONFIG, head_dim=64, context_length=128)
     loss = functools.partial(mean_loss, config=wide, attention="splash")
     assert jax.eval_shape(loss, parameters(wide), jnp.zeros((2, 128), jnp.int32)).shape == ()
-    with pytest.raises(InputError, match="rows of 1 tokens"):
+    with pytest.raises(InputError, match="sequences of 1 tokens"):
         mean_loss(params, tokens[:, :1], CONFIG)
 
 

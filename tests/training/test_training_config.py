@@ -28,7 +28,7 @@ def _without_type_checks(monkeypatch):
     ("compute.dtype", "float16"), ("compute.remat", ""), ("compute.remat", "2*none+full"),
     ("compute.remat", "some"), ("compute.remat", "auto+q"), ("compute.loss_chunk", 0), ("compute.scan_layers", "no"),
     ("compute.attention", None), ("compute.context_attention", "spiral"),
-    ("data.length", 0), ("data.batch_rows", 0), ("data.accumulation", 3), ("data.paths", "text"),
+    ("data.length", 0), ("data.batch_size", 0), ("data.accumulation", 3), ("data.paths", "text"),
     ("data.paths", ("",)), ("data.paths", (3,)), ("data.tokenizer", ""), ("data.tokenizer", 3), ("data.held_out_fraction", 0.9),
     ("data.vocab_size", 0), ("data.seed", 2**32), ("optimizer.learning_rate", -1e-4), ("optimizer.learning_rate", float("nan")),
     ("optimizer.learning_rate", None), ("optimizer.beta1", 1.0), ("optimizer.beta2", 1), ("optimizer.final_fraction", 1.1),

@@ -39,11 +39,11 @@ def first_trouble(flags, patience: int, since: int = 0) -> tuple[int, ...] | Non
     for step in range(len(flags)):
         if not flags[step] or step < since:
             continue
-        row = 0
-        while step - row >= since and flags[step - row]:
-            row += 1
-        if row >= patience:
-            return tuple(range(step - row + 1, step + 1))
+        sequence = 0
+        while step - sequence >= since and flags[step - sequence]:
+            sequence += 1
+        if sequence >= patience:
+            return tuple(range(step - sequence + 1, step + 1))
         recent = [k for k in range(max(since, step - 199), step + 1) if flags[k]]
         if len(recent) >= max(patience, 10):
             return tuple(recent)
@@ -86,7 +86,7 @@ def test_trouble_is_found_at_the_same_step_however_the_figures_come_and_the_run_
     assert watched(flags, patience, cuts, start, since)[0] == expected
 
 
-def test_ten_in_a_row_or_five_percent_of_the_last_two_hundred():
+def test_ten_in_a_sequence_or_five_percent_of_the_last_two_hundred():
     assert WINDOW == 200
     assert watched([False] * 7 + [True] * 10, 10, [])[0] == tuple(range(7, 17))
     assert watched([False] * 7 + [True] * 9 + [False] * 20, 10, [])[0] is None

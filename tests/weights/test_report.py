@@ -18,7 +18,7 @@ from support import TINY, random_parameters
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.presets import PRESETS, preset
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.inspect import Contents, oddities, report
+from llama_jax.weights.inspect import Contents, warnings_of, report
 from llama_jax.weights.load import load
 from llama_jax.weights.open import Opened, open_model
 
@@ -90,7 +90,7 @@ class Declared:
 
 def odd_architecture(config: LlamaConfig) -> list[str]:
     opened = Opened(Declared(config), None, None, (0,), "gguf", pathlib.Path("m"), "m")
-    return [sentence for sentence in oddities(opened, Contents({}, 0, 0, False)) if "no tokenizer" not in sentence]
+    return [sentence for sentence in warnings_of(opened, Contents({}, 0, 0, False)) if "no tokenizer" not in sentence]
 
 
 @pytest.mark.parametrize("name", PRESETS)
