@@ -1,4 +1,6 @@
-"""Generates text: `python infer.py --model PATH --prompt TEXT [--chat] [--temperature T] ...`; see `--help`."""
+"""Generates text: `python infer.py --model PATH --prompt TEXT [--chat] [--temperature T] ...`; see
+`--help`.
+"""
 
 import sys
 

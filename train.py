@@ -1,4 +1,6 @@
-"""Trains a LLaMA: `python train.py --config configs/debug.yaml [--section.key value ...]`; see `--help`."""
+"""Trains a LLaMA: `python train.py --config configs/debug.yaml [--section.key value ...]`; see
+`--help`.
+"""
 
 import pathlib
 import sys

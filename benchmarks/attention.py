@@ -1,9 +1,12 @@
-"""Attention: memory as XLA plans it, and on a GPU its speed beside PyTorch's `scaled_dot_product_attention`, one run.
+"""Attention: memory as XLA plans it, and on a GPU its speed beside PyTorch's
+`scaled_dot_product_attention`, one run.
 
     python benchmarks/attention.py [--lengths 4096,8192,16384]
 
-On a GPU: bfloat16, 4 sequences of 4,096, 32 query and 8 key/value heads; sequences of one document, and packed ones of 512 tokens on
-average, which PyTorch is not told of. FLOPs are those of whole causal sequences, so packed sequences show more than the card can do.
+On a GPU: bfloat16, 4 sequences of 4,096, 32 query and 8 key/value heads; sequences of one document,
+  and packed ones of 512 tokens on
+average, which PyTorch is not told of. FLOPs are those of whole causal sequences, so packed
+sequences show more than the card can do.
 """
 
 import argparse
@@ -39,7 +42,9 @@ def temporary_bytes(backend: str, length: int) -> int:
 
 def documents(mean: int) -> np.ndarray:
     """Document numbers of packed sequences."""
-    return 1 + np.cumsum(np.random.default_rng(0).random((_ROWS, _LENGTH)) < 1 / mean, axis=1).astype(np.int32)
+    return 1 + np.cumsum(
+        np.random.default_rng(0).random((_ROWS, _LENGTH)) < 1 / mean, axis=1
+    ).astype(np.int32)
 
 
 def cudnn(width: int, mean: int) -> Callable[[], tuple[float, float]]:
@@ -58,14 +63,19 @@ def cudnn(width: int, mean: int) -> Callable[[], tuple[float, float]]:
 
     def attention(q: Any, k: Any, v: Any) -> Any:
         """Tokens before heads, as the products before it leave them."""
-        return cudnn_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), numbers, TRAINING).swapaxes(1, 2)
+        return cudnn_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), numbers, TRAINING).swapaxes(
+            1, 2
+        )
 
     def gradients(q: Any, k: Any, v: Any) -> Any:
         """Of q, with k and v having their part in it, or they would not be computed."""
         dq, dk, dv = jax.vjp(attention, q, k, v)[1](q)
         return dq + (dk.sum() + dv.sum()).astype(dq.dtype)
 
-    return lambda: (call_seconds(attention, _TIMES, *given), call_seconds(gradients, _TIMES, *given))
+    return lambda: (
+        call_seconds(attention, _TIMES, *given),
+        call_seconds(gradients, _TIMES, *given),
+    )
 
 
 def pytorch(width: int, mean: int) -> Callable[[], tuple[float, float]]:
@@ -74,7 +84,9 @@ def pytorch(width: int, mean: int) -> Callable[[], tuple[float, float]]:
     from torch.nn.functional import scaled_dot_product_attention
 
     q, k, v = (
-        torch.randn(_ROWS, heads, _LENGTH, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        torch.randn(
+            _ROWS, heads, _LENGTH, width, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
         for heads in (_HEADS, _KV_HEADS, _KV_HEADS)
     )
 
@@ -109,7 +121,10 @@ def pytorch(width: int, mean: int) -> Callable[[], tuple[float, float]]:
 
 def speeds() -> None:
     """The table of speeds."""
-    print("\n| sequences, head width | side | forward ms | TFLOP/s | with backward ms | TFLOP/s |\n|---|---|---|---|---|---|")
+    print(
+        "\n| sequences, head width | side | forward ms | TFLOP/s | with backward ms | "
+        "TFLOP/s |\n|---|---|---|---|---|---|"
+    )
     for width in (64, 128):
         for mean, sequences in ((0, "whole"), (512, "packed, 512")):
             for name, make in (("llama_jax", cudnn), ("PyTorch", pytorch)):
@@ -119,23 +134,38 @@ def speeds() -> None:
                 alone, both = side.ask()
                 side.stop()
                 flops = 2 * _ROWS * _HEADS * width * _LENGTH**2  # two products, half of the square
-                cells = [f"{sequences}, {width}", name, f"{1e3 * alone:.2f}", f"{flops / alone / 1e12:.0f}"]
-                print(f"| {' | '.join([*cells, f'{1e3 * both:.2f}', f'{3.5 * flops / both / 1e12:.0f}'])} |", flush=True)
+                cells = [
+                    f"{sequences}, {width}",
+                    name,
+                    f"{1e3 * alone:.2f}",
+                    f"{flops / alone / 1e12:.0f}",
+                ]
+                print(
+                    f"| {' | '.join([*cells, f'{1e3 * both:.2f}', f'{3.5 * flops / both / 1e12:.0f}'])} |",
+                    flush=True,
+                )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and speed of attention.")
     parser.add_argument("--lengths", default="4096,8192,16384")
     lengths = [int(length) for length in parser.parse_args().lengths.split(",")]
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process leaves the card to the sides
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # this process leaves the card to the sides
     import jax
 
     from llama_jax.model.attention import BACKENDS
 
     print(heading())
-    print(f"\n| temporaries, backend | {' | '.join(f'T = {length}' for length in lengths)} |\n|---|{'---|' * len(lengths)}")
+    print(
+        f"\n| temporaries, backend | {' | '.join(f'T = {length}' for length in lengths)} "
+        f"|\n|---|{'---|' * len(lengths)}"
+    )
     for backend in BACKENDS:
-        cells = " | ".join(f"{temporary_bytes(backend, length) / 2**20:.1f} MiB" for length in lengths)
+        cells = " | ".join(
+            f"{temporary_bytes(backend, length) / 2**20:.1f} MiB" for length in lengths
+        )
         print(f"| {backend} | {cells} |", flush=True)
     if jax.devices()[0].platform == "gpu":
         jax.clear_caches()

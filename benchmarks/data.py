@@ -1,10 +1,11 @@
-"""What prepared data costs: opening it, looking a sequence up, the start of a training, and preparing it.
+"""What prepared data costs: opening it, looking a sequence up, the start of a training, and
+preparing it.
 
     python benchmarks/data.py [--shards 1 1000 150000] [--tokenizer PATH]
 
-Shards are sparse files of 100M tokens, so 150,000 of them (15T tokens) take inodes and no room. Every measurement runs in a
-process of its own, under the usual limit of 1,024 open files. Processor time stands beside wall-clock time, because other
-work on the machine shows only in the latter.
+Shards are sparse files of 100M tokens, so 150,000 of them (15T tokens) take inodes and no room.
+Every measurement runs in a process of its own, under the usual limit of 1,024 open files. Processor
+time stands beside wall-clock time, because other work on the machine shows only in the latter.
 """
 
 import argparse
@@ -31,30 +32,57 @@ def make_shards(directory: pathlib.Path, shards: int, tokenizer: pathlib.Path) -
     """A prepared folder whose shards are holes: every token is 0."""
     from llama_jax.data.prepare import hash_tokenizer, read_tokenizer_files
     from llama_jax.data.token_file import TokenHeader, choose_dtype, pack_header
-    from llama_jax.data.token_set import MANIFEST_VERSION, TOKENIZER, CountsEntry, Manifest, ShardEntry, file_sha256
+    from llama_jax.data.token_set import (
+        MANIFEST_VERSION,
+        TOKENIZER,
+        CountsEntry,
+        Manifest,
+        ShardEntry,
+        file_sha256,
+    )
     from llama_jax.data.tokens import TokenCounts, write_counts
     from llama_jax.text.tokenizer import load_tokenizer
 
     (directory / TOKENIZER).mkdir(parents=True)
     for name, content in read_tokenizer_files(tokenizer).items():
         (directory / TOKENIZER / name).write_bytes(content)
-    size, digest = load_tokenizer(directory / TOKENIZER).vocab_size, hash_tokenizer(directory / TOKENIZER)
-    header = TokenHeader("text", choose_dtype(size), TOKENS, DOCUMENTS, 4 * TOKENS, size, digest, "s", 0, 0, 0)
+    size, digest = (
+        load_tokenizer(directory / TOKENIZER).vocab_size,
+        hash_tokenizer(directory / TOKENIZER),
+    )
+    header = TokenHeader(
+        "text", choose_dtype(size), TOKENS, DOCUMENTS, 4 * TOKENS, size, digest, "s", 0, 0, 0
+    )
     entries = []
     for number in range(shards):
         path = directory / f"train-{number:05d}.tokens"
         with path.open("wb") as file:
             file.write(pack_header(header))
             file.truncate(header.file_bytes)
-        entries.append(ShardEntry(path.name, DOCUMENTS, TOKENS, 4 * TOKENS, header.file_bytes, f"{number:064d}"))
+        entries.append(
+            ShardEntry(
+                path.name, DOCUMENTS, TOKENS, 4 * TOKENS, header.file_bytes, f"{number:064d}"
+            )
+        )
     counts = directory / "train_counts.json"
     write_counts(counts, TokenCounts(np.full(size, shards * TOKENS // size), size - 1), "benchmark")
     counted = CountsEntry(counts.name, counts.stat().st_size, file_sha256(counts))
     Manifest(
-        version=MANIFEST_VERSION, kind="text", vocab_size=size, tokenizer_sha256=digest, template_sha256=None, held_out=0.0,
-        shard_tokens=TOKENS, sources=(), dropped=0, documents=shards * DOCUMENTS, tokens=shards * TOKENS, train=tuple(entries),
-        held_out_shards=(), counts=(counted,),
-    ).write(directory)  # fmt: skip
+        version=MANIFEST_VERSION,
+        kind="text",
+        vocab_size=size,
+        tokenizer_sha256=digest,
+        template_sha256=None,
+        held_out=0.0,
+        shard_tokens=TOKENS,
+        sources=(),
+        dropped=0,
+        documents=shards * DOCUMENTS,
+        tokens=shards * TOKENS,
+        train=tuple(entries),
+        held_out_shards=(),
+        counts=(counted,),
+    ).write(directory)
 
 
 def clock() -> tuple[float, float]:
@@ -86,7 +114,9 @@ def measure_set(directory: str) -> dict:
         for place in places:
             train.read(place, place + LENGTH + 1)
         found[name] = [seconds / SEQUENCES for seconds in since(start)]
-    inside = [place % (TOKENS - LENGTH) for place in places]  # of one shard: what a look-up costs beside opening files
+    inside = [
+        place % (TOKENS - LENGTH) for place in places
+    ]  # of one shard: what a look-up costs beside opening files
     start = clock()
     for place in inside:
         train.read(place, place + LENGTH + 1)
@@ -104,16 +134,26 @@ def measure_start(directory: str) -> dict:
     vocabulary = json.loads((pathlib.Path(directory) / "manifest.json").read_bytes())["vocab_size"]
     with tempfile.TemporaryDirectory() as run:
         given = {
-            "data.sources": json.dumps([{"path": directory}]), "data.length": 64, "data.batch_size": 2, "run.dir": f"{run}/run",
-            "run.steps": 1, "model.vocab_size": vocabulary,
-        }  # fmt: skip
-        command = [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in given.items())]
+            "data.sources": json.dumps([{"path": directory}]),
+            "data.length": 64,
+            "data.batch_size": 2,
+            "run.dir": f"{run}/run",
+            "run.steps": 1,
+            "model.vocab_size": vocabulary,
+        }
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *(f"--{name}={value}" for name, value in given.items()),
+        ]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
             raise SystemExit(done.stderr)
-        return {"start": [wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime]}
+        return {
+            "start": [wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime]
+        }
 
 
 def write_lines(path: pathlib.Path, nbytes: int) -> None:
@@ -128,17 +168,26 @@ def write_lines(path: pathlib.Path, nbytes: int) -> None:
 
 
 def measure_prepare(source: str, tokenizer: str, workers: str) -> dict:
-    """Tokens a second of `prepare`, and processor seconds of its first process and of its workers."""
+    """Tokens a second of `prepare`, and processor seconds of its first process and of its
+    workers.
+    """
     from llama_jax.cli.prepare import read_text
     from llama_jax.data.shards import Settings, prepare_set
 
     text = read_text(tokenizer, "auto")
     with tempfile.TemporaryDirectory() as directory:
         settings, start = Settings(shard_tokens=1_000_000, workers=int(workers)), clock()
-        manifest, _ = prepare_set([source], pathlib.Path(directory) / "out", text, settings, lambda *call: None)
+        manifest, _ = prepare_set(
+            [source], pathlib.Path(directory) / "out", text, settings, lambda *call: None
+        )
         wall, parent = since(start)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"tokens": manifest.tokens, "wall": wall, "parent": parent, "workers": children.ru_utime + children.ru_stime}
+    return {
+        "tokens": manifest.tokens,
+        "wall": wall,
+        "parent": parent,
+        "workers": children.ru_utime + children.ru_stime,
+    }
 
 
 def measure_tokenizer(source: str, tokenizer: str) -> dict:
@@ -156,7 +205,9 @@ def measure_tokenizer(source: str, tokenizer: str) -> dict:
 def child(name: str, *arguments: object) -> dict:
     """What a measurement in a process of its own finds."""
     command = [sys.executable, __file__, "--measure", name, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -171,7 +222,9 @@ def main() -> None:
     """Prints all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 1000, 150_000])
-    parser.add_argument("--tokenizer", help="file or folder; without one a vocabulary of 8,192 is trained")
+    parser.add_argument(
+        "--tokenizer", help="file or folder; without one a vocabulary of 8,192 is trained"
+    )
     parser.add_argument("--megabytes", type=float, default=8, help="of text to prepare")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
@@ -182,22 +235,40 @@ def main() -> None:
         return
     print(heading("numpy", "tokenizers"))
     print(f"load      {os.getloadavg()[0]:.2f} (average of the last minute, at the start)")
-    print(f"settings  ulimit -n {OPEN_FILES}; wall-clock time, in parentheses that of the processor; one run each\n")
+    print(
+        f"settings  ulimit -n {OPEN_FILES}; wall-clock time, in parentheses that of the "
+        "processor; one run each\n"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         write_lines(folder / "text.jsonl", int(options.megabytes * 1e6))
-        tokenizer = pathlib.Path(options.tokenizer) if options.tokenizer else trained(folder / "tokenizer.model")
-        print(f"sparse shards of {TOKENS:,} tokens; sequences of {LENGTH:,} tokens at {SEQUENCES:,} random places")
-        print("| shards | tokens | open, s | unigram entropy, s | descriptors | locate, us | read, us | read, one shard, us |")
+        tokenizer = (
+            pathlib.Path(options.tokenizer)
+            if options.tokenizer
+            else trained(folder / "tokenizer.model")
+        )
+        print(
+            f"sparse shards of {TOKENS:,} tokens; sequences of {LENGTH:,} tokens at "
+            f"{SEQUENCES:,} random places"
+        )
+        print(
+            "| shards | tokens | open, s | unigram entropy, s | descriptors | locate, us "
+            "| read, us | read, one shard, us |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         starts = []
         for shards in options.shards:
             make_shards(folder / f"{shards}", shards, tokenizer)
             found = child("set", folder / f"{shards}")
-            starts.append(f"| {shards:,} | {pair(child('start', folder / f'{shards}')['start'], form='.1f')} |")
+            starts.append(
+                f"| {shards:,} | "
+                f"{pair(child('start', folder / f'{shards}')['start'], form='.1f')} |"
+            )
             print(
-                f"| {shards:,} | {shards * TOKENS:.3g} | {pair(found['open'])} | {pair(found['unigram'])} | "
-                f"{found['descriptors']} | {pair(found['locate'], 1e-6, '.1f')} | {pair(found['again'], 1e-6, '.0f')} | "
+                f"| {shards:,} | {shards * TOKENS:.3g} | {pair(found['open'])} | "
+                f"{pair(found['unigram'])} | "
+                f"{found['descriptors']} | {pair(found['locate'], 1e-6, '.1f')} | "
+                f"{pair(found['again'], 1e-6, '.0f')} | "
                 f"{pair(found['one shard'], 1e-6, '.0f')} |",
                 flush=True,
             )
@@ -205,13 +276,21 @@ def main() -> None:
         print("| shards | seconds |\n|---|---|\n" + "\n".join(starts), flush=True)
         raw = child("tokenizer", folder / "text.jsonl", tokenizer)
         print(f"\nprepare, JSON lines of {options.megabytes:g} MB, tokenizer {tokenizer.name}")
-        print("| | tokens/s | processor s, parent | processor s, workers | parent / workers |\n|---|---|---|---|---|")
-        print(f"| tokenizer alone, one process | {raw['tokens'] / raw['wall']:,.0f} | {raw['processor']:.2f} | | |", flush=True)
+        print(
+            "| | tokens/s | processor s, parent | processor s, workers | parent / "
+            "workers |\n|---|---|---|---|---|"
+        )
+        print(
+            f"| tokenizer alone, one process | {raw['tokens'] / raw['wall']:,.0f} | "
+            f"{raw['processor']:.2f} | | |",
+            flush=True,
+        )
         for workers in options.workers:
             found = child("prepare", folder / "text.jsonl", tokenizer, workers)
             ratio = f"1/{found['workers'] / found['parent']:.1f}" if workers > 1 else ""
             print(
-                f"| prepare, workers {workers} | {found['tokens'] / found['wall']:,.0f} | {found['parent']:.2f} | "
+                f"| prepare, workers {workers} | {found['tokens'] / found['wall']:,.0f} "
+                f"| {found['parent']:.2f} | "
                 f"{found['workers']:.2f} | {ratio} |",
                 flush=True,
             )

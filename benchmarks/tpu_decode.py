@@ -1,10 +1,14 @@
-"""The project's own decoding step compiled for TPU slices that are not here: memory, predicted time, transfers.
+"""The project's own decoding step compiled for TPU slices that are not here: memory, predicted
+time, transfers.
 
-    python benchmarks/tpu_decode.py [--cases llama3.1-70b@v5e:4x4/int8,llama3-8b@v6e:2x4/sequences=16] [--layers N] [--keep DIR]
+    python benchmarks/tpu_decode.py [--cases
+    llama3.1-70b@v5e:4x4/int8,llama3-8b@v6e:2x4/sequences=16] [--layers N] [--keep DIR]
 
-A case is MODEL@TOPOLOGY, then settings behind slashes: `int8` or `int4` weights, `cache8`, and `sequences`, `length`, `tensor` and
-`data` as NAME=NUMBER. It is the loop that generation runs, with full sequences. Nothing is run: times are predictions from the
-compiler's estimates (`llama_jax/planning/cost_model.py`), in which beginning a transfer costs nothing. Needs the extra `tpu`.
+A case is MODEL@TOPOLOGY, then settings behind slashes: `int8` or `int4` weights, `cache8`, and
+`sequences`, `length`, `tensor` and `data` as NAME=NUMBER. It is the loop that generation runs, with
+full sequences. Nothing is run: times are predictions from the compiler's estimates
+  (`llama_jax/planning/cost_model.py`), in which beginning a transfer costs nothing. Needs the extra
+  `tpu`.
 """
 
 import argparse
@@ -30,9 +34,24 @@ from llama_jax.presets import preset
 
 _CASES = "llama3.1-70b@v5e:4x4/int8,llama3-8b@v6e:2x4,llama3-8b@v5p:2x2x1"
 _NUMBERS = ("sequences", "length", "tensor", "data")
-_COLUMNS = ("case", "layers", "mesh", "sequences x length", "arguments + temporaries GB", "of GB", "closed form GB",
-            "GB/step and chip", "MB/token, all chips", "limit ms", "predicted ms", "of the limit", "with top-p ms",
-            "tokens/s", "transfers a step", "compiled in s")  # fmt: skip
+_COLUMNS = (
+    "case",
+    "layers",
+    "mesh",
+    "sequences x length",
+    "arguments + temporaries GB",
+    "of GB",
+    "closed form GB",
+    "GB/step and chip",
+    "MB/token, all chips",
+    "limit ms",
+    "predicted ms",
+    "of the limit",
+    "with top-p ms",
+    "tokens/s",
+    "transfers a step",
+    "compiled in s",
+)
 
 
 def parse_case(text: str, layers: int) -> tuple[LlamaConfig, DecodePlan, str, str]:
@@ -43,14 +62,25 @@ def parse_case(text: str, layers: int) -> tuple[LlamaConfig, DecodePlan, str, st
     given = dict(setting.partition("=")[::2] for setting in settings if "=" in setting)
     unknown = [*(words - {"int8", "int4", "cache8"}), *(set(given) - set(_NUMBERS))]
     if unknown or not all(number.isdecimal() for number in given.values()):
-        sys.exit(f"error: case {text!r}: int8, int4, cache8, or {', '.join(_NUMBERS)} as NAME=NUMBER expected")
+        sys.exit(
+            f"error: case {text!r}: int8, int4, cache8, or {', '.join(_NUMBERS)} as "
+            "NAME=NUMBER expected"
+        )
     config, topology = preset(model), parse_topology(topology_name)
     config = dataclasses.replace(config, layers=layers) if layers else config
     sizes = ",".join(f"{axis}={given[axis]}" for axis in ("data", "tensor") if axis in given)
     mesh = parse_mesh(f"{sizes},fsdp=1", topology) if sizes else None
     dtype = "int8" if "int8" in words else "int4" if "int4" in words else "bfloat16"
     cache = "int8" if "cache8" in words else "bfloat16"
-    plan = make_decode_plan(config, topology, int(given.get("sequences", 16)), int(given.get("length", 2048)), dtype, cache, mesh)
+    plan = make_decode_plan(
+        config,
+        topology,
+        int(given.get("sequences", 16)),
+        int(given.get("length", 2048)),
+        dtype,
+        cache,
+        mesh,
+    )
     return config, plan, dtype, cache
 
 
@@ -60,7 +90,10 @@ def sequence(text: str, config: LlamaConfig, plan: DecodePlan, compiled: Compile
     assert times is not None
     assert not times.unknown_loops
     drawn = predict_round(compiled.text, plan.topology, longest=True)
-    moved = ", ".join(f"{count} {kind} {times.moved[kind] / 1e6:.2f} MB" for kind, count in sorted(times.collectives.items()))
+    moved = ", ".join(
+        f"{count} {kind} {times.moved[kind] / 1e6:.2f} MB"
+        for kind, count in sorted(times.collectives.items())
+    )
     cells = (
         text,
         str(config.layers),
@@ -89,7 +122,11 @@ def main() -> None:
     parser.add_argument("--keep", type=pathlib.Path, help="a directory for the programs' text")
     options = parser.parse_args()
     print(heading("libtpu"))
-    print("settings  compiled ahead of time, never run; times are predicted, transfers begin at no cost", flush=True)
+    print(
+        "settings  compiled ahead of time, never run; times are predicted, transfers "
+        "begin at no cost",
+        flush=True,
+    )
     print(f"\n| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}", flush=True)
     for number, text in enumerate(options.cases.split(",")):
         config, plan, dtype, cache = parse_case(text, options.layers)

@@ -1,12 +1,15 @@
-"""Every config for TPU pods, its training step compiled as `train.py` builds it: whether it fits the chips that it is for.
+"""Every config for TPU pods, its training step compiled as `train.py` builds it: whether it fits
+the chips that it is for.
 
     python benchmarks/tpu_presets.py [--layers N] [--quick] [FILE ...]
 
-The topology stands in the first comment of a file, in the command of the plan. Nothing is run: memory is the compiler's, times
-are predictions from its estimates (`llama_jax/planning/cost_model.py`). Ends with status 1 if a step does not fit or does not
-compile. Needs the extra `tpu`; on two cores a config takes minutes, whatever its depth, as layers are one body of a loop. With
---quick kernels are given the memory that the compiler gives them by default, and attention goes by smaller blocks: compiled in
-a third of the time, for nearly the same memory of the chip; the predicted times are longer than those of a run.
+The topology stands in the first comment of a file, in the command of the plan. Nothing is run:
+  memory is the compiler's, times
+are predictions from its estimates (`llama_jax/planning/cost_model.py`). Ends with status 1 if a
+step does not fit or does not compile. Needs the extra `tpu`; on two cores a config takes minutes,
+whatever its depth, as layers are one body of a loop. With --quick kernels are given the memory that
+the compiler gives them by default, and attention goes by smaller blocks: compiled in a third of the
+  time, for nearly the same memory of the chip; the predicted times are longer than those of a run.
 """
 
 import argparse
@@ -34,13 +37,27 @@ from llama_jax.planning.job import Job
 from llama_jax.planning.plan import make_plan
 
 PODS = pathlib.Path(__file__).parent.parent / "configs" / "pods"
-_COLUMNS = ("config", "topology", "mesh, remat, micro-batches", "arguments + temporaries = GB", "of GB", "closed form",
-            "predicted s", "MFU compute / exposed / simulated", "compiled in s", "transfers")  # fmt: skip
+_COLUMNS = (
+    "config",
+    "topology",
+    "mesh, remat, micro-batches",
+    "arguments + temporaries = GB",
+    "of GB",
+    "closed form",
+    "predicted s",
+    "MFU compute / exposed / simulated",
+    "compiled in s",
+    "transfers",
+)
 
 
 def topology_of(path: pathlib.Path) -> Topology:
     """The chips that a file is for."""
-    found = re.search(r"^#   python -m llama_jax plan --config \S+ --topology (\S+)$", path.read_text("utf8"), re.MULTILINE)
+    found = re.search(
+        r"^#   python -m llama_jax plan --config \S+ --topology (\S+)$",
+        path.read_text("utf8"),
+        re.MULTILINE,
+    )
     if found is None:
         sys.exit(f"error: {path}: its first comment has no command of the plan, with --topology")
     return parse_topology(found[1])
@@ -73,8 +90,13 @@ def sequence(path: pathlib.Path, job: Job, compiled: Compiled) -> str:
     times, total = compiled.prediction, compiled.arguments + compiled.temporaries
     assert times is not None
     assert not times.unknown_loops
-    shares = " / ".join(f"{100 * share:.1f} %" for share in times.shares(compiled.flops, job.topology.chip.peak))
-    moved = ", ".join(f"{count} {kind} {times.moved[kind] / 1e9:.1f} GB" for kind, count in sorted(times.collectives.items()))
+    shares = " / ".join(
+        f"{100 * share:.1f} %" for share in times.shares(compiled.flops, job.topology.chip.peak)
+    )
+    moved = ", ".join(
+        f"{count} {kind} {times.moved[kind] / 1e9:.1f} GB"
+        for kind, count in sorted(times.collectives.items())
+    )
     cells = (
         path.stem,
         job.topology.name,
@@ -94,7 +116,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Configs for TPU pods, compiled.")
     parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--layers", type=int, default=0, help="of the model; 0 for all")
-    parser.add_argument("--quick", action="store_true", help="smaller kernels: about the same memory, longer times")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller kernels: about the same memory, longer times"
+    )
     options = parser.parse_args()
     print(heading("libtpu"))
     depth = f"{options.layers} layers of each model" if options.layers else "whole models"
@@ -109,7 +133,9 @@ def main() -> int:
             job, compiled = compile_preset(path, options.layers)
         except jax.errors.JaxRuntimeError as error:
             print(
-                f"| {path.stem} | {topology_of(path).name} | does not compile: {str(error).splitlines()[0]:.160} |", flush=True
+                f"| {path.stem} | {topology_of(path).name} | does not compile: "
+                f"{str(error).splitlines()[0]:.160} |",
+                flush=True,
             )
             failed.append(path.stem)
             continue

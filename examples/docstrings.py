@@ -1,4 +1,5 @@
-"""Questions and answers from the standard library's docstrings, as JSON lines of conversations: data to fine-tune on.
+"""Questions and answers from the standard library's docstrings, as JSON lines of conversations:
+data to fine-tune on.
 
     python examples/docstrings.py docstrings.jsonl
 
@@ -18,12 +19,16 @@ _LONGEST = 600  # characters of an answer
 
 
 def questions(document: Document) -> Iterator[dict[str, str]]:
-    """A question about each public function of a module that has a docstring, answered by its first paragraph."""
+    """A question about each public function of a module that has a docstring, answered by its first
+    paragraph.
+    """
     module = document.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     if any(part.startswith("_") for part in module.split(".")):
         return
     for node in ast.parse(document.text).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
+            "_"
+        ):
             answer = first_paragraph(ast.get_docstring(node) or "")
             if answer:
                 yield {"prompt": f"What does `{module}.{node.name}` do?", "completion": answer}

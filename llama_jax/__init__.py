@@ -4,7 +4,8 @@
     model = llama_jax.load("SmolLM2-135M-Instruct.Q4_1.gguf")
     print(llama_jax.generate(model, ["What is the capital of France?"], chat=True)[0].text)
 
-The names below are loaded when they are first used, so importing the package is instant and changes nothing.
+The names below are loaded when they are first used, so importing the package is instant and changes
+nothing.
 """
 
 import importlib
@@ -13,14 +14,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llama_jax.accounting import matmul_parameters, parameter_count, parameter_shapes, training_flops_per_token
+    from llama_jax.accounting import (
+        matmul_parameters,
+        parameter_count,
+        parameter_shapes,
+        training_flops_per_token,
+    )
     from llama_jax.config import LlamaConfig, RopeScaling
     from llama_jax.errors import CorruptError, InputError
     from llama_jax.generation.decode import Rollout, generate_tokens
     from llama_jax.generation.generate import Generator, Speculation
     from llama_jax.generation.harness import harness_model
     from llama_jax.generation.sampling import Sampling, make_sampling
-    from llama_jax.generation.score import Accuracy, Question, Score, evaluate_choices, read_questions, score, score_tokens
+    from llama_jax.generation.score import (
+        Accuracy,
+        Question,
+        Score,
+        evaluate_choices,
+        read_questions,
+        score,
+        score_tokens,
+    )
     from llama_jax.generation.text import Completion, Conversation, Piece, generate, stream
     from llama_jax.model.attention import attend
     from llama_jax.model.cache import init_cache
@@ -39,14 +53,27 @@ if TYPE_CHECKING:
     from llama_jax.weights.load import Pretrained, load
 
 _MODULES = {
-    "accounting": ("matmul_parameters", "parameter_count", "parameter_shapes", "training_flops_per_token"),
+    "accounting": (
+        "matmul_parameters",
+        "parameter_count",
+        "parameter_shapes",
+        "training_flops_per_token",
+    ),
     "config": ("LlamaConfig", "RopeScaling"),
     "errors": ("CorruptError", "InputError"),
     "generation.decode": ("Rollout", "generate_tokens"),
     "generation.generate": ("Generator", "Speculation"),
     "generation.harness": ("harness_model",),
     "generation.sampling": ("Sampling", "make_sampling"),
-    "generation.score": ("Accuracy", "Question", "Score", "evaluate_choices", "read_questions", "score", "score_tokens"),
+    "generation.score": (
+        "Accuracy",
+        "Question",
+        "Score",
+        "evaluate_choices",
+        "read_questions",
+        "score",
+        "score_tokens",
+    ),
     "generation.text": ("Completion", "Conversation", "Piece", "generate", "stream"),
     "model.attention": ("attend",),
     "model.cache": ("init_cache",),

@@ -1,4 +1,6 @@
-"""Parameters, FLOPs and bytes of a LLaMA in closed form: one place for reports, metrics and plans."""
+"""Parameters, FLOPs and bytes of a LLaMA in closed form: one place for reports, metrics and
+plans.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +16,11 @@ LAYER_MATRICES = ("wq", "wk", "wv", "wo", "gate", "up", "down")
 
 
 def parameter_shapes(config: LlamaConfig) -> Shapes:
-    """Shapes of the canonical parameter tree: 2-D weights, contraction first, layers stacked on a leading axis `L`.
+    """Shapes of the canonical parameter tree: 2-D weights, contraction first, layers stacked on a
+    leading axis `L`.
 
-    The model declares the same tree (a test holds the two together); readers of other formats check against this one.
+    The model declares the same tree (a test holds the two together); readers of other formats check
+    against this one.
     """
     length, dim, ffn = config.layers, config.dim, config.ffn_dim
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -31,7 +35,11 @@ def parameter_shapes(config: LlamaConfig) -> Shapes:
                 "wo": (length, query, dim),
             },
             "feed_forward_norm": {"scale": (length, dim)},
-            "feed_forward": {"gate": (length, dim, ffn), "up": (length, dim, ffn), "down": (length, ffn, dim)},
+            "feed_forward": {
+                "gate": (length, dim, ffn),
+                "up": (length, dim, ffn),
+                "down": (length, ffn, dim),
+            },
         },
         "final_norm": {"scale": (dim,)},
     }
@@ -49,7 +57,9 @@ def parameter_count(config: LlamaConfig) -> int:
 
 
 def matmul_parameters(config: LlamaConfig) -> int:
-    """Parameters that multiply activations: the head counts (tied or not), the embedding look-up and the norms do not."""
+    """Parameters that multiply activations: the head counts (tied or not), the embedding look-up
+    and the norms do not.
+    """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     per_layer = 2 * config.dim * query + 2 * config.dim * key + 3 * config.dim * config.ffn_dim
     return config.layers * per_layer + config.vocab_size * config.dim
@@ -59,18 +69,31 @@ def layer_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of the matrices of one layer, by name."""
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     dim, ffn = config.dim, config.ffn_dim
-    sides = {"wq": (dim, query), "wk": (dim, key), "wv": (dim, key), "wo": (query, dim),
-             "gate": (dim, ffn), "up": (dim, ffn), "down": (ffn, dim)}  # fmt: skip
+    sides = {
+        "wq": (dim, query),
+        "wk": (dim, key),
+        "wv": (dim, key),
+        "wo": (query, dim),
+        "gate": (dim, ffn),
+        "up": (dim, ffn),
+        "down": (ffn, dim),
+    }
     return {name: sides[name] for name in LAYER_MATRICES}
 
 
 def training_flops_per_token(
-    config: LlamaConfig, length: int, rank: int = 0, targets: Sequence[str] = LAYER_MATRICES, reference: bool = False
+    config: LlamaConfig,
+    length: int,
+    rank: int = 0,
+    targets: Sequence[str] = LAYER_MATRICES,
+    reference: bool = False,
 ) -> int:
-    """FLOPs of forward and backward for one token of a sequence of `length` tokens, attention counted as causal.
+    """FLOPs of forward and backward for one token of a sequence of `length` tokens, attention
+    counted as causal.
 
-    `6 * matmul_parameters + 6 * layers * heads * head_dim * length`; no recomputation is counted. Under adapters no gradient of
-    a frozen matrix is formed: 4 in place of the first 6, and 6 for every parameter of the adapters.
+    `6 * matmul_parameters + 6 * layers * heads * head_dim * length`; no recomputation is counted.
+    Under adapters no gradient of a frozen matrix is formed: 4 in place of the first 6, and 6 for
+      every parameter of the adapters.
 
     Args:
       config: the architecture.
@@ -100,9 +123,12 @@ class TrainingCompute(NamedTuple):
       parameters: `N`, embedding and head included.
       tokens: `D`.
       six_n_d: `6 * N * D` FLOPs.
-      causal: FLOPs by `training_flops_per_token`, all tokens; `None` where the architecture is not known.
-      tokens_per_parameter: `D / N`; about 20 is best for a given amount of compute (Chinchilla, arXiv:2203.15556).
-      threshold_share: `6 * N * D` as a share of 1e26, above which the US order of 2023 asked for a report.
+      causal: FLOPs by `training_flops_per_token`, all tokens; `None` where the architecture is not
+        known.
+      tokens_per_parameter: `D / N`; about 20 is best for a given amount of compute (Chinchilla,
+        arXiv:2203.15556).
+      threshold_share: `6 * N * D` as a share of 1e26, above which the US order of 2023 asked for a
+        report.
     """
 
     parameters: int
@@ -113,7 +139,9 @@ class TrainingCompute(NamedTuple):
     threshold_share: float
 
 
-def training_compute(parameters: int, tokens: int, config: LlamaConfig | None = None, length: int = 0) -> TrainingCompute:
+def training_compute(
+    parameters: int, tokens: int, config: LlamaConfig | None = None, length: int = 0
+) -> TrainingCompute:
     """What it takes to train a model on so many tokens.
 
     Args:
@@ -124,7 +152,9 @@ def training_compute(parameters: int, tokens: int, config: LlamaConfig | None = 
     """
     six_n_d = 6.0 * parameters * tokens
     causal = None if config is None else float(training_flops_per_token(config, length)) * tokens
-    return TrainingCompute(parameters, tokens, six_n_d, causal, tokens / parameters, six_n_d / REPORTING_THRESHOLD)
+    return TrainingCompute(
+        parameters, tokens, six_n_d, causal, tokens / parameters, six_n_d / REPORTING_THRESHOLD
+    )
 
 
 def delivered_flops(hours: float, flops_per_second: float) -> float:

@@ -14,13 +14,25 @@
 | `V` | vocabulary |
 | `L` | layers |
 
-A signature such as `Float[Array, "B T D"]` is documentation for a reader and, in the tests, a check at run time
-(jaxtyping with beartype, switched on by the test runner, so it costs users nothing).
+A signature such as `Float[Array, "B T D"]` is documentation for a reader and, in the tests, a check
+at run time (jaxtyping with beartype, switched on by the test runner, so it costs users nothing).
 """
 
 from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree, Shaped, UInt32
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Num", "Parameters", "PyTree", "Shaped", "UInt32"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "Num",
+    "Parameters",
+    "PyTree",
+    "Shaped",
+    "UInt32",
+]
 
-# A nested dict of arrays: {"embedding": ..., "layers": {...}, "final_norm": {...}}; see `accounting.parameter_shapes`.
+# A nested dict of arrays: {"embedding": ..., "layers": {...}, "final_norm": {...}}; see
+#   `accounting.parameter_shapes`.
 Parameters = dict

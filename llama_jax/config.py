@@ -1,6 +1,7 @@
 """The architecture of a LLaMA as data: what the weights mean, and nothing about how they are run.
 
-No field that is a number of the model has a default: a forgotten one is an error, never a silent 1e-6.
+No field that is a number of the model has a default: a forgotten one is an error, never a silent
+  1e-6.
 """
 
 import dataclasses
@@ -8,13 +9,22 @@ from collections.abc import Mapping
 
 from llama_jax.errors import InputError
 
-# Bounds for values read from untrusted files: far above any LLaMA, far below what would exhaust memory by accident.
+# Bounds for values read from untrusted files: far above any LLaMA, far below what would exhaust
+#   memory by accident.
 _LARGEST = {
-    "vocab_size": 1 << 22, "dim": 1 << 17, "layers": 1000, "heads": 1 << 12, "kv_heads": 1 << 12,
-    "head_dim": 1 << 12, "ffn_dim": 1 << 20, "context_length": 1 << 27,
-}  # fmt: skip
+    "vocab_size": 1 << 22,
+    "dim": 1 << 17,
+    "layers": 1000,
+    "heads": 1 << 12,
+    "kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "ffn_dim": 1 << 20,
+    "context_length": 1 << 27,
+}
 
-_HUGE = 1e18  # above every real value; also refuses infinity, and compares with integers of any size
+_HUGE = (
+    1e18  # above every real value; also refuses infinity, and compares with integers of any size
+)
 
 
 def _require(condition: bool, field: str, value: object, expected: str) -> None:
@@ -37,14 +47,18 @@ class RopeScaling:
     """How rotary frequencies are stretched to reach beyond the context of pretraining.
 
     Attributes:
-      rope_type: `linear` (positions divided by `factor`) or `llama3` (only long wavelengths are divided).
+      rope_type: `linear` (positions divided by `factor`) or `llama3` (only long wavelengths are
+        divided).
       factor: how many times longer the context becomes: 8 for Llama 3.1 and 3.3, 32 for Llama 3.2.
-      low_freq_factor: `llama3` only; wavelengths above `original_context / low_freq_factor` are divided by `factor`.
-      high_freq_factor: `llama3` only; wavelengths below `original_context / high_freq_factor` are kept.
+      low_freq_factor: `llama3` only; wavelengths above `original_context / low_freq_factor` are
+        divided by `factor`.
+      high_freq_factor: `llama3` only; wavelengths below `original_context / high_freq_factor` are
+        kept.
       original_context: `llama3` only; context length of pretraining, in tokens.
 
     Raises:
-      InputError: naming the field, for any other `rope_type` and for numbers that are missing or out of range.
+      InputError: naming the field, for any other `rope_type` and for numbers that are missing or
+        out of range.
     """
 
     rope_type: str
@@ -66,13 +80,20 @@ class RopeScaling:
             return
         for name in ("low_freq_factor", "high_freq_factor", "original_context"):
             value = getattr(self, name)
-            _require(value is None, f"rope_scaling.{name}", value, f"nothing with rope_type {self.rope_type}")
+            _require(
+                value is None,
+                f"rope_scaling.{name}",
+                value,
+                f"nothing with rope_type {self.rope_type}",
+            )
 
     def _check_llama3(self) -> None:
         low, high = self.low_freq_factor, self.high_freq_factor
         _require_positive("rope_scaling.low_freq_factor", low)
         _require_positive("rope_scaling.high_freq_factor", high)
-        _require_count("rope_scaling.original_context", self.original_context, _LARGEST["context_length"])
+        _require_count(
+            "rope_scaling.original_context", self.original_context, _LARGEST["context_length"]
+        )
         below = f"a number below high_freq_factor ({high})"
         _require(low < high, "rope_scaling.low_freq_factor", low, below)  # type: ignore[operator]
 
@@ -117,11 +138,26 @@ class LlamaConfig:
             _require_count(name, getattr(self, name), largest)
         _require_positive("norm_eps", self.norm_eps)
         _require_positive("rope_theta", self.rope_theta)
-        _require(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})")
-        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary embedding turns pairs)")
+        _require(
+            self.heads % self.kv_heads == 0,
+            "kv_heads",
+            self.kv_heads,
+            f"a divisor of heads ({self.heads})",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            "head_dim",
+            self.head_dim,
+            "an even number (rotary embedding turns pairs)",
+        )
         _require(isinstance(self.tied_head, bool), "tied_head", self.tied_head, "true or false")
         scaling = self.rope_scaling
-        _require(scaling is None or isinstance(scaling, RopeScaling), "rope_scaling", scaling, "nothing or a RopeScaling")
+        _require(
+            scaling is None or isinstance(scaling, RopeScaling),
+            "rope_scaling",
+            scaling,
+            "nothing or a RopeScaling",
+        )
 
     @property
     def group(self) -> int:
@@ -133,7 +169,8 @@ def config_from_dict(values: Mapping) -> LlamaConfig:
     """The inverse of `dataclasses.asdict` for a `LlamaConfig`, for values that come from a file.
 
     Raises:
-      InputError: naming fields that are missing or unknown, and values that are out of range or of another kind.
+      InputError: naming fields that are missing or unknown, and values that are out of range or of
+        another kind.
     """
     _require_fields("model", LlamaConfig, values)
     scaling = values["rope_scaling"]
@@ -149,4 +186,6 @@ def _require_fields(name: str, kind: type, values: Mapping) -> None:
     expected = {field.name for field in dataclasses.fields(kind)}
     wrong = sorted(expected ^ set(values))
     if wrong:
-        raise InputError(f"{name}: field {wrong[0]:.60} is {'missing' if wrong[0] in expected else 'unknown'}")
+        raise InputError(
+            f"{name}: field {wrong[0]:.60} is {'missing' if wrong[0] in expected else 'unknown'}"
+        )

@@ -1,11 +1,15 @@
-"""Errors that are the user's to mend: one line saying what was given, what was expected, what to do."""
+"""Errors that are the user's to mend: one line saying what was given, what was expected, what to
+do.
+"""
 
 import importlib
 from types import ModuleType
 
 
 class InputError(ValueError):
-    """Wrong input: a config value, a file, a prompt. Programs print its one line and exit with status 2."""
+    """Wrong input: a config value, a file, a prompt. Programs print its one line and exit with
+    status 2.
+    """
 
 
 class CorruptError(InputError):
@@ -13,11 +17,15 @@ class CorruptError(InputError):
 
 
 class DivergedError(RuntimeError):
-    """A training that cannot go on by itself: too many bad steps, or devices that disagree. Programs exit with status 4."""
+    """A training that cannot go on by itself: too many bad steps, or devices that disagree.
+    Programs exit with status 4.
+    """
 
 
 class DeviceMemoryError(RuntimeError):
-    """A device whose memory has run out: its arguments are lines, the last ones advice. Programs exit with status 2."""
+    """A device whose memory has run out: its arguments are lines, the last ones advice. Programs
+    exit with status 2.
+    """
 
 
 def imported(package: str, extra: str) -> ModuleType:
@@ -29,4 +37,6 @@ def imported(package: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise InputError(f"{package} is not installed, which this needs; pip install 'llama-jax[{extra}]'") from None
+        raise InputError(
+            f"{package} is not installed, which this needs; pip install 'llama-jax[{extra}]'"
+        ) from None

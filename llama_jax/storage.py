@@ -16,7 +16,8 @@ from llama_jax.errors import InputError
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file beside `path` that takes its place, synced to disk, when the block ends without an error.
+    """Opens a file beside `path` that takes its place, synced to disk, when the block ends without
+    an error.
 
     What an earlier writer of `path`, killed, has left beside it is removed.
     """
@@ -38,7 +39,9 @@ def claimed(path: Path) -> Iterator[None]:
     """Holds a lock on a file or directory; the system lets go of it however the process ends."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # of a file system without locks: what is left there stays
+        with contextlib.suppress(
+            OSError
+        ):  # of a file system without locks: what is left there stays
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -85,15 +88,16 @@ _SLACK = 4 << 20  # bytes for headers and what a file system rounds up
 def atomic_directory(target: pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
     """Makes a directory beside `target` that takes its place when the block ends without an error.
 
-    Until then it is called `target.partial-` and eight random digits; an error, or Ctrl-C, removes it. One that a killed
-    process has left is removed when the next begins.
+    Until then it is called `target.partial-` and eight random digits; an error, or Ctrl-C, removes
+    it. One that a killed process has left is removed when the next begins.
 
     Args:
       target: nothing, or an empty directory. Directories above it are made.
       nbytes: about to be written.
 
     Raises:
-      InputError: if `target` is taken, if the disk has no room for `nbytes`, or if nothing can be made there.
+      InputError: if `target` is taken, if the disk has no room for `nbytes`, or if nothing can be
+        made there.
     """
     target = pathlib.Path(os.path.realpath(target))
     _require_free(target)
@@ -124,17 +128,24 @@ def _make(partial: pathlib.Path) -> None:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"{partial.parent}: cannot be written to ({error.strerror}); name another place") from None
+        raise InputError(
+            f"{partial.parent}: cannot be written to ({error.strerror}); name another place"
+        ) from None
 
 
 def _require_free(target: pathlib.Path) -> None:
     try:
         taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
     except OSError as error:
-        raise InputError(f"{target}: cannot be read ({error.strerror}); name another place") from None
+        raise InputError(
+            f"{target}: cannot be read ({error.strerror}); name another place"
+        ) from None
     if taken:
         what = "a directory that is not empty" if target.is_dir() else "a file"
-        raise InputError(f"{target}: {what} given, nothing or an empty directory expected; name another, or remove it yourself")
+        raise InputError(
+            f"{target}: {what} given, nothing or an empty directory expected; name "
+            "another, or remove it yourself"
+        )
 
 
 def require_room(target: pathlib.Path, nbytes: int) -> None:
@@ -146,4 +157,7 @@ def require_room(target: pathlib.Path, nbytes: int) -> None:
     above = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(above).free
     if free < nbytes + _SLACK:
-        raise InputError(f"{target}: {nbytes / 1e9:.2f} GB to be written, {free / 1e9:.2f} GB free there; make room for it")
+        raise InputError(
+            f"{target}: {nbytes / 1e9:.2f} GB to be written, {free / 1e9:.2f} GB free "
+            "there; make room for it"
+        )

@@ -1,9 +1,11 @@
 """A process with little memory that opens hostile `.pth` files.
 
     python pth_fuzz.py open FILE ...          CPU seconds and what became of each, a line a file
-    python pth_fuzz.py damage FILE ROUNDS     damages a good file in as many ways: how many were refused, how many read
+    python pth_fuzz.py damage FILE ROUNDS     damages a good file in as many ways: how many were
+      refused, how many read
 
-Anything but an `InputError`, and a damaged archive that is read with other numbers, ends it with a traceback.
+Anything but an `InputError`, and a damaged archive that is read with other numbers, ends it with a
+traceback.
 """
 
 import io
@@ -29,7 +31,9 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
     if kind == 0:
         changed = bytearray(data)
         for _ in range(draw.choice((1, 1, 2, 8))):
-            changed[draw.randrange(len(data))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256)))
+            changed[draw.randrange(len(data))] = draw.choice(
+                (0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256))
+            )
         return bytes(changed)
     if kind == 1:
         return data[:at]
@@ -60,7 +64,11 @@ def copies(path: pathlib.Path) -> dict[str, np.ndarray] | str:
     """Copies of all tensors, or the one line that refuses the file."""
     file = opened(path)
     try:
-        return file if isinstance(file, str) else {name: file.read(name).copy() for name in file.tensors}
+        return (
+            file
+            if isinstance(file, str)
+            else {name: file.read(name).copy() for name in file.tensors}
+        )
     except InputError as error:
         return str(error)
 
@@ -86,7 +94,8 @@ def damage(path: pathlib.Path, rounds: int) -> None:
         target.write_bytes(repacked(data, draw) if number % 2 else damaged(data, draw))
         got = copies(target)
         refused += isinstance(got, str)
-        # A damaged pickle in a valid archive may have other names and shapes: then it is another good file.
+        # A damaged pickle in a valid archive may have other names and shapes: then it is another
+        #   good file.
         require_line_or_same(got, got if number % 2 and isinstance(got, dict) else good)
     print(f"{rounds} damaged files: {refused} refused, {rounds - refused} read")
 

@@ -1,4 +1,6 @@
-"""Options of the compiler: what it does not know is left out, what it refuses for another reason is not."""
+"""Options of the compiler: what it does not know is left out, what it refuses for another reason is
+not.
+"""
 
 import jax
 import pytest
@@ -8,7 +10,10 @@ from llama_jax.parallel.mesh import make_mesh
 
 
 def test_unknown_options_are_left_out():
-    known, unknown = ("xla_gpu_cuda_data_dir", "nowhere"), ("xla_no_such_option_of_any_compiler", "true")
+    known, unknown = (
+        ("xla_gpu_cuda_data_dir", "nowhere"),
+        ("xla_no_such_option_of_any_compiler", "true"),
+    )
     assert accepted((known, unknown), jax.devices()[0]) == dict([known])
     assert accepted((unknown,), jax.devices()[0]) == {}
 

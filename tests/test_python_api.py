@@ -1,4 +1,6 @@
-"""The public names, used as a researcher would on a real model: load, look inside, change, differentiate, generate."""
+"""The public names, used as a researcher would on a real model: load, look inside, change,
+differentiate, generate.
+"""
 
 import contextlib
 import inspect
@@ -24,19 +26,26 @@ def test_every_public_name_is_there_and_documented(name):
 
 
 def test_names_are_in_order_and_no_other_is_there():
-    assert sorted(llama_jax.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name)) == llama_jax.__all__
+    assert (
+        sorted(llama_jax.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+        == llama_jax.__all__
+    )
     with pytest.raises(AttributeError, match="module 'llama_jax' has no attribute 'lod'"):
         llama_jax.lod  # noqa: B018
 
 
 README_EXAMPLES = re.findall(
-    r"```python\n(.*?)```", (pathlib.Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL
+    r"```python\n(.*?)```",
+    (pathlib.Path(__file__).parent.parent / "README.md").read_text(),
+    re.DOTALL,
 )
 
 
 @pytest.fixture(scope="module")
 def session(smollm2_gguf, tmp_path_factory):
-    """What the README's examples compute, by name: their very lines are run, beside the real weights."""
+    """What the README's examples compute, by name: their very lines are run, beside the real
+    weights.
+    """
     first, second, _ = README_EXAMPLES
     assert len(first.splitlines()) <= 10
     names: dict = {}
@@ -57,13 +66,17 @@ def test_logits_predict_the_text(session):
 
 @pytest.mark.smollm2
 def test_hidden_states_lead_to_the_logits(session):
-    """The last of them through the final norm and the head, in float64, are the logits; the first are the embeddings."""
+    """The last of them through the final norm and the head, in float64, are the logits; the first
+    are the embeddings.
+    """
     config, params, stream = session["config"], session["params"], session["stream"]
     np.testing.assert_array_equal(stream[0], session["embedded"])
     assert stream.shape[0] == config.layers + 1
     last = np.asarray(stream[-1], np.float64)
     normed = (
-        last / np.sqrt((last**2).mean(axis=-1, keepdims=True) + config.norm_eps) * np.asarray(params["final_norm"]["scale"])
+        last
+        / np.sqrt((last**2).mean(axis=-1, keepdims=True) + config.norm_eps)
+        * np.asarray(params["final_norm"]["scale"])
     )
     expected = normed @ np.asarray(params["embedding"], np.float64).T
     np.testing.assert_allclose(session["scores"], expected, atol=2e-3)
@@ -78,8 +91,12 @@ def test_embeddings_in_place_of_tokens(session):
 
 @pytest.mark.smollm2
 def test_the_gradient_of_the_loss(session):
-    """The loss is that of the logits; along its own gradient it rises as steeply as that is long."""
-    tokens, scores, params, config = (session[name] for name in ("tokens", "scores", "params", "config"))
+    """The loss is that of the logits; along its own gradient it rises as steeply as that is
+    long.
+    """
+    tokens, scores, params, config = (
+        session[name] for name in ("tokens", "scores", "params", "config")
+    )
     log_probabilities = np.asarray(jax.nn.log_softmax(scores[0, :-1]), np.float64)
     expected = -log_probabilities[np.arange(tokens.shape[1] - 1), tokens[0, 1:]].mean()
     assert session["loss"] == pytest.approx(expected, abs=1e-4)
@@ -102,7 +119,9 @@ def test_the_answer(session):
 
 @pytest.mark.smollm2
 def test_conversation_scores_and_export(session):
-    talk, likely, small, exported = (session[name] for name in ("talk", "likely", "small", "exported"))
+    talk, likely, small, exported = (
+        session[name] for name in ("talk", "likely", "small", "exported")
+    )
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     assert talk.reused > 0
     assert likely.greedy
@@ -113,7 +132,9 @@ def test_conversation_scores_and_export(session):
 
 
 def test_no_example_leaves_the_begin_token_out():
-    """`encode` gives words without the token that a model expects before them; `encode_prompt` is for prompts."""
+    """`encode` gives words without the token that a model expects before them; `encode_prompt` is
+    for prompts.
+    """
     root = pathlib.Path(__file__).parent.parent
     shown = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "examples").glob("*.py")]
     assert [str(path) for path in shown if "tokenizer.encode(" in path.read_text("utf8")] == []
@@ -121,13 +142,26 @@ def test_no_example_leaves_the_begin_token_out():
 
 
 def test_rollouts_and_meshes(tiny_directory):
-    """The README's last example, on a tiny model: samples of a prompt lie side by side, and a mesh is one more argument."""
+    """The README's last example, on a tiny model: samples of a prompt lie side by side, and a mesh
+    is one more argument.
+    """
     tiny = llama_jax.load(tiny_directory, form="stacked")
     ids = [tiny.tokenizer.encode(text) for text in ("The cat", "The dog sat")]
     lengths = jnp.asarray(np.asarray([len(row) for row in ids], np.int32))
-    prompts = jnp.asarray(np.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32))
-    names = {"jax": jax, "llama_jax": llama_jax, "config": tiny.config, "params": tiny.params, "prompts": prompts,
-             "lengths": lengths, "step": 3, "stop_ids": jnp.asarray([2]), "path": tiny_directory}  # fmt: skip
+    prompts = jnp.asarray(
+        np.asarray([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32)
+    )
+    names = {
+        "jax": jax,
+        "llama_jax": llama_jax,
+        "config": tiny.config,
+        "params": tiny.params,
+        "prompts": prompts,
+        "lengths": lengths,
+        "step": 3,
+        "stop_ids": jnp.asarray([2]),
+        "path": tiny_directory,
+    }
     example = README_EXAMPLES[2].replace("256, 4", "6, 4").replace("tensor=4", "tensor=1, fsdp=-1")
     exec(example.replace("temperature=0.7", "max_new_tokens=6"), names)
     assert names["rollout"].tokens.shape == names["rollout"].logprobs.shape == (8, 6)

@@ -1,4 +1,6 @@
-"""Runs that take seconds: a corpus whose documents can be told apart, a tiny config, train.py as a process."""
+"""Runs that take seconds: a corpus whose documents can be told apart, a tiny config, train.py as a
+process.
+"""
 
 import dataclasses
 import json
@@ -23,8 +25,20 @@ from llama_jax.weights.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-MODEL = LlamaConfig(vocab_size=320, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=64, norm_eps=1e-5,
-                    rope_theta=1e4, rope_scaling=None, context_length=64, tied_head=True)  # fmt: skip
+MODEL = LlamaConfig(
+    vocab_size=320,
+    dim=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn_dim=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    context_length=64,
+    tied_head=True,
+)
 
 
 def write_corpus(folder: pathlib.Path, documents: int = 20) -> pathlib.Path:
@@ -42,10 +56,15 @@ def tiny_config(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> Tra
     config = TrainConfig(
         run=RunConfig(dir=str(directory), steps=12, log_every=1, eval_every=5, checkpoint_every=4),
         model=MODEL,
-        data=DataConfig(paths=(str(corpus),), vocab_size=320, held_out_fraction=0.2, length=32, batch_size=4),
+        data=DataConfig(
+            paths=(str(corpus),), vocab_size=320, held_out_fraction=0.2, length=32, batch_size=4
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     )
-    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in changes.items()
+    }
     return dataclasses.replace(config, **sections)
 
 
@@ -58,23 +77,36 @@ def write_yaml(path: pathlib.Path, config: TrainConfig) -> pathlib.Path:
 
 def child_environment(devices: int = 1) -> dict[str, str]:
     """As the tests have it, compiled programs shared, but with so many virtual devices."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    changes = {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1",
-               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "COLUMNS": "100",
-               # Threads of XLA's pool, by default one a core: collectives of virtual devices, which block theirs, can
-               # take them all and then wait for ever for the one that has none.
-               "NPROC": "16"}  # fmt: skip
+    flags = re.sub(
+        r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
+    )
+    changes = {
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "PYTHONUNBUFFERED": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "COLUMNS": "100",
+        # Threads of XLA's pool, by default one a core: collectives of virtual devices, which block
+        # theirs, can take them all and then wait for ever for the one that has none.
+        "NPROC": "16",
+    }
     return {**os.environ, **changes}
 
 
 def start_train(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen:
     """train.py as a process of its own, its output piped."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": child_environment(devices)}
+    usual = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": child_environment(devices),
+    }
     return subprocess.Popen(command, **(usual | options))
 
 
-def train(arguments: list[str], devices: int = 1, status: int = 0, **options) -> subprocess.CompletedProcess:
+def train(
+    arguments: list[str], devices: int = 1, status: int = 0, **options
+) -> subprocess.CompletedProcess:
     """train.py from beginning to end, which is to exit with `status`."""
     with start_train(arguments, devices, **options) as process:
         output, errors = process.communicate(timeout=300)
@@ -92,12 +124,15 @@ def read_state(config: TrainConfig, step: int) -> TrainState:
 def state_bytes(state: TrainState) -> dict[str, bytes]:
     """Every bit of every array, by path."""
     return {
-        jax.tree_util.keystr(path): bytes(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+        jax.tree_util.keystr(path): bytes(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state))
     }
 
 
 def read_lines(directory: pathlib.Path) -> list[dict]:
-    """The metrics of a run; every line is to be one JSON object. What is evaluated after a step belongs to the step's line."""
+    """The metrics of a run; every line is to be one JSON object. What is evaluated after a step
+    belongs to the step's line.
+    """
     entries: list[dict] = []
     for line in (directory / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -111,10 +146,16 @@ def read_lines(directory: pathlib.Path) -> list[dict]:
 
 def without_speed(lines: list[dict]) -> list[dict]:
     """Metrics without what differs from run to run."""
-    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("speed/")}
+        for line in lines
+    ]
 
 
 def snapshot(directory: pathlib.Path) -> dict[str, tuple[int, bytes]]:
     """Everything below a directory: time of change and content."""
     paths = sorted(directory.rglob("*"))
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in paths
+    }

@@ -1,4 +1,6 @@
-"""`adapters`: those of a run written apart, or merged into their model. The result is one line on standard output."""
+"""`adapters`: those of a run written apart, or merged into their model. The result is one line on
+standard output.
+"""
 
 import pathlib
 import shlex
@@ -15,13 +17,27 @@ _USAGE = "llama-jax adapters merge BASE ADAPTERS DST | llama-jax adapters export
 def make_parser(prog: str, action: str) -> OptionParser:
     """The options of one action."""
     if action == "merge":
-        parser = OptionParser(f"{prog} merge", "Write a model with adapters merged into it as a Hugging Face directory.")
-        parser.add_argument("base", metavar="BASE", help="the model that the adapters were trained on: anything that loads")
-        parser.add_argument("adapters", metavar="ADAPTERS", help="directory of PEFT's, or the run that trained them")
+        parser = OptionParser(
+            f"{prog} merge",
+            "Write a model with adapters merged into it as a Hugging Face directory.",
+        )
+        parser.add_argument(
+            "base",
+            metavar="BASE",
+            help="the model that the adapters were trained on: anything that loads",
+        )
+        parser.add_argument(
+            "adapters", metavar="ADAPTERS", help="directory of PEFT's, or the run that trained them"
+        )
         kinds: tuple[str, ...] = ("keep", "float32", "bfloat16", "float16")
-        parser.add_argument("--dtype", default="keep", choices=kinds, help="of the weights; keep: as in BASE")
+        parser.add_argument(
+            "--dtype", default="keep", choices=kinds, help="of the weights; keep: as in BASE"
+        )
     else:
-        parser = OptionParser(f"{prog} export", "Write the adapters of a run's newest checkpoint as a directory of PEFT's.")
+        parser = OptionParser(
+            f"{prog} export",
+            "Write the adapters of a run's newest checkpoint as a directory of PEFT's.",
+        )
         parser.add_argument("run", metavar="RUN", help="directory of the run")
         kinds = ("float32", "bfloat16", "float16")
         parser.add_argument("--dtype", default="float32", choices=kinds, help="of the adapters")
@@ -49,7 +65,9 @@ def main(arguments: list[str], prog: str = "adapters") -> int:
     else:
         nbytes = _export(options.run, options.target, options.dtype)
         use = f"python -m llama_jax adapters merge BASE {shlex.quote(options.target)} DST"
-    print(f"{options.target}: {nbytes / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s; {use}")
+    print(
+        f"{options.target}: {nbytes / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s; {use}"
+    )
     return 0
 
 
@@ -63,7 +81,9 @@ def _merge(base: str, adapters: str, target: str, dtype: str) -> int:
     opened = open_model(base)
     directory = pathlib.Path(adapters)
     is_run = (directory / RUN_CHECKPOINTS).is_dir()
-    found = restore_adapters(directory)[0] if is_run else read_adapters(directory, opened.source.config)
+    found = (
+        restore_adapters(directory)[0] if is_run else read_adapters(directory, opened.source.config)
+    )
     if is_run:
         with blamed_on(str(directory)):
             require_fit(found.tree, opened.source.config)

@@ -1,8 +1,9 @@
 """The command line of `train.py`: YAML files, dotted overrides, strict keys and types.
 
-jsonargparse checks the types, builds the dataclasses and writes the help. The merge of files and flags is done here,
-before it, because its own messages name neither the file nor the nearest key, and because here flags win over files
-in whatever order they come and the name of a preset may stand for a whole model.
+jsonargparse checks the types, builds the dataclasses and writes the help. The merge of files and
+flags is done here, before it, because its own messages name neither the file nor the nearest key,
+and because here flags win over files in whatever order they come and the name of a preset may stand
+for a whole model.
 """
 
 import argparse
@@ -33,26 +34,36 @@ _TEXT_TAG, *_NUMBER_TAGS = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int
 _SHORT = {"profile": "run.profile"}
 _SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
 _EXPECTED = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    types.NoneType: "null",
     tuple[str, ...]: "a list such as [a, b]",
-    tuple[SourceConfig, ...]: "a list such as [{path: a, weight: 2}, {path: b}] (path, weight, name)",
+    tuple[
+        SourceConfig, ...
+    ]: "a list such as [{path: a, weight: 2}, {path: b}] (path, weight, name)",
     tuple[tuple[int, int], ...]: "pairs of whole numbers such as [[100, 200]]",
-}  # fmt: skip
+}
 
 
-def parse_train(arguments: list[str], default: Path, architecture: Architecture | None = None) -> TrainConfig:
+def parse_train(
+    arguments: list[str], default: Path, architecture: Architecture | None = None
+) -> TrainConfig:
     """The run that a command line describes.
 
     Args:
-      arguments: words after the program's name: `--config FILE` (several are merged, later ones win) and overrides
-        `--section.key VALUE`, `--section.key=VALUE` or `section.key=VALUE`, which win over all files.
+      arguments: words after the program's name: `--config FILE` (several are merged, later ones
+        win) and overrides `--section.key VALUE`, `--section.key=VALUE` or `section.key=VALUE`,
+        which win over all files.
       default: the YAML file taken when no `--config` is given.
-      architecture: from the path of a model on disk (`run.init`) to its numbers, which take the place of the files' model;
-        `None` leaves that.
+      architecture: from the path of a model on disk (`run.init`) to its numbers, which take the
+        place of the files' model; `None` leaves that.
 
     Raises:
-      InputError: one line naming the key or the file, for an unknown key (with the nearest known one), a value of the
-        wrong type or out of range, and a file that is missing or is not plain YAML.
+      InputError: one line naming the key or the file, for an unknown key (with the nearest known
+        one), a value of the wrong type or out of range, and a file that is missing or is not plain
+        YAML.
       SystemExit: with status 0, after `--help` and `--print_config`.
     """
     pairs = _split_arguments(arguments)
@@ -61,8 +72,12 @@ def parse_train(arguments: list[str], default: Path, architecture: Architecture 
         _parser(default).print_help()
         raise SystemExit(0)
     files = [Path(str(value)) for key, value in pairs if key == "config"] or [default]
-    # A section as a whole (--model PRESET) comes before its keys, so that the order of the flags does not matter.
-    overrides = sorted([pair for pair in pairs if pair[0] not in ("config", *_SWITCHES)], key=lambda pair: "." in pair[0])
+    # A section as a whole (--model PRESET) comes before its keys, so that the order of the flags
+    # does not matter.
+    overrides = sorted(
+        [pair for pair in pairs if pair[0] not in ("config", *_SWITCHES)],
+        key=lambda pair: "." in pair[0],
+    )
     given = [pair for path in files for pair in _read_file(path)]
     config = _build(_merge(_adopted(given, _checked(overrides), architecture)), default)
     if "print_config" in switches:
@@ -90,17 +105,23 @@ _PARENTS = {key.rpartition(".")[0] for key in _KEYS} - {""}
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without its traps: keys given twice, numbers in minutes, aliases of more than memory holds."""
+    """PyYAML's safe loader without its traps: keys given twice, numbers in minutes, aliases of more
+    than memory holds.
+    """
 
     def resolve(self, kind: type[yaml.Node], value: typing.Any, implicit: typing.Any) -> str:
         """The type of a node; `10:15` is a text, as YAML 1.2 has it, and not 615."""
         tag = super().resolve(kind, value, implicit)
-        return _TEXT_TAG if kind is yaml.ScalarNode and tag in _NUMBER_TAGS and ":" in value else tag
+        return (
+            _TEXT_TAG if kind is yaml.ScalarNode and tag in _NUMBER_TAGS and ":" in value else tag
+        )
 
     def compose_node(self, parent: yaml.Node | None, index: typing.Any) -> yaml.Node | None:
         """A node of the file that is no alias."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="an alias is not accepted", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="an alias is not accepted", problem_mark=self.peek_event().start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -108,7 +129,9 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [key for key, _ in node.value]
         for index, key in enumerate(keys):
             if any(key.value == earlier.value for earlier in keys[:index]):
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -119,7 +142,9 @@ def _split_arguments(arguments: list[str]) -> list[tuple[str, str]]:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") and not equals:
-            raise InputError(f"argument {word!r} is unknown; an override is written --section.key VALUE")
+            raise InputError(
+                f"argument {word!r} is unknown; an override is written --section.key VALUE"
+            )
         if not equals and key not in _SWITCHES:
             if not words or words[0].startswith("--"):
                 raise InputError(f"--{key}: nothing given, a value expected, as in --{key} VALUE")
@@ -132,7 +157,10 @@ def _read_file(path: Path) -> list[Pair]:
     """The pairs that a YAML file holds."""
     values = _load_yaml(path, _read_text(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path}: {reprlib.repr(values)} given, a mapping of sections ({', '.join(_SECTIONS)}) expected")
+        raise InputError(
+            f"{path}: {reprlib.repr(values)} given, a mapping of sections "
+            f"({', '.join(_SECTIONS)}) expected"
+        )
     return list(_flatten(values, f"{path}: "))
 
 
@@ -140,12 +168,18 @@ def _read_text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > _LARGEST_FILE:
-            raise InputError(f"{path}: {size} bytes given, a config of at most {_LARGEST_FILE} expected")
+            raise InputError(
+                f"{path}: {size} bytes given, a config of at most {_LARGEST_FILE} expected"
+            )
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); --config takes the path of a YAML file") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); --config takes the path of a YAML file"
+        ) from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; --config takes the path of a YAML file") from None
+        raise InputError(
+            f"{path}: not UTF-8 text; --config takes the path of a YAML file"
+        ) from None
 
 
 def _load_yaml(path: Path, text: str) -> object:
@@ -154,7 +188,9 @@ def _load_yaml(path: Path, text: str) -> object:
         return _StrictLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: plain YAML expected ({_one_line(error.problem or 'damaged')})") from None
+        raise InputError(
+            f"{path}{line}: plain YAML expected ({_one_line(error.problem or 'damaged')})"
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: plain YAML expected ({_one_line(str(error))})") from None
 
@@ -187,10 +223,16 @@ def _check_key(key: str, where: str) -> None:
     raise InputError(f"{where}key {key!r} is unknown; {advice}")
 
 
-def _adopted(pairs: list[Pair], overrides: list[Pair], architecture: Architecture | None) -> list[Pair]:
-    """The pairs of files and command line; with `run.init`, the numbers of that model in place of the files'."""
+def _adopted(
+    pairs: list[Pair], overrides: list[Pair], architecture: Architecture | None
+) -> list[Pair]:
+    """The pairs of files and command line; with `run.init`, the numbers of that model in place of
+    the files'.
+    """
     init = next((value for key, value in reversed(pairs + overrides) if key == "run.init"), None)
-    numbers = architecture(init) if isinstance(init, str) and architecture and init != "null" else None
+    numbers = (
+        architecture(init) if isinstance(init, str) and architecture and init != "null" else None
+    )
     if numbers is None:
         return pairs + overrides
     model: list[Pair] = list(_flatten({"model": dataclasses.asdict(numbers)}, f"{init}: "))
@@ -198,13 +240,17 @@ def _adopted(pairs: list[Pair], overrides: list[Pair], architecture: Architectur
 
 
 def _merge(pairs: list[Pair]) -> dict:
-    """One nested dict of all pairs, later ones winning; the name of a preset becomes its numbers."""
+    """One nested dict of all pairs, later ones winning; the name of a preset becomes its
+    numbers.
+    """
     config: dict = {}
     for key, value in pairs:
         if key == "model" and isinstance(value, str):
             value = dataclasses.asdict(preset(value))
         elif key in _SECTIONS and value != {}:
-            raise InputError(f"{key}: {reprlib.repr(value)} given, {_expected(_KEYS[key])} expected")
+            raise InputError(
+                f"{key}: {reprlib.repr(value)} given, {_expected(_KEYS[key])} expected"
+            )
         _assign(config, key, value)
     return config
 
@@ -248,10 +294,15 @@ def _explain(message: str, values: dict) -> str:
     """One line for an error of jsonargparse: the key, the value given, the kind expected."""
     missing = re.search(r"arguments are required: (.*)", message)
     if missing and "Parser key" not in message:
-        ways = "every number of the model, a preset as in --model llama3.2-1b, or a model on disk as in --run.init PATH"
+        ways = (
+            "every number of the model, a preset as in --model llama3.2-1b, or a model on "
+            "disk as in --run.init PATH"
+        )
         return f"{_one_line(missing[1])} missing; give {ways}"
     ours = re.search(r"^ *- (\S+: .* given, .* expected.*)$", message, re.MULTILINE)
-    if ours:  # an InputError of a nested dataclass, among the alternatives that jsonargparse has tried
+    if (
+        ours
+    ):  # an InputError of a nested dataclass, among the alternatives that jsonargparse has tried
         return _with_section(ours[1])
     found = re.search(r'Parser key "([\w.]+)"', message)
     if not found or found[1] not in _KEYS:
@@ -274,16 +325,33 @@ def _expected(hint: typing.Any) -> str:
 
 
 def _parser(default: Path) -> ArgumentParser:
-    """The parser of jsonargparse: a group a section, titles and help from the docstrings of the dataclasses."""
-    parser = ArgumentParser(prog="train.py", exit_on_error=False, description="Train a LLaMA.",
-                            usage="train.py [--config FILE] [--section.key VALUE ...]")  # fmt: skip
+    """The parser of jsonargparse: a group a section, titles and help from the docstrings of the
+    dataclasses.
+    """
+    parser = ArgumentParser(
+        prog="train.py",
+        exit_on_error=False,
+        description="Train a LLaMA.",
+        usage="train.py [--config FILE] [--section.key VALUE ...]",
+    )
     later = f"YAML file; several are merged, later ones win (default: {default})"
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=later)
-    parser.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help="print the resolved config")
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the resolved config",
+    )
     for section, kind in _SECTIONS.items():
         parser.add_class_arguments(kind, section)
-        typing.cast(dict, parser.groups)[section].title = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
-    texts = {key: text for section, kind in _SECTIONS.items() for key, text in _attribute_texts(section, kind)}
+        typing.cast(dict, parser.groups)[section].title = (
+            (kind.__doc__ or "").partition("\n")[0].rstrip(".")
+        )
+    texts = {
+        key: text
+        for section, kind in _SECTIONS.items()
+        for key, text in _attribute_texts(section, kind)
+    }
     for action in parser._actions:
         action.help = _help_text(action, texts)
     return parser
@@ -291,7 +359,9 @@ def _parser(default: Path) -> ArgumentParser:
 
 def _attribute_texts(section: str, kind: type) -> Iterator[tuple[str, str]]:
     """The entries under `Attributes:` of a docstring, by dotted key."""
-    for name, text in re.findall(r"^      (\w+): (.*(?:\n        .*)*)", kind.__doc__ or "", re.MULTILINE):
+    for name, text in re.findall(
+        r"^      (\w+): (.*(?:\n        .*)*)", kind.__doc__ or "", re.MULTILINE
+    ):
         yield f"{section}.{name}", _one_line(text).rstrip(".")
 
 

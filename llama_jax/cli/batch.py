@@ -1,7 +1,9 @@
-"""Many prompts: JSON lines in, JSON lines out, in the same order; an interrupted output is continued where it ends.
+"""Many prompts: JSON lines in, JSON lines out, in the same order; an interrupted output is
+continued where it ends.
 
-Requests are taken in windows of some batches; inside a window they are sorted by length, so that little is padding. Windows
-lie where they lie whatever was answered before: a continued output is the one that an undisturbed run writes.
+Requests are taken in windows of some batches; inside a window they are sorted by length, so that
+little is padding. Windows lie where they lie whatever was answered before: a continued output is
+  the one that an undisturbed run writes.
 """
 
 import argparse
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
 # --- continued ---
 #
-# An output of JSON lines that is continued where it was interrupted, if it belongs to the same input.
+# An output of JSON lines that is continued where it was interrupted, if it belongs to the same
+# input.
 
 
 class Answered(NamedTuple):
@@ -58,8 +61,8 @@ def answered(output: str, requests: Sequence[Request], samples: int) -> Answered
     """What is in an output of these requests already; `-`, standard output, holds nothing.
 
     Raises:
-      InputError: naming file and line, for an output of another input, another model or other settings; for a path that
-        cannot be a file.
+      InputError: naming file and line, for an output of another input, another model or other
+        settings; for a path that cannot be a file.
     """
     path = pathlib.Path(output)
     if output == "-":
@@ -67,10 +70,16 @@ def answered(output: str, requests: Sequence[Request], samples: int) -> Answered
     try:
         if not path.exists():
             if not path.parent.is_dir():
-                raise InputError(f"{output}: there is no directory {path.parent}; create it, or name another file")
+                raise InputError(
+                    f"{output}: there is no directory {path.parent}; create it, or name "
+                    "another file"
+                )
             return Answered()
         if not path.is_file():
-            raise InputError(f"{output}: not a file; a file that is new or to be continued expected, or - for standard output")
+            raise InputError(
+                f"{output}: not a file; a file that is new or to be continued expected, "
+                "or - for standard output"
+            )
         with path.open("rb") as file:
             return _checked(output, file, requests, samples)
     except (OSError, ValueError) as error:
@@ -80,14 +89,23 @@ def answered(output: str, requests: Sequence[Request], samples: int) -> Answered
         raise InputError(f"{output}: cannot be read ({reason}); name another file") from None
 
 
-def _checked(output: str, file: io.BufferedIOBase, requests: Sequence[Request], samples: int) -> Answered:
+def _checked(
+    output: str, file: io.BufferedIOBase, requests: Sequence[Request], samples: int
+) -> Answered:
     """Compares every whole line with the answer that is expected there."""
     sequences = size = 0
     for line in file:
-        expected = identity_of(requests[sequences // samples], sequences % samples, samples) if sequences < len(requests) * samples else None
-        if expected is None or not (_belongs(line, expected) if line.endswith(b"\n") else _is_torn(line, expected)):
+        expected = (
+            identity_of(requests[sequences // samples], sequences % samples, samples)
+            if sequences < len(requests) * samples
+            else None
+        )
+        if expected is None or not (
+            _belongs(line, expected) if line.endswith(b"\n") else _is_torn(line, expected)
+        ):
             raise InputError(
-                f"{output}, line {sequences + 1}: written for another input, another model or other settings; name another "
+                f"{output}, line {sequences + 1}: written for another input, another "
+                "model or other settings; name another "
                 "--output, or remove this one"
             )
         if line.endswith(b"\n"):
@@ -96,7 +114,9 @@ def _checked(output: str, file: io.BufferedIOBase, requests: Sequence[Request], 
 
 
 def _is_torn(line: bytes, identity: dict) -> bool:
-    """Whether a line without an end is the beginning of the answer to a request; a loss of power may leave zeros in it."""
+    """Whether a line without an end is the beginning of the answer to a request; a loss of power
+    may leave zeros in it.
+    """
     begun, head = line.rstrip(b"\0"), json.dumps(identity, ensure_ascii=False).encode()[:-1]
     return begun.startswith(head) or head.startswith(begun)
 
@@ -124,13 +144,19 @@ def continued(output: str, before: Answered) -> Iterator[io.BufferedIOBase]:
     try:
         file: io.BufferedIOBase = path.open("xb") if before.total is None else path.open("r+b")
     except FileExistsError:
-        raise InputError(f"{output}: appeared only now; another process seems to be writing it") from None
+        raise InputError(
+            f"{output}: appeared only now; another process seems to be writing it"
+        ) from None
     except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); name another file") from None
+        raise InputError(
+            f"{output}: cannot be written ({error.strerror}); name another file"
+        ) from None
     with file:
         _lock(output, file)
         if path.stat().st_size != (before.total or 0):
-            raise InputError(f"{output}: has changed since it was read; another process seems to be writing it")
+            raise InputError(
+                f"{output}: has changed since it was read; another process seems to be writing it"
+            )
         file.truncate(before.size)
         file.seek(before.size)
         sync_directory(path.absolute().parent)
@@ -142,7 +168,9 @@ def _lock(output: str, file: io.BufferedIOBase) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{output}: another process is writing it; wait for it, or name another file") from None
+        raise InputError(
+            f"{output}: another process is writing it; wait for it, or name another file"
+        ) from None
 
 
 # --- many ---
@@ -152,8 +180,16 @@ _WINDOW = 8  # batches
 _SECONDS = 10.0  # between two lines of progress, where they do not go to a terminal
 # What decides the answers beside the requests' own settings.
 _IDENTITY = (
-    "samples", "logprobs", "dtype", "quantize", "cache_dtype", "context", "rope_theta", "rope_scaling", "speculate",
-)  # fmt: skip
+    "samples",
+    "logprobs",
+    "dtype",
+    "quantize",
+    "cache_dtype",
+    "context",
+    "rope_theta",
+    "rope_scaling",
+    "speculate",
+)
 
 
 class Job(NamedTuple):
@@ -194,20 +230,27 @@ def answer_file(options: argparse.Namespace) -> int:
     lengths, beginning = measured(model, requests, options.input)
     prefix = shared_prefix(generator, beginning, len(requests) - job.done // job.samples)
     if job.done:
-        note(f"{output}: {job.done // job.samples} of {len(requests)} requests are answered already; going on")
+        note(
+            f"{output}: {job.done // job.samples} of {len(requests)} requests are "
+            "answered already; going on"
+        )
     _answer(model, generator, job, lengths, prefix, output, before)
     return 0
 
 
 def identity(options: argparse.Namespace) -> dict[str, Any]:
-    """What decides the answers beside the requests: settings, and the contents of the models and the template."""
+    """What decides the answers beside the requests: settings, and the contents of the models and
+    the template.
+    """
     from llama_jax.cli.models import template_source
     from llama_jax.weights.digest import files_digest
 
     paths = {"model": options.model, "draft": options.draft}
     models = {name: path and files_digest(pathlib.Path(path)) for name, path in paths.items()}
     template = template_source(options.chat_template) or options.chat_template
-    return {name: getattr(options, name) for name in _IDENTITY} | models | {"chat_template": template}
+    return (
+        {name: getattr(options, name) for name in _IDENTITY} | models | {"chat_template": template}
+    )
 
 
 def require_no_penalties(requests: Sequence[Request], name: str) -> None:
@@ -218,12 +261,18 @@ def require_no_penalties(requests: Sequence[Request], name: str) -> None:
     """
     for request in requests:
         if penalised(request.settings):
-            raise InputError(f"{name}, line {request.line}: a penalty given with --speculate, which cannot look at tokens "
-                             "not yet kept; leave out one")  # fmt: skip
+            raise InputError(
+                f"{name}, line {request.line}: a penalty given with --speculate, which "
+                "cannot look at tokens "
+                "not yet kept; leave out one"
+            )
 
 
-def measured(model: "Pretrained", requests: Sequence[Request], name: str) -> tuple[list[int], list[int]]:
-    """Tokens of each request's prompt, counted, and those that all of them begin with; the rest is not kept.
+def measured(
+    model: "Pretrained", requests: Sequence[Request], name: str
+) -> tuple[list[int], list[int]]:
+    """Tokens of each request's prompt, counted, and those that all of them begin with; the rest is
+    not kept.
 
     Raises:
       InputError: naming the line, for a request that the model cannot take.
@@ -240,7 +289,10 @@ def measured(model: "Pretrained", requests: Sequence[Request], name: str) -> tup
                 ids = encode_user(model, request.prompt, chat=False)
                 check_bias(request.settings, model.config)
                 if not 1 <= len(ids) <= context:
-                    raise InputError(f"the prompt has {len(ids)} tokens; 1 to {context} (the model's context) expected")
+                    raise InputError(
+                        f"the prompt has {len(ids)} tokens; 1 to {context} (the model's "
+                        "context) expected"
+                    )
             except InputError as error:
                 raise InputError(f"{name}, line {request.line}: {error}") from None
             lengths.append(len(ids))
@@ -251,12 +303,19 @@ def measured(model: "Pretrained", requests: Sequence[Request], name: str) -> tup
 
 
 def batches(job: Job, lengths: Sequence[int]) -> Iterator[list[Request]]:
-    """The requests in batches of like limits and lengths, window after window, without those answered already."""
+    """The requests in batches of like limits and lengths, window after window, without those
+    answered already.
+    """
     window = _WINDOW * job.batch_size
     for start in range(0, len(job.requests), window):
-        # A short answer would wait for a long one beside it: limits within a factor of two come together.
+        # A short answer would wait for a long one beside it: limits within a factor of two come
+        #   together.
         keys = [
-            (request.settings["max_new_tokens"].bit_length(), lengths[request.number], request.number)
+            (
+                request.settings["max_new_tokens"].bit_length(),
+                lengths[request.number],
+                request.number,
+            )
             for request in job.requests[start : start + window]
         ]
         numbers = [number for *_, number in sorted(keys)]
@@ -273,15 +332,24 @@ def batch_settings(batch: Sequence[Request], samples: int) -> dict[str, Any]:
     from llama_jax.generation.sampling import sequence_keys
 
     sequences = [request.settings for request in batch for _ in range(samples)]
-    per_sequence: dict[str, Any] = {name: [settings[name] for settings in sequences] for name in OWN}
-    keys = jnp.concatenate([sequence_keys(request.settings["seed"], samples, request.first_key) for request in batch])
+    per_sequence: dict[str, Any] = {
+        name: [settings[name] for settings in sequences] for name in OWN
+    }
+    keys = jnp.concatenate(
+        [sequence_keys(request.settings["seed"], samples, request.first_key) for request in batch]
+    )
     return {**per_sequence, "seed": keys, "samples": samples}
 
 
 def _answer(
-    model: "Pretrained", generator: "Generator", job: Job, lengths: list[int], prefix: "Prefix | None", output: str,
+    model: "Pretrained",
+    generator: "Generator",
+    job: Job,
+    lengths: list[int],
+    prefix: "Prefix | None",
+    output: str,
     before: Answered,
-) -> None:  # fmt: skip
+) -> None:
     """Decodes batch after batch; writes every answer as soon as those before it are written."""
     from llama_jax.generation.generate import saved
     from llama_jax.generation.session import NotFiniteError
@@ -299,7 +367,9 @@ def _answer(
                 for piece in meter.watch(pieces):
                     writer.take(batch, piece)
             except NotFiniteError as error:
-                raise InputError(f"line {batch[error.sequence // job.samples].line} of the input: {error}") from None
+                raise InputError(
+                    f"line {batch[error.sequence // job.samples].line} of the input: {error}"
+                ) from None
             writer.sync()
             reused += job.samples * saved(prefix, (lengths[request.number] for request in batch))
         writer.finish()
@@ -321,8 +391,13 @@ class Writer:
         if piece.completion is not None:
             place, sample = divmod(piece.sequence, self._job.samples)
             sequence = batch[place].number * self._job.samples + sample
-            if sequence >= self._next:  # a batch in which an earlier run was interrupted has sequences that are written already
-                self._waiting[sequence] = _line(batch[place], sample, self._job.samples, piece.completion)
+            if (
+                sequence >= self._next
+                # a batch in which an earlier run was interrupted has sequences that are written already
+            ):
+                self._waiting[sequence] = _line(
+                    batch[place], sample, self._job.samples, piece.completion
+                )
         while self._next in self._waiting:
             self._file.write(self._waiting.pop(self._next))
             self._next += 1
@@ -345,8 +420,14 @@ class Writer:
         if now - self._told >= (0.2 if self._live else _SECONDS):
             self._told = now
             self._file.flush()
-            print(*(["\r\x1b[K"] if self._live else []), self._progress(), sep="", end="" if self._live else "\n",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                *(["\r\x1b[K"] if self._live else []),
+                self._progress(),
+                sep="",
+                end="" if self._live else "\n",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _progress(self) -> str:
         """Answers, speed and time left."""
@@ -354,7 +435,10 @@ class Writer:
         finished, meter = self._next + len(self._waiting), self._meter
         here = finished - self._job.done
         left = meter.seconds / here * (total - finished) if here else float("inf")
-        return f"{finished}/{total} answers, {meter.tokens / meter.seconds:.1f} tokens/s, eta {duration(left)}"
+        return (
+            f"{finished}/{total} answers, {meter.tokens / meter.seconds:.1f} tokens/s, eta "
+            f"{duration(left)}"
+        )
 
 
 def _line(request: Request, sample: int, samples: int, completion: "Completion") -> bytes:

@@ -1,8 +1,9 @@
 """A conversation in the terminal: `infer --chat` without prompts.
 
-The model's words go to standard output, everything else to standard error. (Where both are the terminal, readline draws
-the prompt there.) Ctrl-C stops an answer, what came of it is kept; Ctrl-D leaves. A program can hold a conversation too:
-a line in, an answer out, with `--json` as one JSON object: `{"text": ...}`, or `{"error": ...}` for a message that is
+The model's words go to standard output, everything else to standard error. (Where both are the
+terminal, readline draws the prompt there.) Ctrl-C stops an answer, what came of it is kept; Ctrl-D
+leaves. A program can hold a conversation too: a line in, an answer out, with `--json` as one JSON
+  object: `{"text": ...}`, or `{"error": ...}` for a message that is
 refused, or `{"command": ..., "note": ...}` for a command.
 """
 
@@ -33,7 +34,9 @@ def converse(options: argparse.Namespace) -> int:
     """Talks with the user until the input ends; returns the exit status."""
     settings = settings_of(options)
     if settings.pop("samples") != 1:
-        raise InputError(f"--samples: {options.samples} given; a conversation goes on from 1 answer")
+        raise InputError(
+            f"--samples: {options.samples} given; a conversation goes on from 1 answer"
+        )
     from llama_jax.cli.models import load_model
     from llama_jax.generation.text import Conversation
 
@@ -47,7 +50,9 @@ def converse(options: argparse.Namespace) -> int:
 
 
 class Interrupt:
-    """What Ctrl-C means: during an answer, the first one is a wish to stop, which comes when the cache is in order."""
+    """What Ctrl-C means: during an answer, the first one is a wish to stop, which comes when the
+    cache is in order.
+    """
 
     def __init__(self) -> None:
         self._answering = False
@@ -80,8 +85,14 @@ class Terminal:
         self._commands: dict[str, tuple[str, Callable[[str], str]]] = {
             "system": ("TEXT: the system message from now on; none without TEXT", self._system),
             "reset": ("forget all messages but the system's", self._reset),
-            "temperature": ("T: of the draws; 0 takes the most probable token", self._number("temperature", float)),
-            "top_p": ("P: draw from the tokens that reach probability P", self._number("top_p", float)),
+            "temperature": (
+                "T: of the draws; 0 takes the most probable token",
+                self._number("temperature", float),
+            ),
+            "top_p": (
+                "P: draw from the tokens that reach probability P",
+                self._number("top_p", float),
+            ),
             "max": ("N: limit of new tokens an answer", self._number("max_new_tokens", int)),
             "save": ("FILE: the messages as JSON", self._save),
             "help": ("this list; a message that begins with / is written with //", self._help),
@@ -100,13 +111,17 @@ class Terminal:
             except KeyboardInterrupt:
                 note(f"\n{_HINT}")
             except InputError as error:
-                self._tell(f"error: {' '.join(str(error).split())}", {"error": " ".join(str(error).split())})
+                self._tell(
+                    f"error: {' '.join(str(error).split())}",
+                    {"error": " ".join(str(error).split())},
+                )
 
     def take(self, line: str) -> None:
         """Obeys a command, or answers a message.
 
         Raises:
-          InputError: for an unknown command, a value that it does not take, and what the model cannot answer.
+          InputError: for an unknown command, a value that it does not take, and what the model
+            cannot answer.
         """
         if line.startswith("/") and not line.startswith("//"):
             told = self._obey(line[1:])
@@ -115,7 +130,9 @@ class Terminal:
             self._answer(line.removeprefix("/") if line.startswith("//") else line)
 
     def _tell(self, words: str, answer: dict[str, str]) -> None:
-        """A note; with `--json` an object as well, so that every line of a program but an empty one has an answer."""
+        """A note; with `--json` an object as well, so that every line of a program but an empty one
+        has an answer.
+        """
         note(words)
         if self._json:
             print(as_json(answer), flush=True)
@@ -161,9 +178,15 @@ class Terminal:
             path = pathlib.Path(text).expanduser()
             with atomic_write(path) as file:
                 file.write(content.encode())
-        except (OSError, RuntimeError, ValueError) as error:  # a path that cannot be written, has no home, holds a NUL
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # a path that cannot be written, has no home, holds a NUL
             reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f"/save: {text!r:.200} cannot be written ({reason}); name another file") from None
+            raise InputError(
+                f"/save: {text!r:.200} cannot be written ({reason}); name another file"
+            ) from None
         return f"{len(self._conversation.messages)} messages in {path}"
 
     def _help(self, _: str) -> str:
@@ -190,7 +213,11 @@ class Terminal:
             if self._interrupt.asked:
                 break
         if self._json:
-            answer = {"text": heard, "stop_reason": "interrupted"} if completion is None else as_dict(completion)
+            answer = (
+                {"text": heard, "stop_reason": "interrupted"}
+                if completion is None
+                else as_dict(completion)
+            )
             answer.pop("prompt", None)  # all of the conversation, anew with every answer
             print(as_json(answer), flush=True)
         return completion
@@ -210,7 +237,9 @@ def _read_line() -> str:
         print(_PROMPT, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
     except UnicodeDecodeError:
-        raise InputError("the line is not text in the terminal's encoding; nothing was sent") from None
+        raise InputError(
+            "the line is not text in the terminal's encoding; nothing was sent"
+        ) from None
     if not line:
         raise EOFError
     return line.removesuffix("\n")

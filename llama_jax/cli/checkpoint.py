@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from llama_jax.weights.restore import CheckpointState
 
 _ACTIONS = ("list", "verify")
-_USAGE = "llama-jax checkpoint list RUN [--json] | llama-jax checkpoint verify RUN [--step N] [--json]"
+_USAGE = (
+    "llama-jax checkpoint list RUN [--json] | llama-jax checkpoint verify RUN [--step N] [--json]"
+)
 
 
 def make_parser(prog: str, action: str) -> OptionParser:
@@ -23,7 +25,10 @@ def make_parser(prog: str, action: str) -> OptionParser:
     if action == "list":
         parser = OptionParser(f"{prog} list", "List the checkpoints of a run; arrays are not read.")
     else:
-        parser = OptionParser(f"{prog} verify", "Read every array of a run's checkpoints and compare it with its checksum.")
+        parser = OptionParser(
+            f"{prog} verify",
+            "Read every array of a run's checkpoints and compare it with its checksum.",
+        )
         parser.add_argument("--step", type=int, metavar="N", help="of one checkpoint alone")
     parser.add_argument("run", metavar="RUN", help="directory of the run")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -34,7 +39,8 @@ def main(arguments: list[str], prog: str = "checkpoint") -> int:
     """Runs `checkpoint` and returns its exit status: 5 where a checkpoint is damaged.
 
     Raises:
-      InputError: for another action than `list` and `verify`, and for a directory without checkpoints.
+      InputError: for another action than `list` and `verify`, and for a directory without
+        checkpoints.
     """
     action, *rest = arguments or [""]
     if action in ("-h", "--help"):
@@ -51,7 +57,11 @@ def main(arguments: list[str], prog: str = "checkpoint") -> int:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; a run with checkpoints expected")
     quiet_libraries()
-    found = list_checkpoints(directory) if action == "list" else verify_checkpoints(directory, options.step)
+    found = (
+        list_checkpoints(directory)
+        if action == "list"
+        else verify_checkpoints(directory, options.step)
+    )
     return _show(found, options.json)
 
 

@@ -1,4 +1,6 @@
-"""`convert`: a model on disk in another format. The result is one line on standard output, progress is on standard error."""
+"""`convert`: a model on disk in another format. The result is one line on standard output, progress
+is on standard error.
+"""
 
 import contextlib
 import pathlib
@@ -23,23 +25,41 @@ _DTYPES = {
     "hugging_face": ("keep", "float32", "bfloat16", "float16"),
     "gguf": ("keep", "float32", "float16", "bfloat16", "q8_0"),
 }
-_BYTES_PER_WEIGHT = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 and a scale
+_BYTES_PER_WEIGHT = {
+    "float32": 4.0,
+    "float16": 2.0,
+    "bfloat16": 2.0,
+    "q8_0": 34 / 32,
+}  # q8_0: blocks of 32 and a scale
 _LINES = 10  # of progress, where it does not go to a terminal
 
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `convert`."""
-    parser = OptionParser(prog, "Write a model in another format, tensor by tensor: memory for one of them is enough.")
-    parser.add_argument("source", metavar="SRC", help="run directory, Hugging Face or Meta directory, or .gguf file")
-    parser.add_argument("target", metavar="DST", help="directory (hugging_face) or .gguf file that does not exist yet")
+    parser = OptionParser(
+        prog, "Write a model in another format, tensor by tensor: memory for one of them is enough."
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="run directory, Hugging Face or Meta directory, or .gguf file"
+    )
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        help="directory (hugging_face) or .gguf file that does not exist yet",
+    )
     parser.add_argument("--format", required=True, choices=tuple(_DTYPES), help="of DST")
     parser.add_argument(
         "--dtype",
         default="keep",
         choices=tuple(dict.fromkeys(sum(_DTYPES.values(), ()))),
-        help="of the weights; keep: as in SRC, float32 where it is quantised; q8_0 is for gguf only",
+        help="of the weights; keep: as in SRC, float32 where it is quantised; q8_0 is for "
+        "gguf only",
     )
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="largest file of weights, for hugging_face (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="largest file of weights, for hugging_face (default: 5GB)",
+    )
     return parser
 
 
@@ -65,7 +85,9 @@ def main(arguments: list[str], prog: str = "convert") -> int:
 
 @contextlib.contextmanager
 def _unwinding() -> Iterator[None]:
-    """While the block runs, SIGTERM leaves nothing half written, as Ctrl-C does; the exit status is 143."""
+    """While the block runs, SIGTERM leaves nothing half written, as Ctrl-C does; the exit status is
+    143.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         """Ends the program by way of all that has to be undone."""
@@ -82,9 +104,15 @@ def _check(options: "argparse.Namespace") -> None:
     """Refuses options that do not go together."""
     expected = _DTYPES[options.format]
     if options.dtype not in expected:
-        raise InputError(f"--dtype {options.dtype} given, one of {', '.join(expected)} expected with --format {options.format}")
+        raise InputError(
+            f"--dtype {options.dtype} given, one of {', '.join(expected)} expected with "
+            f"--format {options.format}"
+        )
     if options.max_shard_size is not None and options.format != "hugging_face":
-        raise InputError(f"--max-shard-size given with --format {options.format}; only hugging_face has several files")
+        raise InputError(
+            f"--max-shard-size given with --format {options.format}; only hugging_face "
+            "has several files"
+        )
 
 
 def _to_hugging_face(opened: "Opened", options: "argparse.Namespace") -> int:
@@ -93,7 +121,9 @@ def _to_hugging_face(opened: "Opened", options: "argparse.Namespace") -> int:
 
     size = options.max_shard_size or DEFAULT_SHARD_SIZE
     with Progress(opened) as progress:
-        return export_hugging_face(opened, options.target, options.dtype, size, progress.advance).nbytes
+        return export_hugging_face(
+            opened, options.target, options.dtype, size, progress.advance
+        ).nbytes
 
 
 def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
@@ -110,21 +140,31 @@ def _to_gguf(opened: "Opened", options: "argparse.Namespace") -> int:
 
     target = pathlib.Path(options.target)
     if target.exists():
-        raise InputError(f"{target}: there is something already; name another file, or remove it yourself")
+        raise InputError(
+            f"{target}: there is something already; name another file, or remove it yourself"
+        )
     dtype = main_dtype(opened.source) if options.dtype == "keep" else options.dtype
     dtype = dtype if dtype in _BYTES_PER_WEIGHT else "float32"  # there are sources in float64
     require_room(target, int(parameter_count(opened.source.config) * _BYTES_PER_WEIGHT[dtype]))
     if opened.tokenizer is None:
-        raise InputError(f"{opened.path} has no tokenizer; put its tokenizer.json or tokenizer.model there: GGUF needs it")
+        raise InputError(
+            f"{opened.path} has no tokenizer; put its tokenizer.json or tokenizer.model "
+            "there: GGUF needs it"
+        )
     template = opened.template.source if opened.template else None
     stops = gguf_stops(opened.tokenizer, opened.stop_ids)
     if stops.lost:
-        note(f"stop ids {', '.join(map(str, stops.lost))} do not fit into GGUF, which has places for three; give them at use")
+        note(
+            f"stop ids {', '.join(map(str, stops.lost))} do not fit into GGUF, which has "
+            "places for three; give them at use"
+        )
     with Progress(opened) as progress:
         source = WatchedSource(opened.source, progress.advance)
         name = opened.path.absolute().name.removesuffix(".gguf")
         metadata = gguf_metadata(opened.tokenizer) | stops.metadata
-        write_gguf(source, target, dtype, metadata, template, name, report(verified(opened)).made_from())
+        write_gguf(
+            source, target, dtype, metadata, template, name, report(verified(opened)).made_from()
+        )
     return target.stat().st_size
 
 
@@ -140,11 +180,17 @@ class Progress:
         self._origin = opened.origin
         self._total = parameter_count(opened.source.config)
         self._done = self._lines = 0
-        self._bar = Bar(console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
+        self._bar = (
+            Bar(console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
+        )
 
     def __enter__(self) -> "Progress":
         if self._bar is None:
-            print(f"converting {self._origin}, {self._total:,} parameters", file=sys.stderr, flush=True)
+            print(
+                f"converting {self._origin}, {self._total:,} parameters",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             self._bar.start()
             self._bar.add_task(self._origin, total=self._total)
@@ -159,6 +205,11 @@ class Progress:
             self._lines = self._done * _LINES // self._total
             print(f"  {self._done / self._total:4.0%} read", file=sys.stderr, flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -12,10 +12,24 @@ _RUN_CONFIG = "config.yaml"
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `data verify`."""
-    parser = OptionParser(prog, "Check prepared data, byte by byte; or print the hash of the batch of a step.")
-    parser.add_argument("directory", nargs="?", metavar="DIR", help="folder that prepare wrote; with --step: of a run")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of a run, as train takes it; with --step")
-    parser.add_argument("--step", type=int, metavar="N", help="print the fingerprint of the global batch of this step, from 0")
+    parser = OptionParser(
+        prog, "Check prepared data, byte by byte; or print the hash of the batch of a step."
+    )
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        metavar="DIR",
+        help="folder that prepare wrote; with --step: of a run",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of a run, as train takes it; with --step"
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="print the fingerprint of the global batch of this step, from 0",
+    )
     return parser
 
 
@@ -28,9 +42,13 @@ def main(arguments: list[str], prog: str = "data verify") -> int:
         raise InputError("data verify: a folder, or --config FILE with --step N expected")
     if options.step is None:
         if options.directory is None:
-            raise InputError("data verify: --config given without --step N; the step of a batch expected")
+            raise InputError(
+                "data verify: --config given without --step N; the step of a batch expected"
+            )
         return _verify(pathlib.Path(options.directory))
-    return _show_batch(options.config or str(pathlib.Path(options.directory) / _RUN_CONFIG), options.step)
+    return _show_batch(
+        options.config or str(pathlib.Path(options.directory) / _RUN_CONFIG), options.step
+    )
 
 
 def _verify(directory: pathlib.Path) -> int:
@@ -42,7 +60,10 @@ def _verify(directory: pathlib.Path) -> int:
     if found:
         return DAMAGED
     manifest = Manifest.read(directory)
-    print(f"{directory}: whole; {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} shards")
+    print(
+        f"{directory}: whole; {manifest.documents:,} documents, {manifest.tokens:,} "
+        f"tokens in {len(manifest.shards)} shards"
+    )
     return 0
 
 

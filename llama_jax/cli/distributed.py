@@ -1,4 +1,6 @@
-"""The start and the end of a training of several processes: who they are, by config or environment; how each one leaves."""
+"""The start and the end of a training of several processes: who they are, by config or environment;
+how each one leaves.
+"""
 
 import contextlib
 import math
@@ -21,7 +23,11 @@ from llama_jax.training.config_sections import DistributedConfig
 LOST = 1  # exit status of a process that another one has left alone
 
 # What launchers set where there is more than one process, besides what JAX finds out by itself.
-_COORDINATOR, _PROCESSES, _PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_COORDINATOR, _PROCESSES, _PROCESS = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
 _BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 
 
@@ -44,7 +50,8 @@ class Group(NamedTuple):
 
 
 def find_group(config: DistributedConfig, environment: Mapping[str, str]) -> Group | None:
-    """The processes of a run: what the config says, else the environment; `None` for one process alone.
+    """The processes of a run: what the config says, else the environment; `None` for one process
+    alone.
 
     Raises:
       InputError: naming what is missing.
@@ -65,17 +72,22 @@ def find_group(config: DistributedConfig, environment: Mapping[str, str]) -> Gro
     return Group(coordinator, environment.get(_BIND) or unbound, processes, process, found[3])
 
 
-def _complete(coordinator: str | None, processes: int | None, process: int | None) -> tuple[str, int, int]:
+def _complete(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> tuple[str, int, int]:
     """What makes up a group, all of it."""
     if coordinator is None or processes is None or process is None:
         names = {"coordinator": coordinator, "processes": processes, "process": process}
         missing = next(name for name, value in names.items() if value is None)
         raise InputError(
-            f"distributed.{missing}: none given, and the environment does not tell; give coordinator, processes and process, "
+            f"distributed.{missing}: none given, and the environment does not tell; give "
+            "coordinator, processes and process, "
             "or distributed.mode off"
         )
     if not 0 <= process < processes:
-        raise InputError(f"distributed.process: {process} given, a number from 0 to {processes - 1} expected")
+        raise InputError(
+            f"distributed.process: {process} given, a number from 0 to {processes - 1} expected"
+        )
     return coordinator, processes, process
 
 
@@ -89,14 +101,21 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 def _detect(
     coordinator: str | None, processes: int | None, process: int | None, seconds: int
 ) -> tuple[str | None, int | None, int | None, tuple[int, ...] | None]:
-    """What JAX finds out from Slurm, Open MPI, Kubernetes and Cloud TPU; as it is where there is none of them."""
+    """What JAX finds out from Slurm, Open MPI, Kubernetes and Cloud TPU; as it is where there is
+    none of them.
+    """
     from jax._src.clusters import ClusterEnv  # no public function tells this without starting
 
     try:
-        *found, local = ClusterEnv.auto_detect_unset_distributed_params(coordinator, processes, process, None, None, seconds)
+        *found, local = ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator, processes, process, None, None, seconds
+        )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"distributed: the environment cannot be made sense of ({error}); give coordinator, processes and "
-                         "process, or distributed.mode off") from None  # fmt: skip
+        raise InputError(
+            f"distributed: the environment cannot be made sense of ({error}); give "
+            "coordinator, processes and "
+            "process, or distributed.mode off"
+        ) from None
     address, count, number = found
     return (
         None if address is None else str(address),
@@ -108,10 +127,11 @@ def _detect(
 
 @contextlib.contextmanager
 def several_processes(config: DistributedConfig, environment: Mapping[str, str]) -> Iterator[Hosts]:
-    """Meets the other processes, if there are any, and leaves them; before JAX is asked for its devices.
+    """Meets the other processes, if there are any, and leaves them; before JAX is asked for its
+    devices.
 
-    A process that fails alone ends at once, without waiting for the others, which then notice it; with status 1 where it
-    was another that failed.
+    A process that fails alone ends at once, without waiting for the others, which then notice it;
+    with status 1 where it was another that failed.
 
     Raises:
       InputError: for a config that does not make up a group; when others do not come.
@@ -135,20 +155,29 @@ def several_processes(config: DistributedConfig, environment: Mapping[str, str])
 
 def _meet(group: Group, config: DistributedConfig) -> Hosts:
     import jax
-    from jax._src.distributed import global_state  # its client has no public name; Orbax takes it from here too
+    from jax._src.distributed import (
+        global_state,
+    )  # its client has no public name; Orbax takes it from here too
 
     def say(line: str) -> None:
         """A line on standard error."""
         print(line, file=sys.stderr, flush=True)
 
-    call_roll(group.coordinator, group.bind, group.process, group.processes, config.startup_seconds, say)
+    call_roll(
+        group.coordinator, group.bind, group.process, group.processes, config.startup_seconds, say
+    )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        group.coordinator, group.processes, group.process, local_device_ids=group.local_devices,
-        cluster_detection_method="deactivate", initialization_timeout=config.startup_seconds,
-        heartbeat_timeout_seconds=config.heartbeat_seconds, shutdown_timeout_seconds=config.heartbeat_seconds,
+        group.coordinator,
+        group.processes,
+        group.process,
+        local_device_ids=group.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=config.startup_seconds,
+        heartbeat_timeout_seconds=config.heartbeat_seconds,
+        shutdown_timeout_seconds=config.heartbeat_seconds,
         coordinator_bind_address=group.bind,
-    )  # fmt: skip
+    )
     return Hosts(group.process, group.processes, global_state.client, config.startup_seconds)
 
 
@@ -156,7 +185,9 @@ def _part() -> None:
     """Leaves when all leave."""
     import jax
 
-    with contextlib.suppress(RuntimeError):  # one that has gone already: there is nothing left to be lost
+    with contextlib.suppress(
+        RuntimeError
+    ):  # one that has gone already: there is nothing left to be lost
         jax.distributed.shutdown()
 
 
@@ -167,8 +198,11 @@ def _ending(error: BaseException, hosts: Hosts) -> int:
     if isinstance(error, jax.errors.JaxRuntimeError):
         who = f"process {hosts.process} of {hosts.count}"
         reason = textwrap.shorten(str(error), 160, placeholder=" ...")
-        print(f"error: {who} lost the others ({reason}); start all again: the run goes on from its newest checkpoint",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {who} lost the others ({reason}); start all again: the run goes on "
+            "from its newest checkpoint",
+            file=sys.stderr,
+        )
         return LOST
 
     with contextlib.suppress(RuntimeError):
@@ -183,7 +217,9 @@ def _ending(error: BaseException, hosts: Hosts) -> int:
 
 
 def _leave(status: int) -> None:
-    """Ends the process without its farewells, which would wait for processes that are not coming."""
+    """Ends the process without its farewells, which would wait for processes that are not
+    coming.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -191,7 +227,8 @@ def _leave(status: int) -> None:
 
 # --- stopping ---
 #
-# When a training is to end before its last step: signals, a time limit, a file; on one host or on several.
+# When a training is to end before its last step: signals, a time limit, a file; on one host or on
+#   several.
 
 
 RUN_STOP = "STOP"  # `touch RUN/STOP` saves and ends a run
@@ -201,16 +238,24 @@ _LOOK_SECONDS = 1  # between two looks for the file: shared file systems are slo
 
 
 class StopRequest:
-    """Whether the run is to be saved and ended: SIGTERM, the first Ctrl-C, SIGUSR1, `RUN/STOP`, or the time is over.
+    """Whether the run is to be saved and ended: SIGTERM, the first Ctrl-C, SIGUSR1, `RUN/STOP`, or
+    the time is over.
 
-    A Ctrl-C within 5 seconds of the first request interrupts at once. Other signals never do: schedulers send several.
+    A Ctrl-C within 5 seconds of the first request interrupts at once. Other signals never do:
+    schedulers send several.
 
-    With several processes every request becomes a SIGTERM to the process itself, which belongs to JAX there: its
-    preemption service tells the others and finds the step that all of them reach, without waiting for the device.
+    With several processes every request becomes a SIGTERM to the process itself, which belongs to
+      JAX there: its
+    preemption service tells the others and finds the step that all of them reach, without waiting
+    for the device.
     """
 
     def __init__(
-        self, run: pathlib.Path, deadline: float = math.inf, reached: Callable[[int], bool] | None = None, looks: bool = True
+        self,
+        run: pathlib.Path,
+        deadline: float = math.inf,
+        reached: Callable[[int], bool] | None = None,
+        looks: bool = True,
     ) -> None:
         """Takes over the signals.
 
@@ -220,7 +265,12 @@ class StopRequest:
           reached: asks JAX whether a step is the one to end at; `None` for a single process.
           looks: whether this process looks at the clock and for the file.
         """
-        self._file, self._deadline, self._reached, self._looks = run / RUN_STOP, deadline, reached, looks
+        self._file, self._deadline, self._reached, self._looks = (
+            run / RUN_STOP,
+            deadline,
+            reached,
+            looks,
+        )
         self._asked_at: float | None = None
         self._looked = 0.0
         own = (signal.SIGINT, signal.SIGUSR1, *([] if reached else [signal.SIGTERM]))
@@ -256,19 +306,25 @@ class StopRequest:
     def _ask(self, who: str) -> None:
         self._asked_at = time.monotonic()
         line = f"{who}: saving after this step; Ctrl-C within {_AT_ONCE_SECONDS} s ends at once\n"
-        with contextlib.suppress(OSError):  # nobody may be listening any more; the state is to be saved all the same
-            os.write(2, line.encode())  # print is not safe in a handler: the signal may have come inside another print
+        with contextlib.suppress(
+            OSError
+        ):  # nobody may be listening any more; the state is to be saved all the same
+            os.write(
+                2, line.encode()
+            )  # print is not safe in a handler: the signal may have come inside another print
         if self._reached:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 # --- compilation ---
 #
-# What JAX is told before it starts: where to keep compiled programs, and how many threads virtual devices need.
+# What JAX is told before it starts: where to keep compiled programs, and how many threads virtual
+#   devices need.
 
 
 def keep_compiled_programs() -> None:
-    """Points JAX to a compilation cache of this user, unless JAX_COMPILATION_CACHE_DIR says otherwise.
+    """Points JAX to a compilation cache of this user, unless JAX_COMPILATION_CACHE_DIR says
+    otherwise.
 
     The directory is readable by its owner only: it holds native code that JAX will run.
     """
@@ -288,11 +344,14 @@ def keep_compiled_programs() -> None:
 
 
 def make_room_for_virtual_devices() -> None:
-    """Gives XLA's CPU client threads enough for virtual devices (XLA_FLAGS=--xla_force_host_platform_device_count=8).
+    """Gives XLA's CPU client threads enough for virtual devices
+    (XLA_FLAGS=--xla_force_host_platform_device_count=8).
 
-    It has one thread a core by default; with fewer threads than devices waiting in collectives, a program can stand still
-    until XLA aborts it. To be called before JAX meets its devices.
+    It has one thread a core by default; with fewer threads than devices waiting in collectives, a
+    program can stand still until XLA aborts it. To be called before JAX meets its devices.
     """
-    found = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    found = re.search(
+        r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
     if found:
         os.environ.setdefault("NPROC", str(max(16, 2 * int(found[1]))))

@@ -1,4 +1,6 @@
-"""`doctor`: whether this machine is ready: versions, devices, their collectives, caches, disk, environment."""
+"""`doctor`: whether this machine is ready: versions, devices, their collectives, caches, disk,
+environment.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -20,11 +22,31 @@ from llama_jax.cli.options import OptionParser, positive
 from llama_jax.cli.writing import prepare_output
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
-_EXTRAS = {"hf": "huggingface_hub", "tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio",
-           "plot": "matplotlib", "eval": "lm_eval"}  # fmt: skip
+_EXTRAS = {
+    "hf": "huggingface_hub",
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "plot": "matplotlib",
+    "eval": "lm_eval",
+}
 # By their beginnings; none of these holds a password.
-_ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "NCCL_", "CUDA_VISIBLE_DEVICES", "NPROC", "OMP_NUM_THREADS", "SLURM_JOB_ID",
-                "SLURM_NTASKS", "SLURM_PROCID", "TF_CPP_MIN_LOG_LEVEL", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")  # fmt: skip
+_ENVIRONMENT = (
+    "JAX_",
+    "XLA_",
+    "LIBTPU_",
+    "TPU_",
+    "NCCL_",
+    "CUDA_VISIBLE_DEVICES",
+    "NPROC",
+    "OMP_NUM_THREADS",
+    "SLURM_JOB_ID",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "TF_CPP_MIN_LOG_LEVEL",
+    "HF_HUB_OFFLINE",
+    "XDG_CACHE_HOME",
+)
 _WRITTEN = 16 << 20  # bytes of the write test
 _LITTLE_SPACE = 2 << 30
 
@@ -52,8 +74,15 @@ class Late(Exception):
 def make_parser(prog: str) -> OptionParser:
     """The options of `doctor`."""
     parser = OptionParser(prog, "Checks this machine; exits with 1 if anything failed.")
-    parser.add_argument("--dir", default=".", metavar="DIR", help="directory to be written to, such as that of the runs")
-    parser.add_argument("--seconds", type=positive, default=120.0, metavar="S", help="limit for devices to answer")
+    parser.add_argument(
+        "--dir",
+        default=".",
+        metavar="DIR",
+        help="directory to be written to, such as that of the runs",
+    )
+    parser.add_argument(
+        "--seconds", type=positive, default=120.0, metavar="S", help="limit for devices to answer"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
@@ -94,12 +123,19 @@ def version_checks() -> list[Check]:
     """Python, ours, and what we stand on."""
     found = {name: version(name) for name in _PACKAGES}
     text = ", ".join(f"{name} {number or '-'}" for name, number in found.items())
-    extras = ", ".join(f"{name} {'yes' if importlib.util.find_spec(package) else '-'}" for name, package in _EXTRAS.items())
+    extras = ", ".join(
+        f"{name} {'yes' if importlib.util.find_spec(package) else '-'}"
+        for name, package in _EXTRAS.items()
+    )
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     same = found["jax"] == found["jaxlib"]
     return [
         Check("python", "ok", f"{python}, {os.cpu_count()} cores, llama_jax {__version__}"),
-        Check("packages", "ok" if same else "warning", text if same else f"{text}; jax and jaxlib of one version expected"),
+        Check(
+            "packages",
+            "ok" if same else "warning",
+            text if same else f"{text}; jax and jaxlib of one version expected",
+        ),
         Check("extras", "note", extras),
     ]
 
@@ -143,17 +179,31 @@ def device_checks(seconds: float) -> list[Check]:
         advice = "does another process hold them, or does a host of the slice not run?"
         return [Check("devices", "failed", f"no answer in {seconds:g} s; {advice}")]
     except RuntimeError as error:
-        return [Check("devices", "failed", f"{_one_line(error)}; JAX_PLATFORMS=cpu starts without them")]
+        return [
+            Check("devices", "failed", f"{_one_line(error)}; JAX_PLATFORMS=cpu starts without them")
+        ]
     found = Check("devices", "ok", device_words(devices, jax.device_count()))
-    words = f"products, and a sum of 1 MiB over {len(devices)} device{'s' if len(devices) > 1 else ''}"
+    words = (
+        f"products, and a sum of 1 MiB over {len(devices)} device{'s' if len(devices) > 1 else ''}"
+    )
     try:
         wrong, took = within(seconds, lambda: collective_test(devices))
     except Late:
         return [found, Check("collectives", "failed", f"{words}: no answer in {seconds:g} s")]
     except Exception as error:  # whatever the runtime raises
-        return [found, Check("collectives", "failed", f"{words}: {type(error).__name__}: {_one_line(error)}")]
+        return [
+            found,
+            Check("collectives", "failed", f"{words}: {type(error).__name__}: {_one_line(error)}"),
+        ]
     if wrong:
-        return [found, Check("collectives", "failed", f"{words}: wrong on {', '.join(wrong)}; do not train on these")]
+        return [
+            found,
+            Check(
+                "collectives",
+                "failed",
+                f"{words}: wrong on {', '.join(wrong)}; do not train on these",
+            ),
+        ]
     return [found, Check("collectives", "ok", f"{words} in {took * 1e3:.2f} ms")]
 
 
@@ -164,9 +214,15 @@ def device_words(devices: list, in_all: int) -> str:
     device = devices[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
-        memory = f"{stats['bytes_limit'] / 2**30:.1f} GiB each, {stats.get('bytes_in_use', 0) / 2**30:.1f} in use"
+        memory = (
+            f"{stats['bytes_limit'] / 2**30:.1f} GiB each, "
+            f"{stats.get('bytes_in_use', 0) / 2**30:.1f} in use"
+        )
     else:
-        memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB of the host"
+        memory = (
+            f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB of "
+            "the host"
+        )
     peak = peak_flops(device.device_kind)
     speed = "peak unknown: no MFU" if peak is None else f"peak {peak / 1e12:g} TFLOP/s in bfloat16"
     others = f" of {in_all} in all" if in_all > len(devices) else ""
@@ -180,14 +236,20 @@ def cache_check() -> Check:
     keep_compiled_programs()
     path = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not path:
-        return Check("compiled", "warning", "kept nowhere: every start compiles anew; set JAX_COMPILATION_CACHE_DIR")
+        return Check(
+            "compiled",
+            "warning",
+            "kept nowhere: every start compiles anew; set JAX_COMPILATION_CACHE_DIR",
+        )
     if "://" in path:
         return Check("compiled", "note", f"kept in {path}")
     directory = pathlib.Path(path)
     sizes = [file.stat().st_size for file in directory.glob("*") if file.is_file()]
     text = f"kept in {path}: {len(sizes)} files, {sum(sizes) / 1e6:.0f} MB"
     writable = not directory.exists() or os.access(directory, os.W_OK)
-    return Check("compiled", "ok" if writable else "warning", text if writable else f"{text}; not writable")
+    return Check(
+        "compiled", "ok" if writable else "warning", text if writable else f"{text}; not writable"
+    )
 
 
 def disk_check(directory: pathlib.Path) -> Check:
@@ -196,10 +258,21 @@ def disk_check(directory: pathlib.Path) -> Check:
         free = shutil.disk_usage(directory).free
         seconds = write_test(directory)
     except OSError as error:
-        return Check("disk", "failed", f"{directory}: {error.strerror or error}; name a writable directory with --dir")
+        return Check(
+            "disk",
+            "failed",
+            f"{directory}: {error.strerror or error}; name a writable directory with --dir",
+        )
     if seconds is None:
-        return Check("disk", "failed", f"{directory}: what was written is not what is read; do not train here")
-    text = f"{directory.absolute()}: {free / 1e9:.1f} GB free, {_WRITTEN / seconds / 1e6:.0f} MB/s written and synced"
+        return Check(
+            "disk",
+            "failed",
+            f"{directory}: what was written is not what is read; do not train here",
+        )
+    text = (
+        f"{directory.absolute()}: {free / 1e9:.1f} GB free, {_WRITTEN / seconds / 1e6:.0f} "
+        "MB/s written and synced"
+    )
     return Check("disk", "warning" if free < _LITTLE_SPACE else "ok", text)
 
 
@@ -220,8 +293,12 @@ def write_test(directory: pathlib.Path) -> float | None:
 
 def environment_checks() -> list[Check]:
     """Variables that change how programs run, as they were given."""
-    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)}
-    return [Check("environment", "note", f"{name}={_one_line(value)}") for name, value in found.items()]
+    found = {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)
+    }
+    return [
+        Check("environment", "note", f"{name}={_one_line(value)}") for name, value in found.items()
+    ]
 
 
 def _one_line(text: object) -> str:

@@ -1,4 +1,6 @@
-"""`eval`: how well a model predicts text files and held-out data, and answers multiple-choice questions."""
+"""`eval`: how well a model predicts text files and held-out data, and answers multiple-choice
+questions.
+"""
 
 import json
 import pathlib
@@ -16,17 +18,38 @@ Figures = Mapping[str, float]  # by name; one result
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `eval`."""
-    parser = OptionParser(prog, "Loss of a LLaMA on text, in nats/token and bits/byte; accuracy on questions.")
+    parser = OptionParser(
+        prog, "Loss of a LLaMA on text, in nats/token and bits/byte; accuracy on questions."
+    )
     add_model_options(parser)
-    parser.add_argument("--text", action="append", default=[], metavar="FILE",
-                        help="text, or records with text (.jsonl ...); may be given several times")  # fmt: skip
-    parser.add_argument("--data", action="append", default=[], metavar="DIR",
-                        help="folder that prepare wrote: its held-out part; may be given several times")  # fmt: skip
     parser.add_argument(
-        "--choices", action="append", default=[], metavar="FILE",
-        help='JSON lines {"prompt": TEXT, "choices": [TEXT, ...], "answer": index or text}; may be given several times',
-    )  # fmt: skip
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a window or sequence; the model's context by default")
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text, or records with text (.jsonl ...); may be given several times",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that prepare wrote: its held-out part; may be given several times",
+    )
+    parser.add_argument(
+        "--choices",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help='JSON lines {"prompt": TEXT, "choices": [TEXT, ...], "answer": index or text}; '
+        "may be given several times",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens of a window or sequence; the model's context by default",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
@@ -54,7 +77,10 @@ def table(results: Mapping[str, Figures]) -> list[str]:
     head = "  ".join([" " * width, *[f"{name:>15}" for name in next(iter(results.values()))]])
     return [
         head,
-        *["  ".join([f"{file:{width}}", *[f"{_shown(v):>15}" for v in sequence.values()]]) for file, sequence in results.items()],
+        *[
+            "  ".join([f"{file:{width}}", *[f"{_shown(v):>15}" for v in sequence.values()]])
+            for file, sequence in results.items()
+        ],
     ]
 
 
@@ -66,7 +92,10 @@ def main(arguments: list[str], prog: str = "eval") -> int:
     """Runs `eval` and returns its exit status."""
     options = make_parser(prog).parse(arguments)
     if not options.text and not options.data and not options.choices:
-        raise InputError("nothing to evaluate on: --text FILE, --data DIR (prepared) or --choices FILE (questions) expected")
+        raise InputError(
+            "nothing to evaluate on: --text FILE, --data DIR (prepared) or --choices "
+            "FILE (questions) expected"
+        )
     texts = {name: read_texts(name) for name in options.text}
     missing = left_out(options.text)
     if missing is not None:
@@ -84,13 +113,23 @@ def main(arguments: list[str], prog: str = "eval") -> int:
     model = load(options.model, dtype)
     for line in model.report.brief():
         note(line)
-    losses = {name: evaluate_text(model, text, options.length, dtype=dtype) for name, text in texts.items()}
+    losses = {
+        name: evaluate_text(model, text, options.length, dtype=dtype)
+        for name, text in texts.items()
+    }
     if len(losses) > 1:
         losses["total"] = together(list(losses.values()))
-    losses |= {name: evaluate_prepared(model, data, options.length, dtype=dtype) for name, data in prepared.items()}
+    losses |= {
+        name: evaluate_prepared(model, data, options.length, dtype=dtype)
+        for name, data in prepared.items()
+    }
     generator = Generator(model.params, model.config, dtype=dtype) if questions else None
-    accuracies = {name: evaluate_choices(model, asked, generator) for name, asked in questions.items()}
-    kinds = [{name: result._asdict() for name, result in kind.items()} for kind in (losses, accuracies)]
+    accuracies = {
+        name: evaluate_choices(model, asked, generator) for name, asked in questions.items()
+    }
+    kinds = [
+        {name: result._asdict() for name, result in kind.items()} for kind in (losses, accuracies)
+    ]
     write([kind for kind in kinds if kind], options.json)
     return 0
 

@@ -1,6 +1,7 @@
 """`infer`: prompts in, text out. Text goes to standard output, everything else to standard error.
 
-Three ways to ask: prompts of the command line or of standard input (`--prompt`), a file of many (`--input`, see
+Three ways to ask: prompts of the command line or of standard input (`--prompt`), a file of many
+  (`--input`, see
 `llama_jax.cli.batch`), and a conversation (`--chat` alone, see `llama_jax.cli.chat`).
 """
 
@@ -10,7 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.models import check_bias, settings_of
-from llama_jax.cli.options import OptionParser, add_model_options, add_run_options, add_sampling_options
+from llama_jax.cli.options import (
+    OptionParser,
+    add_model_options,
+    add_run_options,
+    add_sampling_options,
+)
 from llama_jax.cli.writing import Meter, in_order, note, prepare_output, write_json, write_text
 from llama_jax.errors import InputError
 
@@ -27,19 +33,43 @@ def make_parser(prog: str) -> OptionParser:
     parser = OptionParser(prog, _DESCRIPTION)
     add_model_options(parser)
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="may be given several times; - is all of standard input"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may be given several times; - is all of standard input",
     )
-    parser.add_argument("--chat", action="store_true",
-                        help="prompts are user messages through the chat template; without any, a conversation")  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="system message of every conversation; with --chat or --input")
-    parser.add_argument("--json", action="store_true", help="""one JSON object a text instead of text; in a conversation also
-                        {"error": TEXT} for a message refused, {"command": NAME, "note": TEXT} for a command""")  # fmt: skip
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are user messages through the chat template; without any, a conversation",
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system message of every conversation; with --chat or --input",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="""one JSON object a text instead of text; in a conversation also
+                        {"error": TEXT} for a message refused, {"command": NAME, "note": TEXT} for a command""",
+    )
     group = parser.add_argument_group("many prompts")
-    group.add_argument("--input", metavar="FILE", help="""JSON lines {"prompt": TEXT} or {"messages": [...]}, each with an "id"
-                       and settings of its own if it likes; - is standard input""")  # fmt: skip
-    group.add_argument("--output", metavar="FILE", help="JSON lines in the order of --input; an interrupted one is continued; "
-                       "- (where not given) is standard output")  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together")
+    group.add_argument(
+        "--input",
+        metavar="FILE",
+        help="""JSON lines {"prompt": TEXT} or {"messages": [...]}, each with an "id"
+                       and settings of its own if it likes; - is standard input""",
+    )
+    group.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON lines in the order of --input; an interrupted one is continued; "
+        "- (where not given) is standard output",
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="prompts decoded together"
+    )
     add_sampling_options(parser)
     add_run_options(parser)
     return parser
@@ -68,7 +98,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.input is not None and options.prompt:
         raise InputError("--prompt and --input given; one of them expected")
     if options.system is not None and not options.chat and options.input is None:
-        raise InputError("--system given without --chat; a system message belongs to a conversation")
+        raise InputError(
+            "--system given without --chat; a system message belongs to a conversation"
+        )
     if options.logprobs is not None and not options.json and options.input is None:
         raise InputError("--logprobs given without --json; they are written in JSON only")
     if options.batch_size < 1:
@@ -84,9 +116,14 @@ def read_prompts(given: list[str] | None) -> list[str]:
     if given:
         return [_read_standard_input() if prompt == "-" else prompt for prompt in given]
     if sys.stdin.isatty():
-        raise InputError("no prompt given; --prompt TEXT, --input FILE, lines on standard input, or --chat expected")
+        raise InputError(
+            "no prompt given; --prompt TEXT, --input FILE, lines on standard input, or "
+            "--chat expected"
+        )
     # Not `splitlines`: that also ends a line at a form feed or U+2028, which are text here.
-    prompts = [line.removesuffix("\r") for line in _read_standard_input().split("\n") if line.strip()]
+    prompts = [
+        line.removesuffix("\r") for line in _read_standard_input().split("\n") if line.strip()
+    ]
     if not prompts:
         raise InputError("standard input is empty; one prompt a line expected")
     return prompts
@@ -96,7 +133,9 @@ def _read_standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not UTF-8 text at byte {error.start}; convert it first") from None
+        raise InputError(
+            f"standard input is not UTF-8 text at byte {error.start}; convert it first"
+        ) from None
 
 
 def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
@@ -113,14 +152,26 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
     check_bias(settings, model.config)
     meter, reused = Meter(), 0
     asked = _with_system(prompts, options.system)
-    encoded = check_prompts([encode_user(model, prompt, options.chat) for prompt in asked], model.config)
+    encoded = check_prompts(
+        [encode_user(model, prompt, options.chat) for prompt in asked], model.config
+    )
     prefix = shared_prefix(generator, common_prefix(encoded), len(encoded))
     seed = settings.pop("seed")
     for start in range(0, len(asked), options.batch_size):
         batch = slice(start, start + options.batch_size)
         sequences = len(asked[batch]) * options.samples
-        keys = sequence_keys(seed, sequences, start * options.samples)  # a text has the same random numbers, whatever its batch
-        pieces = stream(model, asked[batch], chat=options.chat, generator=generator, prefix=prefix, seed=keys, **settings)
+        keys = sequence_keys(
+            seed, sequences, start * options.samples
+        )  # a text has the same random numbers, whatever its batch
+        pieces = stream(
+            model,
+            asked[batch],
+            chat=options.chat,
+            generator=generator,
+            prefix=prefix,
+            seed=keys,
+            **settings,
+        )
         _write(options, prompts[batch], meter.watch(pieces))
         reused += options.samples * saved(prefix, map(len, encoded[batch]))
     note(meter.report(generator.programs.compilations, reused))
@@ -142,4 +193,7 @@ def _with_system(prompts: list[str], system: str | None) -> "Sequence[Prompt]":
     """The prompts, each behind the system message if there is one."""
     if system is None:
         return prompts
-    return [[{"role": "system", "content": system}, {"role": "user", "content": prompt}] for prompt in prompts]
+    return [
+        [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        for prompt in prompts
+    ]

@@ -21,17 +21,26 @@ DAMAGED = 5
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-# What a full or read-only disk, or an impossible path, is answered with: nothing to be traced in the program.
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.ENAMETOOLONG)
+# What a full or read-only disk, or an impossible path, is answered with: nothing to be traced in
+# the program.
+_OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+)
 
 
 def run_program(main: Callable[[], int]) -> int:
     """Runs a program and gives its exit status.
 
     Returns:
-      What `main` returns; after `error: LINE` on stderr, 2 for wrong input, a disk that is full or read-only or a device
-      without memory enough, 4 for a training that cannot go on and 5 for a damaged file of ours; 130 when interrupted; 141
-      when the reader of our output has gone (as in `... | head -1`), without a word.
+      What `main` returns; after `error: LINE` on stderr, 2 for wrong input, a disk that is full or
+      read-only or a device without memory enough, 4 for a training that cannot go on and 5 for a
+      damaged file of ours; 130 when interrupted; 141 when the reader of our output has gone (as in
+      `... | head -1`), without a word.
     """
     open_missing_streams()
     try:
@@ -53,7 +62,11 @@ def run_program(main: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}; make room or name another directory", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'writing'}: {error.strerror}; make room or name "
+            "another directory",
+            file=sys.stderr,
+        )
         return WRONG_INPUT
     return status
 
@@ -61,7 +74,8 @@ def run_program(main: Callable[[], int]) -> int:
 def open_missing_streams() -> None:
     """Puts the null device where standard input, output or error is closed (as by `>&-`).
 
-    Otherwise the next file opened takes the place, and Python has no stream there: reading fails, and notes meant for
+    Otherwise the next file opened takes the place, and Python has no stream there: reading fails,
+      and notes meant for
     standard error go to standard output.
     """
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
@@ -81,7 +95,10 @@ _VERBS = {
     "infer": ("llama_jax.cli.infer", "generate text"),
     "inspect": ("llama_jax.cli.inspect", "say what a model on disk is, and what is odd about it"),
     "eval": ("llama_jax.cli.evaluate", "loss on text files, accuracy on multiple-choice questions"),
-    "adapters": ("llama_jax.cli.adapters", "adapters of a run: written apart, or merged into their model"),
+    "adapters": (
+        "llama_jax.cli.adapters",
+        "adapters of a run: written apart, or merged into their model",
+    ),
     "prepare": ("llama_jax.cli.prepare", "turn text and conversations into token files"),
     "data": ("llama_jax.cli.data", "data verify: check token files, hash the batch of a step"),
     "checkpoint": (
@@ -90,17 +107,29 @@ _VERBS = {
     ),
     "convert": ("llama_jax.cli.convert", "write a model in another format"),
     "flops": ("llama_jax.cli.flops", "the compute of a training, as papers count it"),
-    "plan": ("llama_jax.cli.plan", "memory and time of a training or of decoding, before chips are rented"),
+    "plan": (
+        "llama_jax.cli.plan",
+        "memory and time of a training or of decoding, before chips are rented",
+    ),
     "report": ("llama_jax.cli.report", "draw the curves of runs, as a picture or in the terminal"),
-    "doctor": ("llama_jax.cli.doctor", "check versions, devices, collectives and disk of this machine"),
-    "selftest": ("llama_jax.cli.selftest", "the same loss for every mesh, accumulation, backend ... on your devices"),
+    "doctor": (
+        "llama_jax.cli.doctor",
+        "check versions, devices, collectives and disk of this machine",
+    ),
+    "selftest": (
+        "llama_jax.cli.selftest",
+        "the same loss for every mesh, accumulation, backend ... on your devices",
+    ),
 }
 
 
 def usage() -> str:
     """The list of verbs."""
     verbs = "\n".join(f"  {verb:10} {meaning}" for verb, (_, meaning) in _VERBS.items())
-    head, foot = "usage: llama-jax VERB [options]", "llama-jax VERB --help lists the options of a verb."
+    head, foot = (
+        "usage: llama-jax VERB [options]",
+        "llama-jax VERB --help lists the options of a verb.",
+    )
     return f"llama_jax {__version__}\n{head}\n\n{verbs}\n\n{foot}"
 
 

@@ -32,7 +32,8 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
     """The model of `--model`, with everything that other options change, and what decodes with it.
 
     Raises:
-      InputError: for options that say nothing sensible, before anything is loaded; for a model that cannot be loaded.
+      InputError: for options that say nothing sensible, before anything is loaded; for a model that
+        cannot be loaded.
     """
     changes, source = _changes(options), template_source(options.chat_template)
     import numpy as np
@@ -52,14 +53,26 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
         note(line)
     if options.quantize is not None:
         wide = parameter_count(model.config) * np.dtype(dtype).itemsize
-        note(f"weights in {options.quantize}: {wide / 1e6:.1f} -> {parameter_bytes(model.params) / 1e6:.1f} MB")
+        note(
+            f"weights in {options.quantize}: {wide / 1e6:.1f} -> "
+            f"{parameter_bytes(model.params) / 1e6:.1f} MB"
+        )
     model = _changed(model, changes)
     if options.chat_template is not None:
         model = model._replace(template=_template(options.chat_template, source, model))
     elif options.chat and model.template is None:
-        raise InputError(f"{model.origin} has no chat template; name one with --chat-template, or ask without --chat")
+        raise InputError(
+            f"{model.origin} has no chat template; name one with --chat-template, or ask "
+            "without --chat"
+        )
     drafting = _speculation(options, dtype)
-    return model, Generator(model.params, model.config, speculation=drafting, dtype=dtype, cache_dtype=options.cache_dtype)
+    return model, Generator(
+        model.params,
+        model.config,
+        speculation=drafting,
+        dtype=dtype,
+        cache_dtype=options.cache_dtype,
+    )
 
 
 def _check_draft(options: argparse.Namespace) -> None:
@@ -68,9 +81,14 @@ def _check_draft(options: argparse.Namespace) -> None:
 
     if options.draft is None:
         return
-    own, other = (open_model(path).source.config.vocab_size for path in (options.model, options.draft))
+    own, other = (
+        open_model(path).source.config.vocab_size for path in (options.model, options.draft)
+    )
     if own != other:
-        raise InputError(f"--draft {options.draft} has {other} tokens and the model {own}; the same vocabulary expected")
+        raise InputError(
+            f"--draft {options.draft} has {other} tokens and the model {own}; the same "
+            "vocabulary expected"
+        )
 
 
 def _speculation(options: argparse.Namespace, dtype: str) -> "Speculation | None":
@@ -93,14 +111,19 @@ def _changes(options: argparse.Namespace) -> dict:
     """Fields of the architecture that options replace."""
     changes = {"context_length": options.context, "rope_theta": options.rope_theta}
     changes = {name: value for name, value in changes.items() if value is not None}
-    return changes if options.rope_scaling is None else changes | {"rope_scaling": rope_scaling(options.rope_scaling)}
+    return (
+        changes
+        if options.rope_scaling is None
+        else changes | {"rope_scaling": rope_scaling(options.rope_scaling)}
+    )
 
 
 def rope_scaling(text: str) -> RopeScaling | None:
     """The scaling that a text such as `linear:2` stands for.
 
     Raises:
-      InputError: for anything else than `linear:FACTOR`, `llama3:FACTOR:LOW:HIGH:ORIGINAL_CONTEXT` and `none`.
+      InputError: for anything else than `linear:FACTOR`, `llama3:FACTOR:LOW:HIGH:ORIGINAL_CONTEXT`
+        and `none`.
     """
     kind, *words = text.split(":")
     if (kind, len(words)) not in (("none", 0), ("linear", 1), ("llama3", 4)):
@@ -110,7 +133,9 @@ def rope_scaling(text: str) -> RopeScaling | None:
     try:
         factors, context = [float(word) for word in words[:3]], [int(word) for word in words[3:]]
     except ValueError:
-        raise InputError(f"--rope-scaling: {text!r:.60} given; numbers expected in {_SCALINGS}") from None
+        raise InputError(
+            f"--rope-scaling: {text!r:.60} given; numbers expected in {_SCALINGS}"
+        ) from None
     return RopeScaling(kind, *factors, *context)  # type: ignore[arg-type]
 
 
@@ -134,7 +159,9 @@ def _differences(old: LlamaConfig, new: LlamaConfig) -> str:
     if new.rope_theta != old.rope_theta:
         told.append(f"RoPE theta {old.rope_theta:g} -> {new.rope_theta:g}")
     if new.rope_scaling != old.rope_scaling:
-        told.append(f"RoPE {_scaling_words(old.rope_scaling)} -> {_scaling_words(new.rope_scaling)}")
+        told.append(
+            f"RoPE {_scaling_words(old.rope_scaling)} -> {_scaling_words(new.rope_scaling)}"
+        )
     return ", ".join(told)
 
 
@@ -143,7 +170,9 @@ def _scaling_words(scaling: RopeScaling | None) -> str:
 
 
 def _finish(options: argparse.Namespace) -> "Finish":
-    """What becomes of each parameter as it is loaded: with `--quantize`, the wide model never is in memory."""
+    """What becomes of each parameter as it is loaded: with `--quantize`, the wide model never is in
+    memory.
+    """
     from llama_jax.model.quantize import leaf_quantizer
     from llama_jax.weights.assemble import as_it_is
     from llama_jax.weights.open import open_model
@@ -157,11 +186,18 @@ def _finish(options: argparse.Namespace) -> "Finish":
 
 
 def _group(*widths: int) -> int:
-    """The largest group of weights, up to 32, into which sequences of all these widths can be divided."""
-    groups = [group for group in range(2, _LARGEST_GROUP + 1, 2) if not any(width % group for width in widths)]
+    """The largest group of weights, up to 32, into which sequences of all these widths can be
+    divided.
+    """
+    groups = [
+        group
+        for group in range(2, _LARGEST_GROUP + 1, 2)
+        if not any(width % group for width in widths)
+    ]
     if not groups:
         raise InputError(
-            f"--quantize int4 given for matrices of {', '.join(map(str, widths))} inputs, even numbers expected; take int8"
+            f"--quantize int4 given for matrices of {', '.join(map(str, widths))} "
+            "inputs, even numbers expected; take int8"
         )
     return groups[-1]
 
@@ -178,18 +214,25 @@ def template_source(name: str | None) -> str | None:
         return read_text(pathlib.Path(name), LARGEST_SOURCE)
     except OSError as error:
         known = ", ".join(FORMATS)
-        raise InputError(f"--chat-template {name}: no built-in format ({known}), and no file ({error.strerror})") from None
+        raise InputError(
+            f"--chat-template {name}: no built-in format ({known}), and no file ({error.strerror})"
+        ) from None
 
 
 def _template(name: str, source: str | None, model: "Pretrained") -> ChatTemplate:
     """The template of a name or of a file's text, with the tokenizer's begin and end tokens."""
     if model.tokenizer is None:
         raise InputError(f"{model.origin} has no tokenizer; a chat template needs one")
-    return named_format(name, model.tokenizer) if source is None else _own_template(source, model.tokenizer)
+    return (
+        named_format(name, model.tokenizer)
+        if source is None
+        else _own_template(source, model.tokenizer)
+    )
 
 
 def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template of a built-in format's name, or of a file, with the tokenizer's begin and end tokens.
+    """The template of a built-in format's name, or of a file, with the tokenizer's begin and end
+    tokens.
 
     Raises:
       InputError: for neither; and if the tokenizer lacks special tokens that the format is made of.
@@ -200,7 +243,10 @@ def template_of(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 def _own_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
     texts = {number: text for text, number in tokenizer.special_tokens.items()}
-    begin, end = (texts.get(-1 if token is None else token) for token in (tokenizer.begin_id, tokenizer.end_id))
+    begin, end = (
+        texts.get(-1 if token is None else token)
+        for token in (tokenizer.begin_id, tokenizer.end_id)
+    )
     return ChatTemplate(source, begin, end)
 
 
@@ -211,9 +257,20 @@ def _own_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 # Settings of `make_sampling` that are one number a sequence.
 NUMBERS = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-)  # fmt: skip
-_PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}  # with what does nothing
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+_PENALTIES = {
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}  # with what does nothing
 # Settings that a request of a file may have of its own.
 OWN = (*NUMBERS, "logit_bias", "stop", "max_new_tokens")
 _MOST_LOGPROBS = 100
@@ -226,7 +283,9 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
       InputError: naming the setting that is out of range.
     """
-    settings = {name: getattr(options, name) for name in (*NUMBERS, "max_new_tokens", "samples", "logprobs")}
+    settings = {
+        name: getattr(options, name) for name in (*NUMBERS, "max_new_tokens", "samples", "logprobs")
+    }
     settings |= {"logit_bias": dict(options.logit_bias or ()), "stop": options.stop or []}
     check_settings(settings)
     _check_speculation(options)
@@ -258,7 +317,10 @@ def _check_speculation(options: argparse.Namespace) -> None:
     if options.draft is not None and not options.speculate:
         raise InputError("--draft given without --speculate; --speculate K expected with it")
     if options.speculate and penalised(vars(options)):
-        raise InputError("--speculate given with a penalty, which cannot look at tokens not yet kept; leave out one")
+        raise InputError(
+            "--speculate given with a penalty, which cannot look at tokens not yet kept; "
+            "leave out one"
+        )
 
 
 def penalised(settings: Mapping[str, Any]) -> bool:
@@ -269,7 +331,10 @@ def penalised(settings: Mapping[str, Any]) -> bool:
 def _check_count(name: str, value: object, least: int, most: int | None) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
-        raise InputError(f"{name}: {value!r:.60} given; {least} {'or more' if most is None else f'to {most}'} expected")
+        raise InputError(
+            f"{name}: {value!r:.60} given; {least} "
+            f"{'or more' if most is None else f'to {most}'} expected"
+        )
 
 
 def check_bias(settings: Mapping[str, Any], config: LlamaConfig) -> None:
@@ -280,4 +345,7 @@ def check_bias(settings: Mapping[str, Any], config: LlamaConfig) -> None:
     """
     outside = [token for token in settings["logit_bias"] if token >= config.vocab_size]
     if outside:
-        raise InputError(f"logit_bias: token {outside[0]} given; the vocabulary goes from 0 to {config.vocab_size - 1}")
+        raise InputError(
+            f"logit_bias: token {outside[0]} given; the vocabulary goes from 0 to "
+            f"{config.vocab_size - 1}"
+        )

@@ -1,4 +1,6 @@
-"""`prepare`: text and conversations to token files. One line on standard output; progress is on standard error."""
+"""`prepare`: text and conversations to token files. One line on standard output; progress is on
+standard error.
+"""
 
 import argparse
 import math
@@ -25,21 +27,60 @@ _ENOUGH = 50_000  # bytes of sources below which plain lines say nothing
 
 def make_parser(prog: str) -> OptionParser:
     """The options of `prepare`."""
-    parser = OptionParser(prog, "Turn text into token files, in parallel; the same command goes on after an interruption.")
-    parser.add_argument("--input", action="append", required=True, metavar="PATH",
-                        help="text, .json, .jsonl, .csv, .tsv (.gz, .zst ...), .parquet, or a folder of them")  # fmt: skip
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, for data.sources of a training")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer file or folder, or a model with one")
-    parser.add_argument("--template", default="auto", metavar="NAME|FILE",
-                        help="chat template: llama2, llama3, chatml or a file; auto: the one beside the tokenizer")  # fmt: skip
-    parser.add_argument("--field", action="append", default=[], metavar="FIELD=NAME",
-                        help="what the files call a field, as in text=body; may be given several times")  # fmt: skip
-    parser.add_argument("--held-out", type=held_out, metavar="SHARE|TOKENS",
-                        help="kept for evaluation: 0.01 is 1 %% of the records, 10M about 10 million tokens, 0 none "
-                             "(default: the smaller of 0.01 and 10M)")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-                        metavar="N", help="processes that encode; the result does not depend on them")  # fmt: skip
-    parser.add_argument("--shard-tokens", type=count, default=100_000_000, metavar="N", help="of a file, as in 100M")
+    parser = OptionParser(
+        prog,
+        "Turn text into token files, in parallel; the same command goes on after an interruption.",
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="text, .json, .jsonl, .csv, .tsv (.gz, .zst ...), .parquet, or a folder of them",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder to write, for data.sources of a training",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="tokenizer file or folder, or a model with one",
+    )
+    parser.add_argument(
+        "--template",
+        default="auto",
+        metavar="NAME|FILE",
+        help="chat template: llama2, llama3, chatml or a file; auto: the one beside the tokenizer",
+    )
+    parser.add_argument(
+        "--field",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="what the files call a field, as in text=body; may be given several times",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=held_out,
+        metavar="SHARE|TOKENS",
+        help="kept for evaluation: 0.01 is 1 %% of the records, 10M about 10 million tokens, "
+        "0 none "
+        "(default: the smaller of 0.01 and 10M)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+        metavar="N",
+        help="processes that encode; the result does not depend on them",
+    )
+    parser.add_argument(
+        "--shard-tokens", type=count, default=100_000_000, metavar="N", help="of a file, as in 100M"
+    )
     return parser
 
 
@@ -51,21 +92,35 @@ def main(arguments: list[str], prog: str = "prepare") -> int:
     from llama_jax.data.token_set import TokenSet
 
     started = time.perf_counter()
-    settings = Settings(options.held_out, options.shard_tokens, options.workers, read_fields(options.field))
+    settings = Settings(
+        options.held_out, options.shard_tokens, options.workers, read_fields(options.field)
+    )
     missing = left_out(options.input)
     if missing is not None:
         print(f"--input: {missing}", file=sys.stderr, flush=True)
     directory = pathlib.Path(options.output)
     with Progress() as progress:
         manifest, kept = prepare_set(
-            options.input, directory, read_text(options.tokenizer, options.template), settings, progress.show
+            options.input,
+            directory,
+            read_text(options.tokenizer, options.template),
+            settings,
+            progress.show,
         )
     TokenSet.open(directory)
     seconds = time.perf_counter() - started
-    documents, tokens = (sum(getattr(shard, of) for shard in manifest.held_out_shards) for of in ("documents", "tokens"))
-    notes = [f"{manifest.documents:,} documents ({documents:,} held out)", f"{manifest.tokens:,} tokens ({tokens:,} held out)"]
+    documents, tokens = (
+        sum(getattr(shard, of) for shard in manifest.held_out_shards)
+        for of in ("documents", "tokens")
+    )
+    notes = [
+        f"{manifest.documents:,} documents ({documents:,} held out)",
+        f"{manifest.tokens:,} tokens ({tokens:,} held out)",
+    ]
     notes += [f"empty and dropped: {manifest.dropped:,}"] * (manifest.dropped > 0)
-    notes += [f"shards: {len(manifest.shards)}" + (f" ({kept} of them from before)" if kept else "")]
+    notes += [
+        f"shards: {len(manifest.shards)}" + (f" ({kept} of them from before)" if kept else "")
+    ]
     print(f"{shlex.quote(options.output)}: {manifest.kind}, {', '.join(notes)}; {seconds:.1f} s")
     return 0
 
@@ -99,16 +154,21 @@ def read_fields(given: list[str]) -> dict[str, str]:
     for pair in given:
         field, _, name = pair.partition("=")
         if field not in FIELD_NAMES or not name or field in fields:
-            raise InputError(f"--field: {pair!r} given, FIELD=NAME expected, once a field, of {', '.join(FIELD_NAMES)}")
+            raise InputError(
+                f"--field: {pair!r} given, FIELD=NAME expected, once a field, of "
+                f"{', '.join(FIELD_NAMES)}"
+            )
         fields[field] = name
     return fields
 
 
 def read_text(path: str, template: str) -> "Text":
-    """The tokenizer of a file, a folder or a model, and the chat template of that name, that file, or beside it.
+    """The tokenizer of a file, a folder or a model, and the chat template of that name, that file,
+    or beside it.
 
     Raises:
-      InputError: for a path without a tokenizer, and a template that does not exist or does not go with it.
+      InputError: for a path without a tokenizer, and a template that does not exist or does not go
+        with it.
     """
     from llama_jax.data.prepare import read_tokenizer_files
     from llama_jax.data.shards import Text
@@ -132,14 +192,20 @@ def read_text(path: str, template: str) -> "Text":
 
 
 def is_tokenizer(path: pathlib.Path) -> bool:
-    """Whether a path is that of a tokenizer, rather than of a model in one file, on the Hub or in a format of its own."""
+    """Whether a path is that of a tokenizer, rather than of a model in one file, on the Hub or in a
+    format of its own.
+    """
     if path.is_dir():
         return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     return path.is_file() and path.suffix != ".gguf"
 
 
-def choose_template(name: str, tokenizer: "Tokenizer", beside: "ChatTemplate | None") -> "ChatTemplate | None":
-    """The template of a name or a file; for `auto` the one beside the tokenizer, else what its special tokens tell."""
+def choose_template(
+    name: str, tokenizer: "Tokenizer", beside: "ChatTemplate | None"
+) -> "ChatTemplate | None":
+    """The template of a name or a file; for `auto` the one beside the tokenizer, else what its
+    special tokens tell.
+    """
     from llama_jax.cli.models import template_of
     from llama_jax.text.formats import format_for
 
@@ -155,7 +221,9 @@ class Progress:
         from rich.console import Console
         from rich.progress import Progress as Bar
 
-        self._bar = Bar(console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
+        self._bar = (
+            Bar(console=Console(stderr=True), transient=True) if sys.stderr.isatty() else None
+        )
         self._stage, self._lines = "", 0
 
     def __enter__(self) -> "Progress":
@@ -173,7 +241,11 @@ class Progress:
             self._bar.update(self._bar.task_ids[-1], completed=done)
         elif total >= _ENOUGH and done * _LINES // total > self._lines:
             self._lines = done * _LINES // total
-            print(f"{_STAGES[stage]}: {done / total:4.0%} of {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
+            print(
+                f"{_STAGES[stage]}: {done / total:4.0%} of {total / 1e6:.1f} MB",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:

@@ -19,7 +19,6 @@ from llama_jax.training.metrics import RUN_METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    pass
 
 
 _WIDEST, _NARROWEST, _HEIGHT = 100, 40, 10
@@ -28,14 +27,21 @@ _WIDEST, _NARROWEST, _HEIGHT = 100, 40, 10
 def make_parser(prog: str) -> OptionParser:
     """The options of `report`."""
     parser = OptionParser(
-        prog, "Draws loss, learning rate, gradient norm and speed of runs; in the terminal if nothing is said."
+        prog,
+        "Draws loss, learning rate, gradient norm and speed of runs; in the terminal if "
+        "nothing is said.",
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="directory of a run, or its metrics.jsonl; several lie over each other"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="directory of a run, or its metrics.jsonl; several lie over each other",
     )
     parser.add_argument("--output", metavar="FILE", help="picture to write: .png, .svg or .pdf")
     parser.add_argument("--terminal", action="store_true", help="draw in the terminal as well")
-    parser.add_argument("--x", choices=("step", "tokens"), default="step", help="what lies along the curves")
+    parser.add_argument(
+        "--x", choices=("step", "tokens"), default="step", help="what lies along the curves"
+    )
     return parser
 
 
@@ -47,7 +53,6 @@ def main(arguments: list[str], prog: str = "report") -> int:
 
     output = None if options.output is None else pathlib.Path(options.output)
     if output is not None:
-
         require_picture(output)
     runs = read_runs([pathlib.Path(run) for run in options.runs])
     if output is None or options.terminal:
@@ -69,12 +74,19 @@ def charts(runs: Sequence["RunCurves"], axis: Literal["step", "tokens"]) -> list
     rows: list[str] = []
     for title, metrics in PANELS:
         kinds = {metrics[0]: "", **dict.fromkeys(metrics[1:], ", held out")}
-        lines = [Line(run.points(name, axis), f"{run.name}{kind}") for run in runs for name, kind in kinds.items()]
+        lines = [
+            Line(run.points(name, axis), f"{run.name}{kind}")
+            for run in runs
+            for name, kind in kinds.items()
+        ]
         lines = [line for line in lines if line.points[0]]
         if lines:
             marks = sorted({mark for run in runs for mark in run.marks(axis)})
             height = _HEIGHT if metrics[1:] else _HEIGHT // 2
-            rows += [*plot(title, lines, marks, width, height, unicode, metrics[0] == FROM_ZERO), ""]
+            rows += [
+                *plot(title, lines, marks, width, height, unicode, metrics[0] == FROM_ZERO),
+                "",
+            ]
     return rows
 
 
@@ -84,11 +96,17 @@ def summary(run: "RunCurves") -> list[str]:
 
     (_, losses), (at, held_out) = run.points("train/loss"), run.points("held_out/loss")
     tokens = run.points("train/tokens")[1]
-    rows = [f"{run.name}: {int(run.entries[-1]['step']):,} steps, {si(tokens[-1] if tokens else math.nan)} tokens, "
-            f"loss {losses[-1] if losses else math.nan:.4f}"]  # fmt: skip
+    rows = [
+        f"{run.name}: {int(run.entries[-1]['step']):,} steps, "
+        f"{si(tokens[-1] if tokens else math.nan)} tokens, "
+        f"loss {losses[-1] if losses else math.nan:.4f}"
+    ]
     if held_out:
         best = min(held_out)
-        rows.append(f"  held-out loss {held_out[-1]:.4f}, at best {best:.4f} at step {int(at[held_out.index(best)]):,}")
+        rows.append(
+            f"  held-out loss {held_out[-1]:.4f}, at best {best:.4f} at step "
+            f"{int(at[held_out.index(best)]):,}"
+        )
     if run.resumes:
         rows.append(f"  resumed from step {', '.join(f'{step:,}' for step in run.resumes)}")
     return rows + [f"  {name:11} {text}" for name, text in run.goodput.lines().items()]
@@ -130,7 +148,10 @@ class RunCurves(NamedTuple):
     def points(self, metric: str, axis: Axis = "step") -> Points:
         """A metric over steps or tokens, where it is a number."""
         place = {"step": "step", "tokens": "train/tokens"}[axis]
-        found = [(_number_or_nan(entry.get(place)), _number_or_nan(entry.get(metric))) for entry in self.entries]
+        found = [
+            (_number_or_nan(entry.get(place)), _number_or_nan(entry.get(metric)))
+            for entry in self.entries
+        ]
         finite = [(x, y) for x, y in found if math.isfinite(x) and math.isfinite(y)]
         return [x for x, _ in finite], [y for _, y in finite]
 
@@ -138,13 +159,17 @@ class RunCurves(NamedTuple):
         """Where the run was resumed, on an axis."""
         if axis == "step":
             return [float(step) for step in self.resumes]
-        places = {entry["step"]: _number_or_nan(entry.get("train/tokens")) for entry in self.entries}
+        places = {
+            entry["step"]: _number_or_nan(entry.get("train/tokens")) for entry in self.entries
+        }
         return [places[step] for step in self.resumes if math.isfinite(places.get(step, math.nan))]
 
 
 def _number_or_nan(value: object) -> float:
     """A number of a file; not a number for anything else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return (
+        float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    )
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunCurves]:
@@ -157,7 +182,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunCurves]:
       InputError: for a path without metrics.
     """
     files = [path / RUN_METRICS if path.is_dir() else path for path in paths]
-    names = _names([file.absolute().parent if file.name == RUN_METRICS else file.absolute() for file in files])
+    names = _names(
+        [file.absolute().parent if file.name == RUN_METRICS else file.absolute() for file in files]
+    )
     return [_read_run(file, name) for file, name in zip(files, names)]
 
 
@@ -165,7 +192,9 @@ def _read_run(file: Path, name: str) -> RunCurves:
     try:
         entries = read_metrics(file)
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); the directory of a run expected") from None
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); the directory of a run expected"
+        ) from None
     if not entries:
         raise InputError(f"{file}: no metrics yet; a run that has logged a step expected")
     beside = file.parent / RUN_GOODPUT
@@ -184,7 +213,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Median of the values at most `reach` away on either side, so that spikes leave no trace and slopes no lag.
+    """Median of the values at most `reach` away on either side, so that spikes leave no trace and
+    slopes no lag.
 
     Towards the ends the window shrinks on both sides alike.
     """
@@ -214,9 +244,16 @@ def shown_range(values: Sequence[float], from_zero: bool) -> tuple[float, float]
 # Colours that people with colour blindness can tell apart (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLE = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
 _SMOOTH_FROM = 100  # points of a curve that is also drawn smoothed
 _REACH = 0.015  # of a curve's points, on either side, for the median in the smoothed one
 _FORMATS = (".png", ".svg", ".pdf")
@@ -226,7 +263,8 @@ def require_picture(path: Path) -> None:
     """Checks that a picture can be drawn there, before runs are read.
 
     Raises:
-      InputError: if matplotlib is not installed, for a file of another kind, and for a directory that is not there.
+      InputError: if matplotlib is not installed, for a file of another kind, and for a directory
+        that is not there.
     """
     imported("matplotlib", "plot")
     if path.suffix.lower() not in _FORMATS:
@@ -236,7 +274,8 @@ def require_picture(path: Path) -> None:
 
 
 def draw(runs: Sequence[RunCurves], path: Path, axis: Axis = "step") -> None:
-    """Draws loss (held-out loss as points), learning rate, gradient norm and speed; resumes are dotted lines.
+    """Draws loss (held-out loss as points), learning rate, gradient norm and speed; resumes are
+    dotted lines.
 
     Args:
       runs: one at least; several lie over each other.
@@ -248,37 +287,58 @@ def draw(runs: Sequence[RunCurves], path: Path, axis: Axis = "step") -> None:
     """
     require_picture(path)
     matplotlib = imported("matplotlib", "plot")
-    figures = imported("matplotlib.figure", "plot")  # without pyplot: no state of the process, no window
+    figures = imported(
+        "matplotlib.figure", "plot"
+    )  # without pyplot: no state of the process, no window
     with matplotlib.rc_context(_STYLE):
         figure = figures.Figure(figsize=(11, 6.2), dpi=140, layout="constrained")
         grid = figure.add_gridspec(3, 2, width_ratios=(3, 2))
         places = [grid[:, 0], *[grid[row, 1] for row in range(3)]]
         for place, (title, metrics) in zip(places, PANELS):
             _panel(figure.add_subplot(place), runs, title, metrics, axis)
-        figure.suptitle(" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs", fontsize=12)
+        figure.suptitle(
+            " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
+            fontsize=12,
+        )
         figure.savefig(path)
 
 
-def _panel(axes: "Axes", runs: Sequence[RunCurves], title: str, metrics: Sequence[str], axis: Axis) -> None:
+def _panel(
+    axes: "Axes", runs: Sequence[RunCurves], title: str, metrics: Sequence[str], axis: Axis
+) -> None:
     values: list[float] = []
     for run, colour in zip(runs, itertools.cycle(_COLOURS)):
         x, y = run.points(metrics[0], axis)
         values += y
         noisy = len(y) >= _SMOOTH_FROM
         axes.plot(
-            x, y, color=colour, linewidth=0.7 if noisy else 1.5, alpha=0.35 if noisy else 1, label="" if noisy else run.name
+            x,
+            y,
+            color=colour,
+            linewidth=0.7 if noisy else 1.5,
+            alpha=0.35 if noisy else 1,
+            label="" if noisy else run.name,
         )
         if noisy:
-            axes.plot(x, smoothed(y, round(len(y) * _REACH)), color=colour, linewidth=1.6, label=run.name)
+            axes.plot(
+                x, smoothed(y, round(len(y) * _REACH)), color=colour, linewidth=1.6, label=run.name
+            )
         for more in metrics[1:]:
             axes.plot(
-                *run.points(more, axis), "o", color=colour, markeredgecolor="white", markersize=6, label=f"{run.name}, held out"
+                *run.points(more, axis),
+                "o",
+                color=colour,
+                markeredgecolor="white",
+                markersize=6,
+                label=f"{run.name}, held out",
             )
         for place in run.marks(axis):
             axes.axvline(place, color=colour, linestyle=":", linewidth=1, alpha=0.8)
     axes.set_title(title)
     axes.xaxis.set_major_formatter(lambda value, _: si(value) if value else "0")
-    axes.yaxis.set_major_formatter(lambda value, _: si(value) if abs(value) >= 1000 else f"{value:.3g}")
+    axes.yaxis.set_major_formatter(
+        lambda value, _: si(value) if abs(value) >= 1000 else f"{value:.3g}"
+    )
     if values:
         low, high = shown_range(values, metrics[0] == FROM_ZERO)
         room = 0.05 * (high - low or abs(high) or 1.0)
@@ -292,7 +352,8 @@ def _panel(axes: "Axes", runs: Sequence[RunCurves], title: str, metrics: Sequenc
 
 # --- terminal plot ---
 #
-# Curves in a terminal: the first in Braille, eight dots a character, others as letters at their points; no dependency.
+# Curves in a terminal: the first in Braille, eight dots a character, others as letters at their
+#   points; no dependency.
 
 
 # Bits of the dots of U+2800 by row and column.
@@ -314,7 +375,13 @@ class Line(NamedTuple):
 
 
 def plot(
-    title: str, lines: Sequence[Line], marks: Sequence[float], width: int, height: int, unicode: bool, from_zero: bool = False
+    title: str,
+    lines: Sequence[Line],
+    marks: Sequence[float],
+    width: int,
+    height: int,
+    unicode: bool,
+    from_zero: bool = False,
 ) -> list[str]:
     """A chart as lines of text, none longer than `width`; later curves lie above earlier ones.
 
@@ -329,11 +396,17 @@ def plot(
     """
     xs = [x for line in lines for x in line.points[0]]
     bottom, top = shown_range([y for line in lines for y in line.points[1]], from_zero)
-    field = _Field(_padded(min(xs), max(xs)), _padded(bottom, top), max(8, width - _LABEL - 2), height, unicode)
+    field = _Field(
+        _padded(min(xs), max(xs)), _padded(bottom, top), max(8, width - _LABEL - 2), height, unicode
+    )
     for number, line in enumerate(lines):
         field.draw(line.points, number)
     edge, corner, rule, tick = ("│", "└", "─", "┴") if unicode else ("|", "+", "-", "^")
-    legend = [f"{field.sign(number)} {line.label}" for number, line in enumerate(lines)] if len(lines) > 1 else []
+    legend = (
+        [f"{field.sign(number)} {line.label}" for number, line in enumerate(lines)]
+        if len(lines) > 1
+        else []
+    )
     rows = field.rows()
     labels = {0: _number(top), height - 1: _number(bottom)}
     body = [f"{labels.get(i, ''):>{_LABEL}} {edge}{row}".rstrip() for i, row in enumerate(rows)]
@@ -358,7 +431,14 @@ def _number(value: float) -> str:
 class _Field:
     """The characters of a chart."""
 
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], width: int, height: int, unicode: bool) -> None:
+    def __init__(
+        self,
+        xs: tuple[float, float],
+        ys: tuple[float, float],
+        width: int,
+        height: int,
+        unicode: bool,
+    ) -> None:
         self.width, self._height, self._unicode = width, height, unicode
         self._xs, self._ys = xs, ys
         self._cells: dict[tuple[int, int], str] = {}  # column and row from below
@@ -373,7 +453,9 @@ class _Field:
         return _place(x, *self._xs, self.width)
 
     def draw(self, points: Points, number: int) -> None:
-        """Draws a curve: the first in Braille, straight between its points; others as marks at their points."""
+        """Draws a curve: the first in Braille, straight between its points; others as marks at
+        their points.
+        """
         if self._unicode and number == 0:
             self._draw_dots(points)
         else:
@@ -394,7 +476,8 @@ class _Field:
     def rows(self) -> list[str]:
         """The characters, the uppermost row first."""
         return [
-            "".join(self._character((column, row)) for column in range(self.width)) for row in reversed(range(self._height))
+            "".join(self._character((column, row)) for column in range(self.width))
+            for row in reversed(range(self._height))
         ]
 
     def _character(self, cell: tuple[int, int]) -> str:

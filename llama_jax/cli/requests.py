@@ -1,4 +1,6 @@
-"""Requests of a file: JSON lines with prompts or messages, checked line by line before any model is loaded."""
+"""Requests of a file: JSON lines with prompts or messages, checked line by line before any model is
+loaded.
+"""
 
 import functools
 import hashlib
@@ -26,8 +28,10 @@ class Request(NamedTuple):
       id: the user's name for it; `None` without.
       prompt: a text, or messages.
       settings: those of `OWN`, the command line's where the line has none.
-      first_key: number of its first answer among those that share its seed: 0 where the line has a seed of its own.
-      digest: of all this and, after `bound`, of what else decides the answers: tells whether an answer belongs to it.
+      first_key: number of its first answer among those that share its seed: 0 where the line has a
+        seed of its own.
+      digest: of all this and, after `bound`, of what else decides the answers: tells whether an
+        answer belongs to it.
     """
 
     number: int
@@ -43,7 +47,8 @@ class Reader(NamedTuple):
     """How lines become requests.
 
     Attributes:
-      settings: of the command line; lines without a seed share its seed, and every answer has random numbers of its own.
+      settings: of the command line; lines without a seed share its seed, and every answer has
+        random numbers of its own.
       chat: whether a prompt is a user's message.
       system: system message of conversations without one.
     """
@@ -79,19 +84,34 @@ class Reader(NamedTuple):
         name = values.get("id")
         if isinstance(name, bool) or not isinstance(name, str | int | None):
             raise InputError(f"id: {name!r:.60} given; a text or a whole number expected")
-        prompt = self._text(values["prompt"]) if "prompt" in values else self._messages(values["messages"])
+        prompt = (
+            self._text(values["prompt"])
+            if "prompt" in values
+            else self._messages(values["messages"])
+        )
         own = _settings({key: values[key] for key in OWN if key in values})
         settings = {**{key: self.settings[key] for key in OWN}, **own}
         first_key = 0 if "seed" in own else number * self.settings["samples"]
-        return Request(number, at, name, prompt, settings, first_key, _digest([name, prompt, settings, first_key]))
+        return Request(
+            number,
+            at,
+            name,
+            prompt,
+            settings,
+            first_key,
+            _digest([name, prompt, settings, first_key]),
+        )
 
     def _text(self, value: object) -> Prompt:
         """A prompt: text, or what a user says."""
         if not isinstance(value, str):
             raise InputError(f"prompt: {value!r:.60} given; text expected")
         if not self.chat and self.system is not None:
-            raise InputError("a plain prompt given with --system; a system message belongs to a conversation: add --chat, or "
-                             "give messages")  # fmt: skip
+            raise InputError(
+                "a plain prompt given with --system; a system message belongs to a "
+                "conversation: add --chat, or "
+                "give messages"
+            )
         return self._led([{"role": "user", "content": value}]) if self.chat else value
 
     def _messages(self, value: object) -> Prompt:
@@ -99,10 +119,17 @@ class Reader(NamedTuple):
         if not isinstance(value, list) or not value:
             raise InputError(f"messages: {value!r:.60} given; a list of role and content expected")
         for number, message in enumerate(value):
-            whole = isinstance(message, dict) and set(message) == {"role", "content"} and isinstance(message["content"], str)
+            whole = (
+                isinstance(message, dict)
+                and set(message) == {"role", "content"}
+                and isinstance(message["content"], str)
+            )
             if not whole or message["role"] not in ROLES:
                 roles = ", ".join(ROLES)
-                raise InputError(f"messages[{number}]: {message!r:.60} given; a role ({roles}) and content, a text, expected")
+                raise InputError(
+                    f"messages[{number}]: {message!r:.60} given; a role ({roles}) and "
+                    "content, a text, expected"
+                )
         return self._led(value)
 
     def _led(self, messages: list[dict[str, str]]) -> Prompt:
@@ -133,7 +160,9 @@ def _lines(name: str) -> Iterator[bytes]:
             yield from file
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{name}: cannot be read ({reason}); --input takes a file of JSON lines") from None
+        raise InputError(
+            f"{name}: cannot be read ({reason}); --input takes a file of JSON lines"
+        ) from None
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -156,8 +185,13 @@ def _settings(own: dict[str, Any]) -> dict[str, Any]:
     """Settings as `llama_jax.generation.text.stream` takes them; JSON's keys are texts always."""
     if "stop" in own:
         own["stop"] = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
-        if not isinstance(own["stop"], list) or not all(isinstance(stop, str) and stop for stop in own["stop"]):
-            raise InputError(f"stop: {own['stop']!r:.60} given; a text or a list of texts, none of them empty, expected")
+        if not isinstance(own["stop"], list) or not all(
+            isinstance(stop, str) and stop for stop in own["stop"]
+        ):
+            raise InputError(
+                f"stop: {own['stop']!r:.60} given; a text or a list of texts, none of "
+                "them empty, expected"
+            )
     if "logit_bias" in own:
         own["logit_bias"] = _bias(own["logit_bias"])
     _checked(json.dumps(own, sort_keys=True))
@@ -168,11 +202,15 @@ def _bias(value: object) -> dict[int, Any]:
     try:
         return {int(token): number for token, number in value.items()}  # type: ignore[attr-defined]
     except (AttributeError, ValueError):
-        raise InputError(f"logit_bias: {value!r:.60} given; an object of token ids and numbers expected") from None
+        raise InputError(
+            f"logit_bias: {value!r:.60} given; an object of token ids and numbers expected"
+        ) from None
 
 
 @functools.lru_cache(maxsize=1024)
 def _checked(settings: str) -> None:
-    """Refuses settings out of range; most lines of a file have the same, and the check takes a while."""
+    """Refuses settings out of range; most lines of a file have the same, and the check takes a
+    while.
+    """
     values = json.loads(settings)
     check_settings(values | {"logit_bias": _bias(values.get("logit_bias", {}))})

@@ -1,4 +1,6 @@
-"""`train`: a run described by a YAML file and overrides; the same command again goes on where it stopped."""
+"""`train`: a run described by a YAML file and overrides; the same command again goes on where it
+stopped.
+"""
 
 import contextlib
 import dataclasses
@@ -14,7 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.cli.arguments import parse_train, to_yaml
-from llama_jax.cli.distributed import StopRequest, keep_compiled_programs, make_room_for_virtual_devices, several_processes
+from llama_jax.cli.distributed import (
+    StopRequest,
+    keep_compiled_programs,
+    make_room_for_virtual_devices,
+    several_processes,
+)
 from llama_jax.cli.main import DAMAGED
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import DeviceMemoryError, InputError
@@ -27,15 +34,18 @@ from llama_jax.training.config_sections import DistributedConfig, wall_seconds
 
 # --- automatic ---
 #
-# What `auto` in a training's config stands for on the devices at hand, where it takes a plan to tell.
+# What `auto` in a training's config stands for on the devices at hand, where it takes a plan to
+# tell.
 
 
-# Seconds that the processes wait for each other's compilation: one may have found the program in its cache, others not.
+# Seconds that the processes wait for each other's compilation: one may have found the program in
+# its cache, others not.
 _COMPILING = 4 * 3600.0
 
 
 def job_here(config: TrainConfig) -> tuple[Job, float | None]:
-    """The job of a run on the devices at hand, and the bytes that one of them has for it where it tells.
+    """The job of a run on the devices at hand, and the bytes that one of them has for it where it
+    tells.
 
     Raises:
       InputError: for a mesh that does not fit devices, model or batch.
@@ -45,7 +55,9 @@ def job_here(config: TrainConfig) -> tuple[Job, float | None]:
     from llama_jax.training.setup import compute_dtype
 
     device = jax.local_devices()[0]  # those of other processes do not tell of their memory
-    job = job_of(config, devices_of(device.device_kind, jax.device_count()), compute_dtype(config.compute))
+    job = job_of(
+        config, devices_of(device.device_kind, jax.device_count()), compute_dtype(config.compute)
+    )
     return job, (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -60,7 +72,8 @@ def candidates(config: TrainConfig, hosts: Hosts, going_on: bool) -> tuple[str, 
     Args:
       config: of the run.
       hosts: its processes.
-      going_on: whether there are checkpoints to go on from: what the run has had so far is tried first.
+      going_on: whether there are checkpoints to go on from: what the run has had so far is tried
+        first.
 
     Raises:
       InputError: for a mesh that does not fit devices, model or batch.
@@ -71,8 +84,11 @@ def candidates(config: TrainConfig, hosts: Hosts, going_on: bool) -> tuple[str, 
     return tuple(hosts.agree("remat", " ".join(_candidates(config, going_on))).split())
 
 
-def first_that_fits(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, say: Callable[[str], None]) -> str:
-    """The first setting of remat with which the compiled step leaves 5 % of the memory of every device; else the last.
+def first_that_fits(
+    config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, say: Callable[[str], None]
+) -> str:
+    """The first setting of remat with which the compiled step leaves 5 % of the memory of every
+    device; else the last.
 
     The last is not compiled here. What is compiled lies in JAX's cache when the run comes to it.
 
@@ -86,7 +102,10 @@ def first_that_fits(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, 
         tried = with_remat(config, remat)
         job, memory = job_here(tried)
         figures = f"{compiled_bytes(tried)} {memory or job.topology.chip.memory}"
-        everywhere = [tuple(map(float, words.split())) for words in hosts.gather(f"remat {remat}", figures, _COMPILING)]
+        everywhere = [
+            tuple(map(float, words.split()))
+            for words in hosts.gather(f"remat {remat}", figures, _COMPILING)
+        ]
         needed, limit = max(everywhere, key=lambda each: each[0] / each[1])
         if leaves_room(needed, limit):
             return remat
@@ -99,9 +118,11 @@ def first_that_fits(config: TrainConfig, remats: tuple[str, ...], hosts: Hosts, 
 
 
 def compiled_bytes(config: TrainConfig) -> float:
-    """Bytes that the compiled step of a run needs on one of the devices at hand; infinite where the compiler gives it up.
+    """Bytes that the compiled step of a run needs on one of the devices at hand; infinite where the
+    compiler gives it up.
 
-    The step is that of the run's largest batch: what several micro-batches are added up in takes memory, too.
+    The step is that of the run's largest batch: what several micro-batches are added up in takes
+    memory, too.
     """
     import jax
 
@@ -112,8 +133,15 @@ def compiled_bytes(config: TrainConfig) -> float:
     from llama_jax.training.step import lowered_step
 
     recipe, mesh, sequences = make_recipe(config), run_mesh(config), micro_batch_size(config.data)
-    most = Steps(config.data.batch_size, config.data.batch_ramp, config.data.skip_steps).most_sequences
-    lowered = lowered_step(recipe, mesh, (most // sequences, sequences, config.data.length), *frozen_shapes(config, recipe, mesh))
+    most = Steps(
+        config.data.batch_size, config.data.batch_ramp, config.data.skip_steps
+    ).most_sequences
+    lowered = lowered_step(
+        recipe,
+        mesh,
+        (most // sequences, sequences, config.data.length),
+        *frozen_shapes(config, recipe, mesh),
+    )
     try:
         with jax.set_mesh(mesh):
             memory = lowered.compile().memory_analysis()
@@ -122,7 +150,12 @@ def compiled_bytes(config: TrainConfig) -> float:
             raise
         return math.inf
     assert memory is not None
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
 
 
 def _candidates(config: TrainConfig, going_on: bool) -> tuple[str, ...]:
@@ -136,7 +169,9 @@ def _candidates(config: TrainConfig, going_on: bool) -> tuple[str, ...]:
 
 
 def recorded_config(directory: str) -> TrainConfig | None:
-    """The config with which the run in a directory was trained last; `None` where that cannot be read."""
+    """The config with which the run in a directory was trained last; `None` where that cannot be
+    read.
+    """
     from llama_jax.training.checkpointing import RUN_CONFIG
 
     path = Path(directory) / RUN_CONFIG
@@ -153,24 +188,36 @@ _EXIT_SECONDS = 60  # after a run with saves that have failed
 
 
 def quiet_libraries() -> None:
-    """Leaves it to the loop to tell, in a line, of a checkpoint that failed: Orbax logs hundreds, one traceback a thread."""
+    """Leaves it to the loop to tell, in a line, of a checkpoint that failed: Orbax logs hundreds,
+    one traceback a thread.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     shown = sys.unraisablehook
     # What TensorStore's threads say when a save has failed and its event loop is gone.
-    sys.unraisablehook = lambda given: None if str(given.exc_value) == "Event loop is closed" else shown(given)
+    sys.unraisablehook = lambda given: (
+        None if str(given.exc_value) == "Event loop is closed" else shown(given)
+    )
 
 
 def end_within(seconds: float, status: int) -> None:
-    """Ends the program if it has not ended by itself by then: a thread of a save that has failed may wait for ever."""
+    """Ends the program if it has not ended by itself by then: a thread of a save that has failed
+    may wait for ever.
+    """
     timer = threading.Timer(seconds, os._exit, (status,))
     timer.daemon = True
     timer.start()
 
 
 def write_config(config: TrainConfig, path: pathlib.Path) -> None:
-    """Writes the resolved config, from which the run can be gone on with: without the wish to start anew, on any processes."""
-    lasting = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False), distributed=DistributedConfig())
+    """Writes the resolved config, from which the run can be gone on with: without the wish to start
+    anew, on any processes.
+    """
+    lasting = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, overwrite=False),
+        distributed=DistributedConfig(),
+    )
     with atomic_write(path) as file:
         file.write(to_yaml(lasting).encode())
 
@@ -180,9 +227,12 @@ def finished_line(config: TrainConfig, step: int) -> str:
     from llama_jax.training.checkpointing import schedule_choices
 
     return (
-        f"{config.run.dir} has {step} of {config.run.steps} steps: nothing left to do. Generate with: python infer.py --model "
-        f"{config.run.dir} --prompt TEXT; train on with --run.steps N (and say what the learning rate is to do: "
-        f"{schedule_choices(recorded_config(config.run.dir) or config, step)}), or anew with --run.overwrite true"
+        f"{config.run.dir} has {step} of {config.run.steps} steps: nothing left to do. "
+        "Generate with: python infer.py --model "
+        f"{config.run.dir} --prompt TEXT; train on with --run.steps N (and say what the "
+        "learning rate is to do: "
+        f"{schedule_choices(recorded_config(config.run.dir) or config, step)}), or anew "
+        "with --run.overwrite true"
     )
 
 
@@ -194,7 +244,9 @@ def architecture(path: str) -> LlamaConfig:
 
 
 def memory_lines(config: TrainConfig, error: Exception) -> list[str]:
-    """What is said of a run that a device has too little memory for, and what may help; nothing for another error."""
+    """What is said of a run that a device has too little memory for, and what may help; nothing for
+    another error.
+    """
     from llama_jax.planning.plan import advice, is_out_of_memory, wanted_bytes
 
     if not is_out_of_memory(str(error)):
@@ -204,7 +256,10 @@ def memory_lines(config: TrainConfig, error: Exception) -> list[str]:
     kind = jax.local_devices()[0].device_kind
     wanted = wanted_bytes(str(error))
     asked = "" if wanted is None else f" ({wanted / 1e9:.3g} GB more were asked for)"
-    first = f"a device ({kind}) has run out of memory{asked}; checkpoints of {config.run.dir} are untouched"
+    first = (
+        f"a device ({kind}) has run out of memory{asked}; checkpoints of {config.run.dir} "
+        "are untouched"
+    )
     try:
         job, memory = job_here(config)
     except InputError:
@@ -213,7 +268,8 @@ def memory_lines(config: TrainConfig, error: Exception) -> list[str]:
 
 
 def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
-    """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last state could not be saved.
+    """Runs `train` and returns its exit status: 0 when done or cleanly stopped, 5 when the last
+    state could not be saved.
 
     Raises:
       DeviceMemoryError: when a device has run out of memory.
@@ -234,7 +290,9 @@ def _go_on(config: TrainConfig, hosts: Hosts, started: float) -> int:
 
     directory = pathlib.Path(config.run.dir)
     require_same(hosts, "program", describe_program(config) if hosts.count > 1 else {})
-    step = int(hosts.agree("newest step", str(0 if config.run.overwrite else newest_step(directory))))
+    step = int(
+        hosts.agree("newest step", str(0 if config.run.overwrite else newest_step(directory)))
+    )
     if step >= config.run.steps:
         require_same_model(config)
         if hosts.first:
@@ -245,15 +303,24 @@ def _go_on(config: TrainConfig, hosts: Hosts, started: float) -> int:
     return _train(config, before, candidates(config, hosts, going_on=step > 0), hosts, started)
 
 
-def _train(config: TrainConfig, before: TrainConfig | None, remats: tuple[str, ...], hosts: Hosts, started: float) -> int:
+def _train(
+    config: TrainConfig,
+    before: TrainConfig | None,
+    remats: tuple[str, ...],
+    hosts: Hosts,
+    started: float,
+) -> int:
     from llama_jax.training.checkpointing import RUN_CONFIG, summary_lines
-    from llama_jax.training.display import WorkerDisplay, Display, open_display
+    from llama_jax.training.display import Display, WorkerDisplay, open_display
     from llama_jax.training.loop import Run
     from llama_jax.training.step import preempted
 
     directory = pathlib.Path(config.run.dir)
     stop = StopRequest(
-        directory, started + wall_seconds(config.run.max_time), preempted if hosts.count > 1 else None, hosts.first
+        directory,
+        started + wall_seconds(config.run.max_time),
+        preempted if hosts.count > 1 else None,
+        hosts.first,
     )
     interactive = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     aside = WorkerDisplay(sys.stderr, f"process {hosts.process}: ")
@@ -267,7 +334,9 @@ def _train(config: TrainConfig, before: TrainConfig | None, remats: tuple[str, .
 
     try:
         run = Run(with_remat(config, remats[0]), display, hosts, before)
-        summary = run.train(stop, settle, lambda config: write_config(config, directory / RUN_CONFIG))
+        summary = run.train(
+            stop, settle, lambda config: write_config(config, directory / RUN_CONFIG)
+        )
         sequences = summary_lines(summary, time.monotonic() - started)
         stop.close()
     except RuntimeError as error:  # the runtime's own errors are of this kind

@@ -1,4 +1,6 @@
-"""What `infer` writes: texts and JSON on standard output, notes and measurements on standard error."""
+"""What `infer` writes: texts and JSON on standard output, notes and measurements on standard
+error.
+"""
 
 import io
 import json
@@ -12,8 +14,11 @@ from llama_jax.errors import InputError
 if TYPE_CHECKING:
     from llama_jax.generation.text import Completion, Piece
 
-# Control characters but tab and line feed: on a terminal they are commands, and a model's words are not to give any.
-_COMMANDS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+# Control characters but tab and line feed: on a terminal they are commands, and a model's words are
+#   not to give any.
+_COMMANDS = {
+    code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"
+}
 
 
 def note(text: str) -> None:
@@ -22,9 +27,13 @@ def note(text: str) -> None:
 
 
 def prepare_output(json: bool) -> None:
-    """JSON is UTF-8 wherever it goes; text is in the terminal's encoding, with `?` for characters that it lacks."""
+    """JSON is UTF-8 wherever it goes; text is in the terminal's encoding, with `?` for characters
+    that it lacks.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8" if json else None, errors="strict" if json else "replace")
+        sys.stdout.reconfigure(
+            encoding="utf-8" if json else None, errors="strict" if json else "replace"
+        )
 
 
 def write_words(text: str) -> None:
@@ -65,7 +74,9 @@ def as_json(values: Mapping[str, Any]) -> str:
 
 
 def write_json(pieces: Iterable["Piece"], samples: int = 1) -> None:
-    """Writes one JSON object a sequence, each as it is complete; with its number among the samples of a prompt, if several."""
+    """Writes one JSON object a sequence, each as it is complete; with its number among the samples
+    of a prompt, if several.
+    """
     for piece in pieces:
         if piece.completion is not None:
             number = {"sample": piece.sequence % samples} if samples > 1 else {}
@@ -83,7 +94,8 @@ def write_text(pieces: Iterable["Piece"], echoed: Sequence[str]) -> None:
 
 
 class Meter:
-    """Measures a stream of pieces: the time to the first token, the speed after it, and what was written.
+    """Measures a stream of pieces: the time to the first token, the speed after it, and what was
+    written.
 
     Attributes:
       tokens: new tokens so far.
@@ -122,7 +134,8 @@ class Meter:
         return later / max(self._last - self._first, 1e-9) if later else None
 
     def report(self, compilations: Mapping[str, int], reused: int = 0) -> str:
-        """One line of statistics; times include compilation, which happens once for each size of batch and prompt.
+        """One line of statistics; times include compilation, which happens once for each size of
+        batch and prompt.
 
         Args:
           compilations: programs compiled, by name.
@@ -132,7 +145,8 @@ class Meter:
         kinds = ", ".join(f"{name} {count}" for name, count in sorted(compilations.items()))
         cached = f" ({reused} from the cache)" if reused else ""
         return (
-            f"prompt {self._prompt} tokens{cached}, first token after {self._first - self._start:.2f} s; "
+            f"prompt {self._prompt} tokens{cached}, first token after "
+            f"{self._first - self._start:.2f} s; "
             f"{self.tokens} new tokens, then {speed} (compilation included); "
             f"ended by {', '.join(sorted(self._reasons)) or 'interruption'}; "
             f"{sum(compilations.values())} programs compiled ({kinds})"

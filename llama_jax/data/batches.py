@@ -1,4 +1,6 @@
-"""Batches as a pure function of (seed, step): no state to save, no dependence on the number of hosts."""
+"""Batches as a pure function of (seed, step): no state to save, no dependence on the number of
+hosts.
+"""
 
 import dataclasses
 import functools
@@ -15,14 +17,17 @@ from llama_jax.errors import InputError
 
 # --- steps ---
 #
-# Which sequences of the endless data a step reads: skipped steps and a growing batch, in closed form.
+# Which sequences of the endless data a step reads: skipped steps and a growing batch, in closed
+#   form.
 
 
 Pairs = tuple[tuple[int, int], ...]
 
 
 def joined(*parts: Pairs) -> Pairs:
-    """Ranges `(first, last)`, in any order and overlapping, as those that `Steps` takes; what touches becomes one."""
+    """Ranges `(first, last)`, in any order and overlapping, as those that `Steps` takes; what
+    touches becomes one.
+    """
     ranges: list[tuple[int, int]] = []
     for first, last in sorted(pair for part in parts for pair in part):
         if ranges and first <= ranges[-1][1] + 1:
@@ -36,14 +41,15 @@ def joined(*parts: Pairs) -> Pairs:
 class Steps:
     """The places of steps in the order of the data.
 
-    The data are dealt out in data steps, counted from 0. Without skipped ones, step and data step are the same number;
-    else step `k` reads the `k`-th data step that is not skipped. The size of a batch goes by the data step, so that
-    leaving one out moves nothing else.
+    The data are dealt out in data steps, counted from 0. Without skipped ones, step and data step
+    are the same number; else step `k` reads the `k`-th data step that is not skipped. The size of a
+    batch goes by the data step, so that leaving one out moves nothing else.
 
     Attributes:
       sequences: of a data step.
       ramp: `((step, sequences), ...)`: from that data step on so many sequences; steps ascend.
-      skip: `((first, last), ...)`: data steps that are never used, both ends included; in ascending order, disjoint.
+      skip: `((first, last), ...)`: data steps that are never used, both ends included; in ascending
+        order, disjoint.
 
     Raises:
       InputError: for anything else.
@@ -55,13 +61,28 @@ class Steps:
 
     def __post_init__(self) -> None:
         for name, pairs in (("batch_ramp", self.ramp), ("skip_steps", self.skip)):
-            _require(_are_pairs(pairs), name, pairs, "pairs of whole numbers expected, as in [[100, 200]]")
+            _require(
+                _are_pairs(pairs),
+                name,
+                pairs,
+                "pairs of whole numbers expected, as in [[100, 200]]",
+            )
         starts, sizes = zip(*self._stages)
         grows = all(a < b for a, b in itertools.pairwise(starts)) and min(sizes) >= 1
-        _require(grows, "batch_ramp", self.ramp, "at least 1 sequence and steps that ascend from 1 on expected")
+        _require(
+            grows,
+            "batch_ramp",
+            self.ramp,
+            "at least 1 sequence and steps that ascend from 1 on expected",
+        )
         ends = [-1, *(last for _, last in self.skip)]
         parted = all(end < first <= last for end, (first, last) in zip(ends, self.skip))
-        _require(parted, "skip_steps", self.skip, "ranges [first, last] that ascend and do not overlap expected")
+        _require(
+            parted,
+            "skip_steps",
+            self.skip,
+            "ranges [first, last] that ascend and do not overlap expected",
+        )
 
     @property
     def _stages(self) -> Pairs:
@@ -91,12 +112,19 @@ class Steps:
     def used_before(self, step: int) -> int:
         """Rows that the steps before a step read."""
         end = self.data_step(step)
-        skipped = (self._position(last + 1) - self._position(first) for first, last in self.skip if last < end)
+        skipped = (
+            self._position(last + 1) - self._position(first)
+            for first, last in self.skip
+            if last < end
+        )
         return self._position(end) - sum(skipped)
 
     def _position(self, data_step: int) -> int:
         ends = [*(start for start, _ in self.ramp), data_step]
-        return sum(sequences * max(0, min(end, data_step) - start) for (start, sequences), end in zip(self._stages, ends))
+        return sum(
+            sequences * max(0, min(end, data_step) - start)
+            for (start, sequences), end in zip(self._stages, ends)
+        )
 
 
 def _require(condition: bool, name: str, pairs: object, expected: str) -> None:
@@ -112,17 +140,19 @@ def _are_pairs(pairs: Sequence[Sequence[object]]) -> bool:
 #
 # A seeded permutation that is computed, not stored: the order in which windows are read.
 #
-# A balanced Feistel network is a bijection on 2^k numbers, whatever its round function; walking its cycles until a
-# number below `count` comes up makes it one on `count` numbers (Black and Rogaway, "Ciphers with arbitrary finite domains",
-# 2002). Integer arithmetic only, so the order is the same on every machine and with every version of numpy. It is
-# part of a run's identity: changing it changes what a resumed training reads.
+# A balanced Feistel network is a bijection on 2^k numbers, whatever its round function; walking its
+# cycles until a number below `count` comes up makes it one on `count` numbers (Black and Rogaway,
+# "Ciphers with arbitrary finite domains", 2002). Integer arithmetic only, so the order is the same
+# on every machine and with every version of numpy. It is part of a run's identity: changing it
+# changes what a resumed training reads.
 
 
 _ROUNDS = 8
 
 
 def permute(indices: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Images of `indices` under the permutation of `0 .. count - 1` that belongs to `seed` and `epoch`.
+    """Images of `indices` under the permutation of `0 .. count - 1` that belongs to `seed` and
+    `epoch`.
 
     Args:
       indices: integers from 0 to `count - 1`, one axis.
@@ -144,7 +174,9 @@ def permute(indices: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarra
 
 
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"llama_jax order 1: {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    digest = hashlib.blake2b(
+        f"llama_jax order 1: {seed} {epoch}".encode(), digest_size=8 * _ROUNDS
+    ).digest()
     return np.frombuffer(digest, "<u8").astype(np.uint64)
 
 
@@ -157,7 +189,9 @@ def _feistel(values: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarra
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every bit in reaches every bit out, modulo 2^64."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every bit in reaches every bit
+    out, modulo 2^64.
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -166,11 +200,13 @@ def _mix(values: np.ndarray) -> np.ndarray:
 # --- batches ---
 
 
-# Rows in which the proportions of a mixture are exact, and sequences that are put into an order of their own. Part of a run's
-# identity, as is all of this file.
+# Rows in which the proportions of a mixture are exact, and sequences that are put into an order of
+# their own. Part of a run's identity, as is all of this file.
 ROUND = 1_000_000
 BLOCK = 1000
-_STRIDE = 367  # of all that are prime to a thousand the one whose multiples are spread most evenly: to within 3.5 sequences
+# of all that are prime to a thousand the one whose multiples are spread most evenly: to within 3.5
+#   sequences
+_STRIDE = 367
 _OFF = 0.01  # the largest relative error of a share
 _MIXING = 1 << 62  # set in the seed of the order of sources, and of no source's own
 
@@ -191,9 +227,10 @@ class Source(NamedTuple):
 class Batches:
     """The training batches of one or several data sets, without end.
 
-    Each set is read epoch after epoch, each epoch in an order of its own; one may end inside a batch. Of several sets,
-    every 1,000,000 sequences (of pairs: pairs) hold the wanted share of each. Every 1,000, in an order of their own, do to within a
-    few sequences; exactly where all shares are whole thousandths.
+    Each set is read epoch after epoch, each epoch in an order of its own; one may end inside a
+    batch. Of several sets, every 1,000,000 sequences (of pairs: pairs) hold the wanted share of
+    each. Every 1,000, in an order of their own, do to within a few sequences; exactly where all
+    shares are whole thousandths.
 
     Attributes:
       sources: what is mixed.
@@ -201,7 +238,8 @@ class Batches:
       seed: chooses the order.
 
     Raises:
-      InputError: if a set has too few sequences for its part of a batch, or too little weight, or pairs are mixed with other data.
+      InputError: if a set has too few sequences for its part of a batch, or too little weight, or
+        pairs are mixed with other data.
     """
 
     sources: tuple[Source, ...]
@@ -210,16 +248,26 @@ class Batches:
 
     def __post_init__(self) -> None:
         if not self.sources or {source.packing.unit for source in self.sources} not in ({1}, {2}):
-            raise InputError("sources: none, or pairs of answers beside other data; sets of one kind expected")
-        odd = [sequences for _, sequences in ((0, self.steps.sequences), *self.steps.ramp) if sequences % self.unit]
+            raise InputError(
+                "sources: none, or pairs of answers beside other data; sets of one kind expected"
+            )
+        odd = [
+            sequences
+            for _, sequences in ((0, self.steps.sequences), *self.steps.ramp)
+            if sequences % self.unit
+        ]
         if odd:
-            raise InputError(f"batch_size: {odd[0]} given, an even number expected: pairs of answers take two sequences each")
+            raise InputError(
+                f"batch_size: {odd[0]} given, an even number expected: pairs of answers "
+                "take two sequences each"
+            )
         weights = [source.weight for source in self.sources]
         for source, share in zip(self.sources, round_shares(weights)):
             exact = ROUND * source.weight / sum(weights)
             if abs(share - exact) > _OFF * exact:
                 raise InputError(
-                    f"{source.packing.tokens.name}: weight {source.weight} is {exact:.3g} of {ROUND:,} sequences, {share} would be "
+                    f"{source.packing.tokens.name}: weight {source.weight} is "
+                    f"{exact:.3g} of {ROUND:,} sequences, {share} would be "
                     "more than 1 % off; raise it or leave the set out"
                 )
             wanted = self.unit * -(-self.steps.most_sequences // self.unit * share // ROUND)
@@ -256,7 +304,10 @@ class Batches:
         """
         most = self.sequences_at(max(step, 0))
         if step < 0 or not 0 <= start <= stop <= most:
-            raise InputError(f"sequences {start} to {stop} of step {step} asked for, but a batch has sequences 0 to {most}")
+            raise InputError(
+                f"sequences {start} to {stop} of step {step} asked for, but a batch has "
+                f"sequences 0 to {most}"
+            )
         return self.chosen_sequences(step, np.arange(start, stop, dtype=np.int64))
 
     def chosen_sequences(self, step: int, numbers: np.ndarray) -> Batch:
@@ -284,7 +335,9 @@ class Batches:
         return block_shares([source.weight for source in self.sources])
 
     def _mixed(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each unit of the data the number of its source, and its place in the endless sequence of that source."""
+        """For each unit of the data the number of its source, and its place in the endless sequence
+        of that source.
+        """
         if len(self.sources) == 1:
             return np.zeros_like(units), units
         blocks, places = np.divmod(units, BLOCK)
@@ -302,7 +355,8 @@ class Batches:
 
 
 def round_shares(weights: list[float]) -> list[int]:
-    """Rows of each source in a million: proportional to its weight, what is left over by largest remainder.
+    """Rows of each source in a million: proportional to its weight, what is left over by largest
+    remainder.
 
     Raises:
       InputError: for a weight that is not above 0.
@@ -311,17 +365,20 @@ def round_shares(weights: list[float]) -> list[int]:
         raise InputError(f"weights: {min(weights)} given, numbers above 0 expected")
     exact = [ROUND * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda number: (shares[number] - exact[number], number))
+    by_remainder = sorted(
+        range(len(weights)), key=lambda number: (shares[number] - exact[number], number)
+    )
     for number in by_remainder[: ROUND - sum(shares)]:
         shares[number] += 1
     return shares
 
 
 def block_shares(weights: list[float]) -> np.ndarray:
-    """Rows of each source in each block of a round, `[1000, sources]`: each sequence of it adds up to 1,000.
+    """Rows of each source in each block of a round, `[1000, sources]`: each sequence of it adds up
+    to 1,000.
 
-    A block has the whole thousandths of every share. What is over is dealt out to the blocks in strides, so that after any
-    number of blocks every source is within 4 sequences of its share.
+    A block has the whole thousandths of every share. What is over is dealt out to the blocks in
+    strides, so that after any number of blocks every source is within 4 sequences of its share.
 
     Raises:
       InputError: for a weight that is not above 0.
@@ -334,10 +391,12 @@ def block_shares(weights: list[float]) -> np.ndarray:
 
 
 def sequential_windows(tokens: Tokens, length: int, batch_size: int) -> Iterator[Batch]:
-    """The windows of some tokens in order, each once: every token that is learned from is a target of weight 1 once.
+    """The windows of some tokens in order, each once: every token that is learned from is a target
+    of weight 1 once.
 
-    First tokens of documents are not. A document that a window cuts goes on in the next sequence without its past. What is
-    missing in the last batch is padding, so all batches have one shape. Of text, the weights sum to tokens minus documents.
+    First tokens of documents are not. A document that a window cuts goes on in the next sequence
+    without its past. What is missing in the last batch is padding, so all batches have one shape.
+    Of text, the weights sum to tokens minus documents.
 
     Args:
       tokens: any.
@@ -352,13 +411,17 @@ def sequential_windows(tokens: Tokens, length: int, batch_size: int) -> Iterator
 
 
 def sequential_sequences(packing: Packing, batch_size: int) -> Iterator[Batch]:
-    """The sequences of a packing in order, each once; what is missing in the last batch is padding."""
+    """The sequences of a packing in order, each once; what is missing in the last batch is
+    padding.
+    """
     for first in range(0, packing.count, batch_size):
         yield packing.sequences(np.arange(first, first + batch_size))
 
 
 def _epochs(places: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Units of a source at places of its endless sequence, in which every epoch has its own order."""
+    """Units of a source at places of its endless sequence, in which every epoch has its own
+    order.
+    """
     epochs, inside = np.divmod(places, count)
     order = np.empty_like(inside)
     for epoch in np.unique(epochs):
@@ -370,6 +433,7 @@ def _epochs(places: np.ndarray, count: int, seed: int) -> np.ndarray:
 def _too_little(source: Source, wanted: int) -> str:
     tokens, sequences = source.packing.tokens, source.packing.count
     return (
-        f"{tokens.name}: {tokens.size} tokens are {sequences} sequences, but its part of a batch needs {wanted}; lower batch_size or "
+        f"{tokens.name}: {tokens.size} tokens are {sequences} sequences, but its part of "
+        f"a batch needs {wanted}; lower batch_size or "
         "length, or give more text"
     )

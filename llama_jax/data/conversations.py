@@ -1,6 +1,7 @@
 """Conversations in the forms in which they are published, as messages with a role and a content.
 
-Nothing that changes the meaning is dropped: what a message says beside its content is kept for the template (`tool_calls`,
+Nothing that changes the meaning is dropped: what a message says beside its content is kept for the
+  template (`tool_calls`,
 `name` and `tool_call_id` of a tool) or for the loss mask (`weight`), or it is refused.
 """
 
@@ -14,7 +15,8 @@ from llama_jax.errors import InputError
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]
 
-# Roles by the names that data sets give them. A developer's message is what newer APIs call a system's.
+# Roles by the names that data sets give them. A developer's message is what newer APIs call a
+# system's.
 _ROLES: Mapping[str, str] = {
     **dict.fromkeys(("human", "Human"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "Assistant"), "assistant"),
@@ -22,8 +24,20 @@ _ROLES: Mapping[str, str] = {
     "developer": "system",
 }
 _ANSWERS = ("chosen", "rejected")
-_WEIGHTS = ("weight", "train", "loss")  # whether a message is learned from: OpenAI's name, and those of other trainers
-_REFUSED = ("function_call", "refusal", "reasoning_content", "reasoning", "thinking", "audio", "images")
+_WEIGHTS = (
+    "weight",
+    "train",
+    "loss",
+)  # whether a message is learned from: OpenAI's name, and those of other trainers
+_REFUSED = (
+    "function_call",
+    "refusal",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "audio",
+    "images",
+)
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -52,22 +66,37 @@ def read_turns(place: str, name: str, value: object, role: str) -> Messages:
     """
     if isinstance(value, Mapping):  # one message
         return read_messages(place, name, [value])
-    return read_messages(place, name, value) if isinstance(value, list) else [_said(role, read_text(place, name, value))]
+    return (
+        read_messages(place, name, value)
+        if isinstance(value, list)
+        else [_said(role, read_text(place, name, value))]
+    )
 
 
 def read_alpaca(place: str, values: Mapping[str, Any]) -> Messages:
-    """Alpaca: `instruction`, `input` (which follows it on a line of its own) and `output`; earlier turns in `history`.
+    """Alpaca: `instruction`, `input` (which follows it on a line of its own) and `output`; earlier
+    turns in `history`.
 
     Raises:
       InputError: naming the place and the field that is not text.
     """
     earlier = values.get("history") or []
-    if not isinstance(earlier, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in earlier):
-        raise InputError(f"{place}: history is {earlier!s:.40}, pairs of question and answer expected")
+    if not isinstance(earlier, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in earlier
+    ):
+        raise InputError(
+            f"{place}: history is {earlier!s:.40}, pairs of question and answer expected"
+        )
     spoken = [
-        _said(role, read_text(place, "history", text)) for pair in earlier for role, text in zip(("user", "assistant"), pair)
+        _said(role, read_text(place, "history", text))
+        for pair in earlier
+        for role, text in zip(("user", "assistant"), pair)
     ]
-    return [*spoken, _asked(place, values), _said("assistant", read_text(place, "output", values["output"]))]
+    return [
+        *spoken,
+        _asked(place, values),
+        _said("assistant", read_text(place, "output", values["output"])),
+    ]
 
 
 def _asked(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +107,9 @@ def _asked(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def read_pair(place: str, values: Mapping[str, Any]) -> tuple[Messages, list[Messages]]:
     """The prompt of a pair of answers, and the two answers.
 
-    The prompt is given (`prompt`, `messages`, `conversations`, or `instruction` and `input`; the answers may repeat it), or it
-    is what both dialogues have in common: messages, or text in which `Human:` and `Assistant:` speak (HH-RLHF).
+    The prompt is given (`prompt`, `messages`, `conversations`, or `instruction` and `input`; the
+    answers may repeat it), or it is what both dialogues have in common: messages, or text in which
+    `Human:` and `Assistant:` speak (HH-RLHF).
 
     Raises:
       InputError: naming the place, where there is no prompt, or the answers begin with another one.
@@ -89,22 +119,34 @@ def read_pair(place: str, values: Mapping[str, Any]) -> tuple[Messages, list[Mes
         both = [_dialogue(place, name, values[name]) for name in _ANSWERS]
     else:
         both = [read_turns(place, name, values[name], "assistant") for name in _ANSWERS]
-        asking = [name for name, answer in zip(_ANSWERS, both) if answer and answer[0]["role"] in ("user", "system")]
+        asking = [
+            name
+            for name, answer in zip(_ANSWERS, both)
+            if answer and answer[0]["role"] in ("user", "system")
+        ]
         if not asking:
             return prompt, both
     shared = 0
     while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
         shared += 1
     if prompt is None and not shared:
-        raise InputError(f"{place}: chosen and rejected begin differently and there is no prompt; give one")
+        raise InputError(
+            f"{place}: chosen and rejected begin differently and there is no prompt; give one"
+        )
     if prompt is not None and both[0][:shared][-len(prompt) :] != prompt:
-        raise InputError(f"{place}: {asking[0]} begins with a message that is not the prompt; give the answers without theirs")
+        raise InputError(
+            f"{place}: {asking[0]} begins with a message that is not the prompt; give "
+            "the answers without theirs"
+        )
     return both[0][:shared], [messages[shared:] for messages in both]
 
 
 def _prompt(place: str, values: Mapping[str, Any]) -> Messages | None:
     """What a pair of answers is to, where the record says it apart from them."""
-    name = next((name for name in ("prompt", "messages", "conversations") if values.get(name) is not None), None)
+    name = next(
+        (name for name in ("prompt", "messages", "conversations") if values.get(name) is not None),
+        None,
+    )
     if name is not None:
         return read_turns(place, name, values[name], "user")
     return [_asked(place, values)] if values.get("instruction") is not None else None
@@ -116,17 +158,20 @@ def _dialogue(place: str, name: str, value: object) -> Messages:
     head, *parts = _SPEAKER.split(read_text(place, name, value))
     if head.strip() or not parts:
         raise InputError(
-            f"{place}: chosen and rejected given without prompt; a prompt, lists of messages, or text that begins with "
+            f"{place}: chosen and rejected given without prompt; a prompt, lists of "
+            "messages, or text that begins with "
             "'Human:' expected"
         )
     return [_said(_ROLES[speaker], text) for speaker, text in zip(parts[::2], parts[1::2])]
 
 
 def read_tools(place: str, values: Mapping[str, Any]) -> Tools | None:
-    """The functions that a conversation may call (`tools`), in the form that templates know; `None` without any.
+    """The functions that a conversation may call (`tools`), in the form that templates know; `None`
+    without any.
 
     Raises:
-      InputError: naming the place, for anything but a list of functions, and for `functions`, their old form.
+      InputError: naming the place, for anything but a list of functions, and for `functions`, their
+        old form.
     """
     if values.get("functions"):
         raise InputError(f"{place}: functions given, the old form of tools; give them as tools")
@@ -134,10 +179,21 @@ def read_tools(place: str, values: Mapping[str, Any]) -> Tools | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise InputError(f"{place}: tools is {kind_name(tools)}, a list of functions (or the same as JSON text) expected")
-    wrapped = [_pruned(tool if "function" in tool else {"type": "function", "function": tool}) for tool in tools]
-    if not all(isinstance(tool["function"], Mapping) and isinstance(tool["function"].get("name"), str) for tool in wrapped):
-        raise InputError(f"{place}: tools holds a function without a name, functions with names expected")
+        raise InputError(
+            f"{place}: tools is {kind_name(tools)}, a list of functions (or the same as "
+            "JSON text) expected"
+        )
+    wrapped = [
+        _pruned(tool if "function" in tool else {"type": "function", "function": tool})
+        for tool in tools
+    ]
+    if not all(
+        isinstance(tool["function"], Mapping) and isinstance(tool["function"].get("name"), str)
+        for tool in wrapped
+    ):
+        raise InputError(
+            f"{place}: tools holds a function without a name, functions with names expected"
+        )
     return wrapped
 
 
@@ -152,7 +208,9 @@ def with_system(place: str, values: Mapping[str, Any], messages: Messages) -> Me
     system = _said("system", read_text(place, "system", values["system"]))
     if messages and messages[0]["role"] == "system":
         if messages[0] != system:
-            raise InputError(f"{place}: system given beside another system message; one of them expected")
+            raise InputError(
+                f"{place}: system given beside another system message; one of them expected"
+            )
         return messages
     return [system, *messages]
 
@@ -168,7 +226,10 @@ def read_text(place: str, name: str, value: object) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{place}: {name} holds half of a surrogate pair, which no UTF-8 text can; mend the line") from None
+        raise InputError(
+            f"{place}: {name} holds half of a surrogate pair, which no UTF-8 text can; "
+            "mend the line"
+        ) from None
     return value
 
 
@@ -203,10 +264,16 @@ def _message(place: str, name: str, given: object) -> dict[str, Any]:
     speaker = next((key for key in ("role", "from") if key in message), None)
     words = next((key for key in ("content", "value") if key in message), None)
     if speaker is None or (words is None and not message.get("tool_calls")):
-        raise InputError(f"{place}: {name} holds {given!r:.60}, messages with role and content (or from and value) expected")
+        raise InputError(
+            f"{place}: {name} holds {given!r:.60}, messages with role and content (or "
+            "from and value) expected"
+        )
     refused = next((key for key in _REFUSED if message.get(key)), None)
     if refused:
-        raise InputError(f"{place}: {name} holds a message with {refused}, which is not supported; remove it or the record")
+        raise InputError(
+            f"{place}: {name} holds a message with {refused}, which is not supported; "
+            "remove it or the record"
+        )
     role = read_text(place, f"{name}.{speaker}", message[speaker])
     content = "" if words is None else _content(place, f"{name}.{words}", message[words])
     if role == "function_call":  # ShareGPT: the call is the message
@@ -223,9 +290,15 @@ def _content(place: str, name: str, value: object) -> str:
     if not isinstance(value, list):
         return read_text(place, name, value)
     for part in value:
-        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or "text" not in part:
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type", "text") != "text"
+            or "text" not in part
+        ):
             kind = part.get("type") if isinstance(part, Mapping) else kind_name(part)
-            raise InputError(f"{place}: {name} holds a part of type {kind!r:.40}, parts of text alone expected")
+            raise InputError(
+                f"{place}: {name} holds a part of type {kind!r:.40}, parts of text alone expected"
+            )
     return "".join(read_text(place, name, part["text"]) for part in value)
 
 
@@ -236,11 +309,16 @@ def _calls(place: str, calls: object) -> list[dict[str, Any]]:
         call: Any = _json_or_none(given) if isinstance(given, str) else given
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise InputError(f"{place}: tool_calls holds {given!r:.60}, calls of functions with name and arguments expected")
+            raise InputError(
+                f"{place}: tool_calls holds {given!r:.60}, calls of functions with name "
+                "and arguments expected"
+            )
         arguments = function.get("arguments", function.get("parameters", {}))
         parsed = _json_or_none(arguments) if isinstance(arguments, str) else arguments
         own = {"name": function["name"], "arguments": arguments if parsed is None else parsed}
-        made.append({"type": "function", "function": own} | ({"id": call["id"]} if call.get("id") else {}))
+        made.append(
+            {"type": "function", "function": own} | ({"id": call["id"]} if call.get("id") else {})
+        )
     return made
 
 
@@ -256,7 +334,9 @@ def _weight(place: str, message: Mapping[str, Any]) -> dict[str, int]:
     for key in _WEIGHTS:
         if key in message:
             if message[key] not in (0, 1):
-                raise InputError(f"{place}: {key} {message[key]!r:.20} of a message given, 0 or 1 expected")
+                raise InputError(
+                    f"{place}: {key} {message[key]!r:.20} of a message given, 0 or 1 expected"
+                )
             if not message[key]:
                 return {"weight": 0}
     return {}

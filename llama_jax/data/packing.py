@@ -1,4 +1,6 @@
-"""Rows of a data set, numbered: its tokens cut into windows, its documents fitted whole into sequences, or pairs of answers."""
+"""Rows of a data set, numbered: its tokens cut into windows, its documents fitted whole into
+sequences, or pairs of answers.
+"""
 
 import bisect
 import hashlib
@@ -17,11 +19,14 @@ from llama_jax.errors import InputError
 
 
 def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
-    """The sequence of each document: the fullest one that still has room for it, a new one where none has.
+    """The sequence of each document: the fullest one that still has room for it, a new one where
+    none has.
 
-    The longest are placed first. Documents of one length are placed together: the fullest sequence with room for one stays
-    the fullest, so it takes as many as fit, and sequences with the same room left take as many each. A million documents
-    thus take as many steps as there are different lengths, a few times over.
+    The longest are placed first. Documents of one length are placed together: the fullest sequence
+      with room for one stays
+    the fullest, so it takes as many as fit, and sequences with the same room left take as many
+    each. A million documents thus take as many steps as there are different lengths, a few times
+    over.
 
     Args:
       lengths: of the documents, from 1 to `room`.
@@ -37,7 +42,9 @@ def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
             left, candidates = open_sequences.fullest(length, len(documents) - placed)
             each = left // length
             whole = min(len(candidates), (len(documents) - placed) // each)
-            sequences[documents[placed : placed + whole * each]] = np.repeat(candidates[:whole], each)
+            sequences[documents[placed : placed + whole * each]] = np.repeat(
+                candidates[:whole], each
+            )
             open_sequences.put(left - each * length, candidates[:whole])
             placed += whole * each
             rest = candidates[whole:]
@@ -74,7 +81,9 @@ class _OpenRows:
             self._sequences.setdefault(left, []).append(sequences)
 
     def fullest(self, length: int, documents: int) -> tuple[int, np.ndarray]:
-        """Takes out all sequences with the least room in which `length` fits; else new ones, enough for so many documents."""
+        """Takes out all sequences with the least room in which `length` fits; else new ones, enough
+        for so many documents.
+        """
         index = bisect.bisect_left(self._lefts, length)
         if index < len(self._lefts):
             left = self._lefts.pop(index)
@@ -95,8 +104,10 @@ class Batch(NamedTuple):
     Attributes:
       tokens: inputs.
       targets: the token that follows each input in its document.
-      weights: 1 where the target counts; 0 where it begins another document, is not to be learned, and on padding.
-      documents: number of the input's document inside its sequence, from 1; 0 on padding. Equal numbers may attend.
+      weights: 1 where the target counts; 0 where it begins another document, is not to be learned,
+        and on padding.
+      documents: number of the input's document inside its sequence, from 1; 0 on padding. Equal
+        numbers may attend.
     """
 
     tokens: Int32[Any, "B T"]
@@ -117,7 +128,9 @@ def select_sequences(batches: Sequence[Batch], order: np.ndarray) -> Batch:
 
 
 def fingerprint(batch: Batch) -> str:
-    """SHA-256, in hexadecimal, of a batch's shape and content: equal on all machines if and only if the batch is."""
+    """SHA-256, in hexadecimal, of a batch's shape and content: equal on all machines if and only if
+    the batch is.
+    """
     digest = hashlib.sha256(repr(batch.tokens.shape).encode())
     for values in batch:
         digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
@@ -172,10 +185,11 @@ class Packing(Protocol):
 
 
 class Cut:
-    """The tokens as one long sequence, cut into windows of `length + 1` whose last token is the first of the next window.
+    """The tokens as one long sequence, cut into windows of `length + 1` whose last token is the
+    first of the next window.
 
-    Over a pass every token is an input once and a target once. A last window that the tokens do not fill is not
-    counted, but can be asked for.
+    Over a pass every token is an input once and a target once. A last window that the tokens do not
+    fill is not counted, but can be asked for.
     """
 
     def __init__(self, tokens: Tokens, length: int) -> None:
@@ -184,7 +198,9 @@ class Cut:
         self.counts = Counts(tokens.documents)
 
     def without_targets(self) -> int:
-        """Rows in which nothing is learned from; reads everything, but of plain text, which has none."""
+        """Rows in which nothing is learned from; reads everything, but of plain text, which has
+        none.
+        """
         if self.tokens.kind == "text":
             return 0
         found, many = 0, max(1, _WINDOWS_AT_ONCE // self.length)
@@ -212,10 +228,12 @@ class Cut:
 class _Whole:
     """Rows of documents that are never continued in another sequence.
 
-    A document of `n` tokens takes `n - 1` places: its last token is a target only. One of a single token has no target and
-    is left out. Of one that is longer than a sequence, `too_long` says what happens: it is dropped, loses tokens at its front
-    (the prompt, where answers are last) or at its end, or is refused. One that is cut and has no target left is left out,
-    and of pairs the other answer too: every sequence has something to learn.
+    A document of `n` tokens takes `n - 1` places: its last token is a target only. One of a single
+    token has no target and is left out. Of one that is longer than a sequence, `too_long` says what
+      happens: it is dropped, loses tokens at its front
+    (the prompt, where answers are last) or at its end, or is refused. One that is cut and has no
+    target left is left out, and of pairs the other answer too: every sequence has something to
+      learn.
 
     Attributes:
       tokens: what is packed.
@@ -232,8 +250,10 @@ class _Whole:
         over = lengths - 1 > length
         if too_long == "refuse" and over.any():
             raise InputError(
-                f"{tokens.name}: {np.count_nonzero(over):,} of {len(lengths):,} documents have more than {length} tokens "
-                f"(the longest {lengths.max():,}); raise data.length, or set data.too_long to drop, cut_front or cut_end"
+                f"{tokens.name}: {np.count_nonzero(over):,} of {len(lengths):,} "
+                f"documents have more than {length} tokens "
+                f"(the longest {lengths.max():,}); raise data.length, or set "
+                "data.too_long to drop, cut_front or cut_end"
             )
         self._takes = np.minimum(lengths - 1, length)
         self._firsts = np.cumsum(lengths) - lengths
@@ -243,7 +263,11 @@ class _Whole:
         if too_long == "drop":
             self._takes[over] = 0
         elif tokens.kind != "text":
-            empty = [document for document in np.flatnonzero(over).tolist() if not self._targets(document).any()]
+            empty = [
+                document
+                for document in np.flatnonzero(over).tolist()
+                if not self._targets(document).any()
+            ]
             self._takes[empty], masked = 0, len(empty)
         if unit > 1:
             self._takes.reshape(-1, unit)[(self._takes.reshape(-1, unit) == 0).any(axis=1)] = 0
@@ -252,7 +276,9 @@ class _Whole:
         self.places = int(self._takes.sum())
         sequence_of = self._assign()
         kept = np.flatnonzero(sequence_of >= 0)
-        self._order = kept[np.argsort(sequence_of[kept], kind="stable")]  # documents by sequence, inside it by their number
+        self._order = kept[
+            np.argsort(sequence_of[kept], kind="stable")
+        ]  # documents by sequence, inside it by their number
         self.count = int(sequence_of.max(initial=-1)) + 1
         self._borders = np.searchsorted(sequence_of[self._order], np.arange(self.count + 1))
 
@@ -270,7 +296,9 @@ class _Whole:
         batch = empty_batch(len(numbers), self.length)
         for sequence, number in enumerate(numbers.tolist()):
             if number < self.count:
-                self._fill(batch, sequence, self._order[self._borders[number] : self._borders[number + 1]])
+                self._fill(
+                    batch, sequence, self._order[self._borders[number] : self._borders[number + 1]]
+                )
         return batch
 
     def _fill(self, batch: Batch, sequence: int, documents: np.ndarray) -> None:
@@ -299,7 +327,9 @@ class Fit(_Whole):
 
 
 class Pairs(_Whole):
-    """One answer a sequence: the chosen one of the `i`-th pair that is kept in sequence `2i`, the rejected one in sequence `2i + 1`."""
+    """One answer a sequence: the chosen one of the `i`-th pair that is kept in sequence `2i`, the
+    rejected one in sequence `2i + 1`.
+    """
 
     def __init__(self, tokens: Tokens, length: int, too_long: TooLong) -> None:
         super().__init__(tokens, length, 2, too_long)
@@ -316,8 +346,9 @@ def pack(tokens: Tokens, length: int, packing: Name, too_long: TooLong = "auto")
       tokens: of any kind; pairs of answers have a sequence each, whatever the packing.
       length: `T`, tokens of a sequence.
       packing: `cut` or `fit`; `auto` cuts text and fits conversations.
-      too_long: what happens to whole documents that are longer than a sequence; `auto` cuts text at its end, and drops
-        conversations and pairs. Text and conversations that are cut into sequences (`cut`) have none.
+      too_long: what happens to whole documents that are longer than a sequence; `auto` cuts text at
+        its end, and drops conversations and pairs. Text and conversations that are cut into
+        sequences (`cut`) have none.
 
     Raises:
       InputError: for a length below 1, and documents that are too long where that is refused.
@@ -328,7 +359,11 @@ def pack(tokens: Tokens, length: int, packing: Name, too_long: TooLong = "auto")
         too_long = "cut_end" if tokens.kind == "text" else "drop"
     if tokens.kind == "pairs":
         return Pairs(tokens, length, too_long)
-    return Cut(tokens, length) if packing_of(tokens.kind, packing) == "cut" else Fit(tokens, length, too_long)
+    return (
+        Cut(tokens, length)
+        if packing_of(tokens.kind, packing) == "cut"
+        else Fit(tokens, length, too_long)
+    )
 
 
 def packing_of(kind: str, packing: Name) -> Literal["cut", "fit"]:

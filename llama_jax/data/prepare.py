@@ -1,4 +1,6 @@
-"""From documents to token files, once: the result is kept under the hash of everything that it depends on."""
+"""From documents to token files, once: the result is kept under the hash of everything that it
+depends on.
+"""
 
 import functools
 import hashlib
@@ -23,7 +25,8 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 # --- vocabulary ---
 #
-# Training a vocabulary: SentencePiece BPE with LLaMA's conventions, keeping the white space of code.
+# Training a vocabulary: SentencePiece BPE with LLaMA's conventions, keeping the white space of
+#   code.
 
 
 _CHUNK = 4096  # characters shown to the trainer at once
@@ -31,11 +34,14 @@ _SAMPLE = 32 << 20  # characters that are enough for the statistics of any vocab
 
 
 def train_vocabulary(documents: Iterable[Document], vocab_size: int, path: Path, seed: int) -> None:
-    """Trains a vocabulary and writes it to `path`; the same documents, size and seed give the same pieces.
+    """Trains a vocabulary and writes it to `path`; the same documents, size and seed give the same
+    pieces.
 
-    The ids are those of LLaMA 1 and 2: `<unk>` 0, `<s>` 1, `</s>` 2, then 256 bytes for what is in no piece. Digits
-    stand alone. Unlike LLaMA's, the text is not given a leading space, and runs of spaces are pieces, so code comes
-    back exactly and its indentation is cheap. One character does not come back: U+2581, which SentencePiece
+    The ids are those of LLaMA 1 and 2: `<unk>` 0, `<s>` 1, `</s>` 2, then 256 bytes for what is in
+      no piece. Digits
+    stand alone. Unlike LLaMA's, the text is not given a leading space, and runs of spaces are
+    pieces, so code comes back exactly and its indentation is cheap. One character does not come
+      back: U+2581, which SentencePiece
     itself uses to write a space.
 
     Args:
@@ -59,16 +65,33 @@ def _train(chunks: list[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(chunks), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, max_sentence_length=4 * _CHUNK,
-            # Its own sampling and threads are left out: they would make the result vary from run to run.
-            num_threads=1, input_sentence_size=0, shuffle_input_sentence=False, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * _CHUNK,
+            # Its own sampling and threads are left out: they would make the result vary from run to
+            #   run.
+            num_threads=1,
+            input_sentence_size=0,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].split(". Increase", 1)[0].strip()
-        raise InputError(f"vocab_size: {vocab_size} given, but on this text SentencePiece says: {reason}") from None
+        raise InputError(
+            f"vocab_size: {vocab_size} given, but on this text SentencePiece says: {reason}"
+        ) from None
     return model.getvalue()
 
 
@@ -84,7 +107,9 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _sample(chunks: Iterable[str], seed: int) -> list[str]:
-    """The chunks with the lowest hashes that fit into `_SAMPLE` characters, in their old order: no more are ever held."""
+    """The chunks with the lowest hashes that fit into `_SAMPLE` characters, in their old order: no
+    more are ever held.
+    """
     kept: list[tuple[int, int, str]] = []
     size = 0
     for number, chunk in enumerate(chunks):
@@ -96,7 +121,9 @@ def _sample(chunks: Iterable[str], seed: int) -> list[str]:
 
 
 def _priority(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big"
+    )
 
 
 # --- prepare ---
@@ -106,11 +133,17 @@ _TOKENIZER = "tokenizer.model"
 _TRAIN = "train.tokens"
 _HELD_OUT = "held_out.tokens"
 _DOCUMENTS = "begun as prompts are"  # how: once with every begin token that a tokenizer has
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # begin, end, more tokens
+_BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # begin, end, more tokens
 
 
 class PreparedData(NamedTuple):
-    """Data ready for training: two token files and the tokenizer that made them; no second file where nothing is held out."""
+    """Data ready for training: two token files and the tokenizer that made them; no second file
+    where nothing is held out.
+    """
 
     train: TokenFile
     held_out: TokenFile | None
@@ -143,16 +176,20 @@ def prepare(
     tokenizer_path: Path | None = None,
     on_progress: Progress = ignore_progress,
 ) -> PreparedData:
-    """Encodes and stores the two sides of a split, or opens and verifies what an earlier call with the same input stored.
+    """Encodes and stores the two sides of a split, or opens and verifies what an earlier call with
+    the same input stored.
 
-    A document is stored as begin token (where prompts have one), text, end token (where there is one).
+    A document is stored as begin token (where prompts have one), text, end token (where there is
+    one).
 
     Args:
       directory: keeps the results, each in a folder of its own that appears only when it is whole.
       split: from `split_documents`.
-      vocab_size: pieces of the vocabulary to train; not looked at where there is a `tokenizer_path`.
+      vocab_size: pieces of the vocabulary to train; not looked at where there is a
+        `tokenizer_path`.
       seed: of the vocabulary's sample.
-      tokenizer_path: file or folder of a tokenizer to use; none has one trained on the training part.
+      tokenizer_path: file or folder of a tokenizer to use; none has one trained on the training
+        part.
       on_progress: called with a stage (`vocabulary`, `encode`), the work done and the whole of it.
 
     Raises:
@@ -170,12 +207,15 @@ def prepare(
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of each document, begun as prompts of the model are, and ended where the tokenizer has an end token."""
+    """The ids of each document, begun as prompts of the model are, and ended where the tokenizer
+    has an end token.
+    """
     return (encode_text(tokenizer, document.text) for document in documents)
 
 
 def hash_tokenizer(path: Path) -> str:
-    """SHA-256 of the files that define a tokenizer: its own, and those beside it that name its begin and end.
+    """SHA-256 of the files that define a tokenizer: its own, and those beside it that name its
+    begin and end.
 
     Args:
       path: as `load_tokenizer` takes it, file or folder.
@@ -202,7 +242,10 @@ def copy_tokenizer(path: Path, target: Path) -> None:
       InputError: there is no such tokenizer.
     """
     main = _find_tokenizer(path)
-    pairs = [(main, target), *[(main.parent / name, target.parent / name) for name in _BESIDE_TOKENIZER]]
+    pairs = [
+        (main, target),
+        *[(main.parent / name, target.parent / name) for name in _BESIDE_TOKENIZER],
+    ]
     for source, copy in pairs:
         if source.is_file():
             with atomic_write(copy) as file:
@@ -215,7 +258,8 @@ def read_tokenizer_files(path: Path) -> dict[str, bytes]:
     """The files that define a tokenizer and its chat template, by name.
 
     Args:
-      path: as `load_tokenizer` takes it, file or folder; an own file of another name is given a usual one.
+      path: as `load_tokenizer` takes it, file or folder; an own file of another name is given a
+        usual one.
 
     Raises:
       InputError: there is no such tokenizer.
@@ -229,10 +273,15 @@ def read_tokenizer_files(path: Path) -> dict[str, bytes]:
 
 def _find_tokenizer(path: Path) -> Path:
     """The tokenizer's own file."""
-    mains = [path / name for name in ("tokenizer.json", "tokenizer.model")] if path.is_dir() else [path]
+    mains = (
+        [path / name for name in ("tokenizer.json", "tokenizer.model")] if path.is_dir() else [path]
+    )
     main = next((file for file in mains if file.is_file()), None)
     if main is None:
-        raise InputError(f"{path}: no tokenizer here; a tokenizer.json, a tokenizer.model or a folder with one expected")
+        raise InputError(
+            f"{path}: no tokenizer here; a tokenizer.json, a tokenizer.model or a folder "
+            "with one expected"
+        )
     return main
 
 
@@ -252,16 +301,26 @@ def _publish(entry: Path, build: Callable[[Path], None]) -> None:
 
 
 def _build(recipe: _Recipe, on_progress: Progress, folder: Path) -> None:
-    tokenizer_path = recipe.tokenizer_path or _train_tokenizer(recipe, on_progress, folder / _TOKENIZER)
+    tokenizer_path = recipe.tokenizer_path or _train_tokenizer(
+        recipe, on_progress, folder / _TOKENIZER
+    )
     tokenizer, digest = load_tokenizer(tokenizer_path), hash_tokenizer(tokenizer_path)
     total, done = sum(part.bytes_of_text for part in recipe.split), 0
     for name, part in _named(recipe.split):
         reported = _report(part.documents(), done, total, on_progress)
-        write_tokens(folder / name, encode_documents(reported, tokenizer), vocab_size=tokenizer.vocab_size,
-                     bytes_of_text=part.bytes_of_text, tokenizer_sha256=digest, sources_sha256=part.sha256)  # fmt: skip
+        write_tokens(
+            folder / name,
+            encode_documents(reported, tokenizer),
+            vocab_size=tokenizer.vocab_size,
+            bytes_of_text=part.bytes_of_text,
+            tokenizer_sha256=digest,
+            sources_sha256=part.sha256,
+        )
         done += part.bytes_of_text
         if measure(part.documents).sha256 != part.sha256:
-            raise InputError("the text changed while it was being prepared; try again when nothing writes to it")
+            raise InputError(
+                "the text changed while it was being prepared; try again when nothing writes to it"
+            )
 
 
 def _named(split: Split) -> list[tuple[str, Part]]:
@@ -276,7 +335,9 @@ def _train_tokenizer(recipe: _Recipe, on_progress: Progress, path: Path) -> Path
     return path
 
 
-def _report(documents: Iterable[Document], done: int, total: int, on_progress: Progress) -> Iterator[Document]:
+def _report(
+    documents: Iterable[Document], done: int, total: int, on_progress: Progress
+) -> Iterator[Document]:
     """Passes documents on and tells how many bytes of text have gone by."""
     for document in documents:
         yield document
@@ -291,6 +352,9 @@ def _open(entry: Path, split: Split, tokenizer_path: Path | None) -> PreparedDat
     for file in files:
         file.verify()
         if file.header.tokenizer_sha256 != digest:
-            raise CorruptError(f"{file.path}: made with another tokenizer than {tokenizer_path}; prepare the data again")
+            raise CorruptError(
+                f"{file.path}: made with another tokenizer than {tokenizer_path}; "
+                "prepare the data again"
+            )
         file.keep_counts()
     return PreparedData(files[0], files[1] if len(files) > 1 else None, tokenizer_path)

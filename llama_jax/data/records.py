@@ -1,6 +1,7 @@
 """What `prepare`, `train.py` and `eval` read: text, JSON, tables and Parquet, record by record.
 
-Reading is two steps: `read_rows` takes a file apart without looking into its lines, `parse_row` makes the record of one.
+Reading is two steps: `read_rows` takes a file apart without looking into its lines, `parse_row`
+  makes the record of one.
 """
 
 import csv
@@ -26,21 +27,56 @@ from llama_jax.data.conversations import (
     read_turns,
     with_system,
 )
-from llama_jax.data.sources import Fields, Opened, SourceFile, compression_of, kind_of, list_files, open_source, sorted_files
+from llama_jax.data.sources import (
+    Fields,
+    Opened,
+    SourceFile,
+    compression_of,
+    kind_of,
+    list_files,
+    open_source,
+    sorted_files,
+)
 from llama_jax.data.token_file import Kind
 from llama_jax.errors import InputError
 
-__all__ = ["Messages", "Record", "Row", "SourceFile", "list_files", "parse_row", "read_records", "read_rows"]
+__all__ = [
+    "Messages",
+    "Record",
+    "Row",
+    "SourceFile",
+    "list_files",
+    "parse_row",
+    "read_records",
+    "read_rows",
+]
 
-FIELDS = "text; messages; conversations; prompt and completion; instruction and output; or chosen and rejected"
+FIELDS = (
+    "text; messages; conversations; prompt and completion; instruction and output; or chosen "
+    "and rejected"
+)
 # Names that `--field` may map, and the columns that are read from Parquet.
 FIELD_NAMES = (
-    "text", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output",
-    "history", "system", "tools", "functions",
-)  # fmt: skip
+    "text",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "tools",
+    "functions",
+)
 _ROWS_AT_ONCE = 1024  # of a Parquet file
 _READ_AT_ONCE = 1 << 20  # bytes of a JSON array
-_NEAR_THE_END = 16  # characters; JSON that is cut off is wrong there, or in a text that does not end
+_NEAR_THE_END = (
+    16  # characters; JSON that is cut off is wrong there, or in a text that does not end
+)
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _LARGEST_CELL = 2**31 - 1
 
@@ -66,11 +102,14 @@ class Record(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to learn from it: no text, or nothing that the assistant says and that counts."""
+        """Whether there is nothing to learn from it: no text, or nothing that the assistant says
+        and that counts.
+        """
         if isinstance(self.body, str):
             return not self.body
         return not all(
-            any(message["role"] == "assistant" and message.get("weight", 1) for message in messages) for messages in self.body
+            any(message["role"] == "assistant" and message.get("weight", 1) for message in messages)
+            for messages in self.body
         )
 
 
@@ -92,7 +131,8 @@ def read_records(files: Sequence[SourceFile]) -> Iterator[Record]:
     """The records of files, all of one kind.
 
     Raises:
-      InputError: naming file and line of what cannot be read, or is of another kind than the first record.
+      InputError: naming file and line of what cannot be read, or is of another kind than the first
+        record.
     """
     kind: Kind | None = None
     for file in files:
@@ -100,7 +140,10 @@ def read_records(files: Sequence[SourceFile]) -> Iterator[Record]:
             record = parse_row(row, file)
             kind = kind or record.kind
             if record.kind != kind:
-                raise InputError(f"{record.name}: {record.kind} given, but the first record was {kind}; prepare them apart")
+                raise InputError(
+                    f"{record.name}: {record.kind} given, but the first record was "
+                    f"{kind}; prepare them apart"
+                )
             yield record
 
 
@@ -144,14 +187,19 @@ def _plain_text(row: Row) -> str:
     try:
         text = row.value.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{row.place}: not UTF-8 (byte {error.start}); convert the file or leave it out") from None
+        raise InputError(
+            f"{row.place}: not UTF-8 (byte {error.start}); convert the file or leave it out"
+        ) from None
     if text.startswith("{"):
         try:
             first = json.loads(text.partition("\n")[0])
         except (ValueError, RecursionError):
             return text
         if isinstance(first, dict) and any(name in first for name in FIELD_NAMES):
-            raise InputError(f"{row.place}: JSON lines in a file of text; name it .jsonl, and they are read as records")
+            raise InputError(
+                f"{row.place}: JSON lines in a file of text; name it .jsonl, and they "
+                "are read as records"
+            )
     return text
 
 
@@ -159,13 +207,19 @@ def _parse(place: str, line: bytes) -> object:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 (byte {error.start} of the line); convert the file") from None
+        raise InputError(
+            f"{place}: not UTF-8 (byte {error.start} of the line); convert the file"
+        ) from None
     except (ValueError, RecursionError):
-        raise InputError(f"{place}: not JSON; one JSON object a line, or an array of them, expected") from None
+        raise InputError(
+            f"{place}: not JSON; one JSON object a line, or an array of them, expected"
+        ) from None
 
 
 class _Shares:
-    """What of a file's bytes belongs to a row: for a compressed one, as much as was read since the row before."""
+    """What of a file's bytes belongs to a row: for a compressed one, as much as was read since the
+    row before.
+    """
 
     def __init__(self, path: Path, opened: Opened) -> None:
         self._position = opened.position if compression_of(path) else None
@@ -179,12 +233,16 @@ class _Shares:
 
 
 def _read_json(path: Path, opened: Opened) -> Iterator[Row]:
-    """JSON lines; or an array, or in `.json` one value or several, over as many lines as they take."""
+    """JSON lines; or an array, or in `.json` one value or several, over as many lines as they
+    take.
+    """
     shares, content = _Shares(path, opened), opened.content
     line, number = content.readline(), 1
     while line.isspace():
         line, number = content.readline(), number + 1
-    in_lines = (path.stem if compression_of(path) else path.name).lower().endswith((".jsonl", ".ndjson"))
+    in_lines = (
+        (path.stem if compression_of(path) else path.name).lower().endswith((".jsonl", ".ndjson"))
+    )
     if line.lstrip().startswith(b"[") or (line and not in_lines and not _is_json(line)):
         yield from _read_values(path, line, content, shares)
         return
@@ -204,7 +262,12 @@ def _is_json(line: bytes) -> bool:
 
 def _read_values(path: Path, begin: bytes, content: Any, shares: _Shares) -> Iterator[Row]:
     """The values of an array, or values one after another; few are held at a time."""
-    decode, text, number, ended = json.JSONDecoder().raw_decode, io.TextIOWrapper(content, "utf-8"), 1, False
+    decode, text, number, ended = (
+        json.JSONDecoder().raw_decode,
+        io.TextIOWrapper(content, "utf-8"),
+        1,
+        False,
+    )
     try:
         buffer = begin.decode("utf-8").lstrip()
         in_array = buffer.startswith("[")
@@ -213,28 +276,39 @@ def _read_values(path: Path, begin: bytes, content: Any, shares: _Shares) -> Ite
             at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
             if in_array and buffer.startswith("]", at):
                 if (buffer[at + 1 :] + text.read()).strip():
-                    raise InputError(f"{path}: more behind the end of the array; one array expected")
+                    raise InputError(
+                        f"{path}: more behind the end of the array; one array expected"
+                    )
                 return
             try:
                 value, end = decode(buffer, at) if at < len(buffer) else (None, at)
             except (ValueError, RecursionError) as error:
                 if ended or not _is_cut(error, len(buffer)):
                     raise InputError(
-                        f"{path}: record {number} is not JSON; an array of objects, or one object a line, expected"
+                        f"{path}: record {number} is not JSON; an array of objects, or "
+                        "one object a line, expected"
                     ) from None
                 end = at
             if end > at:
-                yield Row(f"{path}: record {number}", value, shares.of(len(buffer[at:end].encode("utf-8", "replace"))))
+                yield Row(
+                    f"{path}: record {number}",
+                    value,
+                    shares.of(len(buffer[at:end].encode("utf-8", "replace"))),
+                )
                 at, number = end, number + 1
             elif ended:
                 if in_array:
-                    raise InputError(f"{path}: cut off behind record {number - 1}; an array that ends expected")
+                    raise InputError(
+                        f"{path}: cut off behind record {number - 1}; an array that ends expected"
+                    )
                 return
             else:
                 more = text.read(max(_READ_AT_ONCE, len(buffer) - at))
                 buffer, at, ended = buffer[at:] + more, 0, not more
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason}, behind record {number - 1}); convert the file") from None
+        raise InputError(
+            f"{path}: not UTF-8 ({error.reason}, behind record {number - 1}); convert the file"
+        ) from None
     finally:
         text.detach()
 
@@ -256,17 +330,26 @@ def _read_table(file: SourceFile, opened: Opened) -> Iterator[Row]:
     try:
         header = next(rows, [])
         if len(set(header)) < len(header):
-            raise InputError(f"{path}:1: two columns have one name; a first line that names each column expected")
+            raise InputError(
+                f"{path}:1: two columns have one name; a first line that names each column expected"
+            )
         for values in rows:
             if values:
                 place = f"{path}:{rows.line_num}"
                 if len(values) != len(header):
-                    raise InputError(f"{place}: cells: {len(values)} given, {len(header)} expected, as in the first line")
-                yield Row(place, dict(zip(header, values)), shares.of(sum(map(len, values)) + len(values)))
+                    raise InputError(
+                        f"{place}: cells: {len(values)} given, {len(header)} expected, "
+                        "as in the first line"
+                    )
+                yield Row(
+                    place, dict(zip(header, values)), shares.of(sum(map(len, values)) + len(values))
+                )
     except csv.Error as error:
         raise InputError(f"{path}:{rows.line_num}: not CSV ({error}); write it again") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 (behind line {rows.line_num}); convert the file") from None
+        raise InputError(
+            f"{path}: not UTF-8 (behind line {rows.line_num}); convert the file"
+        ) from None
     finally:
         text.detach()
 
@@ -276,14 +359,19 @@ def _read_parquet(file: SourceFile) -> Iterator[Row]:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise InputError(f"{file.path}: Parquet is read by pyarrow; pip install 'llama-jax[data]'") from None
+        raise InputError(
+            f"{file.path}: Parquet is read by pyarrow; pip install 'llama-jax[data]'"
+        ) from None
     try:
         table = parquet.ParquetFile(file.path)
         names = table.schema_arrow.names
         known = {file.fields.get(name, name) for name in FIELD_NAMES}
         columns = [name for name in names if name in known]
         if not columns:
-            raise InputError(f"{file.path}: columns {', '.join(names):.200} given, {FIELDS} expected; {_HOW_TO_MAP}")
+            raise InputError(
+                f"{file.path}: columns {', '.join(names):.200} given, {FIELDS} expected; "
+                f"{_HOW_TO_MAP}"
+            )
         share = file.path.stat().st_size // max(1, table.metadata.num_rows)
         number = 0
         for rows in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
@@ -291,9 +379,14 @@ def _read_parquet(file: SourceFile) -> Iterator[Row]:
                 number += 1
                 yield Row(f"{file.path}:{number}", values, share)
     except arrow.ArrowException as error:
-        raise InputError(f"{file.path}: not Parquet, or damaged ({str(error).splitlines()[0]:.80}); write it again") from None
+        raise InputError(
+            f"{file.path}: not Parquet, or damaged ({str(error).splitlines()[0]:.80}); "
+            "write it again"
+        ) from None
     except OSError as error:
-        raise InputError(f"{file.path}: cannot be read ({error.strerror or error}); a readable file expected") from None
+        raise InputError(
+            f"{file.path}: cannot be read ({error.strerror or error}); a readable file expected"
+        ) from None
 
 
 _HOW_TO_MAP = "name yours with --field, as in --field text=body"
@@ -306,22 +399,33 @@ def make_record(place: str, values: object, nbytes: int, fields: Fields | None =
       place: file and line.
       values: what the line holds.
       nbytes: its share of the file.
-      fields: for fields of a record, their names in `values`. A field that is named decides the form.
+      fields: for fields of a record, their names in `values`. A field that is named decides the
+        form.
 
     Raises:
       InputError: naming the place, for anything but the known fields with values of their kinds.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{place}: JSON {kind_name(values)} given, an object with {FIELDS} expected")
+        raise InputError(
+            f"{place}: JSON {kind_name(values)} given, an object with {FIELDS} expected"
+        )
     if fields:
         missing = next((own for own in fields.values() if own not in values), None)
         if missing is not None:
-            raise InputError(f"{place}: fields {_shown(values)} given, {missing!r:.60} expected, as --field says")
+            raise InputError(
+                f"{place}: fields {_shown(values)} given, {missing!r:.60} expected, as --field says"
+            )
         taken = {name: values[own] for name, own in fields.items()}
-        values = {name: value for name, value in values.items() if name not in fields.values()} | taken
-    form = _form({name for name, value in values.items() if value is not None}, fields) or _form(set(values), fields)
+        values = {
+            name: value for name, value in values.items() if name not in fields.values()
+        } | taken
+    form = _form({name for name, value in values.items() if value is not None}, fields) or _form(
+        set(values), fields
+    )
     if form is None:
-        raise InputError(f"{place}: fields {_shown(values)} given, {FIELDS} expected; {_HOW_TO_MAP}")
+        raise InputError(
+            f"{place}: fields {_shown(values)} given, {FIELDS} expected; {_HOW_TO_MAP}"
+        )
     if form == ("text",):
         text = "" if values["text"] is None else read_text(place, "text", values["text"])
         return Record(place, text, "text", text, nbytes)
@@ -329,7 +433,9 @@ def make_record(place: str, values: object, nbytes: int, fields: Fields | None =
     if form == ("chosen", "rejected"):
         prompt, answers = read_pair(place, values)
         prompt = with_system(place, values, prompt)
-        return Record(place, _key(prompt), "pairs", [prompt + answer for answer in answers], nbytes, tools)
+        return Record(
+            place, _key(prompt), "pairs", [prompt + answer for answer in answers], nbytes, tools
+        )
     messages = with_system(place, values, _conversation(place, form, values))
     return Record(place, _key(messages), "chat", [messages], nbytes, tools)
 
@@ -337,7 +443,10 @@ def make_record(place: str, values: object, nbytes: int, fields: Fields | None =
 def _form(names: set[str], fields: Fields | None) -> tuple[str, ...] | None:
     """The fields that make a record of these, those first that were asked for by name."""
     whole = [form for form in _FORMS if names.issuperset(form)]
-    return next((form for form in whole if fields and any(name in fields for name in form)), next(iter(whole), None))
+    return next(
+        (form for form in whole if fields and any(name in fields for name in form)),
+        next(iter(whole), None),
+    )
 
 
 _FORMS: tuple[tuple[str, ...], ...] = (
@@ -352,9 +461,16 @@ _FORMS: tuple[tuple[str, ...], ...] = (
 
 def _conversation(place: str, form: tuple[str, ...], values: Mapping[str, Any]) -> Messages:
     if form == ("prompt", "completion"):
-        asked, answered = (read_turns(place, name, values[name], role) for name, role in zip(form, ("user", "assistant")))
+        asked, answered = (
+            read_turns(place, name, values[name], role)
+            for name, role in zip(form, ("user", "assistant"))
+        )
         return asked + answered
-    return read_alpaca(place, values) if form == ("instruction", "output") else read_messages(place, form[0], values[form[0]])
+    return (
+        read_alpaca(place, values)
+        if form == ("instruction", "output")
+        else read_messages(place, form[0], values[form[0]])
+    )
 
 
 def _shown(values: Mapping[str, Any]) -> str:
@@ -370,23 +486,35 @@ def _key(messages: Messages) -> str:
 # Documents of a corpus: files and folders of the user, or the sources of Python's standard library.
 
 
-# Tests and bundled copies of other projects; `encodings` and files named for the platform are tables made by programs.
+# Tests and bundled copies of other projects; `encodings` and files named for the platform are
+# tables made by programs.
 _NOT_LIBRARY = {
-    "__pycache__", "dist-packages", "encodings", "idle_test", "idlelib", "lib2to3", "site-packages", "test", "tests",
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "test",
+    "tests",
     "turtledemo",
-}  # fmt: skip
+}
 _NOT_LIBRARY_PREFIXES = ("_sysconfigdata", "config-")
 
 
 class Document(NamedTuple):
-    """A text with a name that is the same on every machine: the file's path relative to the folder that was given."""
+    """A text with a name that is the same on every machine: the file's path relative to the folder
+    that was given.
+    """
 
     name: str
     text: str
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document of this name belongs to the held-out part, about `fraction` of all names.
+    """Whether the document of this name belongs to the held-out part, about `fraction` of all
+    names.
 
     A function of the name alone, so a document never changes sides when others come or go.
     """
@@ -395,9 +523,11 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def read_corpus(paths: Sequence[str | Path]) -> Iterator[Document]:
-    """The texts of files and folders, in the order given, as `prepare` reads them: see `data.sources`.
+    """The texts of files and folders, in the order given, as `prepare` reads them: see
+    `data.sources`.
 
-    A text file is one document, named by its path; a record of JSON, a table or Parquet is one, named by its text.
+    A text file is one document, named by its path; a record of JSON, a table or Parquet is one,
+    named by its text.
 
     Raises:
       InputError: naming what cannot be read or is no text: conversations are for `prepare`.
@@ -405,14 +535,16 @@ def read_corpus(paths: Sequence[str | Path]) -> Iterator[Document]:
     for record in read_records(list_files(paths)):
         if not isinstance(record.body, str):
             raise InputError(
-                f"{record.name}: a conversation, text expected; turn it into tokens (python -m llama_jax prepare --input ...) "
+                f"{record.name}: a conversation, text expected; turn it into tokens "
+                "(python -m llama_jax prepare --input ...) "
                 "and name the folder in data.sources, or in eval --data"
             )
         yield Document(record.key, record.body)
 
 
 def standard_library() -> Iterator[Document]:
-    """The sources of the running interpreter's standard library without its tests, sorted by name: about 10 MB.
+    """The sources of the running interpreter's standard library without its tests, sorted by name:
+    about 10 MB.
 
     The same documents on every machine with the same version of Python.
 
@@ -420,9 +552,16 @@ def standard_library() -> Iterator[Document]:
       InputError: if this interpreter came without sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in sorted_files(root, (".py",), _NOT_LIBRARY) if _is_library(path.relative_to(root))]
+    paths = [
+        path
+        for path in sorted_files(root, (".py",), _NOT_LIBRARY)
+        if _is_library(path.relative_to(root))
+    ]
     if not paths:
-        raise InputError(f"{root}: no sources of the standard library here; name files or folders of text instead")
+        raise InputError(
+            f"{root}: no sources of the standard library here; name files or folders of "
+            "text instead"
+        )
     for path in paths:
         with tokenize.open(path) as file:  # minds the encoding that a source declares
             yield Document(path.relative_to(root).as_posix(), file.read())

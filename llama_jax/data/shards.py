@@ -1,7 +1,8 @@
-"""From records to a prepared folder: shards of tokens, written one after another, and a manifest at the end.
+"""From records to a prepared folder: shards of tokens, written one after another, and a manifest at
+the end.
 
-Which shard a document is in depends on the documents before it alone, so the result is the same for any number of
-workers, and a second run goes on behind the shards that a first one finished.
+Which shard a document is in depends on the documents before it alone, so the result is the same for
+any number of workers, and a second run goes on behind the shards that a first one finished.
 """
 
 import contextlib
@@ -28,7 +29,14 @@ from llama_jax.data.token_set import (
     SourceEntry,
     file_sha256,
 )
-from llama_jax.data.tokens import Counter, TokenCounts, add_counts, count_tokens, read_counts, write_counts
+from llama_jax.data.tokens import (
+    Counter,
+    TokenCounts,
+    add_counts,
+    count_tokens,
+    read_counts,
+    write_counts,
+)
 from llama_jax.data.workers import Document, Encoder, encode_all
 from llama_jax.errors import InputError
 from llama_jax.storage import atomic_write
@@ -37,7 +45,8 @@ from llama_jax.text.tokenizer import load_tokenizer
 
 # --- side ---
 #
-# One side of a prepared folder on its way: shard after shard, those that an earlier call finished left as they are.
+# One side of a prepared folder on its way: shard after shard, those that an earlier call finished
+#   left as they are.
 
 
 class Stamp(NamedTuple):
@@ -88,7 +97,9 @@ class Side:
         return self._directory / f"{self._name}_counts.json"
 
     def _kept_counts(self) -> TokenCounts:
-        """The counts of the finished shards. A process that was killed may have left the last shard uncounted."""
+        """The counts of the finished shards. A process that was killed may have left the last shard
+        uncounted.
+        """
         size = self._stamp.vocab_size
         for counted in range(self.shards, max(-1, self.shards - 2), -1):
             kept = read_counts(self.counts_path, size, self._counts_key(counted))
@@ -110,7 +121,11 @@ class Side:
             file.verify()
         except InputError:
             return None
-        return file if file.header.sources_sha256 == self._stamp.sources_sha256(self._name, number) else None
+        return (
+            file
+            if file.header.sources_sha256 == self._stamp.sources_sha256(self._name, number)
+            else None
+        )
 
     def has(self, documents: int) -> bool:
         """Counts documents that come next; whether finished shards hold them."""
@@ -122,7 +137,9 @@ class Side:
     def add(self, kind: Kind, documents: list[Document]) -> None:
         """Appends the documents of one record; they are not parted."""
         if self._writer is None:
-            self._writer = self._stack.enter_context(token_writer(self._path(self.shards), self._stamp.vocab_size, kind))
+            self._writer = self._stack.enter_context(
+                token_writer(self._path(self.shards), self._stamp.vocab_size, kind)
+            )
             self._bytes = 0
         for ids, mask, size in documents:
             self._writer.add(ids, mask)
@@ -145,12 +162,19 @@ class Side:
         write_counts(self.counts_path, self._counts, self._counts_key(self.shards))
         self._writer = None
 
-    def abandon(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def abandon(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Removes a shard that is not finished."""
         self._stack.__exit__(kind, error, trace)
 
     def open(self) -> list[TokenFile]:
-        """All shards, whole, beside the file with their counts; what is left of an earlier, longer result is removed."""
+        """All shards, whole, beside the file with their counts; what is left of an earlier, longer
+        result is removed.
+        """
         if self.shards:
             write_counts(self.counts_path, self._counts, self._counts_key(self.shards))
         else:
@@ -174,8 +198,8 @@ class Settings(NamedTuple):
     """How a folder is prepared.
 
     Attributes:
-      held_out: what is kept out of training: a share of the records from 0 to below 1, or about a number of tokens; `None`
-        is the smaller of 1 % and 10M tokens.
+      held_out: what is kept out of training: a share of the records from 0 to below 1, or about a
+        number of tokens; `None` is the smaller of 1 % and 10M tokens.
       shard_tokens: at which a shard ends; its last document is whole.
       workers: processes; changes nothing in the result.
       fields: for fields of a record, their names in the files; a part of the names of the sources.
@@ -212,9 +236,14 @@ class Text(NamedTuple):
 
 
 def prepare_set(
-    paths: Sequence[str | Path], directory: Path, text: Text, settings: Settings, on_progress: OnProgress
+    paths: Sequence[str | Path],
+    directory: Path,
+    text: Text,
+    settings: Settings,
+    on_progress: OnProgress,
 ) -> Prepared:
-    """Encodes files and folders into a prepared folder; the same call again goes on where an interrupted one ended.
+    """Encodes files and folders into a prepared folder; the same call again goes on where an
+    interrupted one ended.
 
     Args:
       paths: text, JSON lines, Parquet, or folders of them; their records are of one kind.
@@ -224,7 +253,8 @@ def prepare_set(
       on_progress: called with `hash` or `encode`, the bytes of the sources done and all of them.
 
     Raises:
-      InputError: naming what cannot be read or encoded; or if the folder holds, or another process writes, something else.
+      InputError: naming what cannot be read or encoded; or if the folder holds, or another process
+        writes, something else.
     """
     _check(settings)
     files = list_files(paths, settings.fields)
@@ -238,7 +268,10 @@ def prepare_set(
             if not folder.is_finished:
                 folder.fill(files, on_progress)
                 if [_stat(file) for file in files] != stats:
-                    raise InputError("the sources changed while they were read; run again when nothing writes to them")
+                    raise InputError(
+                        "the sources changed while they were read; run again when "
+                        "nothing writes to them"
+                    )
             return folder.finish()
 
 
@@ -246,15 +279,34 @@ class _Folder:
     """The result on its way."""
 
     def __init__(
-        self, directory: Path, encoder: Encoder, held_out: float, settings: Settings, sources: tuple[SourceEntry, ...]
+        self,
+        directory: Path,
+        encoder: Encoder,
+        held_out: float,
+        settings: Settings,
+        sources: tuple[SourceEntry, ...],
     ) -> None:
-        self._directory, self._encoder, self._settings, self._sources = directory, encoder, settings, sources
+        self._directory, self._encoder, self._settings, self._sources = (
+            directory,
+            encoder,
+            settings,
+            sources,
+        )
         self._held_out = held_out  # share of the records
         self._tokenizer = hash_tokenizer(encoder.tokenizer_path)
         self._vocab_size = load_tokenizer(encoder.tokenizer_path).vocab_size
         template = encoder.template
-        self._template = None if template is None else hashlib.sha256(repr(template).encode()).hexdigest()
-        ingredients = [VERSION, self._tokenizer, self._template, held_out, settings.shard_tokens, sources]
+        self._template = (
+            None if template is None else hashlib.sha256(repr(template).encode()).hexdigest()
+        )
+        ingredients = [
+            VERSION,
+            self._tokenizer,
+            self._template,
+            held_out,
+            settings.shard_tokens,
+            sources,
+        ]
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
         for left in directory.glob(".*.partial"):  # of a process that was killed
             left.unlink()
@@ -266,7 +318,12 @@ class _Folder:
     def __enter__(self) -> "_Folder":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for side in self._sides.values():
             side.abandon(kind, error, trace)
 
@@ -280,10 +337,29 @@ class _Folder:
         if not (self._directory / MANIFEST).exists():
             return False
         manifest = Manifest.read(self._directory)
-        made = manifest.tokenizer_sha256, manifest.template_sha256, manifest.held_out, manifest.shard_tokens, manifest.sources
-        wanted = self._tokenizer, self._template, self._held_out, self._settings.shard_tokens, self._sources
-        if made[0] != wanted[0] or made[2:] != wanted[2:] or (manifest.template_sha256 and made[1] != wanted[1]):
-            raise InputError(f"{self._directory}: holds a data set made of other input; name another --output, or remove it")
+        made = (
+            manifest.tokenizer_sha256,
+            manifest.template_sha256,
+            manifest.held_out,
+            manifest.shard_tokens,
+            manifest.sources,
+        )
+        wanted = (
+            self._tokenizer,
+            self._template,
+            self._held_out,
+            self._settings.shard_tokens,
+            self._sources,
+        )
+        if (
+            made[0] != wanted[0]
+            or made[2:] != wanted[2:]
+            or (manifest.template_sha256 and made[1] != wanted[1])
+        ):
+            raise InputError(
+                f"{self._directory}: holds a data set made of other input; name another "
+                "--output, or remove it"
+            )
         return True
 
     def fill(self, files: Sequence[SourceFile], on_progress: OnProgress) -> None:
@@ -315,7 +391,9 @@ class _Folder:
             return Prepared(Manifest.read(self._directory), self.kept)
         opened = {name: side.open() for name, side in self._sides.items()}
         if not opened[TRAIN]:
-            raise InputError("no document to train on in these sources; give text, or a smaller --held-out")
+            raise InputError(
+                "no document to train on in these sources; give text, or a smaller --held-out"
+            )
         shards = opened[TRAIN] + opened[HELD_OUT]
         kind = shards[0].kind
         manifest = Manifest(
@@ -332,14 +410,18 @@ class _Folder:
             tokens=sum(file.size for file in shards),
             train=tuple(map(_entry, opened[TRAIN])),
             held_out_shards=tuple(map(_entry, opened[HELD_OUT])),
-            counts=tuple(_counts_entry(side.counts_path) for side in self._sides.values() if side.shards),
+            counts=tuple(
+                _counts_entry(side.counts_path) for side in self._sides.values() if side.shards
+            ),
         )
         manifest.write(self._directory)
         return Prepared(manifest, self.kept)
 
 
 def _files(text: Text) -> Mapping[str, bytes]:
-    """What the folder keeps: the tokenizer's files, and the template in one of its own wherever it came from."""
+    """What the folder keeps: the tokenizer's files, and the template in one of its own wherever it
+    came from.
+    """
     own = {} if text.template is None else {"chat_template.jinja": text.template.source.encode()}
     return {**text.files, **own}
 
@@ -347,11 +429,18 @@ def _files(text: Text) -> Mapping[str, bytes]:
 def _place_tokenizer(directory: Path, files: Mapping[str, bytes]) -> None:
     """Copies the tokenizer's files, unless they are those of a finished result."""
     folder = directory / TOKENIZER
-    present = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+    present = (
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        if folder.is_dir()
+        else {}
+    )
     if present == files:
         return
     if (directory / MANIFEST).exists():
-        raise InputError(f"{directory}: holds a data set made with another tokenizer; name another --output, or remove it")
+        raise InputError(
+            f"{directory}: holds a data set made with another tokenizer; name another "
+            "--output, or remove it"
+        )
     folder.mkdir(exist_ok=True)
     for name in present.keys() - files.keys():
         (folder / name).unlink()
@@ -364,7 +453,10 @@ def _check(settings: Settings) -> None:
     if settings.held_out is not None and not is_held_out_amount(settings.held_out):
         raise InputError(f"--held-out: {settings.held_out} given; {EXPECTED} expected")
     if settings.shard_tokens < 1 or settings.workers < 1:
-        raise InputError(f"--shard-tokens {settings.shard_tokens}, --workers {settings.workers}: at least 1 expected")
+        raise InputError(
+            f"--shard-tokens {settings.shard_tokens}, --workers {settings.workers}: at "
+            "least 1 expected"
+        )
 
 
 def _hash_sources(files: Sequence[SourceFile], on_progress: OnProgress) -> tuple[SourceEntry, ...]:
@@ -398,6 +490,9 @@ def _only_writer(directory: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise InputError(f"{directory}: another process prepares data there; wait for it, or name another --output") from None
+        raise InputError(
+            f"{directory}: another process prepares data there; wait for it, or name "
+            "another --output"
+        ) from None
     finally:
         os.close(handle)

@@ -1,4 +1,6 @@
-"""Files to read: the kind of each by its suffix, what a folder holds and leaves out, and their bytes without compression."""
+"""Files to read: the kind of each by its suffix, what a folder holds and leaves out, and their
+bytes without compression.
+"""
 
 import bz2
 import contextlib
@@ -25,7 +27,8 @@ _KINDS: Mapping[str, FileKind] = {
 }
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 READABLE = (
-    f"text ({' '.join(TEXT_SUFFIXES)}), .json, .jsonl, .csv, .tsv (each also with {' '.join(COMPRESSIONS)}), .parquet, or a "
+    f"text ({' '.join(TEXT_SUFFIXES)}), .json, .jsonl, .csv, .tsv (each also with "
+    f"{' '.join(COMPRESSIONS)}), .parquet, or a "
     "folder of them"
 )
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
@@ -36,7 +39,8 @@ class SourceFile(NamedTuple):
     """A file to read.
 
     Attributes:
-      name: the same wherever the folder that was given lies; it says the mapping of fields, if there is one.
+      name: the same wherever the folder that was given lies; it says the mapping of fields, if
+        there is one.
       path: where the file is.
       fields: names of fields that the file calls otherwise.
     """
@@ -47,7 +51,9 @@ class SourceFile(NamedTuple):
 
 
 def kind_of(path: Path) -> FileKind | None:
-    """How a file is read, by its suffix; `None` for an unknown suffix. A file without any suffix is text."""
+    """How a file is read, by its suffix; `None` for an unknown suffix. A file without any suffix is
+    text.
+    """
     name = Path(path.stem) if compression_of(path) else path
     kind = _KINDS.get(name.suffix.lower(), "text" if not name.suffix and name == path else None)
     return None if kind == "parquet" and compression_of(path) else kind
@@ -60,14 +66,16 @@ def compression_of(path: Path) -> str | None:
 
 
 def list_files(paths: Sequence[str | Path], fields: Fields | None = None) -> list[SourceFile]:
-    """The files of some files and folders, in the order given; a folder's by relative path, hidden ones left out.
+    """The files of some files and folders, in the order given; a folder's by relative path, hidden
+    ones left out.
 
     Args:
       paths: files of a known kind, and folders.
       fields: for a field of a record, its name in these files.
 
     Raises:
-      InputError: naming the path that does not exist, is of an unknown kind, or is a folder without anything to read.
+      InputError: naming the path that does not exist, is of an unknown kind, or is a folder without
+        anything to read.
     """
     fields = fields or {}
     found: list[SourceFile] = []
@@ -80,7 +88,8 @@ def list_files(paths: Sequence[str | Path], fields: Fields | None = None) -> lis
         elif path.is_file():
             if kind_of(path) is None:
                 raise InputError(
-                    f"{path}: a file of unknown kind ({''.join(path.suffixes[-2:])}); {READABLE} expected. Convert it, or name "
+                    f"{path}: a file of unknown kind ({''.join(path.suffixes[-2:])}); "
+                    f"{READABLE} expected. Convert it, or name "
                     "it for what it holds"
                 )
             found.append(_source(path.name, path, fields))
@@ -89,17 +98,27 @@ def list_files(paths: Sequence[str | Path], fields: Fields | None = None) -> lis
     return found
 
 
-def sorted_files(root: Path, suffixes: tuple[str, ...], left_out: Set[str] = frozenset()) -> list[Path]:
-    """Files below `root`, hidden ones and folders named in `left_out` excepted, by relative path with `/` on any system."""
+def sorted_files(
+    root: Path, suffixes: tuple[str, ...], left_out: Set[str] = frozenset()
+) -> list[Path]:
+    """Files below `root`, hidden ones and folders named in `left_out` excepted, by relative path
+    with `/` on any system.
+    """
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+        found += [
+            Path(folder, name)
+            for name in names
+            if name.lower().endswith(suffixes) and not name.startswith(".")
+        ]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def left_out(paths: Sequence[str | Path]) -> str | None:
-    """A line about the files of folders that are not read, hidden ones apart; `None` if there are none."""
+    """A line about the files of folders that are not read, hidden ones apart; `None` if there are
+    none.
+    """
     names = [
         file.relative_to(path).as_posix()
         for path in map(Path, paths)
@@ -114,14 +133,20 @@ def left_out(paths: Sequence[str | Path]) -> str | None:
 
 
 def _is_listed(path: Path) -> bool:
-    """Whether a file of a folder is read; one without a suffix is not, since nothing says that it is text."""
+    """Whether a file of a folder is read; one without a suffix is not, since nothing says that it
+    is text.
+    """
     return bool(path.suffix) and kind_of(path) is not None
 
 
 def _source(name: str, path: Path, fields: Fields) -> SourceFile:
     if not fields or kind_of(path) == "text":
         return SourceFile(name, path)
-    return SourceFile(f"{name} ({', '.join(f'{field}={own}' for field, own in sorted(fields.items()))})", path, fields)
+    return SourceFile(
+        f"{name} ({', '.join(f'{field}={own}' for field, own in sorted(fields.items()))})",
+        path,
+        fields,
+    )
 
 
 class Opened(NamedTuple):
@@ -141,7 +166,8 @@ def open_source(path: Path) -> Iterator[Opened]:
     """Opens a file for reading, through its compression.
 
     Raises:
-      InputError: naming the file: it cannot be read, or is damaged or cut off; or a library is missing.
+      InputError: naming the file: it cannot be read, or is damaged or cut off; or a library is
+        missing.
     """
     suffix = compression_of(path)
     try:
@@ -155,7 +181,9 @@ def open_source(path: Path) -> Iterator[Opened]:
     except OSError as error:
         what = "cannot be read" if error.errno or not suffix else "damaged or cut off"
         reason = error.strerror or str(error).splitlines()[0]
-        raise InputError(f"{path}: {what} ({reason:.80}); a readable {suffix or 'file'} expected") from None
+        raise InputError(
+            f"{path}: {what} ({reason:.80}); a readable {suffix or 'file'} expected"
+        ) from None
 
 
 def _decompressed(path: Path, suffix: str, raw: BinaryIO) -> Any:
@@ -168,5 +196,7 @@ def _decompressed(path: Path, suffix: str, raw: BinaryIO) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise InputError(f"{path}: .zst is read by pyarrow; pip install 'llama-jax[data]'") from None
+        raise InputError(
+            f"{path}: .zst is read by pyarrow; pip install 'llama-jax[data]'"
+        ) from None
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")

@@ -1,4 +1,6 @@
-"""Tokens on disk: a memory-mapped file, checked against its header when it is opened (`token_header` has the layout)."""
+"""Tokens on disk: a memory-mapped file, checked against its header when it is opened
+(`token_header` has the layout).
+"""
 
 import array
 import contextlib
@@ -14,7 +16,14 @@ from typing import BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from llama_jax.data.tokens import Counter, Piece, TokenCounts, count_tokens, read_counts, write_counts
+from llama_jax.data.tokens import (
+    Counter,
+    Piece,
+    TokenCounts,
+    count_tokens,
+    read_counts,
+    write_counts,
+)
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.storage import atomic_write
 
@@ -27,7 +36,8 @@ from llama_jax.storage import atomic_write
 # tokens                                            uint16 or uint32, little endian
 # padding to a multiple of 8 bytes
 # starts: position of each document's first token   uint64, little endian
-# mask: which tokens are learned from, if not all   one bit a token, the first in the highest bit of a byte
+# mask: which tokens are learned from, if not all   one bit a token, the first in the highest bit of
+#   a byte
 
 
 VERSION = 2
@@ -46,12 +56,14 @@ class TokenHeader(NamedTuple):
     """What a token file says about itself.
 
     Attributes:
-      kind: `text`, learned from as a whole; `chat`, conversations with a mask of what the assistant says; `pairs`, the same
-        with two neighbouring documents for one prompt, the chosen answer before the rejected one.
+      kind: `text`, learned from as a whole; `chat`, conversations with a mask of what the assistant
+        says; `pairs`, the same with two neighbouring documents for one prompt, the chosen answer
+        before the rejected one.
       dtype: `uint16` where the vocabulary allows, else `uint32`.
       tokens: number of tokens, begin and end tokens included.
       documents: number of documents; each has at least one token.
-      bytes_of_text: UTF-8 bytes of what is learned from, all text or what the assistant says: the denominator of bits per byte.
+      bytes_of_text: UTF-8 bytes of what is learned from, all text or what the assistant says: the
+        denominator of bits per byte.
       vocab_size: every token is below it.
       tokenizer_sha256: of the tokenizer's file.
       sources_sha256: of the documents' names and texts.
@@ -121,10 +133,14 @@ def parse_header(path: Path, block: bytes) -> TokenHeader:
       CorruptError: it is not a token file of this version, or its header is damaged.
     """
     if len(block) < TOKENS_AT or not block.startswith(_MAGIC):
-        raise CorruptError(f"{path}: not a token file, or cut off in its header; prepare the data again")
+        raise CorruptError(
+            f"{path}: not a token file, or cut off in its header; prepare the data again"
+        )
     _, version, length, crc = _PREAMBLE.unpack_from(block)
     if version != VERSION:
-        raise CorruptError(f"{path}: token file of version {version}, {VERSION} expected; prepare the data again")
+        raise CorruptError(
+            f"{path}: token file of version {version}, {VERSION} expected; prepare the data again"
+        )
     body = block[_PREAMBLE.size : _PREAMBLE.size + length]
     if zlib.crc32(body) != crc:
         raise CorruptError(f"{path}: the checksum of its header is wrong; prepare the data again")
@@ -132,12 +148,18 @@ def parse_header(path: Path, block: bytes) -> TokenHeader:
 
 
 def _parse(path: Path, body: bytes) -> TokenHeader:
-    """The header as typed values: a checksum proves that it is whole, not that this program wrote it."""
+    """The header as typed values: a checksum proves that it is whole, not that this program wrote
+    it.
+    """
     try:
         header = TokenHeader(**json.loads(body))
     except (ValueError, TypeError, RecursionError):
-        raise CorruptError(f"{path}: its header is not one of a token file; prepare the data again") from None
-    types_fit = all(type(value) is TokenHeader.__annotations__[name] for name, value in header._asdict().items())
+        raise CorruptError(
+            f"{path}: its header is not one of a token file; prepare the data again"
+        ) from None
+    types_fit = all(
+        type(value) is TokenHeader.__annotations__[name] for name, value in header._asdict().items()
+    )
     known = types_fit and header.dtype in _TOKEN_DTYPES and header.kind in KINDS
     if not known or min(header.tokens, header.documents) < 1:
         raise CorruptError(f"{path}: its header has values of a wrong kind; prepare the data again")
@@ -155,7 +177,8 @@ Mask = Sequence[bool] | np.ndarray
 
 @contextlib.contextmanager
 def token_writer(path: Path, vocab_size: int, kind: Kind) -> Iterator["TokenWriter"]:
-    """A writer whose file takes the place of `path` when the block ends without an error; call its `finish` before.
+    """A writer whose file takes the place of `path` when the block ends without an error; call its
+    `finish` before.
 
     Args:
       path: file to write.
@@ -196,7 +219,8 @@ class TokenWriter:
           mask: which of them are learned from; for kinds other than `text`.
 
         Raises:
-          InputError: for an id outside the vocabulary, naming it and the number of its document in the file, from 0.
+          InputError: for an id outside the vocabulary, naming it and the number of its document in
+            the file, from 0.
         """
         if not len(ids):
             return
@@ -215,7 +239,9 @@ class TokenWriter:
 
     def _add_mask(self, mask: Mask | None, count: int) -> np.ndarray:
         if mask is None or len(mask) != count:
-            raise ValueError(f"{self._kind}: a mask with one value for each of {count} tokens expected")
+            raise ValueError(
+                f"{self._kind}: a mask with one value for each of {count} tokens expected"
+            )
         learned = np.asarray(mask, bool)
         bits = np.concatenate([self._open_bits, learned])
         whole = len(bits) // 8 * 8
@@ -228,7 +254,8 @@ class TokenWriter:
         outside = values[(values < 0) | (values >= self._vocab_size)]
         if outside.size:
             raise InputError(
-                f"document {self.documents}: token id {outside[0]}, but ids from 0 to {self._vocab_size - 1} expected"
+                f"document {self.documents}: token id {outside[0]}, but ids from 0 to "
+                f"{self._vocab_size - 1} expected"
             )
         return values
 
@@ -273,7 +300,8 @@ _CHECKED_AT_ONCE = 1 << 22  # elements
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenFile:
-    """An open token file (`data.tokens.Tokens`): one map, one descriptor, nothing read from disk before it is looked at.
+    """An open token file (`data.tokens.Tokens`): one map, one descriptor, nothing read from disk
+    before it is looked at.
 
     Attributes:
       path: where it is.
@@ -297,22 +325,33 @@ class TokenFile:
 
         Raises:
           InputError: the file cannot be read.
-          CorruptError: it is not a token file of this version, or its length contradicts its header.
+          CorruptError: it is not a token file of this version, or its length contradicts its
+            header.
         """
         try:
             with path.open("rb", buffering=0) as file:
-                header, size = parse_header(path, file.read(TOKENS_AT)), os.fstat(file.fileno()).st_size
+                header, size = (
+                    parse_header(path, file.read(TOKENS_AT)),
+                    os.fstat(file.fileno()).st_size,
+                )
                 if size != header.file_bytes:
                     raise CorruptError(
-                        f"{path}: {size} bytes, but its header promises {header.file_bytes}; prepare the data again"
+                        f"{path}: {size} bytes, but its header promises "
+                        f"{header.file_bytes}; prepare the data again"
                     )
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}; a token file expected") from None
-        mapped.madvise(mmap.MADV_RANDOM)  # else a kernel reads megabytes ahead of the few pages of a sequence
+        mapped.madvise(
+            mmap.MADV_RANDOM
+        )  # else a kernel reads megabytes ahead of the few pages of a sequence
         tokens = np.frombuffer(mapped, header.token_dtype, header.tokens, TOKENS_AT)
         starts = np.frombuffer(mapped, START_DTYPE, header.documents, header.starts_at)
-        mask = np.frombuffer(mapped, np.uint8, header.mask_bytes, header.mask_at) if header.mask_bytes else None
+        mask = (
+            np.frombuffer(mapped, np.uint8, header.mask_bytes, header.mask_at)
+            if header.mask_bytes
+            else None
+        )
         return cls(path, header, tokens, starts, mask, mapped)
 
     @property
@@ -349,14 +388,19 @@ class TokenFile:
         """The tokens from `first` to `stop - 1`; fewer where the file ends before.
 
         Raises:
-          CorruptError: for a token outside the vocabulary: the file was damaged after it was written.
+          CorruptError: for a token outside the vocabulary: the file was damaged after it was
+            written.
         """
         chosen = self.tokens[first:stop]
         self._fetch(TOKENS_AT + first * chosen.itemsize, chosen.nbytes)
         ids = chosen.astype(np.int32)
         if ids.size and ids.max() >= self.vocab_size:
-            raise CorruptError(f"{self.path}: token {ids.max()}, but a vocabulary of {self.vocab_size}; prepare the data again")
-        # Keys of the array's own type: any other would have the whole mapped array converted for each look-up.
+            raise CorruptError(
+                f"{self.path}: token {ids.max()}, but a vocabulary of {self.vocab_size}; "
+                "prepare the data again"
+            )
+        # Keys of the array's own type: any other would have the whole mapped array converted for
+        # each look-up.
         begin, end = np.searchsorted(self.starts, np.array([first, first + len(ids)], np.uint64))
         begins = np.zeros(len(ids), bool)
         begins[(self.starts[begin:end] - np.uint64(first)).astype(np.int64)] = True
@@ -369,7 +413,9 @@ class TokenFile:
         return bits[first % 8 : first % 8 + count].astype(bool)
 
     def _fetch(self, first: int, count: int) -> None:
-        """Has bytes of the file read at once, rather than a page at a time when they are looked at."""
+        """Has bytes of the file read at once, rather than a page at a time when they are looked
+        at.
+        """
         page = first // mmap.PAGESIZE * mmap.PAGESIZE
         if first + count - page > mmap.PAGESIZE and count:
             self.mapped.madvise(mmap.MADV_WILLNEED, page, first + count - page)
@@ -385,7 +431,9 @@ class TokenFile:
         return self.path.with_name(f"{self.path.stem}_counts.json")
 
     def counts(self) -> TokenCounts:
-        """Which tokens occur: from the file beside it, or where there is none by reading everything."""
+        """Which tokens occur: from the file beside it, or where there is none by reading
+        everything.
+        """
         kept = read_counts(self.counts_path, self.vocab_size, self.header.sources_sha256)
         return count_tokens(self) if kept is None else kept
 
@@ -401,16 +449,27 @@ class TokenFile:
           CorruptError: naming the file and what is wrong.
         """
         self.mapped.madvise(mmap.MADV_SEQUENTIAL)
-        parts = {"tokens": self.tokens, "starts": self.starts} | ({} if self.mask is None else {"mask": self.mask})
+        parts = {"tokens": self.tokens, "starts": self.starts} | (
+            {} if self.mask is None else {"mask": self.mask}
+        )
         for name, values in parts.items():
             if _checksum(values) != getattr(self.header, f"{name}_crc32"):
-                raise CorruptError(f"{self.path}: the checksum of its {name} is wrong; prepare the data again")
-        if self.starts[0] != 0 or self.starts[-1] >= self.header.tokens or not _increases(self.starts):
-            raise CorruptError(f"{self.path}: its document starts are out of order; prepare the data again")
+                raise CorruptError(
+                    f"{self.path}: the checksum of its {name} is wrong; prepare the data again"
+                )
+        if (
+            self.starts[0] != 0
+            or self.starts[-1] >= self.header.tokens
+            or not _increases(self.starts)
+        ):
+            raise CorruptError(
+                f"{self.path}: its document starts are out of order; prepare the data again"
+            )
         largest = max(int(piece.max()) for piece in iterate_pieces(self.tokens))
         if largest >= self.header.vocab_size:
             raise CorruptError(
-                f"{self.path}: token {largest}, but a vocabulary of {self.header.vocab_size}; prepare the data again"
+                f"{self.path}: token {largest}, but a vocabulary of "
+                f"{self.header.vocab_size}; prepare the data again"
             )
         self.mapped.madvise(mmap.MADV_RANDOM)
 
@@ -424,7 +483,8 @@ def write_tokens(
     tokenizer_sha256: str,
     sources_sha256: str,
 ) -> TokenFile:
-    """Writes text documents, one at a time, and opens the result; an interruption leaves no file, or the old one.
+    """Writes text documents, one at a time, and opens the result; an interruption leaves no file,
+    or the old one.
 
     Args:
       path: file to write.
@@ -435,18 +495,26 @@ def write_tokens(
       sources_sha256: of what was encoded.
 
     Raises:
-      InputError: no documents, or an id outside the vocabulary, naming it and its document's number from 0.
+      InputError: no documents, or an id outside the vocabulary, naming it and its document's number
+        from 0.
     """
     with token_writer(path, vocab_size, "text") as writer:
         for ids in documents:
             writer.add(ids)
-        writer.finish(bytes_of_text=bytes_of_text, tokenizer_sha256=tokenizer_sha256, sources_sha256=sources_sha256)
+        writer.finish(
+            bytes_of_text=bytes_of_text,
+            tokenizer_sha256=tokenizer_sha256,
+            sources_sha256=sources_sha256,
+        )
     return TokenFile.open(path)
 
 
 def iterate_pieces(values: np.ndarray) -> Iterator[np.ndarray]:
     """Consecutive parts of a long array, so that a pass over a mapped file needs little memory."""
-    return (values[first : first + _CHECKED_AT_ONCE] for first in range(0, len(values), _CHECKED_AT_ONCE))
+    return (
+        values[first : first + _CHECKED_AT_ONCE]
+        for first in range(0, len(values), _CHECKED_AT_ONCE)
+    )
 
 
 def _checksum(values: np.ndarray) -> int:
@@ -457,5 +525,8 @@ def _checksum(values: np.ndarray) -> int:
 
 
 def _increases(starts: np.ndarray) -> bool:
-    pieces = (starts[first : first + _CHECKED_AT_ONCE + 1] for first in range(0, len(starts), _CHECKED_AT_ONCE))
+    pieces = (
+        starts[first : first + _CHECKED_AT_ONCE + 1]
+        for first in range(0, len(starts), _CHECKED_AT_ONCE)
+    )
     return all(bool((piece[1:] > piece[:-1]).all()) for piece in pieces)

@@ -1,4 +1,6 @@
-"""A prepared folder, opened: its shards as one array of tokens for training and one for evaluation."""
+"""A prepared folder, opened: its shards as one array of tokens for training and one for
+evaluation.
+"""
 
 import bisect
 import dataclasses
@@ -78,7 +80,8 @@ class CountsEntry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder says about itself; no times and no places, so equal input gives equal manifests.
+    """What a prepared folder says about itself; no times and no places, so equal input gives equal
+    manifests.
 
     Attributes:
       version: of this layout.
@@ -144,7 +147,8 @@ class Manifest:
             content = path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"{path}: {error.strerror or error}; a folder that `prepare` finished expected (the same command goes on)"
+                f"{path}: {error.strerror or error}; a folder that `prepare` finished "
+                "expected (the same command goes on)"
             ) from None
         try:
             values = json.loads(content)
@@ -156,16 +160,22 @@ class Manifest:
                     return cls(**values)
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise CorruptError(f"{path}: not a manifest, or damaged; prepare the data again") from None
+            raise CorruptError(
+                f"{path}: not a manifest, or damaged; prepare the data again"
+            ) from None
         raise InputError(
-            f"{path}: version {version!r:.20}, kind {kind!r:.20} given, version {MANIFEST_VERSION} with shards of a known kind "
+            f"{path}: version {version!r:.20}, kind {kind!r:.20} given, version "
+            f"{MANIFEST_VERSION} with shards of a known kind "
             "expected; prepare the data again, with another --output"
         )
 
 
 _ENTRIES: dict[str, type] = {
-    "sources": SourceEntry, "train": ShardEntry, "held_out_shards": ShardEntry, "counts": CountsEntry,
-}  # fmt: skip
+    "sources": SourceEntry,
+    "train": ShardEntry,
+    "held_out_shards": ShardEntry,
+    "counts": CountsEntry,
+}
 
 
 def manifest_sha256(directory: Path) -> str:
@@ -184,7 +194,9 @@ def _entries(kind: type, listed: list[dict]) -> tuple:
     types = tuple(kind.__annotations__.values())
     entries = tuple(kind(**values) for values in listed)
     for entry in entries:
-        if tuple(map(type, entry)) != types or (kind is not SourceEntry and not _is_name(entry.file)):
+        if tuple(map(type, entry)) != types or (
+            kind is not SourceEntry and not _is_name(entry.file)
+        ):
             raise ValueError
     return entries
 
@@ -248,8 +260,8 @@ class Shards:
 
         Raises:
           InputError: a shard cannot be read.
-          CorruptError: for a shard that is not the one of the manifest, and for a token outside the vocabulary: the file was
-            damaged after it was written.
+          CorruptError: for a shard that is not the one of the manifest, and for a token outside the
+            vocabulary: the file was damaged after it was written.
         """
         number = self.locate(first)
         parts = [self._read(number, first, stop)]
@@ -269,7 +281,11 @@ class Shards:
         return file.read(max(0, first - start), min(stop - start, file.size))
 
     def _file(self, number: int) -> TokenFile:
-        return _opened(self.directory, self.entries[number], (self.kind, self.vocab_size, self.tokenizer_sha256))
+        return _opened(
+            self.directory,
+            self.entries[number],
+            (self.kind, self.vocab_size, self.tokenizer_sha256),
+        )
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document."""
@@ -285,7 +301,10 @@ class Shards:
         whole = path.is_file() and file_sha256(path) == self.counted.sha256
         kept = read_counts(path, self.vocab_size) if whole else None
         if kept is None:
-            raise CorruptError(f"{path}: missing, or its SHA-256 is not that of the manifest; prepare the data again")
+            raise CorruptError(
+                f"{path}: missing, or its SHA-256 is not that of the manifest; prepare "
+                "the data again"
+            )
         return kept
 
 
@@ -309,7 +328,8 @@ class TokenSet:
     def open(cls, directory: Path) -> "TokenSet":
         """Opens a folder after comparing the sizes of its files with the manifest.
 
-        The header of a shard is compared when the shard is first read; see `damage` for the content.
+        The header of a shard is compared when the shard is first read; see `damage` for the
+        content.
 
         Raises:
           InputError: it was not prepared to the end.
@@ -323,7 +343,9 @@ class TokenSet:
         sides = [
             Shards(name, directory, entries, counted, *_common(manifest))
             for name, entries, counted in zip(
-                (str(directory), f"{directory} (held out)"), (manifest.train, manifest.held_out_shards), manifest.counts
+                (str(directory), f"{directory} (held out)"),
+                (manifest.train, manifest.held_out_shards),
+                manifest.counts,
             )
         ]
         return cls(directory, manifest, sides[0], sides[1] if len(sides) > 1 else None)
@@ -346,7 +368,8 @@ def damage(directory: Path) -> list[str]:
     for counted in manifest.counts:
         if counted.file not in sizes or file_sha256(directory / counted.file) != counted.sha256:
             found.append(
-                f"{directory / counted.file}: missing, or its SHA-256 is not that of the manifest; prepare the data again"
+                f"{directory / counted.file}: missing, or its SHA-256 is not that of the "
+                "manifest; prepare the data again"
             )
     for entry in manifest.shards:
         try:
@@ -354,15 +377,23 @@ def damage(directory: Path) -> list[str]:
                 raise _wrong_size(directory, entry, sizes)
             _open(directory, entry, _common(manifest)).verify()
             if file_sha256(directory / entry.file) != entry.sha256:
-                found.append(f"{directory / entry.file}: its SHA-256 is not that of the manifest; prepare the data again")
+                found.append(
+                    f"{directory / entry.file}: its SHA-256 is not that of the manifest; "
+                    "prepare the data again"
+                )
         except InputError as error:
             found.append(str(error))
     totals = sum(e.documents for e in manifest.shards), sum(e.tokens for e in manifest.shards)
     if totals != (manifest.documents, manifest.tokens):
-        found.append(f"{directory}: the counts of the manifest do not add up; prepare the data again")
+        found.append(
+            f"{directory}: the counts of the manifest do not add up; prepare the data again"
+        )
     try:
         if hash_tokenizer(directory / TOKENIZER) != manifest.tokenizer_sha256:
-            found.append(f"{directory / TOKENIZER}: not the tokenizer of the manifest; prepare the data again")
+            found.append(
+                f"{directory / TOKENIZER}: not the tokenizer of the manifest; prepare "
+                "the data again"
+            )
     except InputError as error:
         found.append(str(error))
     return found
@@ -376,14 +407,25 @@ def _sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
     """Bytes of the files that are there, by name."""
     wanted = {entry.file for entry in manifest.files}
     with os.scandir(directory) as listing:
-        return {file.name: file.stat().st_size for file in listing if file.name in wanted and file.is_file()}
+        return {
+            file.name: file.stat().st_size
+            for file in listing
+            if file.name in wanted and file.is_file()
+        }
 
 
-def _wrong_size(directory: Path, entry: ShardEntry | CountsEntry, sizes: dict[str, int]) -> CorruptError:
+def _wrong_size(
+    directory: Path, entry: ShardEntry | CountsEntry, sizes: dict[str, int]
+) -> CorruptError:
     path = directory / entry.file
     if entry.file not in sizes:
-        return CorruptError(f"{path}: missing, though the manifest names it; prepare the data again")
-    return CorruptError(f"{path}: {sizes[entry.file]} bytes, but the manifest says {entry.bytes}; prepare the data again")
+        return CorruptError(
+            f"{path}: missing, though the manifest names it; prepare the data again"
+        )
+    return CorruptError(
+        f"{path}: {sizes[entry.file]} bytes, but the manifest says {entry.bytes}; "
+        "prepare the data again"
+    )
 
 
 def _open(directory: Path, entry: ShardEntry, common: _Common) -> TokenFile:
@@ -391,11 +433,19 @@ def _open(directory: Path, entry: ShardEntry, common: _Common) -> TokenFile:
     file = TokenFile.open(path)
     header = file.header
     told = entry.documents, entry.tokens, entry.bytes_of_text, *common
-    own = header.documents, header.tokens, header.bytes_of_text, header.kind, header.vocab_size, header.tokenizer_sha256
+    own = (
+        header.documents,
+        header.tokens,
+        header.bytes_of_text,
+        header.kind,
+        header.vocab_size,
+        header.tokenizer_sha256,
+    )
     if told != own:
         raise CorruptError(f"{path}: another file than the manifest says; prepare the data again")
     return file
 
 
-# One for the process: what a run reads from many data sets must not open more files than what it reads from one.
+# One for the process: what a run reads from many data sets must not open more files than what it
+#   reads from one.
 _opened = functools.lru_cache(OPEN_AT_ONCE)(_open)

@@ -77,7 +77,8 @@ class Tokens(Protocol):
         """The tokens from `first` to `stop - 1`; fewer where they end before.
 
         Raises:
-          CorruptError: for a token outside the vocabulary: the file was damaged after it was written.
+          CorruptError: for a token outside the vocabulary: the file was damaged after it was
+            written.
         """
         ...
 
@@ -98,21 +99,31 @@ READ_AT_ONCE = 1 << 22  # tokens
 
 
 def pieces(tokens: Tokens) -> list[tuple[int, int]]:
-    """Borders of the parts in which all tokens are gone through, so that a pass over mapped files needs little memory."""
-    return [(first, min(first + READ_AT_ONCE, tokens.size)) for first in range(0, tokens.size, READ_AT_ONCE)]
+    """Borders of the parts in which all tokens are gone through, so that a pass over mapped files
+    needs little memory.
+    """
+    return [
+        (first, min(first + READ_AT_ONCE, tokens.size))
+        for first in range(0, tokens.size, READ_AT_ONCE)
+    ]
 
 
 def joined(parts: list[Piece]) -> Piece:
     """Neighbouring pieces as one."""
-    return parts[0] if len(parts) == 1 else Piece(*[np.concatenate(column) for column in zip(*parts)])
+    return (
+        parts[0] if len(parts) == 1 else Piece(*[np.concatenate(column) for column in zip(*parts)])
+    )
 
 
 # --- token counts ---
 #
-# How often each token is a target: counted while tokens are written, kept in a file, so that no start reads the tokens.
+# How often each token is a target: counted while tokens are written, kept in a file, so that no
+#   start reads the tokens.
 
 
-_COUNTED_AT_ONCE = 1 << 20  # tokens: counting has a cost for each piece that grows with the vocabulary
+_COUNTED_AT_ONCE = (
+    1 << 20
+)  # tokens: counting has a cost for each piece that grows with the vocabulary
 _LARGEST_FILE = 1 << 28  # bytes
 
 
@@ -143,7 +154,9 @@ class Counter:
 
     def _count(self) -> None:
         if self._waiting:
-            self._targets += np.bincount(np.concatenate(self._waiting), minlength=len(self._targets))
+            self._targets += np.bincount(
+                np.concatenate(self._waiting), minlength=len(self._targets)
+            )
         self._waiting, self._size = [], 0
 
     def counts(self) -> TokenCounts:
@@ -153,7 +166,9 @@ class Counter:
 
 
 def count_tokens(tokens: Tokens) -> TokenCounts:
-    """Counts the targets of evaluation: all that is learned from but the first token of each document; reads everything."""
+    """Counts the targets of evaluation: all that is learned from but the first token of each
+    document; reads everything.
+    """
     targets, largest = np.zeros(tokens.vocab_size, np.int64), -1
     for first, stop in pieces(tokens):
         ids, begins, learned = tokens.read(first, stop)
@@ -176,7 +191,12 @@ def write_counts(path: Path, counts: TokenCounts, key: str) -> None:
       key: what was counted; `read_counts` compares it.
     """
     targets = counts.targets.tolist()
-    values = {"key": key, "largest": counts.largest, "crc32": _checksum(targets, counts.largest), "targets": targets}
+    values = {
+        "key": key,
+        "largest": counts.largest,
+        "crc32": _checksum(targets, counts.largest),
+        "targets": targets,
+    }
     with atomic_write(path) as file:
         file.write((json.dumps(values) + "\n").encode())
 
@@ -195,7 +215,11 @@ def read_counts(path: Path, vocab_size: int, key: str | None = None) -> TokenCou
         values = json.loads(path.read_bytes())
         targets, largest = values["targets"], values["largest"]
         fits = len(targets) == vocab_size and type(largest) is int and -1 <= largest < vocab_size
-        if not fits or values["crc32"] != _checksum(targets, largest) or (key is not None and values["key"] != key):
+        if (
+            not fits
+            or values["crc32"] != _checksum(targets, largest)
+            or (key is not None and values["key"] != key)
+        ):
             return None
         return TokenCounts(np.array(targets, np.int64), largest)
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -212,9 +236,11 @@ def _checksum(targets: list[int], largest: int) -> int:
 
 
 def unigram_cross_entropy(train: Sequence[Tokens], held_out: Sequence[Tokens]) -> float:
-    """Nats per token of `held_out` under the token frequencies of `train`, each count raised by one.
+    """Nats per token of `held_out` under the token frequencies of `train`, each count raised by
+    one.
 
-    The targets are those of evaluation: all tokens but the first of each document, and of conversations only what the
+    The targets are those of evaluation: all tokens but the first of each document, and of
+      conversations only what the
     assistant says. Reads what was counted when the tokens were written, not the tokens.
     """
     size = max(tokens.vocab_size for tokens in (*train, *held_out))

@@ -23,10 +23,12 @@ from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 
 # --- processes ---
 #
-# Work done by several processes, its results in the order of the work; one that dies is noticed, whatever it was doing.
+# Work done by several processes, its results in the order of the work; one that dies is noticed,
+# whatever it was doing.
 #
-# Each process has a pipe of its own, which is closed when it dies. (The pool of the standard library shares one pipe: a process
-# that is killed while it hands over a result leaves the others waiting for ever.)
+# Each process has a pipe of its own, which is closed when it dies. (The pool of the standard
+# library shares one pipe: a process that is killed while it hands over a result leaves the others
+#   waiting for ever.)
 
 
 Item = TypeVar("Item")
@@ -43,7 +45,8 @@ class Workers(Generic[Item, Result]):
     """Processes that all do the same; a context manager.
 
     Args:
-      make: called once in each process; gives what is then called with each item. It can be pickled.
+      make: called once in each process; gives what is then called with each item. It can be
+        pickled.
       count: of the processes.
     """
 
@@ -82,7 +85,9 @@ class Workers(Generic[Item, Result]):
         while True:
             room = min(len(free), _AHEAD * len(self._pipes) - len(held))
             for item in itertools.islice(source, room):
-                pipe = free.pop()  # of one that waits: two that send to each other would wait for ever
+                pipe = (
+                    free.pop()
+                )  # of one that waits: two that send to each other would wait for ever
                 _send(pipe, item)
                 working[pipe], given = given, given + 1
                 held.append(item)
@@ -116,8 +121,12 @@ def _receive(pipe: Connection) -> tuple:
 
 
 def _serve(make: Callable[[], Callable], pipe: Connection) -> None:
-    """The life of a process: an item in, its result or the error out, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first one ends the others
+    """The life of a process: an item in, its result or the error out, until the other end is
+    closed.
+    """
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work = make()
     with contextlib.suppress(EOFError, OSError):
@@ -174,12 +183,14 @@ class Document(NamedTuple):
     bytes_of_text: int
 
 
-def encode_record(record: Record, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[Document]:
+def encode_record(
+    record: Record, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[Document]:
     """The documents of a record: one, or two for a pair of answers.
 
-    Text begins as prompts of the model do, and ends with the tokenizer's end token, where it has one; a conversation is
-    what the template makes of it. Of a conversation all turns of the assistant are learned from (but those of weight 0), of
-    a pair the last turn only.
+    Text begins as prompts of the model do, and ends with the tokenizer's end token, where it has
+    one; a conversation is what the template makes of it. Of a conversation all turns of the
+    assistant are learned from (but those of weight 0), of a pair the last turn only.
 
     Raises:
       InputError: naming the record.
@@ -189,7 +200,8 @@ def encode_record(record: Record, tokenizer: Tokenizer, template: ChatTemplate |
         return [Document(ids, None, len(record.body.encode()))]
     if template is None:
         raise InputError(
-            f"{record.name}: a conversation, but the tokenizer comes without a chat template; name one (--template)"
+            f"{record.name}: a conversation, but the tokenizer comes without a chat "
+            "template; name one (--template)"
         )
     try:
         return [_encode_chat(messages, tokenizer, template, record) for messages in record.body]
@@ -200,18 +212,31 @@ def encode_record(record: Record, tokenizer: Tokenizer, template: ChatTemplate |
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a whole text: begun as prompts are, and ended where the tokenizer has an end token."""
+    """The tokens of a whole text: begun as prompts are, and ended where the tokenizer has an end
+    token.
+    """
     return encode_prompt(tokenizer, text) + ([] if tokenizer.end_id is None else [tokenizer.end_id])
 
 
-def _encode_chat(messages: Messages, tokenizer: Tokenizer, template: ChatTemplate, record: Record) -> Document:
+def _encode_chat(
+    messages: Messages, tokenizer: Tokenizer, template: ChatTemplate, record: Record
+) -> Document:
     dialogue = encode_dialogue(template, tokenizer, messages, record.tools)
     mask = np.array(dialogue.mask, bool)
     if not mask[1:].any():
-        raise InputError("nothing of it is learned from (an answer that is empty, and that the template does not end)")
-    said = [_said_bytes(message) for message in messages if message["role"] == "assistant" and message.get("weight", 1)]
+        raise InputError(
+            "nothing of it is learned from (an answer that is empty, and that the "
+            "template does not end)"
+        )
+    said = [
+        _said_bytes(message)
+        for message in messages
+        if message["role"] == "assistant" and message.get("weight", 1)
+    ]
     if record.kind == "pairs":
-        last_said = messages[-1]["role"] == "assistant" and (messages[-1]["content"].strip() or "tool_calls" in messages[-1])
+        last_said = messages[-1]["role"] == "assistant" and (
+            messages[-1]["content"].strip() or "tool_calls" in messages[-1]
+        )
         if not last_said or not messages[-1].get("weight", 1) or not mask.any():
             raise InputError("an answer that is empty, or not the assistant's; text expected")
         last = int(np.flatnonzero(mask)[-1])
@@ -223,11 +248,15 @@ def _encode_chat(messages: Messages, tokenizer: Tokenizer, template: ChatTemplat
 
 def _said_bytes(message: Mapping[str, Any]) -> int:
     """UTF-8 bytes of what a message says, calls as JSON."""
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    calls = [
+        json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())
+    ]
     return sum(len(text.encode()) for text in (message["content"], *calls))
 
 
-def encode_all(records: Iterable[Record], encoder: Encoder, workers: int) -> Iterator[tuple[Record, list[Document]]]:
+def encode_all(
+    records: Iterable[Record], encoder: Encoder, workers: int
+) -> Iterator[tuple[Record, list[Document]]]:
     """Each record with its documents, in order, whatever the number of workers.
 
     Args:
@@ -256,7 +285,8 @@ def encode_all(records: Iterable[Record], encoder: Encoder, workers: int) -> Ite
 def _died(last: list[Record] | None) -> InputError:
     where = f"{last[-1].name}: behind this record" if last else "at the beginning"
     return InputError(
-        f"{where} a process that encodes ended without a word (out of memory?); the same command goes on with what is missing, "
+        f"{where} a process that encodes ended without a word (out of memory?); the same "
+        "command goes on with what is missing, "
         "--workers 1 needs the least memory"
     )
 

@@ -1,4 +1,6 @@
-"""Autoregressive decoding as pure functions: prefill, one step, and a loop with early exit. No host work inside."""
+"""Autoregressive decoding as pure functions: prefill, one step, and a loop with early exit. No host
+work inside.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ from llama_jax.model.splash import fits_splash
 from llama_jax.parallel.sharding import whole_sequences
 
 NOTHING = -1  # stands in the output where a sequence was already done
-BROKEN = -2  # stands there once where the logits of a sequence are NaN or infinite, which ends the sequence
+BROKEN = (
+    -2
+)  # stands there once where the logits of a sequence are NaN or infinite, which ends the sequence
 
 
 class Progress(NamedTuple):
@@ -40,9 +44,11 @@ class Progress(NamedTuple):
 
 
 class SampledTokens(NamedTuple):
-    """Tokens drawn, with the log-probabilities asked for; one column a step in the output of a loop.
+    """Tokens drawn, with the log-probabilities asked for; one column a step in the output of a
+    loop.
 
-    Log-probabilities are those of the model itself, before bias, penalties, temperature and restriction.
+    Log-probabilities are those of the model itself, before bias, penalties, temperature and
+    restriction.
 
     Attributes:
       token: `NOTHING` where a sequence was done, `BROKEN` where its logits are not finite.
@@ -61,8 +67,8 @@ class Rollout(NamedTuple):
     """What `generate_tokens` gives.
 
     Attributes:
-      tokens: new tokens, filled up with `NOTHING` (-1) after a sequence's stop token; `BROKEN` (-2) is the last of a sequence whose
-        logits are NaN or infinite, with a log-probability of NaN.
+      tokens: new tokens, filled up with `NOTHING` (-1) after a sequence's stop token; `BROKEN` (-2)
+        is the last of a sequence whose logits are NaN or infinite, with a log-probability of NaN.
       logprobs: the log-probability of each under the model, 0 where there is none.
     """
 
@@ -71,14 +77,22 @@ class Rollout(NamedTuple):
 
 
 def sees_itself(model: Llama, length: int) -> bool:
-    """Whether so many tokens behind an empty cache may be run as a sequence of its own: not if the kernel asked for takes others."""
+    """Whether so many tokens behind an empty cache may be run as a sequence of its own: not if the
+    kernel asked for takes others.
+    """
     return model.options.attention != "splash" or fits_splash(length, model.config.head_dim)
 
 
 def prefill(
-    model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache, fresh: bool = False
+    model: Llama,
+    params: Parameters,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: Cache,
+    fresh: bool = False,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Runs prompts of unequal length, padded on the right with anything, behind what the cache holds.
+    """Runs prompts of unequal length, padded on the right with anything, behind what the cache
+    holds.
 
     Args:
       model: the module.
@@ -89,8 +103,8 @@ def prefill(
       fresh: nothing did; static.
 
     Returns:
-      Logits after each sequence's last real token (float32; meaningless for a sequence without one), and the cache with each
-      sequence's real tokens in it.
+      Logits after each sequence's last real token (float32; meaningless for a sequence without
+      one), and the cache with each sequence's real tokens in it.
     """
     features = apply(model, params, tokens, None, cache, fresh=fresh, method="features")
     last = jnp.take_along_axis(features.last, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
@@ -99,15 +113,23 @@ def prefill(
 
 
 def prefill_more(
-    model: Llama, params: Parameters, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], cache: Cache,
+    model: Llama,
+    params: Parameters,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: Cache,
     logits: Float[Array, "B V"],
-) -> tuple[Float[Array, "B V"], Cache]:  # fmt: skip
-    """`prefill` of the next piece of long prompts; sequences that have no token in this piece keep their `logits`."""
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`prefill` of the next piece of long prompts; sequences that have no token in this piece keep
+    their `logits`.
+    """
     after, cache = prefill(model, params, tokens, lengths, cache)
     return jnp.where((lengths > 0)[:, None], after, logits), cache
 
 
-def decode(model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+def decode(
+    model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
     """Runs one token of each sequence; the cache grows by one token a sequence.
 
     Returns:
@@ -118,8 +140,15 @@ def decode(model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cac
     return logits, Cache(features.cache.layers, cache.lengths + 1)
 
 
-def measured(logits: Float[Array, "*R V"], token: Int[Array, " *R"], drawn: Int[Array, " *R"], logprobs: int | None) -> SampledTokens:
-    """What was drawn, with log-probabilities: of the token and of the `logprobs` most probable ones."""
+def measured(
+    logits: Float[Array, "*R V"],
+    token: Int[Array, " *R"],
+    drawn: Int[Array, " *R"],
+    logprobs: int | None,
+) -> SampledTokens:
+    """What was drawn, with log-probabilities: of the token and of the `logprobs` most probable
+    ones.
+    """
     if logprobs is None:
         return SampledTokens(drawn)
     every = jax.nn.log_softmax(logits, axis=-1)
@@ -131,16 +160,22 @@ def measured(logits: Float[Array, "*R V"], token: Int[Array, " *R"], drawn: Int[
 
 
 def finite(logits: Float[Array, "*R V"]) -> Bool[Array, " *R"]:
-    """Whether the largest logit is a number: not NaN, which is larger than any other for `argmax`, and not infinite.
+    """Whether the largest logit is a number: not NaN, which is larger than any other for `argmax`,
+    and not infinite.
 
-    A look-up at the place that decoding looks for anyway, instead of another pass over the vocabulary.
+    A look-up at the place that decoding looks for anyway, instead of another pass over the
+    vocabulary.
     """
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     return jnp.isfinite(jnp.take_along_axis(logits, best, axis=-1))[..., 0]
 
 
 def _draw(
-    logits: Float[Array, "B V"], progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"], logprobs: int | None
+    logits: Float[Array, "B V"],
+    progress: Progress,
+    sampling: Sampling,
+    stop_ids: Int[Array, "B M"],
+    logprobs: int | None,
 ) -> tuple[Progress, SampledTokens]:
     """Draws the next token of each sequence that is not done."""
     done, history = progress.done, progress.history
@@ -148,29 +183,47 @@ def _draw(
     token, broken = sample(adjusted, sampling, progress.cache.lengths), ~done & ~finite(adjusted)
     if history is not None:
         history = remember(history, token, ~done)
-    drawn = measured(logits, token, jnp.where(done, NOTHING, jnp.where(broken, BROKEN, token)), logprobs)
+    drawn = measured(
+        logits, token, jnp.where(done, NOTHING, jnp.where(broken, BROKEN, token)), logprobs
+    )
     remaining = progress.remaining - jnp.where(done, 0, 1)
     done = done | broken | jnp.any(token[:, None] == stop_ids, axis=1) | (remaining <= 0)
     return Progress(token, progress.cache, remaining, done, history), drawn
 
 
 def begin(
-    logits: Float[Array, "B V"], cache: Cache, sampling: Sampling, stop_ids: Int[Array, "B M"], budget: Int[Array, " B"],
-    history: History | None, logprobs: int | None = None,
-) -> tuple[Progress, SampledTokens]:  # fmt: skip
-    """Draws the first token of each sequence that may draw `budget > 0` tokens, from the logits after its prompt."""
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    sampling: Sampling,
+    stop_ids: Int[Array, "B M"],
+    budget: Int[Array, " B"],
+    history: History | None,
+    logprobs: int | None = None,
+) -> tuple[Progress, SampledTokens]:
+    """Draws the first token of each sequence that may draw `budget > 0` tokens, from the logits
+    after its prompt.
+    """
     nothing = jnp.zeros(budget.shape, jnp.int32)
-    return _draw(logits, Progress(nothing, cache, budget, budget <= 0, history), sampling, stop_ids, logprobs)
+    return _draw(
+        logits, Progress(nothing, cache, budget, budget <= 0, history), sampling, stop_ids, logprobs
+    )
 
 
 def advance(
-    model: Llama, params: Parameters, progress: Progress, sampling: Sampling, stop_ids: Int[Array, "B M"],
-    steps: Int[Array, ""] | int, room: int, logprobs: int | None = None,
-) -> tuple[Progress, SampledTokens]:  # fmt: skip
+    model: Llama,
+    params: Parameters,
+    progress: Progress,
+    sampling: Sampling,
+    stop_ids: Int[Array, "B M"],
+    steps: Int[Array, ""] | int,
+    room: int,
+    logprobs: int | None = None,
+) -> tuple[Progress, SampledTokens]:
     """Up to `steps` (at most `room`) decoding steps; ends as soon as every sequence is done.
 
     Returns:
-      The state after them, and what was drawn, `room` columns with `NOTHING` where a sequence was done.
+      The state after them, and what was drawn, `room` columns with `NOTHING` where a sequence was
+      done.
     """
 
     def unfinished(carry: tuple[Array, Progress, SampledTokens]) -> Array:
@@ -183,10 +236,17 @@ def advance(
         step, progress, out = carry
         lengths = progress.cache.lengths
         logits, cache = decode(model, params, progress.token, progress.cache)
-        # A sequence that is done runs along with the others: its length stays, so it overwrites a slot that nobody reads.
+        # A sequence that is done runs along with the others: its length stays, so it overwrites a
+        #   slot that nobody reads.
         cache = Cache(cache.layers, jnp.where(progress.done, lengths, cache.lengths))
-        progress, drawn = _draw(logits, progress._replace(cache=cache), sampling, stop_ids, logprobs)
-        return step + 1, progress, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), out, drawn)
+        progress, drawn = _draw(
+            logits, progress._replace(cache=cache), sampling, stop_ids, logprobs
+        )
+        return (
+            step + 1,
+            progress,
+            jax.tree.map(lambda all_, new: all_.at[:, step].set(new), out, drawn),
+        )
 
     start = (jnp.zeros((), jnp.int32), progress, empty(progress.token.shape[0], room, logprobs))
     _, progress, out = lax.while_loop(unfinished, step, start)
@@ -201,7 +261,12 @@ def empty(sequences: int, room: int, logprobs: int | None) -> SampledTokens:
     chosen = jnp.zeros((sequences, room))
     if logprobs == 0:
         return SampledTokens(tokens, chosen)
-    return SampledTokens(tokens, chosen, jnp.zeros((sequences, room, logprobs), jnp.int32), jnp.zeros((sequences, room, logprobs)))
+    return SampledTokens(
+        tokens,
+        chosen,
+        jnp.zeros((sequences, room, logprobs), jnp.int32),
+        jnp.zeros((sequences, room, logprobs)),
+    )
 
 
 def generate_tokens(
@@ -214,7 +279,8 @@ def generate_tokens(
     max_new_tokens: Unchecked,
     samples: int = 1,
 ) -> Rollout:
-    """The whole of it as one function to be jitted into a larger program: prompts in, tokens and log-probabilities out.
+    """The whole of it as one function to be jitted into a larger program: prompts in, tokens and
+    log-probabilities out.
 
     Args:
       model: the module; static under `jit`.
@@ -222,15 +288,17 @@ def generate_tokens(
       prompts: token ids, padded on the right with anything.
       lengths: real tokens of each sequence.
       sampling: settings of each of the `R = B * samples` sequences of the output.
-      stop_ids: tokens that end a sequence (the stop token itself is part of the output), for all sequences or for each; may be
-        empty, and filled up with `NOTHING`.
-      max_new_tokens: at most so many tokens a sequence; static. `T + max_new_tokens` slots are reserved, as many as the model's
-        context at most.
-      samples: answers to each prompt, static; they share its prefill and lie next to each other in the output.
+      stop_ids: tokens that end a sequence (the stop token itself is part of the output), for all
+        sequences or for each; may be empty, and filled up with `NOTHING`.
+      max_new_tokens: at most so many tokens a sequence; static. `T + max_new_tokens` slots are
+        reserved, as many as the model's context at most.
+      samples: answers to each prompt, static; they share its prefill and lie next to each other in
+        the output.
 
     Raises:
-      InputError: while it is traced, for a `max_new_tokens` that is no whole number from 0 on, or that with `T` goes beyond
-        the context; for lengths of another number of prompts and sampling of another number of sequences.
+      InputError: while it is traced, for a `max_new_tokens` that is no whole number from 0 on, or
+        that with `T` goes beyond the context; for lengths of another number of prompts and sampling
+        of another number of sequences.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     sequences, length = prompts.shape
@@ -242,19 +310,33 @@ def generate_tokens(
         )
     total = sequences * samples
     if lengths.shape != (sequences,):
-        raise InputError(f"lengths of shape {list(lengths.shape)} given for {sequences} prompts; one a prompt expected")
+        raise InputError(
+            f"lengths of shape {list(lengths.shape)} given for {sequences} prompts; one "
+            "a prompt expected"
+        )
     if sampling.temperature.shape != (total,):
         raise InputError(
-            f"sampling for {sampling.temperature.shape[0]} sequences given with {sequences} prompts and {samples} samples of each; "
+            f"sampling for {sampling.temperature.shape[0]} sequences given with "
+            f"{sequences} prompts and {samples} samples of each; "
             f"make_sampling({total}, ...) expected: prompts times samples"
         )
-    model = Llama(model.config, dataclasses.replace(model.options, rules=whole_sequences(model.options.rules)))
+    model = Llama(
+        model.config, dataclasses.replace(model.options, rules=whole_sequences(model.options.rules))
+    )
     if max_new_tokens == 0:
         return Rollout(jnp.zeros((total, 0), jnp.int32), jnp.zeros((total, 0)))
     options = model.options
-    cache = init_cache(model.config, sequences, length + max_new_tokens, options.resolved_cache_dtype, options.scan)
-    logits, cache = prefill(model, params, prompts, lengths, cache, fresh=sees_itself(model, length))
-    history = None if sampling.penalties is None else begin_history(prompts, lengths, model.config.vocab_size)
+    cache = init_cache(
+        model.config, sequences, length + max_new_tokens, options.resolved_cache_dtype, options.scan
+    )
+    logits, cache = prefill(
+        model, params, prompts, lengths, cache, fresh=sees_itself(model, length)
+    )
+    history = (
+        None
+        if sampling.penalties is None
+        else begin_history(prompts, lengths, model.config.vocab_size)
+    )
     if samples > 1:
         origin = jnp.repeat(jnp.arange(sequences), samples)
         logits, cache = logits[origin], take_sequences(cache, origin)
@@ -263,7 +345,16 @@ def generate_tokens(
     stops = jnp.broadcast_to(stop_ids, (total, stop_ids.shape[-1]))
     budget = jnp.full((total,), max_new_tokens, jnp.int32)
     progress, first = begin(logits, cache, sampling, stops, budget, history, logprobs=0)
-    _, rest = advance(model, params, progress, sampling, stops, max_new_tokens - 1, room=max_new_tokens, logprobs=0)
+    _, rest = advance(
+        model,
+        params,
+        progress,
+        sampling,
+        stops,
+        max_new_tokens - 1,
+        room=max_new_tokens,
+        logprobs=0,
+    )
     tokens, logprobs = (
         jnp.concatenate([one[:, None], more[:, :-1]], axis=1)
         for one, more in zip(jax.tree.leaves(first), jax.tree.leaves(rest))

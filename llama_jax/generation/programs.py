@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
 from llama_jax.config import LlamaConfig
-from llama_jax.generation.decode import SampledTokens, Progress, advance, begin, prefill, prefill_more
+from llama_jax.generation.decode import (
+    Progress,
+    SampledTokens,
+    advance,
+    begin,
+    prefill,
+    prefill_more,
+)
 from llama_jax.generation.speculative import speculate
 from llama_jax.model.attention import KERNELS
 from llama_jax.model.cache import Cache, LayerCache, grow, init_cache, take_sequences
@@ -31,7 +38,11 @@ _BLOCK = 128  # tokens a sequence whose logits are in memory at a time
 
 
 def given_logprobs(
-    model: Llama, params: Parameters, tokens: Int[Array, "B T"], first: Int[Array, " B"], following: Int[Array, "B W"]
+    model: Llama,
+    params: Parameters,
+    tokens: Int[Array, "B T"],
+    first: Int[Array, " B"],
+    following: Int[Array, "B W"],
 ) -> tuple[Float[Array, "B W"], Bool[Array, "B W"]]:
     """Log-probability of tokens in a text, and whether each is the most probable one.
 
@@ -62,7 +73,9 @@ def given_logprobs(
         return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == block[1]
 
     logprobs, greedy = lax.map(measure, (blocks(features), blocks(following)))
-    return tuple(x.swapaxes(0, 1).reshape(following.shape[0], -1)[:, :width] for x in (logprobs, greedy))
+    return tuple(
+        x.swapaxes(0, 1).reshape(following.shape[0], -1)[:, :width] for x in (logprobs, greedy)
+    )
 
 
 # --- programs ---
@@ -75,7 +88,9 @@ _HEADROOM = 192  # slots reserved at first beyond a short prompt
 
 
 def bucket_size(count: int) -> int:
-    """The smallest size of the series 16, 24, 32, 48, 64, 96, ... that holds `count`: at most a third is padding."""
+    """The smallest size of the series 16, 24, 32, 48, 64, 96, ... that holds `count`: at most a
+    third is padding.
+    """
     size = _SMALLEST_BUCKET
     while size < count:
         size *= 2
@@ -83,26 +98,36 @@ def bucket_size(count: int) -> int:
 
 
 def bucket_sequences(count: int, multiple: int = 1) -> int:
-    """The smallest power of two that holds `count` sequences, times what a mesh divides sequences by."""
+    """The smallest power of two that holds `count` sequences, times what a mesh divides sequences
+    by.
+    """
     return multiple * (1 << (-(-count // multiple) - 1).bit_length())
 
 
 def bucket_slots(needed: int, most: int) -> int:
-    """Slots to reserve when `needed` are and at most `most` ever will be: twice what is needed, so that growing is rare."""
+    """Slots to reserve when `needed` are and at most `most` ever will be: twice what is needed, so
+    that growing is rare.
+    """
     return bucket_size(max(needed, min(most, max(2 * needed, needed + _HEADROOM))))
 
 
 def pin(cache: Cache, rules: Rules) -> Cache:
-    """The cache with sequences and heads laid over the mesh as the rules say; as it is without a mesh."""
+    """The cache with sequences and heads laid over the mesh as the rules say; as it is without a
+    mesh.
+    """
     leading = ("layers",) if isinstance(cache.layers, LayerCache) else ()
     axes = (*leading, "batch", "kv_heads", "length", "width")
-    return cache._replace(layers=jax.tree.map(lambda array: constrain(array, axes[: array.ndim], rules), cache.layers))
+    return cache._replace(
+        layers=jax.tree.map(lambda array: constrain(array, axes[: array.ndim], rules), cache.layers)
+    )
 
 
 class Programs:
-    """The compiled programs of one model, kept for the life of the process and shared by all its generators.
+    """The compiled programs of one model, kept for the life of the process and shared by all its
+    generators.
 
-    Every program is compiled once for each combination of shapes that it meets: sequences are powers of two, lengths and slots
+    Every program is compiled once for each combination of shapes that it meets: sequences are
+      powers of two, lengths and slots
     of the series of `bucket_size`, so their number grows with the logarithm of the longest text.
 
     Attributes:
@@ -116,27 +141,42 @@ class Programs:
         self.mesh = mesh
         self.compilations: dict[str, int] = {}
         self.prefill = self._program(
-            "prefill", functools.partial(prefill, model), donate_argnums=(3,), static_argnames=("fresh",)
+            "prefill",
+            functools.partial(prefill, model),
+            donate_argnums=(3,),
+            static_argnames=("fresh",),
         )
-        self.prefill_more = self._program("prefill", functools.partial(prefill_more, model), donate_argnums=(3, 4))
+        self.prefill_more = self._program(
+            "prefill", functools.partial(prefill_more, model), donate_argnums=(3, 4)
+        )
         self._begin = self._program("begin", begin, static_argnames=("logprobs",))
         decoding = functools.partial(advance, model, room=ROOM)
-        self.advance = self._program("decode", decoding, donate_argnums=(1,), static_argnames=("logprobs",))
+        self.advance = self._program(
+            "decode", decoding, donate_argnums=(1,), static_argnames=("logprobs",)
+        )
         drafting = functools.partial(speculate, model, room=ROOM)
         named = ("count", "draft_model", "logprobs")
-        self.speculate = self._program("speculate", drafting, donate_argnums=(1, 2), static_argnames=named)
+        self.speculate = self._program(
+            "speculate", drafting, donate_argnums=(1, 2), static_argnames=named
+        )
         self.score = self._program("score", functools.partial(given_logprobs, model))
         self.init_cache = self._program("cache", self._init_cache, static_argnums=(0, 1))
         self.grow = self._program("cache", grow, static_argnums=(1,))
         self.take_sequences = self._program("cache", self._take_sequences, static_argnums=(2,))
 
-    def begin(self, logits: Array, cache: Cache, *args: Any, logprobs: int | None) -> tuple[Progress, SampledTokens]:
-        """`llama_jax.generation.decode.begin`, compiled once for all numbers of slots: it looks at the lengths alone."""
+    def begin(
+        self, logits: Array, cache: Cache, *args: Any, logprobs: int | None
+    ) -> tuple[Progress, SampledTokens]:
+        """`llama_jax.generation.decode.begin`, compiled once for all numbers of slots: it looks at
+        the lengths alone.
+        """
         progress, drawn = self._begin(logits, Cache((), cache.lengths), *args, logprobs=logprobs)
         return progress._replace(cache=cache), drawn
 
     def piece(self, sequences: int) -> int:
-        """Tokens of a prompt to be prefilled at a time; many where a kernel takes the first piece, as it takes no other."""
+        """Tokens of a prompt to be prefilled at a time; many where a kernel takes the first piece,
+        as it takes no other.
+        """
         few = self.model.options.attention not in KERNELS
         return _PIECE if few else max(_PIECE, min(_LARGE_PIECE, _MOST_TOKENS // sequences))
 
@@ -155,7 +195,9 @@ class Programs:
             yield
 
     def _program(self, name: str, function: Callable, **how: Any) -> Callable:
-        """The function compiled, on the mesh, counting its traces: JAX traces once for each program that it compiles."""
+        """The function compiled, on the mesh, counting its traces: JAX traces once for each program
+        that it compiles.
+        """
 
         @functools.wraps(function)
         def traced(*args: Any, **settings: Any) -> Any:
@@ -175,16 +217,23 @@ class Programs:
 
     def _init_cache(self, sequences: int, slots: int) -> Cache:
         options = self.model.options
-        cache = init_cache(self.model.config, sequences, slots, options.resolved_cache_dtype, options.scan)
+        cache = init_cache(
+            self.model.config, sequences, slots, options.resolved_cache_dtype, options.scan
+        )
         return pin(cache, options.rules)
 
     def _take_sequences(self, cache: Cache, sequences: Int[Array, " R"], slots: int) -> Cache:
         """Rows of a cache, copied, with capacity for at least `slots` tokens."""
-        return pin(grow(take_sequences(cache, sequences), max(slots, cache.slots)), self.model.options.rules)
+        return pin(
+            grow(take_sequences(cache, sequences), max(slots, cache.slots)),
+            self.model.options.rules,
+        )
 
 
 def platform_of(params: Parameters, mesh: Mesh | None) -> str:
-    """Of the devices that run a model: the mesh's, else where its parameters are, else where JAX puts what is nowhere yet."""
+    """Of the devices that run a model: the mesh's, else where its parameters are, else where JAX
+    puts what is nowhere yet.
+    """
     if mesh is not None:
         return mesh.devices.flat[0].platform
     first = next(iter(jax.tree.leaves(params)), None)
@@ -194,8 +243,14 @@ def platform_of(params: Parameters, mesh: Mesh | None) -> str:
 
 
 def with_kernel(options: ModelOptions, config: LlamaConfig, platform: str) -> ModelOptions:
-    """The options with `auto` attention resolved where a platform has a kernel for prompts; else it goes by their lengths."""
-    if options.attention != "auto" or platform != "gpu" or not fits_cudnn(config.head_dim, options.dtype):
+    """The options with `auto` attention resolved where a platform has a kernel for prompts; else it
+    goes by their lengths.
+    """
+    if (
+        options.attention != "auto"
+        or platform != "gpu"
+        or not fits_cudnn(config.head_dim, options.dtype)
+    ):
         return options
     return dataclasses.replace(options, attention="cudnn")
 
@@ -203,4 +258,6 @@ def with_kernel(options: ModelOptions, config: LlamaConfig, platform: str) -> Mo
 @functools.cache
 def programs_of(config: LlamaConfig, options: ModelOptions, mesh: Mesh | None = None) -> Programs:
     """The programs of a model run in one way."""
-    return Programs(Llama(config, dataclasses.replace(options, rules=whole_sequences(options.rules))), mesh)
+    return Programs(
+        Llama(config, dataclasses.replace(options, rules=whole_sequences(options.rules))), mesh
+    )

@@ -1,6 +1,8 @@
-"""Choosing the next token: a value with one number per sequence, no flags, so that one program serves every mixture.
+"""Choosing the next token: a value with one number per sequence, no flags, so that one program
+serves every mixture.
 
-The steps, in the order of transformers' processors: logit bias, penalties, temperature, top-k, top-p, min-p, draw.
+The steps, in the order of transformers' processors: logit bias, penalties, temperature, top-k,
+top-p, min-p, draw.
 """
 
 import numbers
@@ -19,15 +21,17 @@ from llama_jax.generation.checks import Unchecked, is_whole
 
 _SEEDS = 1 << 31  # seeds there are: those that int32 holds
 NOWHERE = 1 << 30  # a token id beyond every vocabulary: updates there are dropped
-LogitBias = Mapping[Any, Any]  # token id -> number; checked by value, since it often comes from JSON
+LogitBias = Mapping[
+    Any, Any
+]  # token id -> number; checked by value, since it often comes from JSON
 
 
 class Penalties(NamedTuple):
     """What tokens that were there before lose.
 
     Attributes:
-      repetition: logits of tokens in prompt or answer are divided by it where positive, multiplied where negative
-        (arXiv:1909.05858); 1 means none.
+      repetition: logits of tokens in prompt or answer are divided by it where positive, multiplied
+        where negative (arXiv:1909.05858); 1 means none.
       presence: taken off the logit of every token that the answer holds; 0 means none.
       frequency: taken off the logit once for each time the answer holds the token; 0 means none.
     """
@@ -38,7 +42,9 @@ class Penalties(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """What is added to the logits of single tokens; unused places hold a token beyond the vocabulary."""
+    """What is added to the logits of single tokens; unused places hold a token beyond the
+    vocabulary.
+    """
 
     tokens: Int[Array, "B M"]
     values: Float[Array, "B M"]
@@ -50,9 +56,12 @@ class Sampling(NamedTuple):
     Attributes:
       temperature: logits are divided by it; 0 means the most probable token, always.
       top_k: only the `k` most probable tokens are drawn from; 0 means all.
-      top_p: only the most probable tokens that together reach this probability are drawn from; 1 means all.
-      min_p: only tokens at least this fraction as probable as the most probable one are drawn from; 0 means all.
-      key: a sequence's draws depend on its key and on the position of the token, not on the other sequences.
+      top_p: only the most probable tokens that together reach this probability are drawn from; 1
+        means all.
+      min_p: only tokens at least this fraction as probable as the most probable one are drawn from;
+        0 means all.
+      key: a sequence's draws depend on its key and on the position of the token, not on the other
+        sequences.
       penalties: of repeated tokens; `None` when no sequence has any, which saves their bookkeeping.
       bias: of single tokens; `None` when no sequence has any.
     """
@@ -67,22 +76,36 @@ class Sampling(NamedTuple):
 
 
 class History(NamedTuple):
-    """What penalties look at: which tokens the prompt holds, and how often the answer holds each."""
+    """What penalties look at: which tokens the prompt holds, and how often the answer holds
+    each.
+    """
 
     prompt: Bool[Array, "B V"]
     counts: Int[Array, "B V"]
 
 
-def _per_sequence(name: str, value: ArrayLike, sequences: int, dtype: type, low: float, high: float) -> np.ndarray:
+def _per_sequence(
+    name: str, value: ArrayLike, sequences: int, dtype: type, low: float, high: float
+) -> np.ndarray:
     """One value for all sequences, or one a sequence, as an array `[sequences]`."""
     values = np.asarray(value)
     if values.ndim > 1 or (values.ndim == 1 and len(values) != sequences):
-        raise InputError(f"{name}: {values.size} values given for {sequences} sequences; one for all or one a sequence expected")
+        raise InputError(
+            f"{name}: {values.size} values given for {sequences} sequences; one for all "
+            "or one a sequence expected"
+        )
     whole = np.issubdtype(dtype, np.integer)
     kinds = int if whole else (int, float)
-    bad = [v for v in values.ravel().tolist() if isinstance(v, bool) or not (isinstance(v, kinds) and low <= v <= high)]
+    bad = [
+        v
+        for v in values.ravel().tolist()
+        if isinstance(v, bool) or not (isinstance(v, kinds) and low <= v <= high)
+    ]
     if bad:
-        raise InputError(f"{name}: {bad[0]!r} given; a {'whole ' if whole else ''}number from {low:g} to {high:g} expected")
+        raise InputError(
+            f"{name}: {bad[0]!r} given; a {'whole ' if whole else ''}number from {low:g} "
+            f"to {high:g} expected"
+        )
     return np.broadcast_to(values, (sequences,)).astype(dtype)
 
 
@@ -99,7 +122,8 @@ def make_sampling(
     logit_bias: LogitBias | Sequence[LogitBias] | None = (),
     seed: Unchecked = 0,
 ) -> Sampling:
-    """A `Sampling` for `sequences` sequences; every setting is one for all sequences, or one a sequence.
+    """A `Sampling` for `sequences` sequences; every setting is one for all sequences, or one a
+    sequence.
 
     Args:
       sequences: sequences that sample: prompts times `samples`.
@@ -111,8 +135,9 @@ def make_sampling(
       presence_penalty: any number from -100 to 100.
       frequency_penalty: any number from -100 to 100.
       logit_bias: token id -> number, for all sequences or a mapping a sequence.
-      seed: a whole number from 0 to 2^31 - 1 or a key of `jax.random.key`, for all sequences or one a sequence; may be traced. The sequences
-        of one seed sample independently of each other and of those of every other seed; see `sequence_keys`.
+      seed: a whole number from 0 to 2^31 - 1 or a key of `jax.random.key`, for all sequences or one
+        a sequence; may be traced. The sequences of one seed sample independently of each other and
+        of those of every other seed; see `sequence_keys`.
 
     Raises:
       InputError: naming the setting that is out of range or has the wrong number of values.
@@ -131,27 +156,38 @@ def make_sampling(
 def sequence_keys(seed: Unchecked, sequences: int, first: int = 0) -> Key[Array, " B"]:
     """The keys that `sequences` sequences sample with.
 
-    With one seed or key, sequence `i` has that key with `first + i` folded in. With one seed a sequence, each sequence has what it would have
-    alone: its seed's key with 0 folded in. Keys that are given one a sequence are taken as they are.
+    With one seed or key, sequence `i` has that key with `first + i` folded in. With one seed a
+    sequence, each sequence has what it would have alone: its seed's key with 0 folded in. Keys that
+      are given one a sequence are taken as they are.
 
     Args:
       seed: a number, a key, or one of either a sequence; may be traced.
       sequences: how many keys.
-      first: number of the first sequence, where these sequences are a part of those that share the seed.
+      first: number of the first sequence, where these sequences are a part of those that share the
+        seed.
 
     Raises:
       InputError: for anything else.
     """
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, dtypes.prng_key):
         _require_shape(seed, sequences)
-        return seed if seed.ndim else _folded(seed, np.arange(first, first + sequences, dtype=np.int32))
+        return (
+            seed
+            if seed.ndim
+            else _folded(seed, np.arange(first, first + sequences, dtype=np.int32))
+        )
     if not isinstance(seed, jax.core.Tracer):
         if isinstance(seed, jax.Array) and seed.dtype == jnp.uint32 and seed.shape == (2,):
-            raise InputError("seed: a raw key (jax.random.PRNGKey) given; jax.random.key or a whole number expected")
+            raise InputError(
+                "seed: a raw key (jax.random.PRNGKey) given; jax.random.key or a whole "
+                "number expected"
+            )
         numbers = _per_sequence("seed", seed, sequences, np.int64, 0, _SEEDS - 1).astype(np.int32)
         seed = numbers if np.ndim(seed) else np.asarray(seed, np.int32)
     elif not jnp.issubdtype(seed.dtype, jnp.integer):
-        raise InputError(f"seed: traced numbers of {seed.dtype} given; whole numbers or jax.random.key expected")
+        raise InputError(
+            f"seed: traced numbers of {seed.dtype} given; whole numbers or jax.random.key expected"
+        )
     else:
         _require_shape(seed, sequences)
     if np.ndim(seed) == 0:
@@ -161,7 +197,10 @@ def sequence_keys(seed: Unchecked, sequences: int, first: int = 0) -> Key[Array,
 
 def _require_shape(seed: Array, sequences: int) -> None:
     if seed.shape not in ((), (sequences,)):
-        raise InputError(f"seed: shape {list(seed.shape)} given for {sequences} sequences; one for all or one a sequence expected")
+        raise InputError(
+            f"seed: shape {list(seed.shape)} given for {sequences} sequences; one for "
+            "all or one a sequence expected"
+        )
 
 
 @jax.jit
@@ -174,7 +213,9 @@ def _alone(seeds: Int[Array, " B"]) -> Key[Array, " B"]:
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 0))(seeds)
 
 
-def _penalties(sequences: int, repetition: ArrayLike, presence: ArrayLike, frequency: ArrayLike) -> Penalties | None:
+def _penalties(
+    sequences: int, repetition: ArrayLike, presence: ArrayLike, frequency: ArrayLike
+) -> Penalties | None:
     values = (
         _per_sequence("repetition_penalty", repetition, sequences, np.float32, 0.01, 100.0),
         _per_sequence("presence_penalty", presence, sequences, np.float32, -100.0, 100.0),
@@ -185,29 +226,48 @@ def _penalties(sequences: int, repetition: ArrayLike, presence: ArrayLike, frequ
 
 
 def _bias(sequences: int, given: LogitBias | Sequence[LogitBias] | None) -> Bias | None:
-    """Tokens and values of each sequence, filled up to a power of two so that few programs serve all."""
-    tables = [given] * sequences if isinstance(given, Mapping) else list(given or ()) or [{}] * sequences
+    """Tokens and values of each sequence, filled up to a power of two so that few programs serve
+    all.
+    """
+    tables = (
+        [given] * sequences if isinstance(given, Mapping) else list(given or ()) or [{}] * sequences
+    )
     if len(tables) != sequences:
-        raise InputError(f"logit_bias: {len(tables)} tables given for {sequences} sequences; one for all or one a sequence expected")
+        raise InputError(
+            f"logit_bias: {len(tables)} tables given for {sequences} sequences; one for "
+            "all or one a sequence expected"
+        )
     for token, value in ((token, value) for table in tables for token, value in table.items()):
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not (is_whole(token) and 0 <= token < NOWHERE and real and abs(value) <= 1e4):
-            raise InputError(f"logit_bias: {token!r}: {value!r} given; a token id with a number from -10000 to 10000 expected")
+            raise InputError(
+                f"logit_bias: {token!r}: {value!r} given; a token id with a number from "
+                "-10000 to 10000 expected"
+            )
     longest = max(map(len, tables), default=0)
     if longest == 0:
         return None
     tokens = np.full((sequences, 1 << (longest - 1).bit_length()), NOWHERE, np.int32)
     values = np.zeros(tokens.shape, np.float32)
     for sequence, table in enumerate(tables):
-        tokens[sequence, : len(table)], values[sequence, : len(table)] = list(table.keys()), list(table.values())
+        tokens[sequence, : len(table)], values[sequence, : len(table)] = (
+            list(table.keys()),
+            list(table.values()),
+        )
     return Bias(jnp.asarray(tokens), jnp.asarray(values))
 
 
 def begin_history(tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab: int) -> History:
-    """The history of prompts, padded on the right with anything, before the first token is drawn."""
+    """The history of prompts, padded on the right with anything, before the first token is
+    drawn.
+    """
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     sequences = jnp.arange(tokens.shape[0])[:, None]
-    seen = jnp.zeros((tokens.shape[0], vocab), bool).at[sequences, jnp.where(real, tokens, NOWHERE)].set(True, mode="drop")
+    seen = (
+        jnp.zeros((tokens.shape[0], vocab), bool)
+        .at[sequences, jnp.where(real, tokens, NOWHERE)]
+        .set(True, mode="drop")
+    )
     return History(seen, jnp.zeros(seen.shape, jnp.int32))
 
 
@@ -217,7 +277,9 @@ def remember(history: History, token: Int[Array, " B"], drawn: Bool[Array, " B"]
     return history._replace(counts=history.counts.at[sequences, token].add(drawn.astype(jnp.int32)))
 
 
-def adjust(logits: Float[Array, "B V"], sampling: Sampling, history: History | None) -> Float[Array, "B V"]:
+def adjust(
+    logits: Float[Array, "B V"], sampling: Sampling, history: History | None
+) -> Float[Array, "B V"]:
     """Logits after bias and penalties."""
     if sampling.bias is not None:
         sequences = jnp.arange(logits.shape[0])[:, None]
@@ -230,11 +292,14 @@ def adjust(logits: Float[Array, "B V"], sampling: Sampling, history: History | N
     return logits - presence * (history.counts > 0) - frequency * history.counts
 
 
-def _boundary(gap: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, " B"]) -> Float[Array, "B 1"]:
-    """The smallest gap up to which the weights add up to at least `target`; beyond all if they never do.
+def _boundary(
+    gap: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, " B"]
+) -> Float[Array, "B 1"]:
+    """The smallest gap up to which the weights add up to at least `target`; beyond all if they
+    never do.
 
-    Exact, by bisection over the 31 bits of a non-negative float32, whose order is that of the bits: 31 sums cost less
-    than sorting a vocabulary, on every kind of device.
+    Exact, by bisection over the 31 bits of a non-negative float32, whose order is that of the bits:
+    31 sums cost less than sorting a vocabulary, on every kind of device.
     """
     bits = lax.bitcast_convert_type(gap, jnp.int32)
 
@@ -261,10 +326,11 @@ def _limited(gap: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]
 
 
 def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits after temperature, top-k, top-p and min-p, in that order; tokens that cannot be drawn are at -inf.
+    """Logits after temperature, top-k, top-p and min-p, in that order; tokens that cannot be drawn
+    are at -inf.
 
-    The largest logit becomes 0. The most probable token always stays; tokens that tie with the last one kept stay too.
-    Rows at temperature 0 are left at temperature 1: their draw is not used.
+    The largest logit becomes 0. The most probable token always stays; tokens that tie with the last
+    one kept stay too. Rows at temperature 0 are left at temperature 1: their draw is not used.
     """
     # Relative to the largest, so that no temperature, however small, makes an infinity of it.
     gap = jnp.max(logits, axis=-1, keepdims=True) - logits
@@ -275,13 +341,16 @@ def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
     return jnp.where(kept, -gap, -jnp.inf)
 
 
-def sample(logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array, " B"]) -> Int[Array, " B"]:
+def sample(
+    logits: Float[Array, "B V"], sampling: Sampling, position: Int[Array, " B"]
+) -> Int[Array, " B"]:
     """The next token of each sequence.
 
     Args:
       logits: float32, after `adjust`.
       sampling: settings of each sequence.
-      position: position of the token to be drawn, which the sequence's randomness is folded with; no key is consumed twice.
+      position: position of the token to be drawn, which the sequence's randomness is folded with;
+        no key is consumed twice.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

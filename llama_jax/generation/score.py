@@ -1,4 +1,6 @@
-"""How probable a model finds given texts: the log-probability of continuations, for evaluation and ranking."""
+"""How probable a model finds given texts: the log-probability of continuations, for evaluation and
+ranking.
+"""
 
 import json
 import math
@@ -23,7 +25,8 @@ class Score(NamedTuple):
 
     Attributes:
       logprob: log-probability of all its tokens together, given the prompt.
-      greedy: whether each of its tokens is the most probable one: greedy decoding would have written it.
+      greedy: whether each of its tokens is the most probable one: greedy decoding would have
+        written it.
       token_ids: its tokens.
       logprobs: log-probability of each token.
     """
@@ -35,20 +38,33 @@ class Score(NamedTuple):
 
 
 def score_tokens(
-    generator: Generator, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], batch_size: int = 16
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    batch_size: int = 16,
 ) -> list[Score]:
-    """The score of each continuation of token ids after its prompt; texts of like length are run together.
+    """The score of each continuation of token ids after its prompt; texts of like length are run
+    together.
 
     Raises:
-      InputError: for an empty prompt or continuation, texts longer than the context and tokens outside the vocabulary.
+      InputError: for an empty prompt or continuation, texts longer than the context and tokens
+        outside the vocabulary.
     """
     if len(prompts) != len(continuations):
-        raise InputError(f"{len(prompts)} prompts and {len(continuations)} continuations given; one of each expected")
+        raise InputError(
+            f"{len(prompts)} prompts and {len(continuations)} continuations given; one "
+            "of each expected"
+        )
     if not prompts:
         return []
-    empty = next((i for i, (a, b) in enumerate(zip(prompts, continuations)) if not a or not b), None)
+    empty = next(
+        (i for i, (a, b) in enumerate(zip(prompts, continuations)) if not a or not b), None
+    )
     if empty is not None:
-        raise InputError(f"pair {empty + 1}: no tokens in the prompt or the continuation; one at least expected in each")
+        raise InputError(
+            f"pair {empty + 1}: no tokens in the prompt or the continuation; one at "
+            "least expected in each"
+        )
     # The last token is not run: nothing follows it.
     texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations)]
     check_prompts([text[:-1] for text in texts], generator.programs.model.config)
@@ -58,14 +74,20 @@ def score_tokens(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         measured = _run(generator, [texts[i] for i in batch], [len(prompts[i]) for i in batch])
-        scores.update((i, _score(continuations[i], *sequence)) for i, *sequence in zip(batch, *measured))
+        scores.update(
+            (i, _score(continuations[i], *sequence)) for i, *sequence in zip(batch, *measured)
+        )
     return [scores[i] for i in range(len(texts))]
 
 
-def _run(generator: Generator, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _run(
+    generator: Generator, texts: Sequence[Sequence[int]], starts: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability and greediness of the tokens from `starts` on, a sequence a text."""
     sequences = bucket_sequences(len(texts), generator.programs.sequence_multiple)
-    tokens, _ = padded_prompts([text[:-1] for text in texts], sequences, bucket_size(max(map(len, texts)) - 1))
+    tokens, _ = padded_prompts(
+        [text[:-1] for text in texts], sequences, bucket_size(max(map(len, texts)) - 1)
+    )
     following = [text[start:] for text, start in zip(texts, starts)]
     wanted, _ = padded_prompts(following, sequences, bucket_size(max(map(len, following))))
     first = np.asarray([start - 1 for start in starts] + [0] * (sequences - len(texts)), np.int32)
@@ -76,34 +98,56 @@ def _run(generator: Generator, texts: Sequence[Sequence[int]], starts: Sequence[
 def _score(continuation: Sequence[int], logprobs: np.ndarray, greedy: np.ndarray) -> Score:
     values, best = logprobs[: len(continuation)], greedy[: len(continuation)]
     if np.isnan(values).any():
-        raise InputError("a log-probability of NaN computed; numbers expected: check the weights for NaN and damage, or take "
-                         "another dtype than float16")  # fmt: skip
-    return Score(float(np.sum(values, dtype=np.float64)), bool(best.all()), list(continuation), values.tolist())
+        raise InputError(
+            "a log-probability of NaN computed; numbers expected: check the weights for "
+            "NaN and damage, or take "
+            "another dtype than float16"
+        )
+    return Score(
+        float(np.sum(values, dtype=np.float64)),
+        bool(best.all()),
+        list(continuation),
+        values.tolist(),
+    )
 
 
-def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Tokenizer, prompt: str, continuation: str
+) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of what follows it, as the text of both together is tokenised.
 
-    Every character of the continuation is scored: a token across the border counts to it, and so does white space at the
-    end of the prompt where the tokenizer puts it there. Where that leaves no token of the prompt, the token that begins a
-    text stands for it, or else the one that ends the text before.
+    Every character of the continuation is scored: a token across the border counts to it, and so
+      does white space at the
+    end of the prompt where the tokenizer puts it there. Where that leaves no token of the prompt,
+    the token that begins a text stands for it, or else the one that ends the text before.
 
     Raises:
       InputError: for a tokenizer that knows neither of these, where one of them is needed.
     """
     alone = encode_prompt(tokenizer, prompt) if prompt else []
     whole = encode_prompt(tokenizer, prompt + continuation)
-    shared = next((i for i, (one, other) in enumerate(zip(alone, whole)) if one != other), min(len(alone), len(whole)))
+    shared = next(
+        (i for i, (one, other) in enumerate(zip(alone, whole)) if one != other),
+        min(len(alone), len(whole)),
+    )
     if shared:
         return whole[:shared], whole[shared:]
     first = tokenizer.begin_id if tokenizer.begin_id is not None else tokenizer.end_id
     if first is None:
-        raise InputError("a continuation from the first token on given, and a tokenizer without a token that begins or ends a "
-                         "text to stand before it; a longer prompt expected")  # fmt: skip
+        raise InputError(
+            "a continuation from the first token on given, and a tokenizer without a "
+            "token that begins or ends a "
+            "text to stand before it; a longer prompt expected"
+        )
     return [first], whole[1:] if whole[:1] == [first] else whole
 
 
-def score(model: Pretrained, prompts: Unchecked, continuations: Unchecked, generator: Generator | None = None) -> list[Score]:
+def score(
+    model: Pretrained,
+    prompts: Unchecked,
+    continuations: Unchecked,
+    generator: Generator | None = None,
+) -> list[Score]:
     """The score of each continuation after its prompt.
 
     Args:
@@ -113,14 +157,21 @@ def score(model: Pretrained, prompts: Unchecked, continuations: Unchecked, gener
       generator: to use; else one is made.
 
     Raises:
-      InputError: for texts that the model cannot take, and other numbers of prompts and continuations.
+      InputError: for texts that the model cannot take, and other numbers of prompts and
+        continuations.
     """
     tokenizer = require_tokenizer(model)
     check_plain_texts("prompts", prompts)
     check_plain_texts("continuations", continuations)
     if len(prompts) != len(continuations):
-        raise InputError(f"{len(prompts)} prompts and {len(continuations)} continuations given; one of each expected")
-    pairs = [encode_pair(tokenizer, prompt, continuation) for prompt, continuation in zip(prompts, continuations)]
+        raise InputError(
+            f"{len(prompts)} prompts and {len(continuations)} continuations given; one "
+            "of each expected"
+        )
+    pairs = [
+        encode_pair(tokenizer, prompt, continuation)
+        for prompt, continuation in zip(prompts, continuations)
+    ]
     generator = generator or Generator(model.params, model.config)
     require_generator_of(model, generator)
     return score_tokens(generator, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
@@ -128,7 +179,8 @@ def score(model: Pretrained, prompts: Unchecked, continuations: Unchecked, gener
 
 # --- choices ---
 #
-# Multiple-choice questions from JSON lines, answered by log-probability: the choice that the model finds most probable.
+# Multiple-choice questions from JSON lines, answered by log-probability: the choice that the model
+# finds most probable.
 
 
 _EXPECTED = '{"prompt": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX or one of the choices}'
@@ -154,7 +206,8 @@ class Accuracy(NamedTuple):
     Attributes:
       questions: how many were asked.
       acc: share whose right choice has the highest log-probability.
-      acc_norm: the same with log-probabilities a byte of the choice, which does not favour short ones.
+      acc_norm: the same with log-probabilities a byte of the choice, which does not favour short
+        ones.
       acc_stderr: standard error of `acc`.
       acc_norm_stderr: standard error of `acc_norm`.
     """
@@ -167,7 +220,8 @@ class Accuracy(NamedTuple):
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file, one JSON object a line; `question` is another name for `prompt`, empty lines are passed over.
+    """The questions of a file, one JSON object a line; `question` is another name for `prompt`,
+    empty lines are passed over.
 
     Raises:
       InputError: naming the line that is no question; for a file without any.
@@ -175,10 +229,18 @@ def read_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_bytes().decode().splitlines()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); --choices takes a file of JSON lines") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); --choices takes a file of JSON lines"
+        ) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text at byte {error.start}; convert it first") from None
-    questions = [_question(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+        raise InputError(
+            f"{path}: not UTF-8 text at byte {error.start}; convert it first"
+        ) from None
+    questions = [
+        _question(f"{path}, line {number}", line)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not questions:
         raise InputError(f"{path}: no questions; one a line expected: {_EXPECTED}")
     return questions
@@ -195,17 +257,28 @@ def _question(where: str, line: str) -> Question:
     choices: list = entry["choices"] if isinstance(entry.get("choices"), list) else []
     if not isinstance(prompt, str):
         raise InputError(f"{where}: prompt {prompt!r:.60} given; a text expected")
-    texts = len(choices) > 1 and all(isinstance(choice, str) and choice.strip() for choice in choices)
+    texts = len(choices) > 1 and all(
+        isinstance(choice, str) and choice.strip() for choice in choices
+    )
     if not texts or len(set(choices)) < len(choices):
-        raise InputError(f"{where}: choices {entry.get('choices')!r:.60} given; a list of two or more different texts expected")
+        raise InputError(
+            f"{where}: choices {entry.get('choices')!r:.60} given; a list of two or more "
+            "different texts expected"
+        )
     index = choices.index(answer) if isinstance(answer, str) and answer in choices else answer
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
-        raise InputError(f"{where}: answer {answer!r:.60} given; 0 to {len(choices) - 1} or one of the choices expected")
+        raise InputError(
+            f"{where}: answer {answer!r:.60} given; 0 to {len(choices) - 1} or one of "
+            "the choices expected"
+        )
     return Question(prompt, choices, index)
 
 
-def evaluate_choices(model: Pretrained, questions: Sequence[Question], generator: Generator | None = None) -> Accuracy:
-    """The accuracy of a model on questions. A space is put between prompt and choice unless one of them brings white space.
+def evaluate_choices(
+    model: Pretrained, questions: Sequence[Question], generator: Generator | None = None
+) -> Accuracy:
+    """The accuracy of a model on questions. A space is put between prompt and choice unless one of
+    them brings white space.
 
     Args:
       model: from `llama_jax.load`.
@@ -223,14 +296,19 @@ def evaluate_choices(model: Pretrained, questions: Sequence[Question], generator
         for choice in question.choices:
             pair = encode_pair(tokenizer, question.prompt, joined(question.prompt, choice))
             if len(pair[0]) + len(pair[1]) > context:
-                raise InputError(f"question {number} has more tokens than the model's context of {context}; shorten it")
+                raise InputError(
+                    f"question {number} has more tokens than the model's context of "
+                    f"{context}; shorten it"
+                )
             pairs.append(pair)
     generator = generator or Generator(model.params, model.config)
     found = iter(score_tokens(generator, [pair[0] for pair in pairs], [pair[1] for pair in pairs]))
     raw, normed = [], []
     for question in questions:
         logprobs = [next(found).logprob for _ in question.choices]
-        each_byte = [value / len(choice.encode()) for value, choice in zip(logprobs, question.choices)]
+        each_byte = [
+            value / len(choice.encode()) for value, choice in zip(logprobs, question.choices)
+        ]
         raw.append(logprobs.index(max(logprobs)) == question.answer)
         normed.append(each_byte.index(max(each_byte)) == question.answer)
     (acc, error), (acc_norm, error_norm) = _mean(raw), _mean(normed)

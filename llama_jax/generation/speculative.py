@@ -1,8 +1,11 @@
-"""Speculative decoding: several tokens are proposed cheaply and checked by the model in one pass (arXiv:2211.17192).
+"""Speculative decoding: several tokens are proposed cheaply and checked by the model in one pass
+(arXiv:2211.17192).
 
-The tokens are distributed exactly as without it, whatever is proposed: a proposal `d` drawn from `q` is kept with
-probability min(1, p(d) / q(d)); at the first that is not, a token is drawn from max(p - q, 0), normalised. At temperature
-0 a proposal is kept if it is the most probable token. Slot = position makes taking back free: lengths alone decide.
+The tokens are distributed exactly as without it, whatever is proposed: a proposal `d` drawn from
+  `q` is kept with
+probability min(1, p(d) / q(d)); at the first that is not, a token is drawn from max(p - q, 0),
+normalised. At temperature 0 a proposal is kept if it is the most probable token. Slot = position
+makes taking back free: lengths alone decide.
 """
 
 from typing import NamedTuple
@@ -12,7 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from llama_jax.axes import Array, Bool, Float, Int, Parameters
-from llama_jax.generation.decode import BROKEN, NOTHING, SampledTokens, Progress, decode, empty, finite, measured
+from llama_jax.generation.decode import (
+    BROKEN,
+    NOTHING,
+    Progress,
+    SampledTokens,
+    decode,
+    empty,
+    finite,
+    measured,
+)
 from llama_jax.generation.sampling import Sampling, adjust, restrict
 from llama_jax.model.cache import Cache
 from llama_jax.model.llama import Llama, apply
@@ -27,7 +39,8 @@ class DraftState(NamedTuple):
     """What proposals are made from.
 
     Attributes:
-      text: each sequence's tokens so far, by slot; those beyond the sequence's last token are meaningless.
+      text: each sequence's tokens so far, by slot; those beyond the sequence's last token are
+        meaningless.
       cache: the draft model's, with the same lengths as the model's own; `None` for prompt look-up.
     """
 
@@ -36,7 +49,9 @@ class DraftState(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Proposed tokens, and the probabilities they were drawn with; `None` where nothing was drawn."""
+    """Proposed tokens, and the probabilities they were drawn with; `None` where nothing was
+    drawn.
+    """
 
     tokens: Int[Array, "B k"]
     probabilities: Float[Array, "B k V"] | None
@@ -45,7 +60,8 @@ class Draft(NamedTuple):
 def look_up(text: Int[Array, "B S"], last: Int[Array, " B"], count: int) -> Int[Array, "B k"]:
     """What followed the last tokens of each sequence when they stood in it before (prompt look-up).
 
-    The place with the longest match, up to three tokens, is taken, the latest of these; a repetition is continued.
+    The place with the longest match, up to three tokens, is taken, the latest of these; a
+    repetition is continued.
 
     Args:
       text: tokens by slot.
@@ -65,10 +81,14 @@ def look_up(text: Int[Array, "B S"], last: Int[Array, " B"], count: int) -> Int[
 
 
 def _distribution(logits: Float[Array, "B ... V"], sampling: Sampling) -> Float[Array, "B ... V"]:
-    """Probabilities that tokens are drawn with; at temperature 0 all of it lies on the most probable token."""
+    """Probabilities that tokens are drawn with; at temperature 0 all of it lies on the most
+    probable token.
+    """
     vocab = logits.shape[-1]
     every = logits.reshape(-1, vocab)
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, every.shape[0] // logits.shape[0], axis=0), sampling)
+    repeated = jax.tree.map(
+        lambda x: jnp.repeat(x, every.shape[0] // logits.shape[0], axis=0), sampling
+    )
     every = adjust(every, repeated, None)
     certain = jax.nn.one_hot(jnp.argmax(every, axis=-1), vocab)
     drawn = jax.nn.softmax(restrict(every, repeated), axis=-1)
@@ -92,11 +112,20 @@ def _drawn(probabilities: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
 
 
 def propose(
-    model: Llama, params: Parameters, token: Int[Array, " B"], cache: Cache, sampling: Sampling, count: int
+    model: Llama,
+    params: Parameters,
+    token: Int[Array, " B"],
+    cache: Cache,
+    sampling: Sampling,
+    count: int,
 ) -> tuple[Draft, Cache]:
-    """`count` tokens drawn one after the other by a draft model, whose cache takes up `token` and all of them."""
+    """`count` tokens drawn one after the other by a draft model, whose cache takes up `token` and
+    all of them.
+    """
 
-    def step(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], tuple[Array, Array]]:
+    def step(
+        carry: tuple[Array, Cache], _: None
+    ) -> tuple[tuple[Array, Cache], tuple[Array, Array]]:
         """One token of every sequence."""
         token, cache = carry
         logits, cache = decode(model, params, token, cache)
@@ -104,7 +133,8 @@ def propose(
         token = _drawn(probabilities, _keys(sampling, cache.lengths, _DRAFT))
         return (token, cache), (token, probabilities)
 
-    # One step more than proposals: the last one's keys and values are needed if all of them are kept.
+    # One step more than proposals: the last one's keys and values are needed if all of them are
+    #   kept.
     (_, cache), (tokens, probabilities) = lax.scan(step, (token, cache), None, length=count + 1)
     return Draft(tokens[:count].T, probabilities[:count].swapaxes(0, 1)), cache
 
@@ -121,7 +151,8 @@ def judge(
       lengths: position of each sequence's last token.
 
     Returns:
-      Tokens, of which the first ones are kept proposals and one more the model's own; and how many count.
+      Tokens, of which the first ones are kept proposals and one more the model's own; and how many
+      count.
     """
     width = logits.shape[1]
 
@@ -133,16 +164,27 @@ def judge(
     def randomly() -> tuple[Array, Array]:
         """DraftState kept by chance, and a token of what probability is left."""
         p = _distribution(logits, sampling)
-        q = jax.nn.one_hot(draft.tokens, p.shape[-1]) if draft.probabilities is None else draft.probabilities
+        q = (
+            jax.nn.one_hot(draft.tokens, p.shape[-1])
+            if draft.probabilities is None
+            else draft.probabilities
+        )
         keys = _keys(sampling, lengths[:, None] + 1 + jnp.arange(width - 1), _ACCEPT)
         chance = jax.vmap(jax.vmap(jax.random.uniform))(keys)
-        p_of, q_of = (jnp.take_along_axis(x[:, : width - 1], draft.tokens[..., None], axis=-1)[..., 0] for x in (p, q))
+        p_of, q_of = (
+            jnp.take_along_axis(x[:, : width - 1], draft.tokens[..., None], axis=-1)[..., 0]
+            for x in (p, q)
+        )
         kept = _leading(chance * q_of < p_of)
         left = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0.0)
         left, whole = (jnp.take_along_axis(x, kept[:, None, None], axis=1)[:, 0] for x in (left, p))
-        left = jnp.where(jnp.any(left > 0, axis=-1, keepdims=True), left, whole)  # nothing left: p = q, but for rounding
+        left = jnp.where(
+            jnp.any(left > 0, axis=-1, keepdims=True), left, whole
+        )  # nothing left: p = q, but for rounding
         own = _drawn(left, _keys(sampling, lengths + 1 + kept, _REPLACE))
-        tokens = jnp.where(jnp.arange(width) < kept[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))), own[:, None])
+        tokens = jnp.where(
+            jnp.arange(width) < kept[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))), own[:, None]
+        )
         return tokens.astype(jnp.int32), kept
 
     tokens, kept = lax.cond(jnp.any(sampling.temperature > 0), randomly, greedily)
@@ -162,9 +204,14 @@ def _leading(kept: Bool[Array, "B k"]) -> Int[Array, " B"]:
 
 
 def _accept(
-    progress: Progress, tokens: Int[Array, "B W"], count: Int[Array, " B"], stop_ids: Array, sound: Bool[Array, "B W"]
+    progress: Progress,
+    tokens: Int[Array, "B W"],
+    count: Int[Array, " B"],
+    stop_ids: Array,
+    sound: Bool[Array, "B W"],
 ) -> tuple[Progress, Array]:
-    """Takes up to `count` tokens a sequence, up to a stop token and to what the sequence may still draw; the rest is `NOTHING`.
+    """Takes up to `count` tokens a sequence, up to a stop token and to what the sequence may still
+    draw; the rest is `NOTHING`.
 
     The first token that is not `sound` becomes `BROKEN` and ends the sequence.
     """
@@ -172,10 +219,14 @@ def _accept(
     stops = jnp.any(tokens[:, :, None] == stop_ids[:, None, :], axis=-1)
     until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, width + 1)
     until_broken = 1 + _leading(sound)
-    count = jnp.where(progress.done, 0, jnp.minimum(jnp.minimum(count, progress.remaining), until_stop))
+    count = jnp.where(
+        progress.done, 0, jnp.minimum(jnp.minimum(count, progress.remaining), until_stop)
+    )
     broken = until_broken <= count
     count = jnp.minimum(count, until_broken)
-    emitted = jnp.where(jnp.arange(width) < count[:, None], jnp.where(sound, tokens, BROKEN), NOTHING)
+    emitted = jnp.where(
+        jnp.arange(width) < count[:, None], jnp.where(sound, tokens, BROKEN), NOTHING
+    )
     last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     remaining = progress.remaining - count
     cache = Cache(progress.cache.layers, progress.cache.lengths + count)
@@ -184,16 +235,28 @@ def _accept(
 
 
 def speculate(
-    model: Llama, params: Parameters, progress: Progress, proposals: DraftState, sampling: Sampling,
-    stop_ids: Int[Array, "B M"], steps: Int[Array, ""] | int, *, room: int, count: int,
-    draft_model: Llama | None = None, draft_params: Parameters | None = None, logprobs: int | None = None,
-) -> tuple[Progress, DraftState, SampledTokens]:  # fmt: skip
-    """Up to `steps` (at most `room`) rounds of `count` proposals and their judgement; ends as soon as every sequence is done.
+    model: Llama,
+    params: Parameters,
+    progress: Progress,
+    proposals: DraftState,
+    sampling: Sampling,
+    stop_ids: Int[Array, "B M"],
+    steps: Int[Array, ""] | int,
+    *,
+    room: int,
+    count: int,
+    draft_model: Llama | None = None,
+    draft_params: Parameters | None = None,
+    logprobs: int | None = None,
+) -> tuple[Progress, DraftState, SampledTokens]:
+    """Up to `steps` (at most `room`) rounds of `count` proposals and their judgement; ends as soon
+    as every sequence is done.
 
     The cache needs slots for `count + 1` tokens beyond the longest text.
 
     Returns:
-      The state after them, and what was drawn: `count + 1` columns a round, of which the first is `NOTHING` only where a
+      The state after them, and what was drawn: `count + 1` columns a round, of which the first is
+        `NOTHING` only where a
       sequence was done before.
     """
     width = count + 1
@@ -208,7 +271,9 @@ def speculate(
             return Draft(look_up(proposals.text, progress.cache.lengths, count), None), None
         return propose(draft_model, draft_params, progress.token, proposals.cache, sampling, count)
 
-    def step(carry: tuple[Array, Progress, DraftState, SampledTokens]) -> tuple[Array, Progress, DraftState, SampledTokens]:
+    def step(
+        carry: tuple[Array, Progress, DraftState, SampledTokens],
+    ) -> tuple[Array, Progress, DraftState, SampledTokens]:
         """One round of every sequence."""
         step, progress, proposals, out = carry
         draft, draft_cache = guess(progress, proposals)
@@ -220,12 +285,20 @@ def speculate(
         progress = progress._replace(cache=Cache(features.cache.layers, lengths))
         progress, emitted = _accept(progress, tokens, kept, stop_ids, finite(logits))
         drawn = measured(logits, tokens, emitted, logprobs)
-        text = jax.vmap(lambda sequence, new, at: lax.dynamic_update_slice(sequence, new, (at + 1,)))(proposals.text, tokens, lengths)
+        text = jax.vmap(
+            lambda sequence, new, at: lax.dynamic_update_slice(sequence, new, (at + 1,))
+        )(proposals.text, tokens, lengths)
         if draft_cache is not None:
             draft_cache = Cache(draft_cache.layers, progress.cache.lengths)
-        out = jax.tree.map(lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, step * width, axis=1), out, drawn)
+        out = jax.tree.map(
+            lambda all_, new: lax.dynamic_update_slice_in_dim(all_, new, step * width, axis=1),
+            out,
+            drawn,
+        )
         return step + 1, progress, DraftState(text, draft_cache), out
 
     nothing = empty(progress.token.shape[0], room * width, logprobs)
-    _, progress, proposals, out = lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), progress, proposals, nothing))
+    _, progress, proposals, out = lax.while_loop(
+        unfinished, step, (jnp.zeros((), jnp.int32), progress, proposals, nothing)
+    )
     return progress, proposals, out

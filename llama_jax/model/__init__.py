@@ -1,1 +1,3 @@
-"""The model: rotary embedding, attention, cache, layers, LLaMA. One forward pass for training and decoding."""
+"""The model: rotary embedding, attention, cache, layers, LLaMA. One forward pass for training and
+decoding.
+"""

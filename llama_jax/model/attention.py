@@ -1,7 +1,9 @@
-"""One attention call for training and decoding, multi-head and grouped-query, and the table of its backends.
+"""One attention call for training and decoding, multi-head and grouped-query, and the table of its
+backends.
 
-All arrays have heads before length, so that the products are batched matrix products without copies.
-A backend computes exactly what `reference` computes or is not in the table: no mask is ever dropped.
+All arrays have heads before length, so that the products are batched matrix products without
+copies. A backend computes exactly what `reference` computes or is not in the table: no mask is ever
+  dropped.
 """
 
 from collections.abc import Callable
@@ -33,12 +35,19 @@ def reference_attention(
     causal: bool,
     scales: Scales | None = None,
 ) -> Float[Array, "B N T H"]:
-    """softmax(q k^T / sqrt(H)) v with all scores in memory, scores and softmax in float32. A query that sees no key gets 0."""
+    """softmax(q k^T / sqrt(H)) v with all scores in memory, scores and softmax in float32. A query
+    that sees no key gets 0.
+    """
     batch, heads, queries, head_dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    k, v = (k, v) if scales is None else (k.astype(q.dtype), v.astype(q.dtype))  # integers: exact in any float type
+    k, v = (
+        (k, v) if scales is None else (k.astype(q.dtype), v.astype(q.dtype))
+    )  # integers: exact in any float type
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * queries, head_dim)
-    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = (
+        jnp.einsum("bkqh,bksh->bkqs", grouped, k, preferred_element_type=jnp.float32)
+        * head_dim**-0.5
+    )
     scores = scores if scales is None else scores * scales.keys[:, :, None]
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
     seen = visible(mask, causal, batch, queries, keys)[:, None, None]
@@ -48,39 +57,61 @@ def reference_attention(
     weights /= jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads * queries, keys)
     weights = weights if scales is None else weights * scales.values[:, :, None]
-    out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
     return out.astype(q.dtype).reshape(q.shape)
 
 
 def in_float(k: Array, v: Array, scales: Scales | None, dtype: DTypeLike) -> tuple[Array, Array]:
-    """Keys and values as floats: as they are without scales, integers times their scale with them."""
+    """Keys and values as floats: as they are without scales, integers times their scale with
+    them.
+    """
     if scales is None:
         return k, v
-    return k.astype(dtype) * scales.keys[..., None].astype(dtype), v.astype(dtype) * scales.values[..., None].astype(dtype)
+    return k.astype(dtype) * scales.keys[..., None].astype(dtype), v.astype(dtype) * scales.values[
+        ..., None
+    ].astype(dtype)
 
 
-def _blockwise(q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None = None) -> Array:
+def _blockwise(
+    q: Array, k: Array, v: Array, mask: Mask, causal: bool, scales: Scales | None = None
+) -> Array:
     # Many queries share the keys, so writing out those of one layer is a small part of the work.
     return blockwise_attention(q, *in_float(k, v, scales, q.dtype), mask, causal)
 
 
-BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference_attention, "chunked": _blockwise}
+BACKENDS: dict[str, Callable[..., Array]] = {
+    "reference": reference_attention,
+    "chunked": _blockwise,
+}
 
-# Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep anyway.
+# Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep
+# anyway.
 _FEW_SCORES = 512 * 512
 
 
-KERNELS = ("splash", "cudnn")  # of one kind of device, for sequences that see themselves; see `llama_jax.model.context_parallel`
+KERNELS = (
+    "splash",
+    "cudnn",
+    # of one kind of device, for sequences that see themselves; see `llama_jax.model.context_parallel`
+)
 
 
 def choose_backend(
-    name: str, queries: int, keys: int, platform: str = "", head_dim: int = 0, parts: int = 1, dtype: str = "float32"
+    name: str,
+    queries: int,
+    keys: int,
+    platform: str = "",
+    head_dim: int = 0,
+    parts: int = 1,
+    dtype: str = "float32",
 ) -> str:
     """The backend that a name stands for.
 
-    `auto` is, for whole sequences, `splash` on TPUs and `cudnn` on GPUs where these kernels take them; else `reference` for few
-    scores (decoding, short sequences) and `chunked` for many. Kernels and `chunked` have no forward-mode derivative (`jax.jvp`):
-    name `reference` for one.
+    `auto` is, for whole sequences, `splash` on TPUs and `cudnn` on GPUs where these kernels take
+    them; else `reference` for few scores (decoding, short sequences) and `chunked` for many.
+    Kernels and `chunked` have no forward-mode derivative (`jax.jvp`): name `reference` for one.
 
     Args:
       name: `auto` or a backend.
@@ -101,7 +132,10 @@ def choose_backend(
     if name == "auto":
         return "reference" if queries * keys <= _FEW_SCORES else "chunked"
     if name not in (*BACKENDS, *KERNELS):
-        raise InputError(f"attention backend {name!r} is unknown; auto, {', '.join((*BACKENDS, *KERNELS))} expected")
+        raise InputError(
+            f"attention backend {name!r} is unknown; auto, "
+            f"{', '.join((*BACKENDS, *KERNELS))} expected"
+        )
     return name
 
 
@@ -114,19 +148,21 @@ def attend(
     backend: str = "auto",
     scales: Scales | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Attention of every query over the keys it may see; `N` is a multiple of `K` (grouped queries).
+    """Attention of every query over the keys it may see; `N` is a multiple of `K` (grouped
+    queries).
 
     With `scales`, keys and values are integers, each head's vector times its scale.
 
     Raises:
-      InputError: for an unknown backend or one of `KERNELS`, a document mask with other keys than the queries' own of which
-        it does not say the documents, and for positions beside a start.
+      InputError: for an unknown backend or one of `KERNELS`, a document mask with other keys than
+        the queries' own of which it does not say the documents, and for positions beside a start.
     """
     queries, keys = q.shape[2], k.shape[2]
     require_complete(mask, queries, keys)
     backend = choose_backend(backend, queries, keys)
     if backend in KERNELS:
         raise InputError(
-            f"attention backend {backend} given for one call; an option of the model (`ModelOptions.attention`) expected"
+            f"attention backend {backend} given for one call; an option of the model "
+            "(`ModelOptions.attention`) expected"
         )
     return BACKENDS[backend](q, k, v, mask, causal, scales)

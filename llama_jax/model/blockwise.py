@@ -1,7 +1,9 @@
-"""Memory-efficient attention (arXiv:2112.05682, arXiv:2205.14135) in plain XLA, with its own backward pass.
+"""Memory-efficient attention (arXiv:2112.05682, arXiv:2205.14135) in plain XLA, with its own
+backward pass.
 
-Scores exist for one block of queries and keys at a time; a running maximum and sum make the softmax exact. Forward keeps
-the output and one logsumexp per query; backward forms the scores again. Memory grows linearly with the length.
+Scores exist for one block of queries and keys at a time; a running maximum and sum make the softmax
+exact. Forward keeps the output and one logsumexp per query; backward forms the scores again. Memory
+grows linearly with the length.
 """
 
 import functools
@@ -17,17 +19,20 @@ from jax.typing import DTypeLike
 from llama_jax.axes import Array, Bool, Float, Int, Num
 from llama_jax.model.mask import Mask
 
-# Rows of one block. Larger blocks mean fewer loop turns, smaller ones less memory and less work thrown away at the diagonal.
+# Rows of one block. Larger blocks mean fewer loop turns, smaller ones less memory and less work
+# thrown away at the diagonal.
 BLOCK = 256
 _Carry = TypeVar("_Carry")
-HIDDEN = -1e30  # finite, so that a block without a visible key gives exp(0) times a zero mask instead of NaN
+HIDDEN = (
+    -1e30
+)  # finite, so that a block without a visible key gives exp(0) times a zero mask instead of NaN
 
 
 class Blocks(NamedTuple):
     """What the mask of one block needs: shapes are those of the padded arrays cut into blocks.
 
-    Documents and positions are those of `Mask`; a padded query stands before all keys, a padded key behind all queries and
-    beyond `lengths`.
+    Documents and positions are those of `Mask`; a padded query stands before all keys, a padded key
+    behind all queries and beyond `lengths`.
     """
 
     start: Int[Array, " B"]
@@ -42,7 +47,9 @@ class Blocks(NamedTuple):
     def visible(self, i: Int[Array, ""], j: Int[Array, ""]) -> Bool[Array, "B C E"]:
         """Whether the queries of block `i` see the keys of block `j`."""
         slots = (j * self.size + jnp.arange(self.size))[None, None, :]
-        seen = jnp.broadcast_to(slots < self.lengths[:, None, None], (self.start.shape[0], self.size, self.size))
+        seen = jnp.broadcast_to(
+            slots < self.lengths[:, None, None], (self.start.shape[0], self.size, self.size)
+        )
         if self.causal and self.positions is not None and self.key_positions is not None:
             seen &= self.key_positions[j] <= self.positions[i][:, None]
         elif self.causal:
@@ -52,11 +59,20 @@ class Blocks(NamedTuple):
             seen &= self.documents[i][:, :, None] == self.key_documents[j][:, None, :]
         return seen
 
-    def unless_hidden(self, i: Array, j: Array, add: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
-        """Adds the block to the carry, unless positions say that none of its queries sees any of its keys."""
+    def unless_hidden(
+        self, i: Array, j: Array, add: Callable[[_Carry], _Carry], carry: _Carry
+    ) -> _Carry:
+        """Adds the block to the carry, unless positions say that none of its queries sees any of
+        its keys.
+        """
         if not self.causal or self.positions is None or self.key_positions is None:
             return add(carry)
-        return lax.cond(needed(self.positions[i], self.key_positions[j]), add, lambda unchanged: unchanged, carry)
+        return lax.cond(
+            needed(self.positions[i], self.key_positions[j]),
+            add,
+            lambda unchanged: unchanged,
+            carry,
+        )
 
     def key_blocks(self, i: Int[Array, ""], blocks: int) -> Int[Array, ""]:
         """How many leading key blocks the queries of block `i` need."""
@@ -88,7 +104,9 @@ def cut(x: Num[Array, "B n T H"], size: int) -> Num[Array, "blocks B n C H"]:
 def join(blocks: Float[Array, "blocks B n C H"], length: int) -> Float[Array, "B n T H"]:
     """The inverse of `cut`."""
     count, batch, heads, size, head_dim = blocks.shape
-    return blocks.transpose(1, 2, 0, 3, 4).reshape(batch, heads, count * size, head_dim)[:, :, :length]
+    return blocks.transpose(1, 2, 0, 3, 4).reshape(batch, heads, count * size, head_dim)[
+        :, :, :length
+    ]
 
 
 def fold(q: Float[Array, "blocks B N C H"], kv_heads: int) -> Float[Array, "blocks B K G C H"]:
@@ -104,36 +122,49 @@ def unfold(q: Float[Array, "blocks B K G C H"]) -> Float[Array, "blocks B N C H"
 
 def _scores(q: Array, k: Array, seen: Array) -> Float[Array, "B K G C E"]:
     """Scaled scores of one block in float32, hidden ones at a large negative number."""
-    scores = jnp.einsum("bkgch,bkeh->bkgce", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("bkgch,bkeh->bkgce", q, k, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     return jnp.where(seen[:, None, None], scores, HIDDEN)
 
 
 _Running = tuple[Float[Array, "B K G C"], Float[Array, "B K G C"], Float[Array, "B K G C H"]]
 
 
-def _add_keys(q: Array, k: Array, v: Array, blocks: Blocks, i: Array, j: Array, running: _Running) -> _Running:
-    """Adds key block `j` to the running maximum, sum and output of query block `i`, which is `q`."""
+def _add_keys(
+    q: Array, k: Array, v: Array, blocks: Blocks, i: Array, j: Array, running: _Running
+) -> _Running:
+    """Adds key block `j` to the running maximum, sum and output of query block `i`, which is
+    `q`.
+    """
     peak, total, out = running
     seen = blocks.visible(i, j)
     scores = _scores(q, k[j], seen)
     new_peak = jnp.maximum(peak, scores.max(-1))
     weights = jnp.where(seen[:, None, None], jnp.exp(scores - new_peak[..., None]), 0.0)
     shrink = jnp.exp(peak - new_peak)
-    part = jnp.einsum("bkgce,bkeh->bkgch", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+    part = jnp.einsum(
+        "bkgce,bkeh->bkgch", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32
+    )
     return new_peak, total * shrink + weights.sum(-1), out * shrink[..., None] + part
 
 
 def forward(
     q: Array, k: Array, v: Array, blocks: Blocks, dtype: DTypeLike
 ) -> tuple[Float[Array, "n B K G C H"], Float[Array, "n B K G C"]]:
-    """Output and logsumexp of every query over these keys; q [blocks B K G C H], k and v [blocks B K C H]."""
+    """Output and logsumexp of every query over these keys; q [blocks B K G C H], k and v [blocks B
+    K C H].
+    """
 
     def query_block(i: Array) -> tuple[Array, Array]:
         """All keys that the queries of block `i` see, block by block."""
 
         def key_block(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             """Adds key block `j`, where any query sees it."""
-            return blocks.unless_hidden(i, j, functools.partial(_add_keys, q[i], k, v, blocks, i, j), carry)
+            return blocks.unless_hidden(
+                i, j, functools.partial(_add_keys, q[i], k, v, blocks, i, j), carry
+            )
 
         sequences = q.shape[1:-1]
         nothing = (jnp.full(sequences, HIDDEN), jnp.zeros(sequences), jnp.zeros(q.shape[1:]))
@@ -144,13 +175,19 @@ def forward(
     return lax.map(query_block, jnp.arange(q.shape[0]))
 
 
-def backward(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array, blocks: Blocks) -> tuple[Array, Array, Array]:
-    """Gradients of q, k, v (float32), block by block: keys outside, queries inside, dq carried along.
+def backward(
+    q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array, blocks: Blocks
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k, v (float32), block by block: keys outside, queries inside, dq carried
+    along.
 
-    Output and logsumexp are those over all keys, of which `k` and `v` may be a part: then the gradient of `q` is one too.
+    Output and logsumexp are those over all keys, of which `k` and `v` may be a part: then the
+      gradient of `q` is one too.
     """
     scale = q.shape[-1] ** -0.5
-    inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # sum of weight * d_weight, per query
+    inner = jnp.sum(
+        d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1
+    )  # sum of weight * d_weight, per query
 
     def key_block(dq: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
         """Gradients of key block `j`; those of the queries that see it are added to `dq`."""
@@ -163,15 +200,36 @@ def backward(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array,
             """Adds what query block `i` contributes."""
             dq, dk, dv = carry
             seen = blocks.visible(i, j)
-            weights = jnp.where(seen[:, None, None], jnp.exp(_scores(q[i], k[j], seen) - lse[i][..., None]), 0.0)
-            dv += jnp.einsum("bkgce,bkgch->bkeh", weights.astype(q.dtype), d_out[i], preferred_element_type=jnp.float32)
-            d_weights = jnp.einsum("bkgch,bkeh->bkgce", d_out[i], v[j], preferred_element_type=jnp.float32)
+            weights = jnp.where(
+                seen[:, None, None], jnp.exp(_scores(q[i], k[j], seen) - lse[i][..., None]), 0.0
+            )
+            dv += jnp.einsum(
+                "bkgce,bkgch->bkeh",
+                weights.astype(q.dtype),
+                d_out[i],
+                preferred_element_type=jnp.float32,
+            )
+            d_weights = jnp.einsum(
+                "bkgch,bkeh->bkgce", d_out[i], v[j], preferred_element_type=jnp.float32
+            )
             d_scores = (weights * (d_weights - inner[i][..., None]) * scale).astype(q.dtype)
-            dk += jnp.einsum("bkgce,bkgch->bkeh", d_scores, q[i], preferred_element_type=jnp.float32)
-            return dq.at[i].add(jnp.einsum("bkgce,bkeh->bkgch", d_scores, k[j], preferred_element_type=jnp.float32)), dk, dv
+            dk += jnp.einsum(
+                "bkgce,bkgch->bkeh", d_scores, q[i], preferred_element_type=jnp.float32
+            )
+            return (
+                dq.at[i].add(
+                    jnp.einsum(
+                        "bkgce,bkeh->bkgch", d_scores, k[j], preferred_element_type=jnp.float32
+                    )
+                ),
+                dk,
+                dv,
+            )
 
         nothing = jnp.zeros(k.shape[1:], jnp.float32)
-        dq, dk, dv = lax.fori_loop(blocks.first_query_block(j), q.shape[0], query_block, (dq, nothing, nothing))
+        dq, dk, dv = lax.fori_loop(
+            blocks.first_query_block(j), q.shape[0], query_block, (dq, nothing, nothing)
+        )
         return dq, (dk, dv)
 
     dq, (dk, dv) = lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[0]))
@@ -183,21 +241,39 @@ def cut_tokens(x: Int[Array, "B T"] | None, size: int) -> Int[Array, "blocks B C
     return None if x is None else cut(x[:, None, :, None], size)[:, :, 0, :, 0]
 
 
-def cut_positions(x: Int[Array, " T"] | None, size: int, padding: int) -> Int[Array, "blocks C"] | None:
+def cut_positions(
+    x: Int[Array, " T"] | None, size: int, padding: int
+) -> Int[Array, "blocks C"] | None:
     """Positions in blocks; `None` stays."""
-    return None if x is None else jnp.pad(x, (0, -len(x) % size), constant_values=padding).reshape(-1, size)
+    return (
+        None
+        if x is None
+        else jnp.pad(x, (0, -len(x) % size), constant_values=padding).reshape(-1, size)
+    )
 
 
-def prepare(q: Array, k: Array, v: Array, mask: Mask, causal: bool, size: int) -> tuple[Array, Array, Array, Blocks]:
-    """Queries `[blocks B K G C H]`, keys and values `[blocks B K C H]`, and their mask; no query sees a padded key."""
+def prepare(
+    q: Array, k: Array, v: Array, mask: Mask, causal: bool, size: int
+) -> tuple[Array, Array, Array, Blocks]:
+    """Queries `[blocks B K G C H]`, keys and values `[blocks B K C H]`, and their mask; no query
+    sees a padded key.
+    """
     batch, keys = k.shape[0], k.shape[2]
     start = jnp.zeros((batch,), jnp.int32) if mask.start is None else mask.start
-    lengths = jnp.full((batch,), keys, jnp.int32) if mask.lengths is None else jnp.minimum(mask.lengths, keys)
+    lengths = (
+        jnp.full((batch,), keys, jnp.int32)
+        if mask.lengths is None
+        else jnp.minimum(mask.lengths, keys)
+    )
     documents = cut_tokens(mask.documents, size)
-    key_documents = documents if mask.key_documents is None else cut_tokens(mask.key_documents, size)
+    key_documents = (
+        documents if mask.key_documents is None else cut_tokens(mask.key_documents, size)
+    )
     positions = cut_positions(mask.positions, size, -1)
     key_positions = cut_positions(mask.key_positions, size, jnp.iinfo(jnp.int32).max)
-    blocks = Blocks(start, lengths, documents, causal, size, key_documents, positions, key_positions)
+    blocks = Blocks(
+        start, lengths, documents, causal, size, key_documents, positions, key_positions
+    )
     return fold(cut(q, size), k.shape[1]), cut(k, size), cut(v, size), blocks
 
 
@@ -212,12 +288,15 @@ def blockwise_attention(
 ) -> Float[Array, "B N T H"]:
     """Exact attention in blocks of `size` queries by `size` keys.
 
-    Blocks that no query can see (beyond the causal diagonal or every sequence's length) are not computed.
+    Blocks that no query can see (beyond the causal diagonal or every sequence's length) are not
+    computed.
     """
     return _blockwise_forward(q, k, v, mask, causal, size)[0]
 
 
-def _blockwise_forward(q: Array, k: Array, v: Array, mask: Mask, causal: bool, size: int) -> tuple[Array, tuple]:
+def _blockwise_forward(
+    q: Array, k: Array, v: Array, mask: Mask, causal: bool, size: int
+) -> tuple[Array, tuple]:
     out, lse = forward(*prepare(q, k, v, mask, causal, size), q.dtype)
     out = checkpoint_name(join(unfold(out), q.shape[2]), "context")
     return out, (q, k, v, mask, out, checkpoint_name(lse, "context"))

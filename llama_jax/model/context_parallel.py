@@ -1,8 +1,10 @@
-"""Attention of sequences whose tokens lie on several devices, along the mesh axes that the rules name for `length`.
+"""Attention of sequences whose tokens lie on several devices, along the mesh axes that the rules
+name for `length`.
 
-Each device has its own queries and either gathers all keys and values (`gathered`) or sees them pass by (`ring`). In the
-first form a backend of `attend` is given the positions of its queries and those of all keys, in the order of the devices;
-grouped queries keep what is moved small. In the second one no device ever holds more than two blocks of keys.
+Each device has its own queries and either gathers all keys and values (`gathered`) or sees them
+pass by (`ring`). In the first form a backend of `attend` is given the positions of its queries and
+those of all keys, in the order of the devices; grouped queries keep what is moved small. In the
+second one no device ever holds more than two blocks of keys.
 """
 
 import functools
@@ -26,11 +28,13 @@ from llama_jax.parallel.sharding import Rules, partition_spec, parts_of, require
 
 # --- ring ---
 #
-# Ring attention (arXiv:2310.01889): keys and values go round the devices that share a sequence, queries stay where they are.
+# Ring attention (arXiv:2310.01889): keys and values go round the devices that share a sequence,
+# queries stay where they are.
 #
-# A device computes with one block of keys while the next one is on its way, and merges what each block gives by logsumexps.
-# Backward goes round once more, and the gradients of keys and values travel with them, in float32, until they are at home.
-# Blocks of scores that no query sees are not computed.
+# A device computes with one block of keys while the next one is on its way, and merges what each
+# block gives by logsumexps. Backward goes round once more, and the gradients of keys and values
+# travel with them, in float32, until they are at home. Blocks of scores that no query sees are not
+# computed.
 
 
 class Ring(NamedTuple):
@@ -48,7 +52,9 @@ class Ring(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What goes round: a device's keys and values in blocks, and what the mask has to know of them."""
+    """What goes round: a device's keys and values in blocks, and what the mask has to know of
+    them.
+    """
 
     keys: Float[Array, "blocks B K C H"]
     values: Float[Array, "blocks B K C H"]
@@ -57,11 +63,14 @@ class _Held(NamedTuple):
 
 
 _Tree = TypeVar("_Tree")
-_Part = tuple[Float[Array, "n B K G C H"], Float[Array, "n B K G C"]]  # output over some of the keys, and its logsumexp
+_Part = tuple[
+    Float[Array, "n B K G C H"], Float[Array, "n B K G C"]
+]  # output over some of the keys, and its logsumexp
 
 
 def block_size(backend: str, tokens: int) -> int:
-    """Queries and keys of a block of scores: as `chunked` has them, or all at once, but no block with tokens of both chunks.
+    """Queries and keys of a block of scores: as `chunked` has them, or all at once, but no block
+    with tokens of both chunks.
 
     Args:
       backend: of the attention.
@@ -94,7 +103,8 @@ def ring_attention(
     documents: Int[Array, "B C"] | None,
     ring: Ring,
 ) -> Float[Array, "B N C H"]:
-    """Causal attention of a device's queries over the keys of all devices; to be called inside `jax.shard_map`.
+    """Causal attention of a device's queries over the keys of all devices; to be called inside
+    `jax.shard_map`.
 
     Args:
       q: of the device's own tokens, as are keys, values, positions and documents.
@@ -115,15 +125,23 @@ def _prepare(
     q_blocks, keys, values, own = chunked.prepare(q, k, v, mask, True, ring.size)
     assert own.key_positions is not None
     held = _Held(keys, values, own.key_positions, own.key_documents)
-    return q_blocks, held, lambda held: own._replace(key_positions=held.positions, key_documents=held.documents)
+    return (
+        q_blocks,
+        held,
+        lambda held: own._replace(key_positions=held.positions, key_documents=held.documents),
+    )
 
 
-def _ring_forward(q: Array, k: Array, v: Array, positions: Array, documents: Array | None, ring: Ring) -> tuple[Array, tuple]:
+def _ring_forward(
+    q: Array, k: Array, v: Array, positions: Array, documents: Array | None, ring: Ring
+) -> tuple[Array, tuple]:
     queries, held, blocks = _prepare(q, k, v, positions, documents, ring)
 
     def attended(held: _Held, sums: _Part) -> _Part:
         """With what the held keys add."""
-        return _merged(sums, chunked.forward(queries, held.keys, held.values, blocks(held), jnp.float32))
+        return _merged(
+            sums, chunked.forward(queries, held.keys, held.values, blocks(held), jnp.float32)
+        )
 
     def turn(_: Array, carry: tuple[_Held, _Part]) -> tuple[_Held, _Part]:
         """One block; the next one is asked for first, so that it travels meanwhile."""
@@ -140,15 +158,21 @@ def _ring_forward(q: Array, k: Array, v: Array, positions: Array, documents: Arr
 def _ring_backward(ring: Ring, saved: tuple, d_out: Array) -> tuple:
     q, k, v, positions, documents, out, lse = saved
     queries, held, blocks = _prepare(q, k, v, positions, documents, ring)
-    out_blocks, d_blocks = (chunked.fold(chunked.cut(x, ring.size), k.shape[1]) for x in (out, d_out))
+    out_blocks, d_blocks = (
+        chunked.fold(chunked.cut(x, ring.size), k.shape[1]) for x in (out, d_out)
+    )
 
     def gradients(held: _Held) -> tuple[Array, tuple[Array, Array]]:
         """Of the queries, and of the held keys and values, as far as these meet."""
-        dq, dk, dv = chunked.backward(queries, held.keys, held.values, out_blocks, lse, d_blocks, blocks(held))
+        dq, dk, dv = chunked.backward(
+            queries, held.keys, held.values, out_blocks, lse, d_blocks, blocks(held)
+        )
         return dq, (dk, dv)
 
     def turn(_: Array, carry: tuple[_Held, Array, tuple]) -> tuple[_Held, Array, tuple]:
-        """One block; its gradients so far come from the device that held it before, while its own part is computed."""
+        """One block; its gradients so far come from the device that held it before, while its own
+        part is computed.
+        """
         held, dq, left = carry
         following, arrived = _pass_on(held, ring), _pass_on(left, ring)
         more, own = gradients(held)
@@ -159,7 +183,9 @@ def _ring_backward(ring: Ring, saved: tuple, d_out: Array) -> tuple:
     held, dq, left = lax.fori_loop(0, ring.devices - 1, turn, start)
     arrived = _pass_on(left, ring)
     more, own = gradients(held)
-    dk, dv = _pass_on(jax.tree.map(jnp.add, arrived, own), ring)  # each device has last held its neighbour's
+    dk, dv = _pass_on(
+        jax.tree.map(jnp.add, arrived, own), ring
+    )  # each device has last held its neighbour's
     dq = chunked.join(chunked.unfold(dq + more), q.shape[2])
     dk, dv = chunked.join(dk, k.shape[2]), chunked.join(dv, k.shape[2])
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
@@ -179,17 +205,20 @@ def attend_over_mesh(
     options: ModelOptions,
     scales: Scales | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention, by `attend` alone unless the mesh set by `jax.set_mesh` cuts sequences over devices.
+    """Causal attention, by `attend` alone unless the mesh set by `jax.set_mesh` cuts sequences over
+    devices.
 
     Args:
       q: queries.
       k: keys, of the same tokens where sequences are cut.
       v: values.
-      mask: which keys a query sees; without positions, tokens are taken to be in the order of their sequence. A kernel on devices
-        that share sequences takes them in the order of `balanced_positions`, whatever the mask says.
-      options: backend, rules, and how devices share keys. A kernel takes sequences that see themselves; `auto` stands beside it for
-        tokens behind a cache. `auto` itself takes, for sequences that see themselves and lie on one device each, the kernel of the
-        platform for which the program is compiled, where there is one for these sizes.
+      mask: which keys a query sees; without positions, tokens are taken to be in the order of their
+        sequence. A kernel on devices that share sequences takes them in the order of
+        `balanced_positions`, whatever the mask says.
+      options: backend, rules, and how devices share keys. A kernel takes sequences that see
+        themselves; `auto` stands beside it for tokens behind a cache. `auto` itself takes, for
+        sequences that see themselves and lie on one device each, the kernel of the platform for
+        which the program is compiled, where there is one for these sizes.
       scales: of integer keys and values.
 
     Raises:
@@ -202,29 +231,49 @@ def attend_over_mesh(
         return kernel(q, *in_float(k, v, scales, q.dtype), mask.documents, options.rules)
     if parts == 1:
         backend = "auto" if options.attention in KERNELS else options.attention
-        kernels = _kernels(q, k, options) if options.attention == "auto" and mask == Mask(documents=mask.documents) else {}
+        kernels = (
+            _kernels(q, k, options)
+            if options.attention == "auto" and mask == Mask(documents=mask.documents)
+            else {}
+        )
         if not kernels:
             return attend(q, k, v, mask, backend=backend, scales=scales)
         default = functools.partial(_plain, backend=backend)
-        return lax.platform_dependent(q, *in_float(k, v, scales, q.dtype), mask.documents, default=default, **kernels)
+        return lax.platform_dependent(
+            q, *in_float(k, v, scales, q.dtype), mask.documents, default=default, **kernels
+        )
     length = q.shape[2]
     if scales is not None or mask.start is not None or mask.lengths is not None:
         raise InputError(
-            f"a cache was given on a mesh that cuts sequences in {parts}; use `whole_sequences` of the rules to decode on it"
+            f"a cache was given on a mesh that cuts sequences in {parts}; use "
+            "`whole_sequences` of the rules to decode on it"
         )
-    for axis, size in (("batch", q.shape[0]), ("heads", q.shape[1]), ("kv_heads", k.shape[1]), ("length", length)):
+    for axis, size in (
+        ("batch", q.shape[0]),
+        ("heads", q.shape[1]),
+        ("kv_heads", k.shape[1]),
+        ("length", length),
+    ):
         require_divisible(axis, size, parts_of(axis, options.rules))
     positions = jnp.arange(length, dtype=jnp.int32) if mask.positions is None else mask.positions
     tokens = (positions,) if mask.documents is None else (positions, mask.documents)
-    q_spec, k_spec = (partition_spec(("batch", axis, "length", "width"), options.rules) for axis in ("heads", "kv_heads"))
-    token_specs = (partition_spec(("length",), options.rules), partition_spec(("batch", "length"), options.rules))
+    q_spec, k_spec = (
+        partition_spec(("batch", axis, "length", "width"), options.rules)
+        for axis in ("heads", "kv_heads")
+    )
+    token_specs = (
+        partition_spec(("length",), options.rules),
+        partition_spec(("batch", "length"), options.rules),
+    )
     local = _local(options, parts, length)
     specs = (q_spec, k_spec, k_spec, *token_specs[: len(tokens)])
     return jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)(q, k, v, *tokens)
 
 
 def _kernels(q: Array, k: Array, options: ModelOptions) -> dict[str, Callable[..., Array]]:
-    """The kernels that take whole sequences of these sizes, by the platform for which a program is compiled."""
+    """The kernels that take whole sequences of these sizes, by the platform for which a program is
+    compiled.
+    """
     heads, length, head_dim = q.shape[1:]
     if heads % parts_of("heads", options.rules) or k.shape[1] % parts_of("kv_heads", options.rules):
         return {}
@@ -252,18 +301,25 @@ def _cudnn(q: Array, k: Array, v: Array, documents: Array | None, *, rules: Rule
 
 
 def _local(options: ModelOptions, parts: int, length: int) -> Callable[..., Array]:
-    """What each device does with its tokens: from q, k, v, positions and documents, if any, to the output."""
+    """What each device does with its tokens: from q, k, v, positions and documents, if any, to the
+    output.
+    """
     axes = dict(options.rules)["length"]
     backend = choose_backend(options.attention, length // parts, length)
     if options.context_attention == "ring":
-        return functools.partial(_ring, ring=Ring(axes, parts, block_size(backend, length // parts)))
-    # The gathered keys are gathered anew for the backward pass, not kept: every layer would keep those of whole sequences.
+        return functools.partial(
+            _ring, ring=Ring(axes, parts, block_size(backend, length // parts))
+        )
+    # The gathered keys are gathered anew for the backward pass, not kept: every layer would keep
+    #   those of whole sequences.
     kept = checkpoint_policies.save_only_these_names("context")
     gathered = functools.partial(_gathered, axes=axes, backend=backend)
     return jax.checkpoint(gathered, policy=kept, prevent_cse=not options.scan)
 
 
-def _ring(q: Array, k: Array, v: Array, positions: Array, documents: Array | None = None, *, ring: Ring) -> Array:
+def _ring(
+    q: Array, k: Array, v: Array, positions: Array, documents: Array | None = None, *, ring: Ring
+) -> Array:
     return ring_attention(q, k, v, positions, documents, ring)
 
 
@@ -277,12 +333,19 @@ def _gathered(
     axes: tuple[str, ...],
     backend: str,
 ) -> Float[Array, "B N C H"]:
-    """The device's own queries over the keys of all devices; the gradients of keys are summed and scattered back."""
+    """The device's own queries over the keys of all devices; the gradients of keys are summed and
+    scattered back.
+    """
 
     def whole(x: Array, axis: int) -> Array:
         """Gathered along an axis, in the order of the devices."""
         return lax.all_gather(x, axes, axis=axis, tiled=True)
 
     theirs = None if documents is None else whole(documents, 1)
-    mask = Mask(documents=documents, positions=positions, key_positions=whole(positions, 0), key_documents=theirs)
+    mask = Mask(
+        documents=documents,
+        positions=positions,
+        key_positions=whole(positions, 0),
+        key_documents=theirs,
+    )
     return attend(q, whole(k, 2), whole(v, 2), mask, backend=backend)

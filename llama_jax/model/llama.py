@@ -1,4 +1,6 @@
-"""LLaMA: embedding, layers, final norm, head. One forward pass; training is decoding without a cache."""
+"""LLaMA: embedding, layers, final norm, head. One forward pass; training is decoding without a
+cache.
+"""
 
 import dataclasses
 import functools
@@ -13,18 +15,33 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.model.attention import Mask
 from llama_jax.model.cache import Cache
-from llama_jax.model.layers import _INIT_STD, RMSNorm, declare, gather_weight, layer_class, scanned_layers
+from llama_jax.model.layers import (
+    _INIT_STD,
+    RMSNorm,
+    declare,
+    gather_weight,
+    layer_class,
+    scanned_layers,
+)
 from llama_jax.model.lora import Adapted
 from llama_jax.model.matmul import product
 from llama_jax.model.options import ModelOptions, check_options
 from llama_jax.model.quantize import Quantized, Weight, dequantize, take_embeddings
 from llama_jax.model.remat import layer_parts
 from llama_jax.model.rope import Rotation, rotation
-from llama_jax.parallel.sharding import constrain, constrain_stream, enter_block, parts_of, require_divisible
+from llama_jax.parallel.sharding import (
+    constrain,
+    constrain_stream,
+    enter_block,
+    parts_of,
+    require_divisible,
+)
 
 
 class Features(NamedTuple):
-    """What the layers make of a batch: the final normed stream, ready for the head, and the cache after it."""
+    """What the layers make of a batch: the final normed stream, ready for the head, and the cache
+    after it.
+    """
 
     last: Float[Array, "B T D"]
     cache: Cache | None
@@ -48,7 +65,10 @@ class Llama(nn.Module):
             self.layers: Any = scanned_layers(config, self._parts()[-1][1])
         else:
             each = [options for count, options in self._parts() for _ in range(count)]
-            self.layers = [layer_class(options)(config, options, name=f"layers_{i}") for i, options in enumerate(each)]
+            self.layers = [
+                layer_class(options)(config, options, name=f"layers_{i}")
+                for i, options in enumerate(each)
+            ]
         self.final_norm = RMSNorm(config)
         if not config.tied_head:
             self.head = declare(self, "head", _INIT_STD, (config.dim, config.vocab_size))
@@ -60,33 +80,44 @@ class Llama(nn.Module):
             return
         if not held:
             raise InputError(
-                "no parameters given; apply({'params': params}, tokens) expected, or after ToNNX(...) first .lazy_init(tokens)"
+                "no parameters given; apply({'params': params}, tokens) expected, or "
+                "after ToNNX(...) first .lazy_init(tokens)"
             )
         own, other = ("stacked", "unrolled") if self.options.scan else ("unrolled", "stacked")
         function = "stack" if self.options.scan else "unstack"
         raise InputError(
-            f"{other} parameters given to a module of {own} ones; llama_jax.{function}(params) expected, or "
+            f"{other} parameters given to a module of {own} ones; "
+            f"llama_jax.{function}(params) expected, or "
             f"Llama(config, ModelOptions(scan={not self.options.scan}))"
         )
 
     def embed(self, inputs: Num[Array, "B T *D"]) -> Float[Array, "B T D"]:
         """Rows of the embedding table in the compute dtype; embeddings pass through."""
         if jnp.issubdtype(inputs.dtype, jnp.integer):
-            inputs = take_embeddings(gather_weight(self.embedding, "embedding", self.options), inputs)
+            inputs = take_embeddings(
+                gather_weight(self.embedding, "embedding", self.options), inputs
+            )
         return constrain_stream(inputs.astype(self.options.compute_dtype), self.options.rules)
 
     def features(
-        self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None, cache: Cache | None = None,
-        positions: Int[Array, " T"] | None = None, fresh: bool = False,
-    ) -> Features:  # fmt: skip
+        self,
+        inputs: Num[Array, "B T *D"],
+        documents: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        positions: Int[Array, " T"] | None = None,
+        fresh: bool = False,
+    ) -> Features:
         """The forward pass up to the head.
 
         Args:
           inputs: token ids or embeddings.
-          documents: document number of each token of a packed sequence; attention does not cross documents.
-          cache: keys and values of the tokens before; the new tokens are written from `cache.lengths` on. The cache
-            comes back with the new tokens in it and `lengths` as they were: the caller knows how many are real.
-          positions: where in their sequences the tokens stand, when they come in another order; not with a cache.
+          documents: document number of each token of a packed sequence; attention does not cross
+            documents.
+          cache: keys and values of the tokens before; the new tokens are written from
+            `cache.lengths` on. The cache comes back with the new tokens in it and `lengths` as they
+              were: the caller knows how many are real.
+          positions: where in their sequences the tokens stand, when they come in another order; not
+            with a cache.
           fresh: the cache is empty; then the tokens see themselves alone, whatever its capacity.
 
         Raises:
@@ -98,12 +129,19 @@ class Llama(nn.Module):
         batch, length = x.shape[:2]
         start = None if cache is None or fresh else cache.lengths
         first = jnp.zeros((batch, 1), jnp.int32) if start is None else start[:, None]
-        turn = rotation(first + (jnp.arange(length, dtype=jnp.int32) if positions is None else positions), self.config)
+        turn = rotation(
+            first + (jnp.arange(length, dtype=jnp.int32) if positions is None else positions),
+            self.config,
+        )
         mask = Mask(start=start, documents=documents)
         if positions is not None:
-            mask = mask._replace(positions=positions, key_positions=positions, key_documents=documents)
+            mask = mask._replace(
+                positions=positions, key_positions=positions, key_documents=documents
+            )
         if cache is None:
-            return Features(enter_block(self.final_norm(self._run_layers(x, None, turn, mask)[0]), rules), None)
+            return Features(
+                enter_block(self.final_norm(self._run_layers(x, None, turn, mask)[0]), rules), None
+            )
         x, layers = self._run_layers(x, cache.layers, turn, mask)
         return Features(self.final_norm(x), Cache(layers, cache.lengths))
 
@@ -122,9 +160,16 @@ class Llama(nn.Module):
         return x, tuple(new)
 
     def _scan_layers(self, x: Array, caches: Any, turn: Rotation, mask: Mask) -> tuple[Array, Any]:
-        """One scan over all layers; where their backward passes keep different things, one for each part of the one stack."""
+        """One scan over all layers; where their backward passes keep different things, one for each
+        part of the one stack.
+        """
         parts = self._parts()
-        if len(parts) == 1 or caches is not None or self.is_initializing() or self.is_mutable_collection("residual"):
+        if (
+            len(parts) == 1
+            or caches is not None
+            or self.is_initializing()
+            or self.is_mutable_collection("residual")
+        ):
             return self.layers(x, caches, turn, mask)
         start, stacked = 0, self.layers.variables["params"]
         for count, options in parts:
@@ -135,12 +180,16 @@ class Llama(nn.Module):
         return x, None
 
     def _head(self) -> tuple[Weight, int]:
-        """The output head gathered for use, and the axis of it that meets the features: a tied table has sequences for columns."""
+        """The output head gathered for use, and the axis of it that meets the features: a tied
+        table has sequences for columns.
+        """
         name = "embedding" if self.config.tied_head else "head"
         return gather_weight(getattr(self, name), name, self.options), int(self.config.tied_head)
 
     def head_matrix(self) -> Float[Array, "D V"]:
-        """The output head in the compute dtype: its own matrix, or the embedding table transposed."""
+        """The output head in the compute dtype: its own matrix, or the embedding table
+        transposed.
+        """
         weight, axis = self._head()
         if isinstance(weight, Quantized):
             return dequantize(weight).T.astype(self.options.compute_dtype)
@@ -150,9 +199,15 @@ class Llama(nn.Module):
     def unembed(self, last: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits in float32."""
         weight, axis = self._head()
-        return constrain(product(last, weight, axis, jnp.float32), ("batch", "length", "vocab"), self.options.rules)
+        return constrain(
+            product(last, weight, axis, jnp.float32),
+            ("batch", "length", "vocab"),
+            self.options.rules,
+        )
 
-    def __call__(self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+    def __call__(
+        self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, float32."""
         return self.unembed(self.features(inputs, documents).last)
 
@@ -161,19 +216,30 @@ def require_inputs(inputs: Any) -> None:
     """Refuses what is no batch of sequences.
 
     Raises:
-      InputError: for lists, and for arrays of other dimensions than those of token ids or embeddings.
+      InputError: for lists, and for arrays of other dimensions than those of token ids or
+        embeddings.
     """
     if not hasattr(inputs, "shape") or not hasattr(inputs, "dtype"):
-        raise InputError(f"inputs: a {type(inputs).__name__} given; an array of token ids [B, T] expected: jnp.asarray([ids])")
+        raise InputError(
+            f"inputs: a {type(inputs).__name__} given; an array of token ids [B, T] "
+            "expected: jnp.asarray([ids])"
+        )
     tokens = jnp.issubdtype(inputs.dtype, jnp.integer)
     if inputs.ndim != (2 if tokens else 3):
-        expected = "token ids [B, T]" if tokens else "embeddings [B, T, D], or token ids as integers,"
+        expected = (
+            "token ids [B, T]" if tokens else "embeddings [B, T, D], or token ids as integers,"
+        )
         advice = "; inputs[None] is a batch of one" if inputs.ndim == (1 if tokens else 2) else ""
-        raise InputError(f"inputs: {inputs.dtype} of shape {list(inputs.shape)} given; {expected} expected{advice}")
+        raise InputError(
+            f"inputs: {inputs.dtype} of shape {list(inputs.shape)} given; {expected} "
+            f"expected{advice}"
+        )
 
 
 def parameter_dtype(params: Parameters) -> str:
-    """The dtype that parameters are in: that of the embedding table, or of the norms where the table is quantized."""
+    """The dtype that parameters are in: that of the embedding table, or of the norms where the
+    table is quantized.
+    """
     table = params["embedding"]
     table = table.weight if isinstance(table, Adapted) else table
     dtype = params["final_norm"]["scale"].dtype if isinstance(table, Quantized) else table.dtype
@@ -181,7 +247,8 @@ def parameter_dtype(params: Parameters) -> str:
 
 
 def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Llama:
-    """The module that fits a parameter tree: its form and, unless `dtype` is among the options, its dtype.
+    """The module that fits a parameter tree: its form and, unless `dtype` is among the options, its
+    dtype.
 
     Args:
       params: parameters, stacked or unrolled.
@@ -193,20 +260,29 @@ def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Lla
     """
     if "embedding" not in params:
         raise InputError(
-            f"params: a tree of {', '.join(map(str, params))[:60]} given; the parameters themselves expected, load(...).params"
+            f"params: a tree of {', '.join(map(str, params))[:60]} given; the parameters "
+            "themselves expected, load(...).params"
         )
     check_options(options)
     options = {"dtype": parameter_dtype(params), **options}
     return Llama(config, ModelOptions(scan="layers" in params, **options))  # type: ignore[arg-type]
 
 
-def apply(model: Llama, params: Parameters, *args: Any, method: str | None = None, **named: Any) -> Any:
+def apply(
+    model: Llama, params: Parameters, *args: Any, method: str | None = None, **named: Any
+) -> Any:
     """`model.apply` on a plain parameter tree."""
     return model.apply({"params": params}, *args, method=method, **named)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _logits(params: Parameters, inputs: Array, documents: Array | None, config: LlamaConfig, options: ModelOptions) -> Array:
+def _logits(
+    params: Parameters,
+    inputs: Array,
+    documents: Array | None,
+    config: LlamaConfig,
+    options: ModelOptions,
+) -> Array:
     return apply(Llama(config, options), params, inputs, documents)
 
 
@@ -224,14 +300,19 @@ def logits(
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
       config: the architecture.
       documents: document numbers of packed sequences.
-      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of
+        `ModelOptions`.
     """
     require_inputs(inputs)
-    return _logits(params, jnp.asarray(inputs), documents, config, model_for(params, config, **options).options)
+    return _logits(
+        params, jnp.asarray(inputs), documents, config, model_for(params, config, **options).options
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _hidden_states(params: Parameters, inputs: Array, config: LlamaConfig, options: ModelOptions) -> Array:
+def _hidden_states(
+    params: Parameters, inputs: Array, config: LlamaConfig, options: ModelOptions
+) -> Array:
     model = Llama(config, options)
     embedded = apply(model, params, inputs, method="embed")
     _, sown = model.apply({"params": params}, inputs, method="features", mutable=["residual"])
@@ -243,17 +324,23 @@ def _hidden_states(params: Parameters, inputs: Array, config: LlamaConfig, optio
     return jnp.concatenate([embedded[None], after])
 
 
-def hidden_states(params: Parameters, inputs: Any, config: LlamaConfig, **options: object) -> Float[Array, "L1 B T D"]:
-    """The residual stream before the first layer and after each layer: `L + 1` entries, none of them through the final norm.
+def hidden_states(
+    params: Parameters, inputs: Any, config: LlamaConfig, **options: object
+) -> Float[Array, "L1 B T D"]:
+    """The residual stream before the first layer and after each layer: `L + 1` entries, none of
+    them through the final norm.
 
     Args:
       params: parameters, stacked or unrolled.
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
       config: the architecture.
-      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of `ModelOptions`.
+      **options: `dtype` (that of the parameters by default), `attention`, `remat`, `rules` of
+        `ModelOptions`.
     """
     require_inputs(inputs)
-    return _hidden_states(params, jnp.asarray(inputs), config, model_for(params, config, **options).options)
+    return _hidden_states(
+        params, jnp.asarray(inputs), config, model_for(params, config, **options).options
+    )
 
 
 def embed(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

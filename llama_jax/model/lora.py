@@ -1,7 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): leaves that take the place of matrices, and the trees they come from.
+"""Low-rank adapters (LoRA, arXiv:2106.09685): leaves that take the place of matrices, and the trees
+they come from.
 
-A tree of adapters has the nesting of the parameters, `{"a", "b"}` at the names that are adapted and nothing elsewhere. It is
-what is trained, saved and sharded; `combine` puts it over frozen parameters for a forward pass, without a sum of weights.
+A tree of adapters has the nesting of the parameters, `{"a", "b"}` at the names that are adapted and
+nothing elsewhere. It is what is trained, saved and sharded; `combine` puts it over frozen
+parameters for a forward pass, without a sum of weights.
 """
 
 import dataclasses
@@ -23,7 +25,8 @@ from llama_jax.model.quantize import Quantized, Weight
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["key"], meta_fields=["rate"])
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """What an adapter's input loses in training: each entry with probability `rate`, the others grow by 1 / (1 - rate).
+    """What an adapter's input loses in training: each entry with probability `rate`, the others
+    grow by 1 / (1 - rate).
 
     Attributes:
       key: of this forward pass; stacked leaves have one a layer.
@@ -34,10 +37,15 @@ class Dropout:
     rate: float
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "a", "b", "dropout"], meta_fields=["scale"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "a", "b", "dropout"],
+    meta_fields=["scale"],
+)
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A frozen matrix `[I, O]` and its adapter, or such pairs stacked: `x weight + (x a) b * scale`.
+    """A frozen matrix `[I, O]` and its adapter, or such pairs stacked: `x weight + (x a) b *
+    scale`.
 
     Attributes:
       weight: plain or quantised.
@@ -71,13 +79,23 @@ def check_targets(targets: tuple[str, ...]) -> None:
     Raises:
       InputError: naming the first of them; for none at all, and for one that comes twice.
     """
-    wrong = [name for name in targets if name not in LAYER_MATRICES or targets.count(name) > 1] if targets else [""]
+    wrong = (
+        [name for name in targets if name not in LAYER_MATRICES or targets.count(name) > 1]
+        if targets
+        else [""]
+    )
     if wrong:
-        raise InputError(f"adapter targets: {wrong[0]!r} given, each once of {', '.join(LAYER_MATRICES)} expected")
+        raise InputError(
+            f"adapter targets: {wrong[0]!r} given, each once of "
+            f"{', '.join(LAYER_MATRICES)} expected"
+        )
 
 
-def init_adapters(key: Key[Array, ""], config: LlamaConfig, rank: int, targets: tuple[str, ...]) -> Parameters:
-    """Fresh adapters that change nothing yet, stacked: `a` uniform within 1 / sqrt(I), as PEFT draws it, and `b` zero.
+def init_adapters(
+    key: Key[Array, ""], config: LlamaConfig, rank: int, targets: tuple[str, ...]
+) -> Parameters:
+    """Fresh adapters that change nothing yet, stacked: `a` uniform within 1 / sqrt(I), as PEFT
+    draws it, and `b` zero.
 
     Args:
       key: consumed.
@@ -92,16 +110,26 @@ def init_adapters(key: Key[Array, ""], config: LlamaConfig, rank: int, targets: 
     tree = {}
     for path, (layers, inputs, outputs) in _matrices(config, targets).items():
         if not 1 <= rank <= min(inputs, outputs):
-            raise InputError(f"adapter rank: {rank} given, 1 to {min(inputs, outputs)} expected for {path[-1]}")
+            raise InputError(
+                f"adapter rank: {rank} given, 1 to {min(inputs, outputs)} expected for {path[-1]}"
+            )
         bound = inputs**-0.5
-        a = jax.random.uniform(_folded(key, path), (layers, inputs, rank), jnp.float32, -bound, bound)
+        a = jax.random.uniform(
+            _folded(key, path), (layers, inputs, rank), jnp.float32, -bound, bound
+        )
         tree[path] = {"a": a, "b": jnp.zeros((layers, rank, outputs), jnp.float32)}
     return unflatten_dict(tree)
 
 
-def _matrices(config: LlamaConfig, targets: tuple[str, ...]) -> dict[tuple[str, ...], tuple[int, int, int]]:
+def _matrices(
+    config: LlamaConfig, targets: tuple[str, ...]
+) -> dict[tuple[str, ...], tuple[int, int, int]]:
     """Paths and shapes of the targets in the stacked tree."""
-    return {path: shape for path, shape in flatten_dict(parameter_shapes(config)).items() if path[-1] in targets}
+    return {
+        path: shape
+        for path, shape in flatten_dict(parameter_shapes(config)).items()
+        if path[-1] in targets
+    }
 
 
 def _folded(key: Key[Array, ""], path: tuple[str, ...]) -> Key[Array, ""]:
@@ -112,17 +140,24 @@ def _folded(key: Key[Array, ""], path: tuple[str, ...]) -> Key[Array, ""]:
 def _pairs(adapters: Parameters) -> dict[tuple[str, ...], tuple[Array, Array]]:
     """`a` and `b` by the path of their matrix."""
     flat = flatten_dict(adapters)
-    return {path[:-1]: (flat[(*path[:-1], "a")], flat[(*path[:-1], "b")]) for path in flat if path[-1] == "a"}
+    return {
+        path[:-1]: (flat[(*path[:-1], "a")], flat[(*path[:-1], "b")])
+        for path in flat
+        if path[-1] == "a"
+    }
 
 
-def combine(params: Parameters, adapters: Parameters, scale: float, dropout: Dropout | None = None) -> Parameters:
+def combine(
+    params: Parameters, adapters: Parameters, scale: float, dropout: Dropout | None = None
+) -> Parameters:
     """Parameters with adapters over them, in the form (stacked or unrolled) that both have.
 
     Args:
       params: frozen, plain or quantised.
       adapters: from `init_adapters`, or trained.
       scale: alpha / rank.
-      dropout: with one key, from which every matrix of every layer gets its own; `None` outside of training.
+      dropout: with one key, from which every matrix of every layer gets its own; `None` outside of
+        training.
     """
     tree = flatten_dict(params)
     for path, (a, b) in _pairs(adapters).items():
@@ -141,27 +176,39 @@ def _require_matrix(tree: Mapping, path: tuple[str, ...]) -> None:
         other_form = (path[0] == "layers") != any(known[0] == "layers" for known in tree)
         forms = "both stacked or both unrolled (llama_jax.stack, llama_jax.unstack)"
         expected = forms if other_form else "adapters of this model"
-        raise InputError(f"adapters of {'/'.join(path)} given for parameters that do not have it; {expected} expected")
+        raise InputError(
+            f"adapters of {'/'.join(path)} given for parameters that do not have it; "
+            f"{expected} expected"
+        )
 
 
 def _dropout_at(dropout: Dropout | None, path: tuple[str, ...], a: Array) -> Dropout | None:
-    """The dropout of one matrix; a stacked one has the keys that its layers have in the unrolled form."""
+    """The dropout of one matrix; a stacked one has the keys that its layers have in the unrolled
+    form.
+    """
     if dropout is None or dropout.rate == 0:
         return None
     key = _folded(dropout.key, path)
     if a.ndim == 3:
-        return Dropout(jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(a.shape[0])), dropout.rate)
+        return Dropout(
+            jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(a.shape[0])),
+            dropout.rate,
+        )
     return Dropout(jax.random.fold_in(key, int(path[0].removeprefix("layers_"))), dropout.rate)
 
 
 def without_adapters(params: Parameters) -> Parameters:
     """What `combine` was given: the model before it was adapted, the same arrays."""
-    bare = {path: leaf.weight if isinstance(leaf, Adapted) else leaf for path, leaf in flatten_dict(params).items()}
+    bare = {
+        path: leaf.weight if isinstance(leaf, Adapted) else leaf
+        for path, leaf in flatten_dict(params).items()
+    }
     return unflatten_dict(bare)
 
 
 def merge(params: Parameters, adapters: Parameters, scale: float) -> Parameters:
-    """Plain parameters that compute what `combine` computes: `weight + a b * scale`, added in float32, in the type they had.
+    """Plain parameters that compute what `combine` computes: `weight + a b * scale`, added in
+    float32, in the type they had.
 
     Args:
       params: plain, stacked or unrolled.
@@ -175,12 +222,19 @@ def merge(params: Parameters, adapters: Parameters, scale: float) -> Parameters:
     for path, (a, b) in _pairs(adapters).items():
         _require_matrix(tree, path)
         if isinstance(tree[path], Quantized):
-            raise InputError(f"{'/'.join(path)} is quantised; merge into the parameters it was made from")
+            raise InputError(
+                f"{'/'.join(path)} is quantised; merge into the parameters it was made from"
+            )
         tree[path] = _merged(tree[path], a, b, scale)
     return unflatten_dict(tree)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def _merged(weight: Float[Array, "*L I O"], a: Float[Array, "*L I r"], b: Float[Array, "*L r O"], scale: float) -> Array:
+def _merged(
+    weight: Float[Array, "*L I O"],
+    a: Float[Array, "*L I r"],
+    b: Float[Array, "*L r O"],
+    scale: float,
+) -> Array:
     low = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
     return (weight.astype(jnp.float32) + low * scale).astype(weight.dtype)

@@ -12,14 +12,17 @@ class Mask(NamedTuple):
     """Which keys a query sees; every field narrows it further.
 
     Attributes:
-      start: key slot of each sequence's first query; `None` means 0. Query `t` of sequence `b` stands at slot `start[b] + t`.
+      start: key slot of each sequence's first query; `None` means 0. Query `t` of sequence `b`
+        stands at slot `start[b] + t`.
       lengths: number of valid keys of each sequence; `None` means all.
-      documents: document number of each query's token, for packed sequences; a query sees keys of its own document only. `None`
-        means one document.
-      positions: where each query stands in its sequence, the same for all sequences, for tokens in another order than that of the sequence;
-        a causal query sees keys of its own and earlier positions. `None` means `start` and the order of the queries.
+      documents: document number of each query's token, for packed sequences; a query sees keys of
+        its own document only. `None` means one document.
+      positions: where each query stands in its sequence, the same for all sequences, for tokens in
+        another order than that of the sequence; a causal query sees keys of its own and earlier
+        positions. `None` means `start` and the order of the queries.
       key_positions: the same of the keys, given with `positions` and only then.
-      key_documents: the same as `documents` of the keys; `None` means that queries and keys are of the same tokens (`S = T`).
+      key_documents: the same as `documents` of the keys; `None` means that queries and keys are of
+        the same tokens (`S = T`).
     """
 
     start: Int[Array, " B"] | None = None
@@ -37,13 +40,18 @@ def require_complete(mask: Mask, queries: int, keys: int) -> None:
     """Refuses a mask that does not say all that it has to.
 
     Raises:
-      InputError: for a document mask with other keys than the queries' own of which it does not say the documents; for
-        positions without those of the keys, or beside a start.
+      InputError: for a document mask with other keys than the queries' own of which it does not say
+        the documents; for positions without those of the keys, or beside a start.
     """
     own = queries == keys and mask.start is None and mask.positions is None
     if mask.documents is not None and mask.key_documents is None and not own:
-        raise InputError(f"a document mask needs the keys of its own {queries} tokens; {keys} cache slots were given")
-    if (mask.positions is None) != (mask.key_positions is None) or (mask.positions is not None and mask.start is not None):
+        raise InputError(
+            f"a document mask needs the keys of its own {queries} tokens; {keys} cache "
+            "slots were given"
+        )
+    if (mask.positions is None) != (mask.key_positions is None) or (
+        mask.positions is not None and mask.start is not None
+    ):
         raise InputError("a mask with positions of queries needs positions of keys, and no start")
 
 

@@ -1,11 +1,12 @@
 """The one product of activations and weights, in the form that is fast where it runs.
 
-Accelerators widen narrow weights on their way to the product. On GPUs one row is filled up to eight, for which there are faster
-programs. XLA's CPU compiler writes the widened weights to memory first,
-every time, with two exceptions that this module keeps to. One row times rows of channels (`[O, I]`, transposed in so many
-words) is a single loop that widens as it reads. And it multiplies rows of the weights' own type, two or more: so the
-activations are split into narrow parts that add up to them (`x = a + b + c`, exactly to rounding), which are rows of one
-product: bfloat16 parts for bfloat16 weights, 8-bit integers for 8-bit integers.
+Accelerators widen narrow weights on their way to the product. On GPUs one row is filled up to
+eight, for which there are faster programs. XLA's CPU compiler writes the widened weights to memory
+first, every time, with two exceptions that this module keeps to. One row times rows of channels
+(`[O, I]`, transposed in so many words) is a single loop that widens as it reads. And it multiplies
+rows of the weights' own type, two or more: so the activations are split into narrow parts that add
+up to them (`x = a + b + c`, exactly to rounding), which are rows of one product: bfloat16 parts for
+bfloat16 weights, 8-bit integers for 8-bit integers.
 """
 
 import functools
@@ -21,19 +22,27 @@ from llama_jax.axes import Array, Float, Int, Shaped
 from llama_jax.model.lora import Adapted, Matrix, dropped
 from llama_jax.model.quantize import Quantized, Weight, integers
 
-_FEW_ROWS = 16  # with more rows, widening the weights costs less than multiplying them by three parts
+_FEW_ROWS = (
+    16  # with more rows, widening the weights costs less than multiplying them by three parts
+)
 _FULL_ROWS = 8  # the fewest that a GPU's matrix unit multiplies
-_BASE = 254  # the error of rounding to an 8-bit integer is at most 1/2, so 254 times it is an 8-bit integer again
+# the error of rounding to an 8-bit integer is at most 1/2, so 254 times it is an 8-bit integer
+# again
+_BASE = 254
 
 
-def _dot(x: Shaped[Array, "*B I"], matrix: Shaped[Array, "..."], axis: int, dtype: DTypeLike) -> Array:
+def _dot(
+    x: Shaped[Array, "*B I"], matrix: Shaped[Array, "..."], axis: int, dtype: DTypeLike
+) -> Array:
     """Contracts the last axis of `x` with `axis` of a matrix, summed and returned in `dtype`."""
     contraction = (((x.ndim - 1,), (axis,)), ((), ()))
     return lax.dot_general(x, matrix, contraction, preferred_element_type=jnp.dtype(dtype))
 
 
 def _split_float(x: Float[Array, "M I"], dtype: DTypeLike) -> list[Array]:
-    """Parts in a narrow float type whose sum is `x`: itself, or three for the 24 bits of a float32."""
+    """Parts in a narrow float type whose sum is `x`: itself, or three for the 24 bits of a
+    float32.
+    """
     if x.dtype == dtype:  # one row wants company
         return [x] if x.shape[0] > 1 else [x, jnp.zeros_like(x)]
     parts = []
@@ -43,7 +52,9 @@ def _split_float(x: Float[Array, "M I"], dtype: DTypeLike) -> list[Array]:
     return parts
 
 
-def _float_parts(x: Float[Array, "M I"], matrix: Float[Array, "..."], axis: int, dtype: DTypeLike) -> Float[Array, "M O"]:
+def _float_parts(
+    x: Float[Array, "M I"], matrix: Float[Array, "..."], axis: int, dtype: DTypeLike
+) -> Float[Array, "M O"]:
     """`x` times a narrow float matrix, without a wide copy of the matrix."""
     if axis == 1 and x.shape[0] == 1:
         return _one_row(x, matrix).astype(dtype)
@@ -55,16 +66,23 @@ def _float_parts(x: Float[Array, "M I"], matrix: Float[Array, "..."], axis: int,
 def _one_row(x: Float[Array, "1 I"], weight: Weight) -> Float[Array, "1 O"]:
     """One row times `[O, I]` in float32, by the loop that widens as it reads.
 
-    The barrier ties the weight to `x`, or XLA widens all weights at once before the loop of decoding steps.
+    The barrier ties the weight to `x`, or XLA widens all weights at once before the loop of
+    decoding steps.
     """
     x, weight = lax.optimization_barrier((x.astype(jnp.float32), weight))
     return _plain(x, integers(weight) if isinstance(weight, Quantized) else weight, 1, jnp.float32)
 
 
-def _filled_up(x: Float[Array, "1 I"], matrix: Shaped[Array, "..."], axis: int, dtype: DTypeLike) -> Float[Array, "1 O"]:
-    """One row times a matrix as eight rows, of which seven are zeros: summed up, not cut off, or XLA would cut the product."""
+def _filled_up(
+    x: Float[Array, "1 I"], matrix: Shaped[Array, "..."], axis: int, dtype: DTypeLike
+) -> Float[Array, "1 O"]:
+    """One row times a matrix as eight rows, of which seven are zeros: summed up, not cut off, or
+    XLA would cut the product.
+    """
     rows = jnp.pad(x, ((0, _FULL_ROWS - 1), (0, 0)))
-    return jnp.sum(_dot(rows, matrix.astype(x.dtype), axis, jnp.float32), axis=0, keepdims=True).astype(dtype)
+    return jnp.sum(
+        _dot(rows, matrix.astype(x.dtype), axis, jnp.float32), axis=0, keepdims=True
+    ).astype(dtype)
 
 
 def _quantized_on_gpu(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
@@ -78,7 +96,8 @@ def _quantized_on_gpu(x: Float[Array, "M I"], weight: Quantized) -> Float[Array,
 def _integer_parts(x: Float[Array, "M I"], matrix: Int[Array, "O I"]) -> Float[Array, "M O"]:
     """`x` times an 8-bit integer matrix, float32; sums are exact integers.
 
-    Three parts hold `x` to 2^-24 of the largest entry of its row, two (for narrower types) to 2^-16.
+    Three parts hold `x` to 2^-24 of the largest entry of its row, two (for narrower types) to
+    2^-16.
     """
     count = 3 if x.dtype == jnp.float32 else 2
     wide = x.astype(jnp.float32)
@@ -100,19 +119,26 @@ def _integer_parts_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 
 def _quantized_on_cpu(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
-    """`x` times the integers of a weight, float32, without a wide copy of them where there are few rows."""
+    """`x` times the integers of a weight, float32, without a wide copy of them where there are few
+    rows.
+    """
     if x.shape[0] > _FEW_ROWS:
         return _plain(x, integers(weight), 1, jnp.float32)
     return _one_row(x, weight) if x.shape[0] == 1 else _integer_parts(x, integers(weight))
 
 
-def _plain(x: Float[Array, "*B I"], matrix: Shaped[Array, "..."], axis: int, dtype: DTypeLike) -> Array:
-    """The product with the matrix in the type of `x`. (Without the transpose written out, CPU would widen it in memory.)"""
+def _plain(
+    x: Float[Array, "*B I"], matrix: Shaped[Array, "..."], axis: int, dtype: DTypeLike
+) -> Array:
+    """The product with the matrix in the type of `x`. (Without the transpose written out, CPU would
+    widen it in memory.)
+    """
     wide = matrix.astype(x.dtype)
     return _dot(x, wide.T if axis else wide, 0, dtype)
 
 
-@jax.checkpoint  # a backward pass widens the weights again instead of keeping the wide ones of every layer
+# a backward pass widens the weights again instead of keeping the wide ones of every layer
+@jax.checkpoint
 def _quantized_sums(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "M O"]:
     return lax.platform_dependent(
         x,
@@ -123,13 +149,16 @@ def _quantized_sums(x: Float[Array, "M I"], weight: Quantized) -> Float[Array, "
     )
 
 
-def _quantized_matmul(x: Float[Array, "M I"], weight: Quantized, dtype: DTypeLike) -> Float[Array, "M O"]:
+def _quantized_matmul(
+    x: Float[Array, "M I"], weight: Quantized, dtype: DTypeLike
+) -> Float[Array, "M O"]:
     sums = _quantized_sums(x, weight)
     return (sums * lax.stop_gradient(weight.scales)[:, 0]).astype(dtype)
 
 
 def with_adapter(x: Array, weight: Adapted, times: Callable[[Array, Weight], Array]) -> Array:
-    """`x` times an adapted weight: `times(x, weight) + times(x, a) b * scale`, the low rank in between.
+    """`x` times an adapted weight: `times(x, weight) + times(x, a) b * scale`, the low rank in
+    between.
 
     Args:
       x: activations in the form that `times` takes.
@@ -137,11 +166,14 @@ def with_adapter(x: Array, weight: Adapted, times: Callable[[Array, Weight], Arr
       times: the product of such activations and a weight that is not adapted.
     """
     low = times(dropped(x, weight.dropout), weight.a)
-    # The checkpoint has a backward pass cast a frozen weight again instead of keeping it in another type.
+    # The checkpoint has a backward pass cast a frozen weight again instead of keeping it in another
+    # type.
     return jax.checkpoint(times)(x, weight.weight) + product(low, weight.b) * weight.scale
 
 
-def product(x: Float[Array, "*B I"], weight: Matrix, axis: int = 0, dtype: DTypeLike | None = None) -> Float[Array, "*B O"]:
+def product(
+    x: Float[Array, "*B I"], weight: Matrix, axis: int = 0, dtype: DTypeLike | None = None
+) -> Float[Array, "*B O"]:
     """`x` times a weight matrix, plain, quantised or adapted, no wider than `x`.
 
     Args:
@@ -157,7 +189,8 @@ def product(x: Float[Array, "*B I"], weight: Matrix, axis: int = 0, dtype: DType
     if isinstance(weight, Quantized):
         return _quantized_matmul(rows, weight, dtype).reshape(*shape, -1)
     if weight.dtype != jnp.bfloat16 or math.prod(x.shape[:-1]) > _FEW_ROWS:
-        # As rows where they all lie on one device: for a weight's gradient XLA's CPU compiler would transpose `[B, T, O]`.
+        # As rows where they all lie on one device: for a weight's gradient XLA's CPU compiler would
+        #   transpose `[B, T, O]`.
         x = rows if jax.sharding.get_abstract_mesh().size <= 1 else x
         return _plain(x, weight, axis, dtype).reshape(*shape, -1)
     few = _filled_up if rows.shape[0] == 1 else _plain

@@ -1,4 +1,6 @@
-"""How a model is run: choices that never change what it computes, only where, how fast and in how much memory."""
+"""How a model is run: choices that never change what it computes, only where, how fast and in how
+much memory.
+"""
 
 import dataclasses
 import difflib
@@ -17,7 +19,8 @@ _CACHE_DTYPES = ("auto", *_FLOATS, "int8")
 
 
 def check_options(names: Iterable[str]) -> None:
-    """Refuses options that `ModelOptions` does not have, and `scan`, which the form of the parameters says.
+    """Refuses options that `ModelOptions` does not have, and `scan`, which the form of the
+    parameters says.
 
     Raises:
       InputError: naming the first and the nearest that there is.
@@ -25,7 +28,10 @@ def check_options(names: Iterable[str]) -> None:
     known = [field.name for field in dataclasses.fields(ModelOptions) if field.name != "scan"]
     for name in names:
         if name == "scan":
-            raise InputError("option scan given; stacked or unrolled parameters say it (`stack`, `unstack`): leave it out")
+            raise InputError(
+                "option scan given; stacked or unrolled parameters say it (`stack`, "
+                "`unstack`): leave it out"
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise InputError(f"option {name!r} is unknown; the nearest is {near[0]}")
@@ -36,19 +42,23 @@ class ModelOptions:
     """Static choices of one compiled program.
 
     Attributes:
-      dtype: dtype of activations and of weights in use; norms, rotary embedding, softmax and loss are always float32.
-        (Products of float32 have XLA's default precision: on TPUs and TF32 GPUs set `jax_default_matmul_precision`.)
-      scan: run the layers as one scanned body over stacked weights (compile time does not grow with depth), or unrolled
-        over per-layer weights (faster decoding). The parameter tree has the matching form; see `llama_jax.weights.assemble`.
-      remat: what the backward pass keeps of each layer: a rung of `llama_jax.model.remat.REMAT_POLICIES`, from `none` (everything,
-        nothing is recomputed) to `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`;
+      dtype: dtype of activations and of weights in use; norms, rotary embedding, softmax and loss
+        are always float32. (Products of float32 have XLA's default precision: on TPUs and TF32 GPUs
+        set `jax_default_matmul_precision`.)
+      scan: run the layers as one scanned body over stacked weights (compile time does not grow with
+        depth), or unrolled over per-layer weights (faster decoding). The parameter tree has the
+        matching form; see `llama_jax.weights.assemble`.
+      remat: what the backward pass keeps of each layer: a rung of
+        `llama_jax.model.remat.REMAT_POLICIES`, from `none` (everything, nothing is recomputed) to
+        `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`;
         or a split of the layers, `20*all+attention`. `context@host` is kept by the host.
       attention: attention backend, see `llama_jax.model.attention`.
-      context_attention: where the mesh cuts sequences over `context`, whether a device gathers their keys and values (`gathered`) or
-        the keys and values go round the devices (`ring`); see `llama_jax.model.context_parallel`.
+      context_attention: where the mesh cuts sequences over `context`, whether a device gathers
+        their keys and values (`gathered`) or the keys and values go round the devices (`ring`); see
+        `llama_jax.model.context_parallel`.
       rules: axis name -> mesh axes, see `llama_jax.parallel.sharding`.
-      cache_dtype: dtype of keys and values in the cache: `auto` (that of the activations), a float type, or `int8` (half the
-        bytes of bfloat16; see `llama_jax.model.cache`).
+      cache_dtype: dtype of keys and values in the cache: `auto` (that of the activations), a float
+        type, or `int8` (half the bytes of bfloat16; see `llama_jax.model.cache`).
 
     Raises:
       InputError: naming the option that is wrong.
@@ -66,20 +76,31 @@ class ModelOptions:
         if self.dtype not in _FLOATS:
             raise InputError(f"dtype {self.dtype!r} given; float32, bfloat16 or float16 expected")
         if self.cache_dtype not in _CACHE_DTYPES:
-            raise InputError(f"cache_dtype {self.cache_dtype!r} given; one of {', '.join(_CACHE_DTYPES)} expected")
+            raise InputError(
+                f"cache_dtype {self.cache_dtype!r} given; one of "
+                f"{', '.join(_CACHE_DTYPES)} expected"
+            )
         if self.context_attention not in _CONTEXT_ATTENTION:
-            raise InputError(f"context_attention {self.context_attention!r} given; {' or '.join(_CONTEXT_ATTENTION)} expected")
+            raise InputError(
+                f"context_attention {self.context_attention!r} given; "
+                f"{' or '.join(_CONTEXT_ATTENTION)} expected"
+            )
         parse_remat(self.remat)
 
     @property
     def remat_policy(self) -> Callable[..., bool]:
-        """The policy for `jax.checkpoint` of a layer, whose backward pass recomputes what is not kept; not of a split."""
+        """The policy for `jax.checkpoint` of a layer, whose backward pass recomputes what is not
+        kept; not of a split.
+        """
         hosted = sorted(hosted_names(self.remat))
         here = [*sorted(saved_names(self.remat) - set(hosted)), "root"]
         if not hosted:
             return checkpoint_policies.save_only_these_names(*here)
         return checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=here, names_which_can_be_offloaded=hosted, offload_src="device", offload_dst="pinned_host"
+            names_which_can_be_saved=here,
+            names_which_can_be_offloaded=hosted,
+            offload_src="device",
+            offload_dst="pinned_host",
         )
 
     @property

@@ -1,8 +1,10 @@
-"""What the backward pass keeps of each layer: one ladder of named rungs, for the model, its configs and its plans; without JAX.
+"""What the backward pass keeps of each layer: one ladder of named rungs, for the model, its configs
+and its plans; without JAX.
 
-What a rung takes in bytes and what it computes again are in `llama_jax.planning.memory`, and in a table in
-`docs/performance.md`. Memory that is enough for one rung in some layers and for another in the rest is used by a split:
-`20*all+attention`. Names with `@host` behind them are kept in the memory of the host.
+What a rung takes in bytes and what it computes again are in `llama_jax.planning.memory`, and in a
+table in `docs/performance.md`. Memory that is enough for one rung in some layers and for another in
+the rest is used by a split: `20*all+attention`. Names with `@host` behind them are kept in the
+  memory of the host.
 """
 
 import re
@@ -10,8 +12,9 @@ from collections.abc import Mapping
 
 from llama_jax.errors import InputError
 
-# Activations of a layer that can be kept, in the order in which they arise. `context` is what attention gives, with the
-# logarithms of its sums; `middle` is the stream between attention and feed-forward.
+# Activations of a layer that can be kept, in the order in which they arise. `context` is what
+# attention gives, with the logarithms of its sums; `middle` is the stream between attention and
+# feed-forward.
 NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
 # Rungs by what is kept beside a layer's input, from the least computed again to the least kept.
 REMAT_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -22,17 +25,22 @@ REMAT_NAMES: Mapping[str, tuple[str, ...]] = {
     "context": ("context",),
     "full": (),
 }
-REMAT_POLICIES = ("none", *REMAT_NAMES)  # `none`: no rematerialisation, so that all is kept that differentiation asks for
+REMAT_POLICIES = (
+    "none",
+    *REMAT_NAMES,
+)  # `none`: no rematerialisation, so that all is kept that differentiation asks for
 _HOST = "@host"
 EXPECTED = (
-    f"{', '.join(REMAT_POLICIES)}, or some of {'+'.join(NAMES)}, {_HOST} behind those to be kept by the host, "
+    f"{', '.join(REMAT_POLICIES)}, or some of {'+'.join(NAMES)}, {_HOST} behind those to "
+    "be kept by the host, "
     "or a split such as 20*all+attention"
 )
 _SPLIT = re.compile(r"([1-9][0-9]{0,3})\*(\w+)\+(.+)")
 
 
 def saved_names(remat: str) -> frozenset[str]:
-    """The activations of a layer that are kept beside its input; all of them for `none`, which keeps more than these.
+    """The activations of a layer that are kept beside its input; all of them for `none`, which
+    keeps more than these.
 
     Args:
       remat: a rung of the ladder, or names joined by `+`; no split.
@@ -55,19 +63,25 @@ def hosted_names(remat: str) -> frozenset[str]:
 
 
 def parse_remat(remat: str) -> tuple[int, str, str]:
-    """The number of first layers with a setting of their own, theirs, and that of the others; 0 and one twice for no split.
+    """The number of first layers with a setting of their own, theirs, and that of the others; 0 and
+    one twice for no split.
 
     Args:
-      remat: a rung, names joined by `+`, or a split: `20*all+attention`, where what stands before the `+` is a rung.
+      remat: a rung, names joined by `+`, or a split: `20*all+attention`, where what stands before
+        the `+` is a rung.
 
     Raises:
       InputError: for anything else.
     """
     split = _SPLIT.fullmatch(remat)
     count, first, rest = (int(split[1]), split[2], split[3]) if split else (0, remat, remat)
-    if split and (first not in REMAT_NAMES or rest == "none"):  # what `none` keeps is not a layer's alone
+    if split and (
+        first not in REMAT_NAMES or rest == "none"
+    ):  # what `none` keeps is not a layer's alone
         wrong = rest if first in REMAT_NAMES else first
-        raise InputError(f"remat {remat!r:.80}: {wrong!r:.40} in a split; {', '.join(REMAT_NAMES)} expected")
+        raise InputError(
+            f"remat {remat!r:.80}: {wrong!r:.40} in a split; {', '.join(REMAT_NAMES)} expected"
+        )
     saved_names(rest)
     return count, first, rest
 
@@ -80,5 +94,8 @@ def layer_parts(remat: str, layers: int) -> tuple[tuple[int, str], ...]:
     """
     count, first, rest = parse_remat(remat)
     if count >= layers:
-        raise InputError(f"remat {remat!r:.80}: {count} of {layers} layers given; fewer than all of them expected")
+        raise InputError(
+            f"remat {remat!r:.80}: {count} of {layers} layers given; fewer than all of "
+            "them expected"
+        )
     return ((count, first), (layers - count, rest)) if count else ((layers, rest),)

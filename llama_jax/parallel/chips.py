@@ -1,6 +1,8 @@
-"""What chips hold and move, and how they are put together: one table with its sources, and the parser of topologies.
+"""What chips hold and move, and how they are put together: one table with its sources, and the
+parser of topologies.
 
-The peaks are those of `llama_jax.parallel.chips`. Memory is what a program can have, which is less than what is on the label.
+The peaks are those of `llama_jax.parallel.chips`. Memory is what a program can have, which is less
+than what is on the label.
 """
 
 import difflib
@@ -15,8 +17,9 @@ from llama_jax.errors import InputError
 # What a device can do at best: the denominator of model FLOPs utilisation (MFU).
 
 
-# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its `device_kind`; the first that fits counts.
-# TPUs: cloud.google.com/tpu/docs, by chip; v2, v3 and 7x show each of a chip's two cores as a device of its own.
+# Dense bfloat16 FLOP/s of one JAX device, by the beginning of its `device_kind`; the first that
+# fits counts. TPUs: cloud.google.com/tpu/docs, by chip; v2, v3 and 7x show each of a chip's two
+#   cores as a device of its own.
 # GPUs: NVIDIA's data sheets, without sparsity.
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("TPU v2", 45e12 / 2),
@@ -39,10 +42,12 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device in dense bfloat16 products; `None` for a CPU and for a device that is not in the table.
+    """FLOP/s of one device in dense bfloat16 products; `None` for a CPU and for a device that is
+    not in the table.
 
     Args:
-      device_kind: as `jax.Device.device_kind` has it, such as `TPU v5 lite` or `NVIDIA H100 80GB HBM3`.
+      device_kind: as `jax.Device.device_kind` has it, such as `TPU v5 lite` or `NVIDIA H100 80GB
+        HBM3`.
     """
     return next((peak for name, peak in _PEAKS if device_kind.startswith(name)), None)
 
@@ -61,9 +66,11 @@ class Chip(NamedTuple):
       kind: the beginning of its `device_kind` in JAX.
       memory: bytes that a program can have.
       bandwidth: bytes/second between chip and memory.
-      link: bytes/second to other chips: of a TPU one axis of the torus in both directions, of a GPU NVLink one way.
+      link: bytes/second to other chips: of a TPU one axis of the torus in both directions, of a GPU
+        NVLink one way.
       network: bytes/second and chip between slices or nodes.
-      share: of the peak, to be expected of all products that are computed; an assumption, see `source`.
+      share: of the peak, to be expected of all products that are computed; an assumption, see
+        `source`.
       source: the published training that the share is taken from.
       axes: dimensions of the topology; 0 for GPUs, which are counted.
       ring: an axis is closed to a ring where its size is a multiple of this.
@@ -93,30 +100,115 @@ class Chip(NamedTuple):
         return peak
 
 
-# TPU memory: what XLA's compiler for TPUs allows a program (v5p 95.7 GiB, v6e 31.25 GiB, v5e 15.75 GiB), v4 by its label less
-# the same reserve. GPU memory: 95 % of what the driver leaves (78, 139, 79 GiB), as with XLA_PYTHON_CLIENT_MEM_FRACTION=.95;
-# JAX itself takes 75 %. Bandwidths: cloud.google.com/tpu/docs by chip; links and data-centre network of TPUs: "How to scale
-# your model" (jax-ml.github.io/scaling-book/tpus), one axis in both directions; GPUs: NVIDIA's data sheets, network of one
+# TPU memory: what XLA's compiler for TPUs allows a program (v5p 95.7 GiB, v6e 31.25 GiB, v5e 15.75
+#   GiB), v4 by its label less
+# the same reserve. GPU memory: 95 % of what the driver leaves (78, 139, 79 GiB), as with
+#   XLA_PYTHON_CLIENT_MEM_FRACTION=.95;
+# JAX itself takes 75 %. Bandwidths: cloud.google.com/tpu/docs by chip; links and data-centre
+# network of TPUs: "How to scale your model" (jax-ml.github.io/scaling-book/tpus), one axis in both
+#   directions; GPUs: NVIDIA's data sheets, network of one
 # 400 Gb/s adapter a GPU (A100: 200 Gb/s).
-# Shares: causal model FLOPs of a published training over peak. They are applied to recomputed products too, so that what is
+# Shares: causal model FLOPs of a published training over peak. They are applied to recomputed
+#   products too, so that what is
 # expected is rather too slow than too fast.
 CHIPS: tuple[Chip, ...] = (
-    Chip("v4", "TPU v4", 31.25 * GIB, 1.228e12, 90e9, 6.25e9, 0.53,
-         "MaxText, 22B on v4: 56.7 % with attention counted in full", 3, 4, 4096),
-    Chip("v5e", "TPU v5e", 15.75 * GIB, 0.819e12, 90e9, 3.125e9, 0.56,
-         "AXLearn, 70B on 1,024 v5e: 59.9 % with attention counted in full", 2, 16, 256, 1.5e9),
-    Chip("v5p", "TPU v5p", 102.8e9, 2.765e12, 180e9, 6.25e9, 0.646,
-         "MaxText, Llama 2 70B on 512 v5p: 64.6 %", 3, 4, 6144, 1.75e9),
-    Chip("v6e", "TPU v6", 31.25 * GIB, 1.638e12, 180e9, 12.5e9, 0.41,
-         "MaxText, Llama 3.1 on v6e: 40.4 % (8B), 47.0 % (70B), 41.1 % (405B)", 2, 16, 256, 1.75e9),
-    Chip("a100", "NVIDIA A100", 0.95 * 79 * GIB, 2.039e12, 300e9, 25e9, 0.50,
-         "TinyLlama 1.1B on A100: 52 % as reported", 0, 1, 8),
-    Chip("h100", "NVIDIA H100", 0.95 * 78 * GIB, 3.35e12, 450e9, 50e9, 0.478,
-         "MaxText, Llama 3 70B on 128 H100: 47.8 %; Llama 2 7B on 8: 49.2 %", 0, 1, 8),
-    Chip("h200", "NVIDIA H200", 0.95 * 139 * GIB, 4.8e12, 450e9, 50e9, 0.479,
-         "MaxText, Llama 3 70B on H200: 47.9 %", 0, 1, 8),
-)  # fmt: skip
-# Slices that can be had, by the documentation of each chip. From a cube of 4x4x4 on, v4 and v5p take any multiples of 4.
+    Chip(
+        "v4",
+        "TPU v4",
+        31.25 * GIB,
+        1.228e12,
+        90e9,
+        6.25e9,
+        0.53,
+        "MaxText, 22B on v4: 56.7 % with attention counted in full",
+        3,
+        4,
+        4096,
+    ),
+    Chip(
+        "v5e",
+        "TPU v5e",
+        15.75 * GIB,
+        0.819e12,
+        90e9,
+        3.125e9,
+        0.56,
+        "AXLearn, 70B on 1,024 v5e: 59.9 % with attention counted in full",
+        2,
+        16,
+        256,
+        1.5e9,
+    ),
+    Chip(
+        "v5p",
+        "TPU v5p",
+        102.8e9,
+        2.765e12,
+        180e9,
+        6.25e9,
+        0.646,
+        "MaxText, Llama 2 70B on 512 v5p: 64.6 %",
+        3,
+        4,
+        6144,
+        1.75e9,
+    ),
+    Chip(
+        "v6e",
+        "TPU v6",
+        31.25 * GIB,
+        1.638e12,
+        180e9,
+        12.5e9,
+        0.41,
+        "MaxText, Llama 3.1 on v6e: 40.4 % (8B), 47.0 % (70B), 41.1 % (405B)",
+        2,
+        16,
+        256,
+        1.75e9,
+    ),
+    Chip(
+        "a100",
+        "NVIDIA A100",
+        0.95 * 79 * GIB,
+        2.039e12,
+        300e9,
+        25e9,
+        0.50,
+        "TinyLlama 1.1B on A100: 52 % as reported",
+        0,
+        1,
+        8,
+    ),
+    Chip(
+        "h100",
+        "NVIDIA H100",
+        0.95 * 78 * GIB,
+        3.35e12,
+        450e9,
+        50e9,
+        0.478,
+        "MaxText, Llama 3 70B on 128 H100: 47.8 %; Llama 2 7B on 8: 49.2 %",
+        0,
+        1,
+        8,
+    ),
+    Chip(
+        "h200",
+        "NVIDIA H200",
+        0.95 * 139 * GIB,
+        4.8e12,
+        450e9,
+        50e9,
+        0.479,
+        "MaxText, Llama 3 70B on H200: 47.9 %",
+        0,
+        1,
+        8,
+    ),
+)
+# Slices that can be had, by the documentation of each chip. From a cube of 4x4x4 on, v4 and v5p
+# take any multiples of 4.
 _SMALL_SHAPES: dict[str, set[tuple[int, ...]]] = {
     "v4": {(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)},
     "v5p": {(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)},
@@ -153,14 +245,18 @@ class Topology(NamedTuple):
 
     @property
     def link(self) -> float:
-        """Bytes a second that a chip takes in over all its links; an axis that is no ring counts one way only."""
+        """Bytes a second that a chip takes in over all its links; an axis that is no ring counts
+        one way only.
+        """
         if not self.chip.axes:
             return self.chip.link
         rings = [1.0 if size % self.chip.ring == 0 else 0.5 for size in self.shape if size > 1]
         return self.chip.link * max(sum(rings), 0.5)
 
     def along(self, count: int) -> float:
-        """Bytes a second that a chip takes in from so many neighbours in a row: one way only, unless they are a whole ring."""
+        """Bytes a second that a chip takes in from so many neighbours in a row: one way only,
+        unless they are a whole ring.
+        """
         is_ring = not self.chip.axes or (count in self.shape and count % self.chip.ring == 0)
         return self.chip.link * (1.0 if is_ring else 0.5)
 
@@ -171,7 +267,11 @@ def chip_of(device_kind: str) -> Chip | None:
     Kinds of another peak than the chip's (such as `NVIDIA H100 PCIe`) are not in the table.
     """
     peak = peak_flops(device_kind)
-    of_family = [chip for chip in CHIPS if chip.peak == peak and device_kind.startswith(chip.kind.rpartition(" ")[0])]
+    of_family = [
+        chip
+        for chip in CHIPS
+        if chip.peak == peak and device_kind.startswith(chip.kind.rpartition(" ")[0])
+    ]
     closest = [chip for chip in of_family if device_kind.startswith(chip.kind)]
     return next(iter(closest or of_family), None)
 
@@ -182,21 +282,37 @@ def parse_topology(text: str) -> Topology:
     Raises:
       InputError: for a chip that is not in the table, and for a shape that cannot be had.
     """
-    found = re.fullmatch(r"(?:(\d{1,4})x ?)?([a-z]+\d+[a-z]?):(\d{1,5}(?:x\d{1,5}){0,2})", text.strip().lower(), re.ASCII)
+    found = re.fullmatch(
+        r"(?:(\d{1,4})x ?)?([a-z]+\d+[a-z]?):(\d{1,5}(?:x\d{1,5}){0,2})",
+        text.strip().lower(),
+        re.ASCII,
+    )
     names = ", ".join(chip.name for chip in CHIPS)
     if found is None:
-        raise InputError(f"topology {text!r:.60} given; CHIP:SHAPE such as v5p:4x4x8, 2xv5p:4x4x8 or h100:8 expected ({names})")
-    slices, name, sizes = int(found[1] or 1), found[2], tuple(int(size) for size in found[3].split("x"))
+        raise InputError(
+            f"topology {text!r:.60} given; CHIP:SHAPE such as v5p:4x4x8, 2xv5p:4x4x8 or "
+            f"h100:8 expected ({names})"
+        )
+    slices, name, sizes = (
+        int(found[1] or 1),
+        found[2],
+        tuple(int(size) for size in found[3].split("x")),
+    )
     chip = next((chip for chip in CHIPS if chip.name == name), None)
     if chip is None:
         near = difflib.get_close_matches(name, [chip.name for chip in CHIPS], n=1)
-        raise InputError(f"topology {text!r:.60}: chip {name} is unknown; {f'the nearest is {near[0]}' if near else names}")
+        raise InputError(
+            f"topology {text!r:.60}: chip {name} is unknown; "
+            f"{f'the nearest is {near[0]}' if near else names}"
+        )
     _require_shape(text, chip, sizes, slices)
     return Topology(text.strip(), chip, sizes, slices)
 
 
 def common_topologies(chip: Chip) -> list[Topology]:
-    """Slices, or numbers of GPUs, of one kind of chip, from small to large: each twice the one before."""
+    """Slices, or numbers of GPUs, of one kind of chip, from small to large: each twice the one
+    before.
+    """
     if not chip.axes:
         return [parse_topology(f"{chip.name}:{2**power}") for power in range(11)]
     shapes = sorted(_SMALL_SHAPES[chip.name], key=math.prod) + (_CUBES if chip.axes == 3 else [])
@@ -211,19 +327,31 @@ def _require_shape(text: str, chip: Chip, sizes: tuple[int, ...], slices: int) -
         return
     example = {2: "4x4", 3: "4x4x8"}[chip.axes]
     if len(sizes) != chip.axes:
-        raise InputError(f"topology {text!r:.60}: {len(sizes)} sizes given, {chip.axes} expected, as in {chip.name}:{example}")
+        raise InputError(
+            f"topology {text!r:.60}: {len(sizes)} sizes given, {chip.axes} expected, as "
+            f"in {chip.name}:{example}"
+        )
     cubes = chip.axes == 3 and all(size % 4 == 0 for size in sizes)
     if cubes and list(sizes) == sorted(sizes) and math.prod(sizes) <= chip.largest:
         return
     if sizes not in _SMALL_SHAPES[chip.name]:
         shapes = sorted(_SMALL_SHAPES[chip.name], key=math.prod)
         known = ", ".join("x".join(map(str, shape)) for shape in shapes)
-        more = f", or three rising multiples of 4 with at most {chip.largest:,} chips" if chip.axes == 3 else ""
+        more = (
+            f", or three rising multiples of 4 with at most {chip.largest:,} chips"
+            if chip.axes == 3
+            else ""
+        )
         raise InputError(f"topology {text!r:.60}: there is no such slice; {known}{more} expected")
 
 
 def _require_nodes(text: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> None:
-    whole = len(sizes) == 1 and slices == 1 and (sizes[0] in (1, 2, 4) or sizes[0] % chip.largest == 0)
+    whole = (
+        len(sizes) == 1 and slices == 1 and (sizes[0] in (1, 2, 4) or sizes[0] % chip.largest == 0)
+    )
     if not whole:
-        raise InputError(f"topology {text!r:.60}: a number of GPUs, 1, 2, 4 or a multiple of {chip.largest}, expected, as in "
-                         f"{chip.name}:8")  # fmt: skip
+        raise InputError(
+            f"topology {text!r:.60}: a number of GPUs, 1, 2, 4 or a multiple of "
+            f"{chip.largest}, expected, as in "
+            f"{chip.name}:8"
+        )

@@ -1,7 +1,9 @@
-"""The processes of a run, one a host: what each says to the others before the first update, without a compiled program.
+"""The processes of a run, one a host: what each says to the others before the first update, without
+a compiled program.
 
-They speak through the key-value store of JAX's coordination service. Unlike a collective it needs no devices, waits no
-longer than it is told, and knows by name who has not come. `Hosts()` is a run of one process: nothing waits there.
+They speak through the key-value store of JAX's coordination service. Unlike a collective it needs
+no devices, waits no longer than it is told, and knows by name who has not come. `Hosts()` is a run
+of one process: nothing waits there.
 """
 
 import collections
@@ -15,9 +17,11 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from llama_jax.errors import InputError
 
-_POLL = 500  # milliseconds of one wait in the store: signals and failures of others are noticed in between
+# milliseconds of one wait in the store: signals and failures of others are noticed in between
+_POLL = 500
 _FAILED = "failed"
-_GRACE = 10  # seconds in which the first process, having waited for everyone, is heard to say who did not come
+# seconds in which the first process, having waited for everyone, is heard to say who did not come
+_GRACE = 10
 
 T = TypeVar("T")
 
@@ -30,7 +34,9 @@ class Store(Protocol):
         """Puts a value there, once."""
 
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
-        """The value of a key once it is there; raises an error with DEADLINE_EXCEEDED in it when it does not come."""
+        """The value of a key once it is there; raises an error with DEADLINE_EXCEEDED in it when it
+        does not come.
+        """
 
 
 class AgreedStop(InputError):
@@ -46,7 +52,9 @@ class Hosts:
       first: whether this is the one that writes and decides.
     """
 
-    def __init__(self, process: int = 0, count: int = 1, store: Store | None = None, seconds: float = 1800) -> None:
+    def __init__(
+        self, process: int = 0, count: int = 1, store: Store | None = None, seconds: float = 1800
+    ) -> None:
         """Nobody is asked yet.
 
         Args:
@@ -57,7 +65,9 @@ class Hosts:
         """
         self.process, self.count, self.first = process, count, process == 0
         self._store, self._seconds = store, seconds
-        self._met: collections.Counter[str] = collections.Counter()  # meetings by name: all hold them in the same order
+        self._met: collections.Counter[str] = (
+            collections.Counter()
+        )  # meetings by name: all hold them in the same order
 
     def gather(self, name: str, value: str, seconds: float | None = None) -> list[str]:
         """What every process says, by its number; all get the same.
@@ -79,7 +89,9 @@ class Hosts:
             said = [self._get(f"{name}/{number}", end) for number in range(self.count)]
             missing = [number for number, words in enumerate(said) if words is None]
             if missing:
-                self.fail(f"{numbers(missing, self.count)} did not come to {name!r} within {seconds:g} s")
+                self.fail(
+                    f"{numbers(missing, self.count)} did not come to {name!r} within {seconds:g} s"
+                )
             self._set(f"{name}/all", json.dumps(said))
         return json.loads(self._hear(f"{name}/all", seconds))
 
@@ -97,13 +109,17 @@ class Hosts:
         self.gather(name, "")
 
     def first_does(self, name: str, action: Callable[[], None]) -> None:
-        """Process 0 does something, the others wait until it is done; arguments and errors as for `gather`."""
+        """Process 0 does something, the others wait until it is done; arguments and errors as for
+        `gather`.
+        """
         if self.first:
             action()
         self.agree(name, "done")
 
     def in_turn(self, name: str, action: Callable[[], T]) -> T:
-        """Process 0 does something first, the others do it when it is done, all together; errors as for `gather`."""
+        """Process 0 does something first, the others do it when it is done, all together; errors as
+        for `gather`.
+        """
         if not self.first:
             self.agree(name, "")
         result = action()
@@ -134,7 +150,9 @@ class Hosts:
         try:
             self._store.key_value_set(f"llama_jax/{key}", value)
         except RuntimeError as error:
-            if key != _FAILED or "ALREADY_EXISTS" not in str(error):  # two that fail at once: the first is heard
+            if key != _FAILED or "ALREADY_EXISTS" not in str(
+                error
+            ):  # two that fail at once: the first is heard
                 raise
 
     def _hear(self, key: str, seconds: float | None = None) -> str:
@@ -169,16 +187,20 @@ class Hosts:
 
 def numbers(processes: list[int], count: int) -> str:
     """Processes in words, at most eight by their numbers."""
-    shown = ", ".join(map(str, processes[:8])) + (f" and {len(processes) - 8} more" if len(processes) > 8 else "")
+    shown = ", ".join(map(str, processes[:8])) + (
+        f" and {len(processes) - 8} more" if len(processes) > 8 else ""
+    )
     return f"process{'es' if len(processes) > 1 else ''} {shown} of {count}"
 
 
 # --- roll call ---
 #
-# The roll call before JAX's own start: process 0 listens where its coordinator is going to, the others give their numbers.
+# The roll call before JAX's own start: process 0 listens where its coordinator is going to, the
+# others give their numbers.
 #
-# JAX waits for all processes in silence, and ends the program when one has not come. Here the one that waits can say who is
-# missing, and a number that is given twice is refused. A line of text each way, at most 200 bytes, is all that is spoken.
+# JAX waits for all processes in silence, and ends the program when one has not come. Here the one
+# that waits can say who is missing, and a number that is given twice is refused. A line of text
+# each way, at most 200 bytes, is all that is spoken.
 
 
 _LONGEST = 200  # bytes of a line
@@ -188,7 +210,15 @@ _RETRY = 0.2  # seconds between two attempts to reach process 0
 Say = Callable[[str], None]
 
 
-def call_roll(address: str, bind: str, process: int, count: int, seconds: float, say: Say, patience: float = 60) -> None:
+def call_roll(
+    address: str,
+    bind: str,
+    process: int,
+    count: int,
+    seconds: float,
+    say: Say,
+    patience: float = 60,
+) -> None:
     """Returns when all processes have come.
 
     Args:
@@ -197,7 +227,8 @@ def call_roll(address: str, bind: str, process: int, count: int, seconds: float,
       process: number of this one.
       count: of all.
       seconds: to wait in all.
-      say: takes a line about who is missing, after `patience` seconds and again whenever they have passed once more.
+      say: takes a line about who is missing, after `patience` seconds and again whenever they have
+        passed once more.
       patience: seconds.
 
     Raises:
@@ -217,7 +248,9 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise InputError(f"distributed.coordinator: {address!r} given, HOST:PORT expected, as in 10.0.0.1:8476")
+        raise InputError(
+            f"distributed.coordinator: {address!r} given, HOST:PORT expected, as in 10.0.0.1:8476"
+        )
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -249,7 +282,11 @@ class _Roll:
         return True
 
     def _problem(self, connection: socket.socket, words: list[str]) -> str:
-        if len(words) != 3 or words[0] != "llama_jax" or not all(word.isdecimal() for word in words[1:]):
+        if (
+            len(words) != 3
+            or words[0] != "llama_jax"
+            or not all(word.isdecimal() for word in words[1:])
+        ):
             return "this is a training of llama_jax"
         number, count = int(words[1]), int(words[2])
         if count != self.count:
@@ -262,7 +299,9 @@ class _Roll:
     def forget(self, connection: socket.socket) -> None:
         """One that went away may come again."""
         self.lines.pop(connection, None)
-        self.present = {number: other for number, other in self.present.items() if other is not connection}
+        self.present = {
+            number: other for number, other in self.present.items() if other is not connection
+        }
         connection.close()
 
 
@@ -283,13 +322,19 @@ def _listen(bind: str, count: int, seconds: float, say: Say, patience: float) ->
                     _serve(key.fileobj, server, selector, roll)  # type: ignore[arg-type]
                 waited = time.monotonic() - started
                 if roll.missing and waited > seconds:
-                    line = f"{numbers(roll.missing, count)} did not come within {seconds:g} s; start all of them"
+                    line = (
+                        f"{numbers(roll.missing, count)} did not come within {seconds:g} s; "
+                        "start all of them"
+                    )
                     for connection in roll.present.values():
                         tell(connection, _NO + line)
                     raise InputError(line)
                 if roll.missing and waited > patience * (reported + 1):
                     reported += 1
-                    say(f"waited {waited:.0f} s for {numbers(roll.missing, count)}; going on for {seconds - waited:.0f} s")
+                    say(
+                        f"waited {waited:.0f} s for {numbers(roll.missing, count)}; "
+                        f"going on for {seconds - waited:.0f} s"
+                    )
             for connection in roll.present.values():
                 tell(connection, _GO)
         finally:
@@ -300,7 +345,9 @@ def _listen(bind: str, count: int, seconds: float, say: Say, patience: float) ->
 def _server(bind: str) -> socket.socket:
     host, port = split_address(bind)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         server = socket.socket(family, kind, protocol)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(address)
@@ -308,13 +355,16 @@ def _server(bind: str) -> socket.socket:
         server.setblocking(False)
     except OSError as error:
         raise InputError(
-            f"distributed.coordinator: process 0 cannot listen at {bind} ({error.strerror}); an address of its machine and a "
+            f"distributed.coordinator: process 0 cannot listen at {bind} "
+            f"({error.strerror}); an address of its machine and a "
             "free port expected"
         ) from None
     return server
 
 
-def _serve(given: socket.socket, server: socket.socket, selector: selectors.BaseSelector, roll: _Roll) -> None:
+def _serve(
+    given: socket.socket, server: socket.socket, selector: selectors.BaseSelector, roll: _Roll
+) -> None:
     """Lets in who knocks, hears who speaks."""
     if given is server:
         with contextlib.suppress(OSError):
@@ -327,7 +377,9 @@ def _serve(given: socket.socket, server: socket.socket, selector: selectors.Base
         roll.forget(given)
 
 
-def _answer(address: str, process: int, count: int, seconds: float, say: Say, patience: float) -> None:
+def _answer(
+    address: str, process: int, count: int, seconds: float, say: Say, patience: float
+) -> None:
     host, port = split_address(address)
     started, reported = time.monotonic(), 0
 
@@ -336,14 +388,22 @@ def _answer(address: str, process: int, count: int, seconds: float, say: Say, pa
         nonlocal reported
         waited = time.monotonic() - started
         if waited > seconds:
-            raise InputError(f"process {process} waited {seconds:g} s for process 0 at {address} and the others; start all")
+            raise InputError(
+                f"process {process} waited {seconds:g} s for process 0 at {address} and "
+                "the others; start all"
+            )
         if waited > patience * (reported + 1):
             reported += 1
-            say(f"process {process} waited {waited:.0f} s for process 0 at {address} and the others")
+            say(
+                f"process {process} waited {waited:.0f} s for process 0 at {address} and the others"
+            )
 
     while True:
         report()
-        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as connection:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, port), timeout=5) as connection,
+        ):
             connection.sendall(f"llama_jax {process} {count}\n".encode())
             if _told_to_go(connection, report):
                 return

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh
 
 from llama_jax.errors import InputError
 
-# The last one has the nearest neighbours: `tensor` communicates in every product, `context` once a layer, `data` once a step.
+# The last one has the nearest neighbours: `tensor` communicates in every product, `context` once a
+#   layer, `data` once a step.
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
@@ -26,24 +27,34 @@ def resolve_sizes(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
         raise InputError(f"mesh sizes {tuple(sizes)}: positive numbers and at most one -1 expected")
     if devices % known or (-1 not in sizes and known != devices):
         shown = " * ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes))
-        raise InputError(f"mesh {shown} does not make up the {devices} devices here; set one axis to -1 to take the rest")
+        raise InputError(
+            f"mesh {shown} does not make up the {devices} devices here; set one axis to "
+            "-1 to take the rest"
+        )
     return tuple(devices // known if size == -1 else size for size in sizes)
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, context: int = 1
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    context: int = 1,
 ) -> Mesh:
-    """A mesh over `devices` (all by default), ordered by the physical topology; -1 takes what the others leave.
+    """A mesh over `devices` (all by default), ordered by the physical topology; -1 takes what the
+    others leave.
 
-    Devices of several slices (or GPUs of several nodes), which a slower network joins, are cut along the outermost axis that
-    they divide: `data`, where it is a multiple of their number. Use it as `with jax.set_mesh(mesh):`.
+    Devices of several slices (or GPUs of several nodes), which a slower network joins, are cut
+    along the outermost axis that they divide: `data`, where it is a multiple of their number. Use
+      it as `with jax.set_mesh(mesh):`.
 
     Raises:
       InputError: when the sizes do not make up the number of devices, or the slices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = resolve_sizes([data, fsdp, context, tensor], len(devices))
-    # Automatic axes: the compiler partitions, the two tables only pin parameters and activations. (Explicit axes,
+    # Automatic axes: the compiler partitions, the two tables only pin parameters and activations.
+    #   (Explicit axes,
     # the default of jax.make_mesh, do not work inside linen's scan.)
     return Mesh(_arranged(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -61,12 +72,16 @@ def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
     found = np.empty(sizes, object)
     for index, place in zip(sorted(slices), np.ndindex(*outer)):
         corner = tuple(slice(at * size, (at + 1) * size) for at, size in zip(place, inner))
-        found[corner] = _laid_out(inner, [device for device in devices if getattr(device, "slice_index", 0) == index])
+        found[corner] = _laid_out(
+            inner, [device for device in devices if getattr(device, "slice_index", 0) == index]
+        )
     return found
 
 
 def _laid_out(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices of one slice: each axis along whole axes of the torus where that goes, else along parts of them."""
+    """The devices of one slice: each axis along whole axes of the torus where that goes, else along
+    parts of them.
+    """
     try:
         return mesh_utils.create_device_mesh(sizes, devices=devices)
     except NotImplementedError:  # such as 8 chips for an axis of a slice of 4x4
@@ -74,7 +89,8 @@ def _laid_out(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray
 
 
 def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, ...]:
-    """In how many parts the slices cut each axis, the outermost first: of `data` as many as divide it.
+    """In how many parts the slices cut each axis, the outermost first: of `data` as many as divide
+    it.
 
     Raises:
       InputError: when the axes cannot be cut into so many.
@@ -85,5 +101,8 @@ def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, ...]:
         left //= parts[-1]
     if left > 1:
         shown = " * ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes))
-        raise InputError(f"mesh {shown} cannot be cut along {slices} slices; set mesh.data to {slices} or a multiple of it")
+        raise InputError(
+            f"mesh {shown} cannot be cut along {slices} slices; set mesh.data to "
+            f"{slices} or a multiple of it"
+        )
     return tuple(parts)

@@ -1,1 +1,3 @@
-"""Memory and time of trainings and decoding before anything is compiled or rented, in closed form and without JAX."""
+"""Memory and time of trainings and decoding before anything is compiled or rented, in closed form
+and without JAX.
+"""

@@ -1,4 +1,6 @@
-"""A training step compiled for chips that are not here: its memory as the compiler has it, its time as it estimates."""
+"""A training step compiled for chips that are not here: its memory as the compiler has it, its time
+as it estimates.
+"""
 
 import dataclasses
 import math
@@ -26,7 +28,13 @@ from llama_jax.model.options import ModelOptions
 from llama_jax.model.quantize import quantize
 from llama_jax.parallel.chips import Topology
 from llama_jax.parallel.mesh import make_mesh
-from llama_jax.parallel.sharding import TRAINING, partition_spec, replicated, tree_shardings, whole_sequences
+from llama_jax.parallel.sharding import (
+    TRAINING,
+    partition_spec,
+    replicated,
+    tree_shardings,
+    whole_sequences,
+)
 from llama_jax.planning.cost_model import Prediction, predict, predict_round
 from llama_jax.planning.job import Job
 from llama_jax.planning.speed import DecodePlan, flops_per_token
@@ -45,7 +53,8 @@ class Compiled(NamedTuple):
 
     Attributes:
       arguments: bytes of state and batch.
-      temporaries: bytes of everything else; the compiler checks only these against the chip's memory.
+      temporaries: bytes of everything else; the compiler checks only these against the chip's
+        memory.
       hosted: bytes in the memory of the host.
       aliased: bytes of results that take the place of arguments.
       seconds: that compiling took.
@@ -65,13 +74,16 @@ class Compiled(NamedTuple):
 
 
 def topology_devices(topology: Topology) -> Sequence[Any]:
-    """Descriptions of the chips of slices, closed to rings where the real ones are: without, gathers become sums.
+    """Descriptions of the chips of slices, closed to rings where the real ones are: without,
+    gathers become sums.
 
     Raises:
       InputError: for GPUs; where the compiler for TPUs is not installed.
     """
     if not topology.chip.axes:
-        raise InputError(f"topology {topology.name}: programs are compiled ahead for TPUs; leave out --compile")
+        raise InputError(
+            f"topology {topology.name}: programs are compiled ahead for TPUs; leave out --compile"
+        )
     rings = [size % topology.chip.ring == 0 for size in topology.shape]
     several = math.prod(topology.shape) > 1
     try:
@@ -85,7 +97,8 @@ def topology_devices(topology: Topology) -> Sequence[Any]:
         )
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"topology {topology.name}: no compiler for TPUs here ({str(error).partition('.')[0]:.80}); install it, no TPU is "
+            f"topology {topology.name}: no compiler for TPUs here "
+            f"({str(error).partition('.')[0]:.80}); install it, no TPU is "
             "needed, by pip install 'jax[tpu]', or leave out --compile"
         ) from None
     return description.devices
@@ -106,7 +119,8 @@ def compile_config(config: TrainConfig, job: Job) -> Compiled:
 
     Args:
       config: of the run.
-      job: what it describes, see `llama_jax.planning.plan.job_of`; its topology, and what `remat: auto` stands for.
+      job: what it describes, see `llama_jax.planning.plan.job_of`; its topology, and what `remat:
+        auto` stands for.
 
     Raises:
       InputError: for what cannot be compiled here.
@@ -118,18 +132,34 @@ def compile_config(config: TrainConfig, job: Job) -> Compiled:
 
 
 def _compile(recipe: Recipe, job: Job) -> Compiled:
-    mesh = make_mesh(job.mesh.data, job.mesh.fsdp, job.mesh.tensor, topology_devices(job.topology), job.mesh.context)
+    mesh = make_mesh(
+        job.mesh.data,
+        job.mesh.fsdp,
+        job.mesh.tensor,
+        topology_devices(job.topology),
+        job.mesh.context,
+    )
     shape = (job.microbatches, job.sequences // job.microbatches, job.length)
     config, tokens = job.config, job.tokens / job.topology.chips
-    product = config.layers * tokens * job.length * config.heads * config.head_dim  # half of the square, two FLOPs each
+    product = (
+        config.layers * tokens * job.length * config.heads * config.head_dim
+    )  # half of the square, two FLOPs each
     lowered = lowered_step(recipe, mesh, shape)
     return timed_compile(
-        lowered, mesh, job.topology, lambda text: predict(text, job.topology, product), flops_per_token(job) * tokens
+        lowered,
+        mesh,
+        job.topology,
+        lambda text: predict(text, job.topology, product),
+        flops_per_token(job) * tokens,
     )
 
 
 def timed_compile(
-    lowered: jax.stages.Lowered, mesh: Mesh, topology: Topology, prediction: Callable[[str], Prediction], flops: float
+    lowered: jax.stages.Lowered,
+    mesh: Mesh,
+    topology: Topology,
+    prediction: Callable[[str], Prediction],
+    flops: float,
 ) -> Compiled:
     """A program compiled for a mesh of a topology, with what the compiler says of its memory.
 
@@ -143,7 +173,11 @@ def timed_compile(
     started = time.monotonic()
     with jax.set_mesh(mesh):
         compiled = lowered.compile()
-    seconds, text, memory = time.monotonic() - started, compiled.as_text(), compiled.memory_analysis()
+    seconds, text, memory = (
+        time.monotonic() - started,
+        compiled.as_text(),
+        compiled.memory_analysis(),
+    )
     assert text is not None
     assert memory is not None
     return Compiled(
@@ -159,7 +193,9 @@ def timed_compile(
 
 
 def too_large(error: Exception) -> float | None:
-    """Bytes of temporaries, where an error of the compiler says that the memory of a device does not hold them; else `None`."""
+    """Bytes of temporaries, where an error of the compiler says that the memory of a device does
+    not hold them; else `None`.
+    """
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
         return None
@@ -173,7 +209,10 @@ def require_whole(job: Job) -> None:
       InputError: for them.
     """
     if job.rank:
-        raise InputError("--rank (adapter.rank) and --compile given; only the training of whole models is compiled ahead")
+        raise InputError(
+            "--rank (adapter.rank) and --compile given; only the training of whole "
+            "models is compiled ahead"
+        )
 
 
 def job_recipe(job: Job) -> Recipe:
@@ -183,17 +222,22 @@ def job_recipe(job: Job) -> Recipe:
       InputError: for adapters, whose step needs a model.
     """
     require_whole(job)
-    attention = choose_backend("auto", job.length, job.length, "tpu", job.config.head_dim, job.mesh.context)
+    attention = choose_backend(
+        "auto", job.length, job.length, "tpu", job.config.head_dim, job.mesh.context
+    )
     options = ModelOptions(dtype=job.compute_dtype, scan=True, remat=job.remat, attention=attention)
     dtypes = {"moments_dtype": job.moment_dtype, "param_dtype": job.param_dtype}
     settings = OptimizerConfig(name=job.optimizer, **dtypes)  # type: ignore[arg-type]
     optimizer, schedule = make_optimizer(settings), learning_rate_schedule(settings, 1000)
-    return Recipe(Llama(job.config, options), optimizer, schedule, job.loss_chunk, param_dtype=job.param_dtype)
+    return Recipe(
+        Llama(job.config, options), optimizer, schedule, job.loss_chunk, param_dtype=job.param_dtype
+    )
 
 
 # --- ahead decode ---
 #
-# A decoding step compiled for chips that are not here: the loop that generation runs, with a model's shapes and no weights.
+# A decoding step compiled for chips that are not here: the loop that generation runs, with a
+#   model's shapes and no weights.
 
 
 _BITS = {"int8": 8, "int4": 4}
@@ -201,8 +245,11 @@ _RULES = whole_sequences(TRAINING)
 _STOPS = 2  # stop tokens of a sequence
 
 
-def compile_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dtype: str) -> Compiled:
-    """Compiles the decoding loop for the chips of a plan, on this machine; its times are those of one step.
+def compile_decoding(
+    config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dtype: str
+) -> Compiled:
+    """Compiles the decoding loop for the chips of a plan, on this machine; its times are those of
+    one step.
 
     Args:
       config: the architecture.
@@ -214,7 +261,9 @@ def compile_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dt
       InputError: for what cannot be compiled here.
       jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
     """
-    mesh = make_mesh(plan.mesh.data, plan.mesh.fsdp, plan.mesh.tensor, topology_devices(plan.topology))
+    mesh = make_mesh(
+        plan.mesh.data, plan.mesh.fsdp, plan.mesh.tensor, topology_devices(plan.topology)
+    )
     wide = "bfloat16" if dtype in _BITS else dtype
     options = ModelOptions(dtype=wide, scan=False, cache_dtype=cache_dtype, rules=_RULES)
     inputs = _placed(*_shapes(config, options, plan, _BITS.get(dtype)), mesh)
@@ -222,11 +271,17 @@ def compile_decoding(config: LlamaConfig, plan: DecodePlan, dtype: str, cache_dt
     with jax.set_mesh(mesh):
         lowered = loop.lower(*inputs, logprobs=None)
     flops = 2.0 * matmul_parameters(config) * plan.batch / plan.topology.chips
-    return timed_compile(lowered, mesh, plan.topology, lambda text: predict_round(text, plan.topology), flops)
+    return timed_compile(
+        lowered, mesh, plan.topology, lambda text: predict_round(text, plan.topology), flops
+    )
 
 
-def _shapes(config: LlamaConfig, options: ModelOptions, plan: DecodePlan, bits: int | None) -> tuple[PyTree, Progress, PyTree]:
-    """Parameters as they are served, what stands between two steps, and the other arguments of the loop."""
+def _shapes(
+    config: LlamaConfig, options: ModelOptions, plan: DecodePlan, bits: int | None
+) -> tuple[PyTree, Progress, PyTree]:
+    """Parameters as they are served, what stands between two steps, and the other arguments of the
+    loop.
+    """
 
     def make() -> tuple[PyTree, Progress, PyTree]:
         """Traced for its shapes."""
@@ -235,20 +290,32 @@ def _shapes(config: LlamaConfig, options: ModelOptions, plan: DecodePlan, bits: 
         cache = init_cache(config, plan.batch, plan.length, options.resolved_cache_dtype)
         zeros = jnp.zeros((plan.batch,), jnp.int32)
         rest = make_sampling(plan.batch), jnp.zeros((plan.batch, _STOPS), jnp.int32), jnp.int32(0)
-        return quantize(params, bits) if bits else params, Progress(zeros, cache, zeros, zeros == 0), rest
+        return (
+            quantize(params, bits) if bits else params,
+            Progress(zeros, cache, zeros, zeros == 0),
+            rest,
+        )
 
     return jax.eval_shape(make)
 
 
 def _placed(params: PyTree, progress: Progress, rest: PyTree, mesh: Mesh) -> tuple:
-    """The same on the mesh: weights and cache as generation lays them, a few numbers a sequence everywhere."""
+    """The same on the mesh: weights and cache as generation lays them, a few numbers a sequence
+    everywhere.
+    """
     layers = progress.cache.layers
     heads = NamedSharding(mesh, partition_spec(("batch", "kv_heads"), _RULES))
     small = (progress._replace(cache=Cache((), progress.cache.lengths)), rest)
     progress, rest = _with(small, jax.tree.map(lambda _: replicated(mesh), small))
     cache = Cache(_with(layers, jax.tree.map(lambda _: heads, layers)), progress.cache.lengths)
-    return _with(params, tree_shardings(params, mesh, _RULES)), progress._replace(cache=cache), *rest
+    return (
+        _with(params, tree_shardings(params, mesh, _RULES)),
+        progress._replace(cache=cache),
+        *rest,
+    )
 
 
 def _with(shapes: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )

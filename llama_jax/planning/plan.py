@@ -1,4 +1,6 @@
-"""A plan: memory and speed of a job, the setting of remat that suits it, and what to change where it does not fit."""
+"""A plan: memory and speed of a job, the setting of remat that suits it, and what to change where
+it does not fit.
+"""
 
 import dataclasses
 import itertools
@@ -44,7 +46,12 @@ class Plan(NamedTuple):
 
 def make_plan(job: Job, limit: float | None = None) -> Plan:
     """Memory and speed of a job, on chips of their own memory or of another limit in bytes."""
-    return Plan(job, training_memory(job), training_speed(job), job.topology.chip.memory if limit is None else limit)
+    return Plan(
+        job,
+        training_memory(job),
+        training_speed(job),
+        job.topology.chip.memory if limit is None else limit,
+    )
 
 
 def remat_plans(job: Job) -> list[Plan]:
@@ -53,9 +60,15 @@ def remat_plans(job: Job) -> list[Plan]:
 
 
 def best_remat(job: Job) -> str:
-    """The setting of remat that is fastest among those that fit, and of equally fast ones the smallest; `full` if none fits."""
+    """The setting of remat that is fastest among those that fit, and of equally fast ones the
+    smallest; `full` if none fits.
+    """
     fitting = [plan for plan in remat_plans(job) if plan.fits]
-    return min(fitting, key=lambda plan: (plan.speed.step, plan.memory.total)).job.remat if fitting else REMAT_POLICIES[-1]
+    return (
+        min(fitting, key=lambda plan: (plan.speed.step, plan.memory.total)).job.remat
+        if fitting
+        else REMAT_POLICIES[-1]
+    )
 
 
 class Change(NamedTuple):
@@ -92,10 +105,12 @@ def changed(job: Job, changes: tuple[Change, ...]) -> Job | None:
 
 # --- of config ---
 #
-# From a training's config to a plan's job, and the setting of remat that `compute.remat: auto` stands for.
+# From a training's config to a plan's job, and the setting of remat that `compute.remat: auto`
+# stands for.
 
 
-# Any chip whose figures are not known: its memory is what the job seems to need, so that it has to need less.
+# Any chip whose figures are not known: its memory is what the job seems to need, so that it has to
+#   need less.
 _UNKNOWN = Chip("unknown", "TPU v5e", 0.0, 1e12, 1e11, 1e10, 0.5, "", 0, 1, 8)
 _SHARE = 0.95  # of the memory that `auto` plans with: fragmentation is in no figure
 
@@ -118,7 +133,9 @@ def job_of(config: TrainConfig, topology: Topology, compute_dtype: str = "bfloat
     """
     sizes = {axis: getattr(config.mesh, axis) for axis in MeshSizes._fields}
     known = math.prod(size for size in sizes.values() if size != -1)
-    mesh = MeshSizes(**{axis: topology.chips // known if size == -1 else size for axis, size in sizes.items()})
+    mesh = MeshSizes(
+        **{axis: topology.chips // known if size == -1 else size for axis, size in sizes.items()}
+    )
     dtype = compute_dtype if config.compute.dtype == "auto" else config.compute.dtype
     base = config.adapter.base
     return Job(
@@ -140,7 +157,8 @@ def job_of(config: TrainConfig, topology: Topology, compute_dtype: str = "bfloat
 
 
 def first_fitting_remat(job: Job, memory: float | None = None) -> str:
-    """The rung of the ladder with the least to be computed again that fits into 95 % of a chip's memory.
+    """The rung of the ladder with the least to be computed again that fits into 95 % of a chip's
+    memory.
 
     `full` where none fits, and where the memory is not known.
 
@@ -149,14 +167,22 @@ def first_fitting_remat(job: Job, memory: float | None = None) -> str:
       memory: bytes of one chip, where they are known better than by the table of chips.
     """
     limit = _SHARE * (memory or job.topology.chip.memory)
-    fitting = (remat for remat in REMAT_POLICIES if make_plan(dataclasses.replace(job, remat=remat), limit).fits)
+    fitting = (
+        remat
+        for remat in REMAT_POLICIES
+        if make_plan(dataclasses.replace(job, remat=remat), limit).fits
+    )
     return next(fitting, REMAT_POLICIES[-1])
 
 
-def remat_candidates(job: Job, memory: float | None = None, before: str | None = None) -> tuple[str, ...]:
-    """What `compute.remat: auto` may stand for, in the order in which to ask the compiler; the last need not be asked.
+def remat_candidates(
+    job: Job, memory: float | None = None, before: str | None = None
+) -> tuple[str, ...]:
+    """What `compute.remat: auto` may stand for, in the order in which to ask the compiler; the last
+    need not be asked.
 
-    What the run has had before, then the rungs that fit by the closed form, into the whole memory: it may be some percent too
+    What the run has had before, then the rungs that fit by the closed form, into the whole memory:
+      it may be some percent too
     large. `full` is always the last. Where the memory is not known, what was before, else `full`.
 
     Args:
@@ -167,7 +193,11 @@ def remat_candidates(job: Job, memory: float | None = None, before: str | None =
     limit, earlier = memory or job.topology.chip.memory, [before] if before else []
     if not limit:
         return (before or REMAT_POLICIES[-1],)
-    fitting = [remat for remat in (*earlier, *REMAT_POLICIES) if make_plan(dataclasses.replace(job, remat=remat), limit).fits]
+    fitting = [
+        remat
+        for remat in (*earlier, *REMAT_POLICIES)
+        if make_plan(dataclasses.replace(job, remat=remat), limit).fits
+    ]
     once = list(dict.fromkeys((*fitting, REMAT_POLICIES[-1])))
     return tuple(once[: once.index(REMAT_POLICIES[-1]) + 1])
 
@@ -213,11 +243,12 @@ def outlook(plan: Plan) -> Outlook:
 
 
 def remedies(plan: Plan, most: int = 5) -> list[Remedy]:
-    """Changes to a job that does not fit, each set without one that could be left out or taken less far, the fastest first.
+    """Changes to a job that does not fit, each set without one that could be left out or taken less
+    far, the fastest first.
 
-    Tried together are `remat`, the number of micro-batches, the loss chunk, the type of the optimizer's moments, and the axes
-    `fsdp`, `tensor` and `context` of the mesh; where nothing of that is enough, the same with Adafactor, which learns
-    differently.
+    Tried together are `remat`, the number of micro-batches, the loss chunk, the type of the
+    optimizer's moments, and the axes `fsdp`, `tensor` and `context` of the mesh; where nothing of
+    that is enough, the same with Adafactor, which learns differently.
 
     Args:
       plan: that does not fit; one that does has no remedies.
@@ -246,13 +277,20 @@ def _smallest(plan: Plan, choices: list[Sequence[Change | None]]) -> list[Remedy
         remedy = _remedy(plan, [steps[level] for steps, level in zip(choices, levels)])
         if remedy is not None:
             found[levels] = remedy
-    return [remedy for levels, remedy in found.items() if not any(_less(other, levels) for other in found)]
+    return [
+        remedy
+        for levels, remedy in found.items()
+        if not any(_less(other, levels) for other in found)
+    ]
 
 
 def _choices(job: Job) -> list[Sequence[Change | None]]:
     """For each choice the changes to try, from none to the one that saves most."""
     return [
-        [None, *[Change("remat", remat) for remat in REMAT_POLICIES if _keeps_less(remat, job.remat)]],
+        [
+            None,
+            *[Change("remat", remat) for remat in REMAT_POLICIES if _keeps_less(remat, job.remat)],
+        ],
         [None, *[Change("microbatches", count) for count in _more_microbatches(job)]],
         [
             None,
@@ -277,8 +315,11 @@ def _keeps_less(remat: str, than: str) -> bool:
 
 def _more_microbatches(job: Job) -> list[int]:
     sequences = job.sequences // job.mesh.sequences
-    return [count for count in range(job.microbatches + 1, _MOST_MICROBATCHES + 1)
-            if sequences % count == 0 and count % job.microbatches == 0]  # fmt: skip
+    return [
+        count
+        for count in range(job.microbatches + 1, _MOST_MICROBATCHES + 1)
+        if sequences % count == 0 and count % job.microbatches == 0
+    ]
 
 
 def _wide_enough(job: Job, divisor: int) -> bool:
@@ -290,7 +331,9 @@ def _has_wide_mean(job: Job) -> bool:
 
 
 def _other_meshes(job: Job) -> list[MeshSizes]:
-    """Meshes with the weights split further or the work of a sequence shared: `data` as it is or 1, `fsdp` the rest."""
+    """Meshes with the weights split further or the work of a sequence shared: `data` as it is or 1,
+    `fsdp` the rest.
+    """
     chips, now = job.topology.chips, job.mesh
     pairs = [*((ways, now.context) for ways in _SPLITS), *((now.tensor, ways) for ways in _SPLITS)]
     found = []
@@ -299,7 +342,11 @@ def _other_meshes(job: Job) -> list[MeshSizes]:
             if chips % (data * tensor * context) == 0:
                 found.append(MeshSizes(data, chips // (data * tensor * context), tensor, context))
     # A wish for `tensor` or `context` is not taken back.
-    return [mesh for mesh in found if mesh != now and mesh.tensor >= now.tensor and mesh.context >= now.context]
+    return [
+        mesh
+        for mesh in found
+        if mesh != now and mesh.tensor >= now.tensor and mesh.context >= now.context
+    ]
 
 
 def _remedy(plan: Plan, picked: Sequence[Change | None]) -> Remedy | None:
@@ -314,25 +361,39 @@ def _remedy(plan: Plan, picked: Sequence[Change | None]) -> Remedy | None:
 def _together(job: Job, changes: tuple[Change, ...]) -> tuple[Change, ...]:
     """The changes, with what follows from them: Adafactor has no mean of the gradient."""
     has_adafactor = Change("optimizer", "adafactor") in changes
-    return (*changes, Change("moment_dtype", "float32")) if has_adafactor and job.moment_dtype != "float32" else changes
+    return (
+        (*changes, Change("moment_dtype", "float32"))
+        if has_adafactor and job.moment_dtype != "float32"
+        else changes
+    )
 
 
 def fastest(plan: Plan) -> Remedy | None:
-    """Another `remat` and number of micro-batches with which a job fits and is at least 2 % faster, if there is one."""
+    """Another `remat` and number of micro-batches with which a job fits and is at least 2 % faster,
+    if there is one.
+    """
     job, found = plan.job, []
-    for remat, count in itertools.product(REMAT_POLICIES, (job.microbatches, *_more_microbatches(job))):
+    for remat, count in itertools.product(
+        REMAT_POLICIES, (job.microbatches, *_more_microbatches(job))
+    ):
         other = {"remat": remat, "microbatches": count}
-        changes = tuple(Change(name, value) for name, value in other.items() if value != getattr(job, name))
+        changes = tuple(
+            Change(name, value) for name, value in other.items() if value != getattr(job, name)
+        )
         remedy = _remedy(plan, changes)
         if remedy is not None and remedy.plan.speed.step < _FASTER * plan.speed.step:
             found.append(remedy)
-    return min(found, key=lambda remedy: (remedy.plan.speed.step, remedy.plan.memory.total), default=None)
+    return min(
+        found, key=lambda remedy: (remedy.plan.speed.step, remedy.plan.memory.total), default=None
+    )
 
 
 def enough_chips(plan: Plan) -> Plan | None:
-    """A plan on the smallest common topology of the same chip on which a job fits when as little as possible is kept.
+    """A plan on the smallest common topology of the same chip on which a job fits when as little as
+    possible is kept.
 
-    That is: of a layer only its input, one sequence a chip at a time, weights split over all chips, products over up to 8 of them;
+    That is: of a layer only its input, one sequence a chip at a time, weights split over all chips,
+      products over up to 8 of them;
     `None` where no topology is large enough.
     """
     job = plan.job
@@ -349,12 +410,20 @@ def _on_chips(job: Job, topology: Topology, tensor: int) -> Job | None:
         return None
     mesh = MeshSizes(fsdp=topology.chips // tensor, tensor=tensor)
     sequences = -(-job.sequences // mesh.sequences) * mesh.sequences
-    values = {"topology": topology, "mesh": mesh, "sequences": sequences, "microbatches": sequences // mesh.sequences, "remat": REMAT_POLICIES[-1]}
+    values = {
+        "topology": topology,
+        "mesh": mesh,
+        "sequences": sequences,
+        "microbatches": sequences // mesh.sequences,
+        "remat": REMAT_POLICIES[-1],
+    }
     return changed(job, tuple(Change(name, value) for name, value in values.items()))
 
 
 def _less(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether one set of changes is a smaller one of the same kind: nothing goes further, meshes are equal or untouched."""
+    """Whether one set of changes is a smaller one of the same kind: nothing goes further, meshes
+    are equal or untouched.
+    """
     *steps, mesh = one
     *others, other_mesh = other
     return one != other and mesh in (0, other_mesh) and all(a <= b for a, b in zip(steps, others))
@@ -367,10 +436,16 @@ def _less(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 # Keys of a training's config by the fields of a job; each axis of the mesh has a key of its own.
 TRAIN_KEYS: Mapping[str, str] = {
-    "length": "data.length", "remat": "compute.remat", "microbatches": "data.accumulation",
-    "loss_chunk": "compute.loss_chunk", "optimizer": "optimizer.name", "moment_dtype": "optimizer.moments_dtype",
-    "param_dtype": "optimizer.param_dtype", "rank": "adapter.rank", "base_dtype": "adapter.base",
-}  # fmt: skip
+    "length": "data.length",
+    "remat": "compute.remat",
+    "microbatches": "data.accumulation",
+    "loss_chunk": "compute.loss_chunk",
+    "optimizer": "optimizer.name",
+    "moment_dtype": "optimizer.moments_dtype",
+    "param_dtype": "optimizer.param_dtype",
+    "rank": "adapter.rank",
+    "base_dtype": "adapter.base",
+}
 
 
 def flags(remedy: Remedy, job: Job) -> str:
@@ -394,7 +469,8 @@ def _words(change: Change, job: Job) -> Iterator[str]:
 
 # --- advice ---
 #
-# Advice for a training that has run out of memory: what to change in its config, from the same search as a plan.
+# Advice for a training that has run out of memory: what to change in its config, from the same
+#   search as a plan.
 
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating", re.IGNORECASE)
@@ -432,16 +508,27 @@ def advice(job: Job, memory: float | None = None, most: int = 2) -> list[str]:
     smaller = plan._replace(limit=min(limit or needed, _LESS * needed))
     found = remedies(smaller, most)
     if not found:
-        return [*lines, "no setting of compute.remat, data.accumulation, compute.loss_chunk or the mesh saves enough: "
-                "use more devices, adapters (adapter.rank), shorter sequences (data.length) or a smaller model"]  # fmt: skip
-    return [*lines, *[f"{'or' if i else 'try'} {_remedy_line(remedy, plan)}" for i, remedy in enumerate(found)]]
+        return [
+            *lines,
+            "no setting of compute.remat, data.accumulation, compute.loss_chunk or the "
+            "mesh saves enough: "
+            "use more devices, adapters (adapter.rank), shorter sequences (data.length) "
+            "or a smaller model",
+        ]
+    return [
+        *lines,
+        *[f"{'or' if i else 'try'} {_remedy_line(remedy, plan)}" for i, remedy in enumerate(found)],
+    ]
 
 
 def _remedy_line(remedy: Remedy, plan: Plan) -> str:
     speed = remedy.plan.speed
     times = plan.speed.tokens_per_second / speed.tokens_per_second
     typed = flags(remedy, plan.job)
-    return f"{typed}: {_gigabytes(remedy.plan.memory.total)} a device, {times:.2f} times the time of a step"
+    return (
+        f"{typed}: {_gigabytes(remedy.plan.memory.total)} a device, {times:.2f} times the "
+        "time of a step"
+    )
 
 
 def _need_line(plan: Plan, limit: float) -> str:
@@ -449,7 +536,10 @@ def _need_line(plan: Plan, limit: float) -> str:
     largest = sorted(parts, key=lambda name: -parts[name])[:2]
     words = " and ".join(f"{name} {_gigabytes(parts[name])}" for name in largest)
     known = f" of {_gigabytes(limit)}" if limit else ""
-    return f"by the closed form this training needs {_gigabytes(plan.memory.total)}{known} a device, most of it {words}"
+    return (
+        f"by the closed form this training needs {_gigabytes(plan.memory.total)}{known} a "
+        f"device, most of it {words}"
+    )
 
 
 def _gigabytes(size: float) -> str:

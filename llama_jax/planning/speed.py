@@ -1,4 +1,6 @@
-"""Time of a training step in closed form: what compute, memory and links need at least, and what is to be expected."""
+"""Time of a training step in closed form: what compute, memory and links need at least, and what is
+to be expected.
+"""
 
 import math
 from typing import NamedTuple
@@ -18,10 +20,14 @@ from llama_jax.planning.memory import (
     weight_bytes,
 )
 
-# Bytes between chip and memory for one token and layer, forward and backward, over the bytes of its named activations: each is
+# Bytes between chip and memory for one token and layer, forward and backward, over the bytes of its
+#   named activations: each is
 # written and read in both passes, in fused kernels (8B: 24 MB/token in all).
 _TRAFFIC = 8
-_FORWARD, _BACKWARD = 1, 1  # times that weights are gathered over `fsdp` and `context` in a micro-batch
+_FORWARD, _BACKWARD = (
+    1,
+    1,
+)  # times that weights are gathered over `fsdp` and `context` in a micro-batch
 
 
 class Speed(NamedTuple):
@@ -32,8 +38,10 @@ class Speed(NamedTuple):
       recomputed: FLOPs done a second time, over those.
       compute: seconds at the chip's peak.
       expected_compute: seconds at the share of the peak that is to be expected.
-      memory: seconds to move weights, activations and state between chip and memory, at its nominal bandwidth.
-      streams: seconds in which the products wait for the stream between blocks to come over `tensor`, at nominal bandwidth.
+      memory: seconds to move weights, activations and state between chip and memory, at its nominal
+        bandwidth.
+      streams: seconds in which the products wait for the stream between blocks to come over
+        `tensor`, at nominal bandwidth.
       links: seconds of all transfers between chips of a slice or node, at nominal bandwidth.
       network: seconds of all transfers between slices or nodes.
       tokens: of the update.
@@ -55,7 +63,9 @@ class Speed(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Seconds to be expected: of the slowest of four that work at the same time, products and their waits being one."""
+        """Seconds to be expected: of the slowest of four that work at the same time, products and
+        their waits being one.
+        """
         return max(self.expected_compute + self.streams, self.memory, self.links, self.network)
 
     @property
@@ -76,12 +86,16 @@ class Speed(NamedTuple):
 
     @property
     def mfu(self) -> float:
-        """FLOPs of the model a second over the peak; attention counted as causal, recomputation not at all."""
+        """FLOPs of the model a second over the peak; attention counted as causal, recomputation not
+        at all.
+        """
         return self.flops_per_token * self.tokens_per_second / self.chips / self.peak
 
 
 def flops_per_token(job: Job) -> float:
-    """FLOPs of the model, forward and backward, for one token; under adapters no gradient of a frozen matrix is formed."""
+    """FLOPs of the model, forward and backward, for one token; under adapters no gradient of a
+    frozen matrix is formed.
+    """
     return training_flops_per_token(job.config, job.length, job.rank)
 
 
@@ -129,11 +143,21 @@ def _memory_traffic(job: Job) -> float:
 
 
 def traffic(job: Job) -> tuple[float, float]:
-    """Bytes a chip and update that come in over links, and over the network between slices or nodes."""
+    """Bytes a chip and update that come in over links, and over the network between slices or
+    nodes.
+    """
     mesh, near = job.mesh, job.topology.near
-    inside = {"tensor": _tensor_traffic(job), "context": _context_traffic(job), "fsdp": _weight_traffic(job)}
+    inside = {
+        "tensor": _tensor_traffic(job),
+        "context": _context_traffic(job),
+        "fsdp": _weight_traffic(job),
+    }
     totals, reach = [0.0, 0.0], 1
-    for axis in ("tensor", "context", "fsdp"):  # from the inside out: what fits into a slice stays there
+    for axis in (
+        "tensor",
+        "context",
+        "fsdp",
+    ):  # from the inside out: what fits into a slice stays there
         reach *= getattr(mesh, axis)
         totals[reach > near] += inside[axis]
     reach *= mesh.data
@@ -142,7 +166,8 @@ def traffic(job: Job) -> tuple[float, float]:
 
 
 def _weight_traffic(job: Job) -> float:
-    """Over `fsdp` and `context` together: weights gathered for both passes (once where they are kept), gradients scattered.
+    """Over `fsdp` and `context` together: weights gathered for both passes (once where they are
+    kept), gradients scattered.
 
     Head and embedding are gathered once.
     """
@@ -158,15 +183,18 @@ def _weight_traffic(job: Job) -> float:
 
 
 def _tensor_traffic(job: Job) -> float:
-    """The stream gathered over `tensor` before attention and feed-forward and scattered after them, in both passes.
+    """The stream gathered over `tensor` before attention and feed-forward and scattered after them,
+    in both passes.
 
-    A gather and a scatter are a sum; gathers are made again where the gathered stream is not kept, a scatter where `middle` is
-    not.
+    A gather and a scatter are a sum; gathers are made again where the gathered stream is not kept,
+    a scatter where `middle` is not.
     """
     mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
     sums = 0.0
     for layers, remat in layer_parts(job.remat, job.config.layers):
-        sums += layers * (4 + (0.0 if remat == "none" else 1.0 if "middle" in saved_names(remat) else 1.5))
+        sums += layers * (
+            4 + (0.0 if remat == "none" else 1.0 if "middle" in saved_names(remat) else 1.5)
+        )
     stream = job.chip_tokens * job.config.dim * width
     return job.microbatches * sums * 2 * (mesh.tensor - 1) / mesh.tensor * stream
 
@@ -174,7 +202,15 @@ def _tensor_traffic(job: Job) -> float:
 def _context_traffic(job: Job) -> float:
     """Keys and values of whole sequences gathered in both passes, their gradients scattered."""
     mesh, width = job.mesh, ITEMSIZES[job.compute_dtype]
-    keys = 2 * job.config.kv_heads * job.config.head_dim / mesh.tensor * width * job.chip_batch_size * job.length
+    keys = (
+        2
+        * job.config.kv_heads
+        * job.config.head_dim
+        / mesh.tensor
+        * width
+        * job.chip_batch_size
+        * job.length
+    )
     return job.microbatches * job.config.layers * 3 * (mesh.context - 1) / mesh.context * keys
 
 
@@ -186,7 +222,8 @@ def _data_traffic(job: Job) -> float:
 
 # --- decode ---
 #
-# Decoding in closed form: memory of weights and cache on a chip, bytes/step moves, the limit that they set.
+# Decoding in closed form: memory of weights and cache on a chip, bytes/step moves, the limit that
+#   they set.
 
 
 class DecodePlan(NamedTuple):
@@ -200,7 +237,8 @@ class DecodePlan(NamedTuple):
       weights: bytes on a chip.
       cache: bytes on a chip, keys and values of full sequences.
       logits: bytes on a chip, float32.
-      moved: bytes that a chip reads in a step with full sequences: every matrix once, and the cache.
+      moved: bytes that a chip reads in a step with full sequences: every matrix once, and the
+        cache.
       limit: bytes that a chip has.
     """
 
@@ -226,7 +264,9 @@ class DecodePlan(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all sequences, at most: at the nominal bandwidth, without the time that chips wait for each other."""
+        """Of all sequences, at most: at the nominal bandwidth, without the time that chips wait for
+        each other.
+        """
         return self.batch / self.step
 
     @property
@@ -236,7 +276,9 @@ class DecodePlan(NamedTuple):
 
 
 def decode_mesh(config: LlamaConfig, topology: Topology) -> MeshSizes:
-    """The most chips to a copy of the weights that the heads allow, within a slice or node; copies on the rest."""
+    """The most chips to a copy of the weights that the heads allow, within a slice or node; copies
+    on the rest.
+    """
     ways = math.gcd(topology.near, config.kv_heads)
     return MeshSizes(data=topology.chips // ways, tensor=ways)
 
@@ -255,22 +297,32 @@ def make_decode_plan(
     Args:
       config: the architecture.
       topology: the chips.
-      batch: sequences at a time, all chips together, a multiple of `data`; `None` for one a copy of the model.
+      batch: sequences at a time, all chips together, a multiple of `data`; `None` for one a copy of
+        the model.
       length: tokens of prompt and answer together.
       dtype: of the weights: `bfloat16`, `float32`, `int8` or `int4`.
       cache_dtype: of keys and values; `int8` has a float32 scale a vector.
       mesh: `data` and `tensor`; by default `decode_mesh`.
 
     Raises:
-      InputError: for sequences that copies of the model cannot share, and for other axes of the mesh.
+      InputError: for sequences that copies of the model cannot share, and for other axes of the
+        mesh.
     """
     mesh = decode_mesh(config, topology) if mesh is None else mesh
     if mesh.fsdp * mesh.context != 1 or config.kv_heads % mesh.tensor:
-        raise InputError(f"mesh {mesh} given; decoding takes data and tensor, a divisor of kv_heads ({config.kv_heads})")
+        raise InputError(
+            f"mesh {mesh} given; decoding takes data and tensor, a divisor of kv_heads "
+            f"({config.kv_heads})"
+        )
     batch = mesh.data if batch is None else batch
     if batch % mesh.data:
-        raise InputError(f"batch {batch} given; a multiple of the copies of the model ({mesh.data}) expected; see --mesh")
-    slot = cache_bytes_per_token(config, 1) * (ITEMSIZES[cache_dtype] + (4 / config.head_dim if cache_dtype == "int8" else 0))
+        raise InputError(
+            f"batch {batch} given; a multiple of the copies of the model ({mesh.data}) "
+            "expected; see --mesh"
+        )
+    slot = cache_bytes_per_token(config, 1) * (
+        ITEMSIZES[cache_dtype] + (4 / config.head_dim if cache_dtype == "int8" else 0)
+    )
     weights = weight_bytes(config, dtype, tensor=mesh.tensor)
     sequences = batch // mesh.data
     cache = sequences * length * slot / mesh.tensor
@@ -278,4 +330,6 @@ def make_decode_plan(
     table = config.vocab_size * config.dim
     read = (ITEMSIZES[dtype] * (matmul_parameters(config) - table) + head * table) / mesh.tensor
     logits = sequences * config.vocab_size * 4 / mesh.tensor
-    return DecodePlan(topology, mesh, batch, length, weights, cache, logits, read + cache, topology.chip.memory)
+    return DecodePlan(
+        topology, mesh, batch, length, weights, cache, logits, read + cache, topology.chip.memory
+    )

@@ -31,7 +31,9 @@ def read_text(path: pathlib.Path, largest: int) -> str:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(min(size, largest) + 1)
-        if len(content) > size:  # it grows, or is one of the system's, which say that they are empty
+        if (
+            len(content) > size
+        ):  # it grows, or is one of the system's, which say that they are empty
             content += file.read(largest + 1 - len(content))
             size = len(content)
     if size > largest:
@@ -39,7 +41,9 @@ def read_text(path: pathlib.Path, largest: int) -> str:
     try:
         return io.StringIO(content.decode(), newline=None).read()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; the file is damaged or of another kind") from None
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8; the file is damaged or of another kind"
+        ) from None
 
 
 def read_json(path: pathlib.Path) -> Mapping[str, Any]:
@@ -60,7 +64,9 @@ def read_json(path: pathlib.Path) -> Mapping[str, Any]:
 
 
 def special_token(directory: pathlib.Path, role: str) -> str | None:
-    """The text of a special token (`role` is `bos_token` or `eos_token`) as the model's files declare it."""
+    """The text of a special token (`role` is `bos_token` or `eos_token`) as the model's files
+    declare it.
+    """
     declared = (read_json(directory / name).get(role) for name in _SPECIAL_TOKEN_FILES)
     value = next((value for value in declared if value is not None), None)
     text = value.get("content") if isinstance(value, dict) else value
@@ -70,24 +76,49 @@ def special_token(directory: pathlib.Path, role: str) -> str | None:
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Whether a value of a JSON file is a string that UTF-8 can hold: JSON can spell half of a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    """Whether a value of a JSON file is a string that UTF-8 can hold: JSON can spell half of a
+    surrogate pair.
+    """
+    return isinstance(value, str) and not any(
+        "\ud800" <= character <= "\udfff" for character in value
+    )
 
 
 # --- turns ---
 #
 # Tokens that structure a conversation though their file calls them ordinary: control all the same.
 #
-# A fine-tuning often adds `<|im_end|>` and its kin as plain added tokens. Were they left so, a message that spells them
-# would become them, and speak as another role.
+# A fine-tuning often adds `<|im_end|>` and its kin as plain added tokens. Were they left so, a
+# message that spells them would become them, and speak as another role.
 
 
 _KNOWN = frozenset(
-    {"<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
-     "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>", "<|python_tag|>", "<|system|>", "<|user|>", "<|assistant|>",
-     "<|end|>", "<|end_of_turn|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"}
-)  # fmt: skip
-_TAG = re.compile(r"<\S+>|\[\S+\]")  # an added run of spaces, or a word, stands in many a template without structuring it
+    {
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_sep|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "<|python_tag|>",
+        "<|system|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|end|>",
+        "<|end_of_turn|>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "[INST]",
+        "[/INST]",
+    }
+)
+_TAG = re.compile(
+    r"<\S+>|\[\S+\]"
+)  # an added run of spaces, or a word, stands in many a template without structuring it
 
 
 def role_tokens(added: Iterable[str], template: str) -> tuple[str, ...]:
@@ -97,11 +128,14 @@ def role_tokens(added: Iterable[str], template: str) -> tuple[str, ...]:
       added: tokens that a file adds to its vocabulary without calling them special.
       template: source of the chat template, empty where there is none.
     """
-    return tuple(token for token in added if token in _KNOWN or (_TAG.fullmatch(token) and token in template))
+    return tuple(
+        token for token in added if token in _KNOWN or (_TAG.fullmatch(token) and token in template)
+    )
 
 
 def template_text(directory: pathlib.Path) -> str:
-    """All that the files in a directory say about chat templates, to look for tokens in; the better of `chat_template.jinja`.
+    """All that the files in a directory say about chat templates, to look for tokens in; the better
+    of `chat_template.jinja`.
 
     Raises:
       InputError: for files that are damaged or too large.

@@ -46,7 +46,9 @@ _CHATML = r"""{%- for message in messages %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
-_ROLE_TOKENS: Mapping[str, frozenset[str]] = {  # without which a tokenizer would read a format as plain text
+_ROLE_TOKENS: Mapping[
+    str, frozenset[str]
+] = {  # without which a tokenizer would read a format as plain text
     "llama2": frozenset(),
     "llama3": frozenset({"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}),
     "chatml": frozenset({"<|im_start|>", "<|im_end|>"}),
@@ -54,9 +56,11 @@ _ROLE_TOKENS: Mapping[str, frozenset[str]] = {  # without which a tokenizer woul
 
 
 def llama2(begin_token: str | None, end_token: str | None) -> ChatTemplate:
-    """Llama 2's format: `<s>[INST] <<SYS>>…<</SYS>>  … [/INST] … </s>`, every exchange with a begin token of its own.
+    """Llama 2's format: `<s>[INST] <<SYS>>…<</SYS>>  … [/INST] … </s>`, every exchange with a begin
+    token of its own.
 
-    Contents are trimmed as in Meta's code: the first user message together with the system's, in front of it.
+    Contents are trimmed as in Meta's code: the first user message together with the system's, in
+    front of it.
 
     Source: `chat_completion` in llama/generation.py of Meta's llama repository.
     """
@@ -64,10 +68,12 @@ def llama2(begin_token: str | None, end_token: str | None) -> ChatTemplate:
 
 
 def llama3(begin_token: str | None, end_token: str | None) -> ChatTemplate:
-    """Llama 3's format: each message behind a header with its role, up to `<|eot_id|>`; a tool speaks as `ipython`.
+    """Llama 3's format: each message behind a header with its role, up to `<|eot_id|>`; a tool
+    speaks as `ipython`.
 
-    Contents are not trimmed, and become tokens apart from the header, as in Meta's code. (The templates that are shared
-    with the weights trim them; where there is no white space to trim the ids are the same.)
+    Contents are not trimmed, and become tokens apart from the header, as in Meta's code. (The
+    templates that are shared with the weights trim them; where there is no white space to trim the
+    ids are the same.)
 
     Source: `ChatFormat` in models/llama3/chat_format.py of Meta's llama-models repository.
     """
@@ -75,7 +81,9 @@ def llama3(begin_token: str | None, end_token: str | None) -> ChatTemplate:
 
 
 def chatml(begin_token: str | None, end_token: str | None) -> ChatTemplate:
-    r"""ChatML: `<|im_start|>`, role, a new line, content as it is, `<|im_end|>`, a new line; no system message of its own."""
+    r"""ChatML: `<|im_start|>`, role, a new line, content as it is, `<|im_end|>`, a new line; no
+    system message of its own.
+    """
     return ChatTemplate(_CHATML, begin_token, end_token)
 
 
@@ -89,9 +97,14 @@ FORMATS: Mapping[str, Callable[[str | None, str | None], ChatTemplate]] = {
 def format_for(tokenizer: Tokenizer) -> ChatTemplate | None:
     """The format that a tokenizer's special tokens were made for.
 
-    `None` if they tell nothing: the tokenizer of LLaMA 1 and 2 is the same for base and chat models.
+    `None` if they tell nothing: the tokenizer of LLaMA 1 and 2 is the same for base and chat
+      models.
     """
-    telling = (name for name, needed in _ROLE_TOKENS.items() if needed and needed <= tokenizer.special_tokens.keys())
+    telling = (
+        name
+        for name, needed in _ROLE_TOKENS.items()
+        if needed and needed <= tokenizer.special_tokens.keys()
+    )
     name = next(telling, None)
     return None if name is None else named_format(name, tokenizer)
 
@@ -100,17 +113,22 @@ def named_format(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """One of `FORMATS`, with the begin and end tokens of a tokenizer.
 
     Raises:
-      InputError: for an unknown name, and if the tokenizer lacks special tokens that the format is made of.
+      InputError: for an unknown name, and if the tokenizer lacks special tokens that the format is
+        made of.
     """
     if name not in FORMATS:
         raise InputError(f"chat format: {name!r:.60} given, one of {', '.join(FORMATS)} expected")
-    begin, end = _token_text(tokenizer, tokenizer.begin_id), _token_text(tokenizer, tokenizer.end_id)
+    begin, end = (
+        _token_text(tokenizer, tokenizer.begin_id),
+        _token_text(tokenizer, tokenizer.end_id),
+    )
     missing = sorted(_ROLE_TOKENS[name] - tokenizer.special_tokens.keys())
     if name == "llama2" and (begin is None or end is None):
         missing = ["a token that begins or one that ends a text"]
     if missing:
         raise InputError(
-            f"chat format {name}: the tokenizer lacks {', '.join(missing)}; give another format, or the tokenizer of a "
+            f"chat format {name}: the tokenizer lacks {', '.join(missing)}; give another "
+            "format, or the tokenizer of a "
             "model trained with this one"
         )
     return FORMATS[name](begin, end)
@@ -118,7 +136,9 @@ def named_format(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 
 def _token_text(tokenizer: Tokenizer, token: int | None) -> str | None:
     """Text of a special token."""
-    return next((text for text, number in tokenizer.special_tokens.items() if number == token), None)
+    return next(
+        (text for text, number in tokenizer.special_tokens.items() if number == token), None
+    )
 
 
 class _Probe(NamedTuple):
@@ -130,11 +150,15 @@ class _Probe(NamedTuple):
 
 def _probe(*turns: str, system: str | None = None) -> _Probe:
     lead = [] if system is None else [{"role": "system", "content": system}]
-    spoken = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    spoken = [
+        {"role": ("user", "assistant")[number % 2], "content": turn}
+        for number, turn in enumerate(turns)
+    ]
     return _Probe(lead + spoken, system is not None)
 
 
-# What tells formats apart: one and several turns, with and without a system message, several lines, words of templates.
+# What tells formats apart: one and several turns, with and without a system message, several lines,
+#   words of templates.
 # No white space at the edges of contents: whether it is trimmed is no matter of format.
 _PROBES = (
     _probe("Hi", system="Be brief."),
@@ -150,10 +174,12 @@ _PROBES = (
 def recognise(template: ChatTemplate) -> str | None:
     """Name of the built-in format to which a template is equivalent; `None` for any other.
 
-    Both write a set of conversations, with and without a generation prompt. The texts must be equal, with these
-    liberties: a begin token in front or none (`encode_chat` puts exactly one there), contents trimmed or not, and, in
-    conversations without a system message, any words in front of those of the format (a system message of the
-    template's own, such as SmolLM2's). Tools are not looked at. A template that fails is none of the formats.
+    Both write a set of conversations, with and without a generation prompt. The texts must be
+    equal, with these liberties: a begin token in front or none (`encode_chat` puts exactly one
+      there), contents trimmed or not, and, in
+    conversations without a system message, any words in front of those of the format (a system
+    message of the template's own, such as SmolLM2's). Tools are not looked at. A template that
+    fails is none of the formats.
     """
     return next((name for name in FORMATS if _equivalent(template, name)), None)
 
@@ -161,11 +187,15 @@ def recognise(template: ChatTemplate) -> str | None:
 def _equivalent(template: ChatTemplate, name: str) -> bool:
     """Whether a template writes every probe as a format does."""
     known = FORMATS[name](template.begin_token, template.end_token)
-    return all(_agree(template, known, probe, prompt) for probe in _PROBES for prompt in (False, True))
+    return all(
+        _agree(template, known, probe, prompt) for probe in _PROBES for prompt in (False, True)
+    )
 
 
 def _agree(template: ChatTemplate, known: ChatTemplate, probe: _Probe, prompt: bool) -> bool:
-    """Whether both write a conversation in the same way; where only `known` refuses, nothing is compared."""
+    """Whether both write a conversation in the same way; where only `known` refuses, nothing is
+    compared.
+    """
     try:
         expected = _body(known, probe, prompt)
     except InputError:

@@ -1,4 +1,6 @@
-"""Llama 3's tokenizer as Meta shares it: byte pairs with ranks (`tokenizer.model`), special tokens behind them."""
+"""Llama 3's tokenizer as Meta shares it: byte pairs with ranks (`tokenizer.model`), special tokens
+behind them.
+"""
 
 import base64
 import binascii
@@ -15,9 +17,11 @@ from llama_jax.text.byte_level import LLAMA3_PATTERN, TokenBytes, require_charac
 
 # --- tiktoken file ---
 #
-# Reads the tiktoken text form of a byte-pair vocabulary: a line a token, in base64, then a space and its rank.
+# Reads the tiktoken text form of a byte-pair vocabulary: a line a token, in base64, then a space
+# and its rank.
 #
-# The loader of the tiktoken library is not used: it keeps what it once read in a folder that everybody can write to and
+# The loader of the tiktoken library is not used: it keeps what it once read in a folder that
+#   everybody can write to and
 # answers from there. Source of the form: Meta's `tokenizer.model` of Llama 3, 128,000 such lines.
 
 
@@ -35,12 +39,15 @@ def read_ranks(path: pathlib.Path) -> tuple[bytes, ...]:
     """The tokens of a file in the order of their ranks, the lowest of which merges first.
 
     Raises:
-      InputError: for a file above 32 MiB, a line that is not of the form, a rank that is not the number of its line
-        (counted from 0), a token that is empty, too long or stands there twice, and a byte that no token spells.
+      InputError: for a file above 32 MiB, a line that is not of the form, a rank that is not the
+        number of its line (counted from 0), a token that is empty, too long or stands there twice,
+        and a byte that no token spells.
     """
     size = path.stat().st_size
     if size > _LARGEST_FILE:
-        raise InputError(f"{path}: {size} bytes given, at most {_LARGEST_FILE} expected of tiktoken ranks")
+        raise InputError(
+            f"{path}: {size} bytes given, at most {_LARGEST_FILE} expected of tiktoken ranks"
+        )
     ranks: dict[bytes, int] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -48,7 +55,10 @@ def read_ranks(path: pathlib.Path) -> tuple[bytes, ...]:
                 _add(ranks, line, f"{path}: line {number}")
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:
-        raise InputError(f"{path}: byte 0x{missing:02X} has no rank, all 256 expected; the file is damaged or cut off")
+        raise InputError(
+            f"{path}: byte 0x{missing:02X} has no rank, all 256 expected; the file is "
+            "damaged or cut off"
+        )
     return tuple(ranks)
 
 
@@ -56,12 +66,20 @@ def _add(ranks: dict[bytes, int], line: bytes, origin: str) -> None:
     """Adds the token of a line, whose rank is the next one."""
     match = _LINE.fullmatch(line)
     if match is None:
-        raise InputError(f"{origin}: {line[:40]!r} given, a token in base64, a space and its rank expected")
+        raise InputError(
+            f"{origin}: {line[:40]!r} given, a token in base64, a space and its rank expected"
+        )
     token = _decoded(match[1], origin)
     if int(match[2]) != len(ranks):
-        raise InputError(f"{origin}: rank {int(match[2])} given, {len(ranks)} expected; ranks go up from 0 without a gap")
+        raise InputError(
+            f"{origin}: rank {int(match[2])} given, {len(ranks)} expected; ranks go up "
+            "from 0 without a gap"
+        )
     if ranks.setdefault(token, len(ranks)) != int(match[2]):
-        raise InputError(f"{origin}: token {token[:40]!r} stands there twice, with ranks {ranks[token]} and {int(match[2])}")
+        raise InputError(
+            f"{origin}: token {token[:40]!r} stands there twice, with ranks "
+            f"{ranks[token]} and {int(match[2])}"
+        )
 
 
 def _decoded(token: bytes, origin: str) -> bytes:
@@ -71,24 +89,40 @@ def _decoded(token: bytes, origin: str) -> bytes:
     except binascii.Error as error:
         raise InputError(f"{origin}: {token[:40]!r} is not base64 ({error})") from None
     if not 0 < len(decoded) <= _LONGEST_TOKEN:
-        raise InputError(f"{origin}: a token of {len(decoded)} bytes given, 1 to {_LONGEST_TOKEN} expected")
+        raise InputError(
+            f"{origin}: a token of {len(decoded)} bytes given, 1 to {_LONGEST_TOKEN} expected"
+        )
     return decoded
 
 
 # --- llama3 ---
 
 
-# Llama 3.1 and later. In Llama 3.0 the numbers 2 to 5, 8 and 10 to 255 were `<|reserved_special_token_N|>`, N from 0 on
-# without a gap; tokenizer.json files of 3.1 have number 5 and 11 reserved still. Ids are the same in all of them.
+# Llama 3.1 and later. In Llama 3.0 the numbers 2 to 5, 8 and 10 to 255 were
+# `<|reserved_special_token_N|>`, N from 0 on without a gap; tokenizer.json files of 3.1 have number
+# 5 and 11 reserved still. Ids are the same in all of them.
 _NAMED = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-    "<|python_tag|>", "<|image|>",
-)  # fmt: skip
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
 _NUMBER_OF_SPECIAL = 256
-SPECIAL_TOKENS = (*_NAMED, *(f"<|reserved_special_token_{2 + n}|>" for n in range(_NUMBER_OF_SPECIAL - len(_NAMED))))
+SPECIAL_TOKENS = (
+    *_NAMED,
+    *(f"<|reserved_special_token_{2 + n}|>" for n in range(_NUMBER_OF_SPECIAL - len(_NAMED))),
+)
 
-# Meta's code cuts text here, since the library's regular expressions fail on longer runs; ids depend on where it is cut.
+# Meta's code cuts text here, since the library's regular expressions fail on longer runs; ids
+# depend on where it is cut.
 _LONGEST_TEXT = 400_000
 _LONGEST_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
@@ -98,10 +132,12 @@ _LLAMA4_RANKS = 200_000
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Tokenizer:
-    """A `llama_jax.text.tokenizer.Tokenizer` of ranked byte pairs, with Llama 3's pattern and special tokens.
+    """A `llama_jax.text.tokenizer.Tokenizer` of ranked byte pairs, with Llama 3's pattern and
+    special tokens.
 
     Attributes:
-      tokens: bytes of the ordinary tokens in the order of ranks, which are their ids; all single bytes among them.
+      tokens: bytes of the ordinary tokens in the order of ranks, which are their ids; all single
+        bytes among them.
       adds_begin: whether a plain prompt begins with `<|begin_of_text|>`.
     """
 
@@ -136,7 +172,9 @@ class Llama3Tokenizer:
     @functools.cached_property
     def _encoding(self) -> tiktoken.Encoding:
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
-        return tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        return tiktoken.Encoding(
+            "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens written in it stay text, nothing is added.
@@ -144,7 +182,11 @@ class Llama3Tokenizer:
         Raises:
           InputError: for text that is not valid Unicode.
         """
-        return [token for piece in _pieces(require_characters(text)) for token in self._encoding.encode_ordinary(piece)]
+        return [
+            token
+            for piece in _pieces(require_characters(text))
+            for token in self._encoding.encode_ordinary(piece)
+        ]
 
     def encode_after_special(self, text: str) -> list[int]:
         """As `encode`: no word begins anywhere but where the text has it."""
@@ -172,12 +214,19 @@ def _between_cuts(text: str) -> Iterator[str]:
 
 
 def _has_overlong_run(text: str) -> bool:
-    """Whether a run is longer than 25,000 characters: it then covers a place whose number is a multiple of that."""
-    return any(_run_length(text, place) > _LONGEST_RUN for place in range(_LONGEST_RUN, len(text), _LONGEST_RUN))
+    """Whether a run is longer than 25,000 characters: it then covers a place whose number is a
+    multiple of that.
+    """
+    return any(
+        _run_length(text, place) > _LONGEST_RUN
+        for place in range(_LONGEST_RUN, len(text), _LONGEST_RUN)
+    )
 
 
 def _run_length(text: str, place: int) -> int:
-    """Length of the run that covers a place, counted from 25,000 characters before it at the earliest."""
+    """Length of the run that covers a place, counted from 25,000 characters before it at the
+    earliest.
+    """
     before = text[place - _LONGEST_RUN : place]
     behind = _RUN.match(text, place)
     ahead = 0 if behind is None else behind.end() - place
@@ -187,12 +236,16 @@ def _run_length(text: str, place: int) -> int:
 
 
 def load_llama3(path: pathlib.Path) -> Llama3Tokenizer:
-    """Reads Llama 3's `tokenizer.model`. Files with another number of ranks get the special tokens behind theirs.
+    """Reads Llama 3's `tokenizer.model`. Files with another number of ranks get the special tokens
+    behind theirs.
 
     Raises:
       InputError: for a damaged file, and for Llama 4's, which is cut by another pattern.
     """
     tokens = read_ranks(path)
     if len(tokens) == _LLAMA4_RANKS:
-        raise InputError(f"{path}: {len(tokens)} ranks given, as Llama 4 has them; Llama 3's file (128000 ranks) is expected")
+        raise InputError(
+            f"{path}: {len(tokens)} ranks given, as Llama 4 has them; Llama 3's file "
+            "(128000 ranks) is expected"
+        )
     return Llama3Tokenizer(tokens)

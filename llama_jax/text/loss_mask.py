@@ -1,4 +1,6 @@
-"""Which tokens of a rendered conversation the assistant says: the part of a dialogue that is trained on."""
+"""Which tokens of a rendered conversation the assistant says: the part of a dialogue that is
+trained on.
+"""
 
 import bisect
 import itertools
@@ -38,11 +40,14 @@ class AssistantText(NamedTuple):
             yield AssistantText(lead, self.core, trail)
 
 
-def assistant_spans(rendered: str, probe: str, said: Sequence[AssistantText], opening: str, closing: str) -> list[Span]:
+def assistant_spans(
+    rendered: str, probe: str, said: Sequence[AssistantText], opening: str, closing: str
+) -> list[Span]:
     """Where in a rendering the contents stand, one span each, in order.
 
-    A second rendering of the same conversation, the probe, tells the template's words from the contents: in it each
-    content is its core between two marks, so that filters such as `trim` change neither. The rendering must then be
+    A second rendering of the same conversation, the probe, tells the template's words from the
+    contents: in it each content is its core between two marks, so that filters such as `trim`
+      change neither. The rendering must then be
     the template's words and the contents in turn, with or without the white space around each.
 
     Args:
@@ -70,7 +75,9 @@ def assistant_spans(rendered: str, probe: str, said: Sequence[AssistantText], op
 
 
 def _span(rendered: str, position: int, content: AssistantText, following: str) -> Span:
-    """Where a content stands that begins at `position` and is followed by some words of the template."""
+    """Where a content stands that begins at `position` and is followed by some words of the
+    template.
+    """
     for left in content.kept():
         text = "".join(left)
         if rendered.startswith(text + following, position):
@@ -80,13 +87,15 @@ def _span(rendered: str, position: int, content: AssistantText, following: str) 
 
 def _unmaskable() -> InputError:
     return InputError(
-        "chat template: it drops, moves, repeats or changes what the assistant says, so its tokens cannot be told from "
+        "chat template: it drops, moves, repeats or changes what the assistant says, so "
+        "its tokens cannot be told from "
         "the others (no loss mask); give a template that writes each content once, as it is"
     )
 
 
 def cut_at(text: str, start: int, spans: Sequence[Span]) -> list[str]:
-    """A text cut at the edges of spans: parts outside and inside in turn, the first and the last outside.
+    """A text cut at the edges of spans: parts outside and inside in turn, the first and the last
+    outside.
 
     Args:
       text: what is cut.
@@ -95,15 +104,18 @@ def cut_at(text: str, start: int, spans: Sequence[Span]) -> list[str]:
     """
     first = bisect.bisect_right(spans, start, key=lambda span: span.end)
     last = bisect.bisect_left(spans, start + len(text), key=lambda span: span.start)
-    edges = [max(edge - start, 0) for span in spans[first:last] if span.start < span.end for edge in span]
+    edges = [
+        max(edge - start, 0) for span in spans[first:last] if span.start < span.end for edge in span
+    ]
     return [text[left:right] for left, right in itertools.pairwise([0, *edges, len(text)])]
 
 
 def tokens_inside(tokenizer: Tokenizer, parts: Sequence[str], ids: Sequence[int]) -> list[bool]:
-    """Whether each token of a text has a character, or a piece of one, in a part that is inside (see `cut_at`).
+    """Whether each token of a text has a character, or a piece of one, in a part that is inside
+    (see `cut_at`).
 
-    A token on the border is therefore inside. A token without characters (the mark of a first word) is inside if it
-    stands where an inside token could begin.
+    A token on the border is therefore inside. A token without characters (the mark of a first word)
+    is inside if it stands where an inside token could begin.
 
     Args:
       tokenizer: the one that made the ids.
@@ -121,19 +133,30 @@ def tokens_inside(tokenizer: Tokenizer, parts: Sequence[str], ids: Sequence[int]
     ends = [max(end, start + 1) for start, end in itertools.pairwise(starts)]
     edges = list(itertools.accumulate(len(part.encode()) for part in spelled))
     for left, right in zip(edges[::2], edges[1::2]):
-        first, last = bisect.bisect_right(ends, left), bisect.bisect_left(starts, right, hi=len(ids))
+        first, last = (
+            bisect.bisect_right(ends, left),
+            bisect.bisect_left(starts, right, hi=len(ids)),
+        )
         flags[first:last] = [True] * (last - first)
     return flags
 
 
-def _laid_out(tokenizer: Tokenizer, parts: Sequence[str], ids: Sequence[int]) -> tuple[Sequence[str], list[bytes]]:
+def _laid_out(
+    tokenizer: Tokenizer, parts: Sequence[str], ids: Sequence[int]
+) -> tuple[Sequence[str], list[bytes]]:
     """A text as the tokenizer reads it, character for character, and the bytes of each token."""
     token_bytes = tokenizer.token_bytes
-    layouts = list(token_bytes.walk(ids)), [token_bytes.pieces[token] for token in ids]  # as the beginning, inside a text
-    for spelled, pieces in itertools.product((parts, [part.replace(_SPACE, " ") for part in parts]), layouts):
+    layouts = (
+        list(token_bytes.walk(ids)),
+        [token_bytes.pieces[token] for token in ids],
+    )  # as the beginning, inside a text
+    for spelled, pieces in itertools.product(
+        (parts, [part.replace(_SPACE, " ") for part in parts]), layouts
+    ):
         if b"".join(pieces) == "".join(spelled).encode():
             return spelled, pieces
     raise InputError(
-        f"text {''.join(parts)!r:.60}: the tokenizer changes it (it may normalise or not know a character), so no loss mask "
+        f"text {''.join(parts)!r:.60}: the tokenizer changes it (it may normalise or not "
+        "know a character), so no loss mask "
         "can be made; give text in the form that the tokenizer keeps"
     )

@@ -1,9 +1,11 @@
-"""Runs chat templates: programs that come with a model, so anybody's, rendered with little to call and a budget.
+"""Runs chat templates: programs that come with a model, so anybody's, rendered with little to call
+and a budget.
 
-Jinja's sandbox keeps a template away from Python's internals, but not from `'a' * 10**9`, from `x ~ x` forty times
-over or from loops inside loops. Here every step costs, and every value costs its size before anything walks over it;
-what a template may cost is bounded (about a second and 100 MB; for a conversation of more than a million characters in
-proportion to it), and the same template always costs the same.
+Jinja's sandbox keeps a template away from Python's internals, but not from `'a' * 10**9`, from `x ~
+x` forty times over or from loops inside loops. Here every step costs, and every value costs its
+size before anything walks over it; what a template may cost is bounded (about a second and 100 MB;
+for a conversation of more than a million characters in proportion to it), and the same template
+always costs the same.
 """
 
 import contextvars
@@ -31,15 +33,65 @@ LARGEST_OUTPUT = 1 << 20
 _OUTPUT_PER_CHARACTER = 4  # of what a template is given, where that makes more
 
 _FILTERS = (
-    "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items", "last", "length",
-    "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "sort",
-    "string", "title", "trim", "unique", "upper",
-)  # fmt: skip
+    "abs",
+    "capitalize",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "first",
+    "float",
+    "int",
+    "items",
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "round",
+    "select",
+    "selectattr",
+    "sort",
+    "string",
+    "title",
+    "trim",
+    "unique",
+    "upper",
+)
 _TEXT_METHODS = (
-    "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isspace",
-    "isupper", "join", "lower", "lstrip", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rsplit",
-    "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper",
-)  # fmt: skip
+    "capitalize",
+    "count",
+    "endswith",
+    "find",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isdigit",
+    "islower",
+    "isspace",
+    "isupper",
+    "join",
+    "lower",
+    "lstrip",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rfind",
+    "rindex",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "title",
+    "upper",
+)
 _METHODS: dict[type, tuple[str, ...]] = {
     str: _TEXT_METHODS,
     dict: ("get", "items", "keys", "values"),
@@ -47,7 +99,10 @@ _METHODS: dict[type, tuple[str, ...]] = {
     tuple: ("count", "index"),
 }
 
-_SCOPES = ("_loop_vars", "_block_vars")  # what Jinja hands on with every call inside a loop or block, for functions of its own
+_SCOPES = (
+    "_loop_vars",
+    "_block_vars",
+)  # what Jinja hands on with every call inside a loop or block, for functions of its own
 
 
 def _raise(message: object) -> None:
@@ -77,7 +132,9 @@ class _Toll(NodeTransformer):
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
         """Text of the template itself, printed like any value."""
-        return nodes.Const(node.data, lineno=node.lineno)  # as an expression it passes through `meter.printed`
+        return nodes.Const(
+            node.data, lineno=node.lineno
+        )  # as an expression it passes through `meter.printed`
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         """`~` joins through the meter."""
@@ -138,12 +195,16 @@ class _Toll(NodeTransformer):
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
             return self._through(node, "_made")
-        node.arg = node.arg if isinstance(node.arg, nodes.Const) else self._through(node.arg, "_pay")
+        node.arg = (
+            node.arg if isinstance(node.arg, nodes.Const) else self._through(node.arg, "_pay")
+        )
         return node
 
 
 class _Generation(jinja2.ext.Extension):
-    """The block `generation`, which marks an assistant's words for training: here only its content matters."""
+    """The block `generation`, which marks an assistant's words for training: here only its content
+    matters.
+    """
 
     tags = {"generation"}
 
@@ -159,24 +220,41 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=meter.printed, optimized=False,
-                         extensions=[jinja2.ext.loopcontrols, _Generation])  # fmt: skip
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=meter.printed,
+            optimized=False,
+            extensions=[jinja2.ext.loopcontrols, _Generation],
+        )
         self.filters = {name: self.filters[name] for name in _FILTERS} | {
-            "join": meter.joined, "replace": meter.replaced, "tojson": meter.as_json, "safe": str,
-            "round": meter.rounded, "title": meter.titled, "trim": meter.trimmed,
-            "_pay": meter.pay, "_made": meter.made, "_steps": meter.steps, "_joined": meter.joined,
-        }  # fmt: skip
+            "join": meter.joined,
+            "replace": meter.replaced,
+            "tojson": meter.as_json,
+            "safe": str,
+            "round": meter.rounded,
+            "title": meter.titled,
+            "trim": meter.trimmed,
+            "_pay": meter.pay,
+            "_made": meter.made,
+            "_steps": meter.steps,
+            "_joined": meter.joined,
+        }
         kept = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals = {**kept, "raise_exception": _raise, "strftime_now": _now}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Methods of text, lists and mappings by name; whatever a namespace or a loop holds; nothing else."""
+        """Methods of text, lists and mappings by name; whatever a namespace or a loop holds;
+        nothing else.
+        """
         if not super().is_safe_attribute(obj, attr, value):
             return False
         return isinstance(obj, Namespace | LoopContext) or attr in _METHODS.get(type(obj), ())
 
     def wrap_str_format(self, value: Any) -> None:
-        """`str.format` is a method like others here (not allowed: `'{:999999999}'`), not one to be wrapped."""
+        """`str.format` is a method like others here (not allowed: `'{:999999999}'`), not one to be
+        wrapped.
+        """
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operator that can make something large."""
@@ -212,15 +290,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _operator_cost(operator: str, left: Any, right: Any) -> int:
-    """Size of what an operator makes; numbers stay below 64 bits, and `%` is the remainder, never formatting."""
+    """Size of what an operator makes; numbers stay below 64 bits, and `%` is the remainder, never
+    formatting.
+    """
     if isinstance(left, int | float) and isinstance(right, int | float):
         result_bits = _bits(left) * abs(right) if operator == "**" else 0
         return meter.FORBIDDEN if max(_bits(left), _bits(right), result_bits) > 64 else 0
     if operator == "+":
         return meter.size(left) + meter.size(right)
     if operator == "*":
-        return _repetition_cost(left, right) if isinstance(right, int) else _repetition_cost(right, left)
-    raise SecurityError(f"operator {operator} is for numbers, {type(left).__name__} and {type(right).__name__} given")
+        return (
+            _repetition_cost(left, right)
+            if isinstance(right, int)
+            else _repetition_cost(right, left)
+        )
+    raise SecurityError(
+        f"operator {operator} is for numbers, {type(left).__name__} and "
+        f"{type(right).__name__} given"
+    )
 
 
 def _bits(number: float) -> int:
@@ -235,7 +322,9 @@ def _repetition_cost(value: Any, times: int) -> int:
 def _compiled(source: str) -> jinja2.Template:
     environment = _Sandbox()
     tree = _Toll().visit(environment.parse(source))
-    return environment.template_class.from_code(environment, environment.compile(tree), environment.globals)
+    return environment.template_class.from_code(
+        environment, environment.compile(tree), environment.globals
+    )
 
 
 def render(source: str, variables: Mapping[str, object]) -> str:
@@ -246,23 +335,30 @@ def render(source: str, variables: Mapping[str, object]) -> str:
       variables: names the template may use, with values of text, numbers, lists and mappings.
 
     Raises:
-      InputError: with the template's own message where it refuses; also for syntax errors, undefined attributes,
-        names that are not allowed, too much work, and output above 1 MiB and four times what the template is given.
+      InputError: with the template's own message where it refuses; also for syntax errors,
+        undefined attributes, names that are not allowed, too much work, and output above 1 MiB and
+        four times what the template is given.
     """
     if len(source) > LARGEST_SOURCE:
-        raise InputError(f"chat template: {len(source)} characters given, at most {LARGEST_SOURCE} allowed")
+        raise InputError(
+            f"chat template: {len(source)} characters given, at most {LARGEST_SOURCE} allowed"
+        )
     given = _characters(variables)
     token = meter.METER.set(meter.Meter(given))
     try:
         text = _compiled(source).render(variables)
-    except Exception as error:  # the template is a program of strangers: whatever it raises is its own fault
+    except (
+        Exception
+    ) as error:  # the template is a program of strangers: whatever it raises is its own fault
         reason = " ".join(f"{error}".split())[:300] or type(error).__name__
         raise InputError(f"chat template: {reason}") from None
     finally:
         meter.METER.reset(token)
     largest = max(LARGEST_OUTPUT, _OUTPUT_PER_CHARACTER * given)
     if len(text) > largest:
-        raise InputError(f"chat template: it made {len(text)} characters, at most {largest} allowed")
+        raise InputError(
+            f"chat template: it made {len(text)} characters, at most {largest} allowed"
+        )
     return text
 
 
@@ -282,7 +378,8 @@ def _characters(value: object) -> int:
 
 # --- meter ---
 #
-# What a chat template costs: every step is charged, and every value its size, before anything walks over it.
+# What a chat template costs: every step is charged, and every value its size, before anything walks
+#   over it.
 
 
 _BUDGET = 1 << 24
@@ -295,7 +392,8 @@ LOOKUP_COST = 32  # an entry or attribute looked up
 
 
 class Meter:
-    """What one rendering may still cost: the same for all, and more for conversations of more than a million characters.
+    """What one rendering may still cost: the same for all, and more for conversations of more than
+    a million characters.
 
     Attributes:
       left: what may be charged.
@@ -323,7 +421,8 @@ def cost(value: object) -> int:
     """Characters and entries of a value, shared parts counted as often as they would be printed.
 
     Raises:
-      SecurityError: for a value so deep that hashing, comparing or printing it could exhaust the stack.
+      SecurityError: for a value so deep that hashing, comparing or printing it could exhaust the
+        stack.
     """
     total, waiting = 0, [(value, 0)]
     limit = METER.get().left
@@ -371,7 +470,9 @@ def _walked(values: Iterator[Any]) -> Iterator[Any]:
 
 
 def made(value: Any) -> Any:
-    """For a value just made; lazy ones are made at once, or they could be nested until the stack overflows."""
+    """For a value just made; lazy ones are made at once, or they could be nested until the stack
+    overflows.
+    """
     if isinstance(value, Iterator) and not isinstance(value, LoopContext):
         return iter(list(steps(value)))  # still true, without length, and used up by one walk
     charge(size(value))
@@ -393,7 +494,9 @@ def printed(value: object) -> str:
 
 
 @jinja2.pass_context
-def joined(context: Context, values: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
+def joined(
+    context: Context, values: Iterable[Any], separator: str = "", attribute: str | None = None
+) -> str:
     """Filter `join`."""
     texts = []
     for value in values:
@@ -439,12 +542,20 @@ def rounded(value: float, precision: int = 0, method: Any = "common") -> float:
 
 
 @jinja2.pass_context
-def as_json(context: Context, value: Any, ensure_ascii: bool = False, indent: int | None = None,
-          separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
+def as_json(
+    context: Context,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Filter `tojson` as chat templates expect it: not escaped for HTML."""
     if indent is not None and not 0 <= indent <= 16:
         raise SecurityError(f"it indents JSON by {indent}")
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
     return joined(context, encoder.iterencode(value))
 
 

@@ -16,8 +16,8 @@ from llama_jax.text.byte_level import TokenBytes, require_characters
 #
 # Writes a SentencePiece model from its pieces, and reads what the library does not tell of one.
 #
-# The message is small and its field numbers are fixed, so its protocol-buffer form is written here directly: the
-# generated classes that ship with sentencepiece demand one exact protobuf version.
+# The message is small and its field numbers are fixed, so its protocol-buffer form is written here
+# directly: the generated classes that ship with sentencepiece demand one exact protobuf version.
 #
 # Source: sentencepiece_model.proto of the SentencePiece project (field numbers below).
 
@@ -75,8 +75,15 @@ def model_proto(pieces: Iterable[Piece], unknown: str, space_prefix: bool) -> by
       unknown: text of the piece of kind 2.
       space_prefix: whether a text is encoded as if a space came before it.
     """
-    trainer = _integer(3, _BPE) + _integer(35, True) + _message(45, unknown.encode())  # model_type byte_fallback unk_piece
-    normalizer = _message(1, b"identity") + _integer(3, space_prefix) + _integer(4, False) + _integer(5, True)
+    trainer = (
+        _integer(3, _BPE) + _integer(35, True) + _message(45, unknown.encode())
+    )  # model_type byte_fallback unk_piece
+    normalizer = (
+        _message(1, b"identity")
+        + _integer(3, space_prefix)
+        + _integer(4, False)
+        + _integer(5, True)
+    )
     return b"".join(map(_piece, pieces)) + _message(2, trainer) + _message(3, normalizer)
 
 
@@ -87,9 +94,11 @@ class Model(NamedTuple):
       pieces: the vocabulary in the order of ids.
       byte_pair: whether pieces are merged by score (else: unigram, words or characters).
       byte_fallback: whether characters that no piece holds are written in bytes.
-      charsmap: compiled table by which characters are replaced before encoding; empty where text is left as it is.
+      charsmap: compiled table by which characters are replaced before encoding; empty where text is
+        left as it is.
       space_prefix: whether a text is encoded as if a space came before it.
-      plain_spaces: whether every space becomes one `▁`: none is removed, escaped otherwise or put behind its word.
+      plain_spaces: whether every space becomes one `▁`: none is removed, escaped otherwise or put
+        behind its word.
     """
 
     pieces: tuple[Piece, ...]
@@ -104,11 +113,14 @@ def read_model(model: bytes) -> Model:
     """Reads a serialized model; absent fields have the defaults of sentencepiece_model.proto.
 
     Raises:
-      InputError: for bytes that end inside a field or hold a kind of field that the format does not use.
+      InputError: for bytes that end inside a field or hold a kind of field that the format does not
+        use.
     """
     parts = list(_fields(model, _MODEL_FIELDS))
     trainer = dict(_fields(b"".join(part for field, part in parts if field == 2), _TRAINER_FIELDS))
-    normalizer = dict(_fields(b"".join(part for field, part in parts if field == 3), _NORMALIZER_FIELDS))
+    normalizer = dict(
+        _fields(b"".join(part for field, part in parts if field == 3), _NORMALIZER_FIELDS)
+    )
     spaces = (not normalizer.get(4, True), normalizer.get(5, True), not trainer.get(24, False))
     return Model(
         pieces=tuple(_read_piece(part) for field, part in parts if field == 1),
@@ -127,9 +139,12 @@ def longest_replacement(model: bytes) -> int:
       InputError: as `read_model`.
     """
     parts = _fields(model, _MODEL_FIELDS)
-    normalizers = (dict(_fields(part, _NORMALIZER_FIELDS)) for field, part in parts if field in (3, 5))
+    normalizers = (
+        dict(_fields(part, _NORMALIZER_FIELDS)) for field, part in parts if field in (3, 5)
+    )
     charsmaps = (normalizer.get(2, b"") for normalizer in normalizers)
-    # Four bytes tell the size of an index, which comes next; then the replacements, each with a zero byte behind it.
+    # Four bytes tell the size of an index, which comes next; then the replacements, each with a
+    # zero byte behind it.
     texts = (charsmap[4 + int.from_bytes(charsmap[:4], "little") :] for charsmap in charsmaps)
     return max((len(entry) for text in texts for entry in text.split(b"\0")), default=0)
 
@@ -140,14 +155,18 @@ def _read_piece(content: bytes) -> Piece:
 
 
 def _fields(content: bytes, known: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of the known fields of a message; others, or with another kind of value, are none of ours."""
+    """Numbers and values of the known fields of a message; others, or with another kind of value,
+    are none of ours.
+    """
     for number, value in _all_fields(content):
         if type(value) is known.get(number):
             yield number, value
 
 
 def _all_fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values of a message: an integer for a varint, a float for four bytes, bytes for the rest."""
+    """Numbers and values of a message: an integer for a varint, a float for four bytes, bytes for
+    the rest.
+    """
     position = 0
     while position < len(content):
         key, position = _read_varint(content, position)
@@ -160,7 +179,10 @@ def _all_fields(content: bytes) -> Iterator[tuple[int, Any]]:
         if kind == _VARINT:
             value, position = _read_varint(content, position)
         held = content[position : position + size]
-        yield key >> 3, value if kind == _VARINT else struct.unpack("<f", held)[0] if kind == _FLOAT else held
+        yield (
+            key >> 3,
+            value if kind == _VARINT else struct.unpack("<f", held)[0] if kind == _FLOAT else held,
+        )
         position += size
 
 
@@ -219,11 +241,19 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> TokenBytes:
         """The bytes of every token."""
         pieces = tuple(map(self._piece_bytes, range(self.vocab_size)))
-        spaced = (token for token in range(self.vocab_size) if self.processor.id_to_piece(token).startswith(_SPACE))
-        return TokenBytes(pieces, {token: self.processor.decode([token]).encode() for token in spaced})
+        spaced = (
+            token
+            for token in range(self.vocab_size)
+            if self.processor.id_to_piece(token).startswith(_SPACE)
+        )
+        return TokenBytes(
+            pieces, {token: self.processor.decode([token]).encode() for token in spaced}
+        )
 
     def _piece_bytes(self, token: int) -> bytes:
-        """Bytes inside a text; the library decodes bytes only in runs, so byte pieces are read from their names."""
+        """Bytes inside a text; the library decodes bytes only in runs, so byte pieces are read from
+        their names.
+        """
         piece = self.processor.id_to_piece(token)
         if self.processor.is_byte(token):
             return bytes.fromhex(piece[3:5])
@@ -240,7 +270,9 @@ class SentencePieceTokenizer:
         return self.processor.encode(require_characters(text))
 
     def encode_after_special(self, text: str) -> list[int]:
-        """Ids of text behind a special token: it begins a word there as well (so Meta's code encodes turns)."""
+        """Ids of text behind a special token: it begins a word there as well (so Meta's code
+        encodes turns).
+        """
         return self.encode(text)
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -256,32 +288,45 @@ def processor_from_bytes(model: bytes, origin: str) -> SentencePieceProcessor:
       origin: where the bytes come from, for the message.
 
     Raises:
-      InputError: for bytes that are no SentencePiece model, and for one that makes a text grow without measure.
+      InputError: for bytes that are no SentencePiece model, and for one that makes a text grow
+        without measure.
     """
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(model)
-        pieces = processor.id_to_piece(list(range(processor.vocab_size())))  # pieces that are not UTF-8 show up here
+        pieces = processor.id_to_piece(
+            list(range(processor.vocab_size()))
+        )  # pieces that are not UTF-8 show up here
         replacement = longest_replacement(processor.serialized_model_proto())
     except (RuntimeError, UnicodeDecodeError, InputError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{origin}: not a SentencePiece model ({reason}); give an intact tokenizer.model") from None
+        raise InputError(
+            f"{origin}: not a SentencePiece model ({reason}); give an intact tokenizer.model"
+        ) from None
     longest = max(map(len, pieces), default=0)
     if longest > _LONGEST_PIECE or replacement > _LONGEST_REPLACEMENT:
-        raise InputError(f"{origin}: a piece of {longest} characters, a replacement of {replacement} bytes given, "
-                         f"at most {_LONGEST_PIECE} and {_LONGEST_REPLACEMENT} expected")  # fmt: skip
+        raise InputError(
+            f"{origin}: a piece of {longest} characters, a replacement of {replacement} "
+            "bytes given, "
+            f"at most {_LONGEST_PIECE} and {_LONGEST_REPLACEMENT} expected"
+        )
     return processor
 
 
 def load_sentence_piece(path: pathlib.Path) -> SentencePieceTokenizer:
-    """Reads a `tokenizer.model`; begin and end tokens are those of the file, and a prompt begins with the former.
+    """Reads a `tokenizer.model`; begin and end tokens are those of the file, and a prompt begins
+    with the former.
 
     Raises:
       InputError: for files above 64 MiB and for anything that is no SentencePiece model.
     """
     size = path.stat().st_size
     if size > _LARGEST_FILE:
-        raise InputError(f"{path}: {size} bytes given, at most {_LARGEST_FILE} expected of a SentencePiece model")
+        raise InputError(
+            f"{path}: {size} bytes given, at most {_LARGEST_FILE} expected of a SentencePiece model"
+        )
     processor = processor_from_bytes(path.read_bytes(), str(path))
     begin, end = processor.bos_id(), processor.eos_id()
-    return SentencePieceTokenizer(processor, begin if begin >= 0 else None, end if end >= 0 else None, begin >= 0)
+    return SentencePieceTokenizer(
+        processor, begin if begin >= 0 else None, end if end >= 0 else None, begin >= 0
+    )

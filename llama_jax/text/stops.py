@@ -9,9 +9,14 @@ from llama_jax.text.chat import ChatTemplate, encode_dialogue
 from llama_jax.text.files import read_json
 from llama_jax.text.tokenizer import Tokenizer
 
-# Ends of a turn or a text in Llama 3, ChatML (SmolLM2) and GPT-2's kin; models do not always declare all they use.
+# Ends of a turn or a text in Llama 3, ChatML (SmolLM2) and GPT-2's kin; models do not always
+# declare all they use.
 _END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
-_GGUF_HOMES = (("eot_token_id", "<|im_end|>"), ("eot_token_id", "<|eot_id|>"), ("eom_token_id", "<|eom_id|>"))
+_GGUF_HOMES = (
+    ("eot_token_id", "<|im_end|>"),
+    ("eot_token_id", "<|eot_id|>"),
+    ("eom_token_id", "<|eom_id|>"),
+)
 _GGUF_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -20,7 +25,8 @@ def stop_ids(tokenizer: Tokenizer, declared: Iterable[int] = ()) -> tuple[int, .
 
     Args:
       tokenizer: gives its end token and the end-of-turn tokens known by name.
-      declared: ids that the model's files declare (`declared_stop_ids`, `declared_stop_ids_from_gguf`).
+      declared: ids that the model's files declare (`declared_stop_ids`,
+        `declared_stop_ids_from_gguf`).
 
     Raises:
       InputError: for a declared id outside the vocabulary.
@@ -28,8 +34,15 @@ def stop_ids(tokenizer: Tokenizer, declared: Iterable[int] = ()) -> tuple[int, .
     declared = tuple(declared)
     wrong = [token for token in declared if not 0 <= token < tokenizer.vocab_size]
     if wrong:
-        raise InputError(f"eos_token_id {wrong[0]}: the tokenizer has {tokenizer.vocab_size} tokens, numbered from 0")
-    known = {tokenizer.special_tokens[token] for token in _END_TOKENS if token in tokenizer.special_tokens}
+        raise InputError(
+            f"eos_token_id {wrong[0]}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            "numbered from 0"
+        )
+    known = {
+        tokenizer.special_tokens[token]
+        for token in _END_TOKENS
+        if token in tokenizer.special_tokens
+    }
     end = set() if tokenizer.end_id is None else {tokenizer.end_id}
     return tuple(sorted(known | end | set(declared)))
 
@@ -47,7 +60,8 @@ class GgufStops(NamedTuple):
 
 
 def gguf_stops(tokenizer: Tokenizer, stops: Iterable[int]) -> GgufStops:
-    """The ids that end an answer as `eot_token_id` and `eom_token_id`, the places that llama.cpp has for two of them.
+    """The ids that end an answer as `eot_token_id` and `eom_token_id`, the places that llama.cpp
+    has for two of them.
 
     Args:
       tokenizer: gives the end token, which has a place of its own, and the names of tokens.
@@ -58,30 +72,47 @@ def gguf_stops(tokenizer: Tokenizer, stops: Iterable[int]) -> GgufStops:
     unnamed = [token for token in more if token not in names]
     homes = {names[token]: token for token in more if token in names}
     known = {key: homes[name] for key, name in _GGUF_HOMES if name in homes}
-    placed = known | dict(zip(("eot_token_id", "eom_token_id"), unnamed))  # a known name needs no place
-    return GgufStops({f"tokenizer.ggml.{key}": token for key, token in placed.items()}, tuple(unnamed[2:]))
+    placed = known | dict(
+        zip(("eot_token_id", "eom_token_id"), unnamed)
+    )  # a known name needs no place
+    return GgufStops(
+        {f"tokenizer.ggml.{key}": token for key, token in placed.items()}, tuple(unnamed[2:])
+    )
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate | None) -> tuple[int, ...]:
-    """The special token with which a template ends the assistant's turn; nothing where there is none, or the template fails."""
+    """The special token with which a template ends the assistant's turn; nothing where there is
+    none, or the template fails.
+    """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         said = encode_dialogue(template, tokenizer, messages) if template else None
     except InputError:
         return ()
-    own = [] if said is None else [token for token, inside in zip(said.token_ids, said.mask) if inside]
+    own = (
+        []
+        if said is None
+        else [token for token, inside in zip(said.token_ids, said.mask) if inside]
+    )
     return tuple(token for token in own[-1:] if token in tokenizer.special_tokens.values())
 
 
 def declared_stop_ids(directory: pathlib.Path) -> tuple[int, ...]:
-    """`eos_token_id` of `generation_config.json` and `config.json`, one id or a list, in a model's directory.
+    """`eos_token_id` of `generation_config.json` and `config.json`, one id or a list, in a model's
+    directory.
 
     Raises:
       InputError: for values that are no ids.
     """
     names = ("generation_config.json", "config.json")
     return sum(
-        (_ids(f"{directory / name}: eos_token_id", read_json(directory / name).get("eos_token_id")) for name in names), ()
+        (
+            _ids(
+                f"{directory / name}: eos_token_id", read_json(directory / name).get("eos_token_id")
+            )
+            for name in names
+        ),
+        (),
     )
 
 
@@ -112,7 +143,8 @@ def _ids(origin: str, value: object) -> tuple[int, ...]:
 class StopStrings:
     """Watches a text that comes piece by piece for the first of some strings.
 
-    Text that might be the beginning of a stop string is held back until it is certain; the string itself is never given out.
+    Text that might be the beginning of a stop string is held back until it is certain; the string
+    itself is never given out.
 
     Attributes:
       found: whether a stop string has come; nothing is given out after it.
@@ -145,4 +177,6 @@ class StopStrings:
         """Length of the longest end of the held text with which a stop string begins."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         ends = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in ends if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)
+        return next(
+            (n for n in ends if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0
+        )

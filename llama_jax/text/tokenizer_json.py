@@ -1,8 +1,10 @@
 """Opens a `tokenizer.json` that nobody vouches for.
 
-The library runs what the file describes: regular expressions that take for ever, replacements that make a text grow
-without end, padding to four billion tokens; and it aborts on some contradictions. So the parts are held against a list of
-what LLaMA's relatives use, in sizes that bound time and memory, before the library sees the file.
+The library runs what the file describes: regular expressions that take for ever, replacements that
+  make a text grow
+without end, padding to four billion tokens; and it aborts on some contradictions. So the parts are
+held against a list of what LLaMA's relatives use, in sizes that bound time and memory, before the
+library sees the file.
 """
 
 import json
@@ -30,7 +32,8 @@ def read_tokenizer_json(path: pathlib.Path) -> tokenizers.Tokenizer:
     """The library's object for a file; it neither cuts nor pads.
 
     Raises:
-      InputError: for a file that is no tokenizer.json, and for parts that are not known to be harmless.
+      InputError: for a file that is no tokenizer.json, and for parts that are not known to be
+        harmless.
     """
     text = read_text(path, _LARGEST_FILE)
     try:
@@ -45,7 +48,8 @@ def read_tokenizer_json(path: pathlib.Path) -> tokenizers.Tokenizer:
         tokenizer.encode("", add_special_tokens=True)  # a post-processor may name what is not there
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and for what it did not foresee a BaseException
+    # the library raises bare Exception, and for what it did not foresee a BaseException
+    except BaseException as error:
         raise InputError(f"{path}: not a tokenizer.json ({one_line(error)})") from None
     return tokenizer
 
@@ -63,13 +67,19 @@ def _require_known(state: Any, origin: str) -> None:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f"{origin}: not a tokenizer.json (an object with a model expected)")
     added = state.get("added_tokens") or []
-    _require(isinstance(added, list) and len(added) <= _MOST_ADDED and all(map(_added_is_plain, added)), origin, "added_tokens")
+    _require(
+        isinstance(added, list) and len(added) <= _MOST_ADDED and all(map(_added_is_plain, added)),
+        origin,
+        "added_tokens",
+    )
     _require_model(state["model"], {entry["content"] for entry in added}, f"{origin}: model")
     for part, known in _KNOWN.items():
         for step in _steps(state.get(part), f"{origin}: {part}"):
             kind = step.get("type")
             if not isinstance(kind, str) or kind not in known:
-                raise InputError(f"{origin}: {part} {kind!r:.40} given, {', '.join(known)} expected")
+                raise InputError(
+                    f"{origin}: {part} {kind!r:.40} given, {', '.join(known)} expected"
+                )
             _require(known[kind](step), origin, f"{part} {kind}", step)
 
 
@@ -77,11 +87,16 @@ def _require(condition: bool, origin: str, what: str, given: object = None) -> N
     """Refuses what is malformed, or larger than any known tokenizer has it."""
     if not condition:
         shown = "" if given is None else f" ({given!r:.160})"
-        raise InputError(f"{origin}: {what} is malformed or of a kind not known to take bounded time and memory{shown}")
+        raise InputError(
+            f"{origin}: {what} is malformed or of a kind not known to take bounded time "
+            f"and memory{shown}"
+        )
 
 
 def _require_model(model: Part, added: set[str], origin: str) -> None:
-    """Byte pairs without chance (dropout) and without marks on pieces (GPT-1's `</w>`, BERT's `##`)."""
+    """Byte pairs without chance (dropout) and without marks on pieces (GPT-1's `</w>`, BERT's
+    `##`).
+    """
     if model.get("type") != "BPE":
         raise InputError(f"{origin} {model.get('type')!r:.40} given, BPE expected")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -90,20 +105,30 @@ def _require_model(model: Part, added: set[str], origin: str) -> None:
     vocabulary: Any = model.get("vocab")
     _require(isinstance(vocabulary, dict) and _ids_are_plain(vocabulary.values()), origin, "vocab")
     _require(
-        max(map(len, vocabulary), default=0) <= _LONGEST_PIECE, origin, f"vocab with pieces above {_LONGEST_PIECE} characters"
+        max(map(len, vocabulary), default=0) <= _LONGEST_PIECE,
+        origin,
+        f"vocab with pieces above {_LONGEST_PIECE} characters",
     )
     unknown: Any = model.get("unk_token")
-    if unknown is not None and not (isinstance(unknown, str) and (unknown in vocabulary or unknown in added)):
+    if unknown is not None and not (
+        isinstance(unknown, str) and (unknown in vocabulary or unknown in added)
+    ):
         raise InputError(f"{origin}: unk_token {unknown!r:.60} is not in the vocabulary")
 
 
 def _ids_are_plain(ids: Any) -> bool:
     """Whether no id is shared, and the largest bounds a list by id."""
-    return all(type(number) is int and 0 <= number < _LARGEST_ID for number in ids) and len(set(ids)) == len(ids)
+    return all(type(number) is int and 0 <= number < _LARGEST_ID for number in ids) and len(
+        set(ids)
+    ) == len(ids)
 
 
 def _added_is_plain(entry: Any) -> bool:
-    return isinstance(entry, dict) and _is_short(entry.get("content")) and _ids_are_plain([entry.get("id")])
+    return (
+        isinstance(entry, dict)
+        and _is_short(entry.get("content"))
+        and _ids_are_plain([entry.get("id")])
+    )
 
 
 def _is_short(text: Any, longest: int = _LONGEST_PIECE) -> bool:
@@ -115,7 +140,9 @@ def _steps(part: Any, origin: str) -> list[Part]:
     if part is None:
         return []
     names = ("normalizers", "pretokenizers", "processors", "decoders")
-    inner: Any = next((part[name] for name in names if name in part), None) if _is_sequence(part) else [part]
+    inner: Any = (
+        next((part[name] for name in names if name in part), None) if _is_sequence(part) else [part]
+    )
     _require(isinstance(inner, list) and len(inner) <= _MOST_STEPS, origin, "sequence of steps")
     _require(all(isinstance(step, dict) for step in inner), origin, "step")
     growing = [step["type"] for step in inner if step.get("type") in _ONCE]
@@ -128,7 +155,15 @@ def _is_sequence(part: Any) -> bool:
 
 
 # Steps that write more than they read, each time anew.
-_ONCE = ("ByteLevel", "Metaspace", "Prepend", "NFC", "TemplateProcessing", "BertProcessing", "RobertaProcessing")
+_ONCE = (
+    "ByteLevel",
+    "Metaspace",
+    "Prepend",
+    "NFC",
+    "TemplateProcessing",
+    "BertProcessing",
+    "RobertaProcessing",
+)
 
 
 def _is_anything(step: Part) -> bool:
@@ -148,7 +183,9 @@ def _splits_quickly(step: Part) -> bool:
     pattern = step.get("pattern")
     if not isinstance(pattern, dict) or len(pattern) != 1:
         return False
-    return _is_short(pattern.get("String")) or (isinstance(pattern.get("Regex"), str) and is_bounded(pattern["Regex"]))
+    return _is_short(pattern.get("String")) or (
+        isinstance(pattern.get("Regex"), str) and is_bounded(pattern["Regex"])
+    )
 
 
 def _is_small_template(step: Part) -> bool:
@@ -158,7 +195,9 @@ def _is_small_template(step: Part) -> bool:
         return False
     entries = [entry.get("ids") if isinstance(entry, dict) else None for entry in special.values()]
     lists = [single, pair, *entries]
-    small = len(entries) <= _MOST_STEPS and all(isinstance(items, list) and len(items) <= _MOST_STEPS for items in lists)
+    small = len(entries) <= _MOST_STEPS and all(
+        isinstance(items, list) and len(items) <= _MOST_STEPS for items in lists
+    )
     return small and all(_is_described(item, special) for item in [*single, *pair])
 
 
@@ -167,7 +206,9 @@ def _is_described(item: Any, special: Part) -> bool:
     if not isinstance(item, dict):
         return False
     token = item.get("SpecialToken")
-    return token is None or (isinstance(token, dict) and isinstance(token.get("id"), str) and token["id"] in special)
+    return token is None or (
+        isinstance(token, dict) and isinstance(token.get("id"), str) and token["id"] in special
+    )
 
 
 _KNOWN: dict[str, dict[str, Callable[[Part], bool]]] = {
@@ -195,6 +236,8 @@ _KNOWN: dict[str, dict[str, Callable[[Part], bool]]] = {
         "Fuse": _is_anything,
         "Strip": _is_anything,
         "Metaspace": lambda step: step.get("replacement") == _SPACE,
-        "Replace": lambda step: (step.get("pattern"), step.get("content")) == ({"String": _SPACE}, " "),
+        "Replace": lambda step: (
+            (step.get("pattern"), step.get("content")) == ({"String": _SPACE}, " ")
+        ),
     },
 }

@@ -1,4 +1,6 @@
-"""When the state of a run is saved, and what becomes of a save that fails: it is told, and tried again."""
+"""When the state of a run is saved, and what becomes of a save that fails: it is told, and tried
+again.
+"""
 
 import contextlib
 import dataclasses
@@ -26,7 +28,9 @@ from llama_jax.training.watchdog import RUN_HEARTBEAT
 from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps
 from llama_jax.weights.load import RUN_CHECKPOINTS
 
-_ROOM = 2.2  # free space that is asked for, in sizes of a state: the old checkpoint goes only when the new one is there
+# free space that is asked for, in sizes of a state: the old checkpoint goes only when the new one
+#   is there
+_ROOM = 2.2
 
 
 class Saver:
@@ -44,20 +48,33 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, directory: Path, every: int, metadata: Callable[[], dict], tell: Callable[[str], None]
+        self,
+        checkpoints: Checkpoints,
+        directory: Path,
+        every: int,
+        metadata: Callable[[], dict],
+        tell: Callable[[str], None],
     ) -> None:
-        self._checkpoints, self._directory, self._every, self._metadata = checkpoints, directory, every, metadata
+        self._checkpoints, self._directory, self._every, self._metadata = (
+            checkpoints,
+            directory,
+            every,
+            metadata,
+        )
         self._tell = tell
         self._looked = False  # at the room on the disk
         self._running = False  # whether a save has begun of which no failure is known
-        # Other hosts may not know of a failure, and a save is made by all or by none: they wait for the next that is due.
+        # Other hosts may not know of a failure, and a save is made by all or by none: they wait for
+        #   the next that is due.
         self._alone = jax.process_count() == 1
         self._in_a_sequence = 0  # failures since the last save that went well
         self._again: int | None = None  # the step after which a save that failed is tried again
         self.failures = 0
 
     def due(self, step: int) -> bool:
-        """Whether the state after a step is to be saved; to be asked after every step, as it finds out what has failed."""
+        """Whether the state after a step is to be saved; to be asked after every step, as it finds
+        out what has failed.
+        """
         self._attempt(step, self._checkpoints.poll)
         return step % self._every == 0 or (self._again is not None and step >= self._again)
 
@@ -96,7 +113,8 @@ class Saver:
             self._running = False
             self.failures += 1
             self._in_a_sequence += 1
-            # After 1, 2, 4, ... steps: what is full stays full for a while, and a save that fails costs time too.
+            # After 1, 2, 4, ... steps: what is full stays full for a while, and a save that fails
+            #   costs time too.
             self._again = step + 2 ** min(self._in_a_sequence - 1, 20) if self._alone else None
             times = f" ({self._in_a_sequence} in a row)" if self._in_a_sequence > 1 else ""
             self._tell(f"warning: {error}{times}")
@@ -109,8 +127,11 @@ class Saver:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._directory).free
         if free < _ROOM * size:
-            self._tell(f"warning: {self._directory}: {free / 1e9:.2f} GB free, a checkpoint has {size / 1e9:.2f} GB; at least "
-                       f"{_ROOM * size / 1e9:.2f} GB expected; make room")  # fmt: skip
+            self._tell(
+                f"warning: {self._directory}: {free / 1e9:.2f} GB free, a checkpoint has "
+                f"{size / 1e9:.2f} GB; at least "
+                f"{_ROOM * size / 1e9:.2f} GB expected; make room"
+            )
 
 
 # --- run directory ---
@@ -124,7 +145,8 @@ RUN_CONFIG_HISTORY = "config_history"  # a folder: the configs before it
 
 @contextlib.contextmanager
 def only_run(directory: Path) -> Iterator[None]:
-    """Holds a run's directory against a second run; the hold ends with the process, however that ends.
+    """Holds a run's directory against a second run; the hold ends with the process, however that
+    ends.
 
     Raises:
       InputError: if another process trains there.
@@ -134,7 +156,9 @@ def only_run(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"run.dir: another process trains in {directory}; wait for it, or name another") from None
+            raise InputError(
+                f"run.dir: another process trains in {directory}; wait for it, or name another"
+            ) from None
         yield
     finally:
         os.close(handle)
@@ -147,7 +171,9 @@ def newest_step(directory: Path) -> int:
 
 
 def clear_run(directory: Path) -> None:
-    """Removes what a run wrote while it trained, so that the next one starts anew; prepared data stays."""
+    """Removes what a run wrote while it trained, so that the next one starts anew; prepared data
+    stays.
+    """
     for name in (RUN_CHECKPOINTS, RUN_PROFILE, RUN_POSTMORTEM, RUN_CONFIG_HISTORY):
         if (directory / name).exists():
             shutil.rmtree(directory / name)
@@ -168,9 +194,10 @@ class Summary(NamedTuple):
     Attributes:
       step: updates done.
       steps: updates wanted.
-      evaluation: on what is held out with the final parameters; `None` where this call did not come to the end, or nothing is.
-      unigram: nats/token of drafting held-out tokens by their frequency in the training text, as a baseline; `None`
-        where nothing is held out, and for pairs of answers.
+      evaluation: on what is held out with the final parameters; `None` where this call did not come
+        to the end, or nothing is.
+      unigram: nats/token of drafting held-out tokens by their frequency in the training text, as a
+        baseline; `None` where nothing is held out, and for pairs of answers.
       saved: whether the last state is on disk.
       goodput: where the wall time of the run went, restarts included.
       skipped: updates that the guard has skipped.
@@ -197,7 +224,9 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
     if summary.evaluation and summary.unigram is not None:
         sequences["unigram"] = f"{summary.unigram:.4f} nats/token (the entropy to beat)"
     if summary.skipped or summary.rewinds:
-        sequences["skipped"] = f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
+        sequences["skipped"] = (
+            f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
+        )
     if summary.failed_saves:
         sequences["checkpoints"] = f"{summary.failed_saves} could not be written" + (
             "" if summary.saved else ", the last among them"
@@ -207,33 +236,46 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
 
 # --- changed settings ---
 #
-# A run resumed with other settings: what has changed, what that does to the learning rate, and the configs before it.
+# A run resumed with other settings: what has changed, what that does to the learning rate, and the
+#   configs before it.
 
 
 _OWN = ("distributed.", "run.dir", "run.overwrite")  # of the program, not of the run
-_JUMP = 0.05  # relative change of the learning rate that is told; a step of a short decay may change it by some percent
+# relative change of the learning rate that is told; a step of a short decay may change it by some
+# percent
+_JUMP = 0.05
 
 
 def changed_settings(before: TrainConfig, now: TrainConfig) -> dict[str, str]:
     """Every setting that differs, by its dotted key, as `BEFORE -> NOW`."""
     ours, theirs = _flat(dataclasses.asdict(now)), _flat(dataclasses.asdict(before))
     keys = [key for key in dict.fromkeys((*ours, *theirs)) if not key.startswith(_OWN)]
-    return {key: f"{theirs.get(key)} -> {ours.get(key)}" for key in keys if theirs.get(key) != ours.get(key)}
+    return {
+        key: f"{theirs.get(key)} -> {ours.get(key)}"
+        for key in keys
+        if theirs.get(key) != ours.get(key)
+    }
 
 
 def learning_rate_jump(before: TrainConfig, now: TrainConfig, step: int) -> str | None:
-    """What the changes do to the learning rate of the next update, and what to do about it; `None` where it does not jump.
+    """What the changes do to the learning rate of the next update, and what to do about it; `None`
+    where it does not jump.
 
     Args:
       before: the settings so far.
       now: those from here on.
       step: updates done.
     """
-    old, new = (float(learning_rate_schedule(c.optimizer, c.run.steps)(step)) for c in (before, now))
+    old, new = (
+        float(learning_rate_schedule(c.optimizer, c.run.steps)(step)) for c in (before, now)
+    )
     if abs(new - old) <= _JUMP * old:
         return None
     times = f", {new / old:.3g} times as much" if old else ""
-    line = f"the learning rate jumps at step {step + 1}: {old:.4g} by the settings so far, {new:.4g} now{times}"
+    line = (
+        f"the learning rate jumps at step {step + 1}: {old:.4g} by the settings so far, "
+        f"{new:.4g} now{times}"
+    )
     lengths = [c.optimizer.schedule_steps or c.run.steps for c in (before, now)]
     return line if lengths[0] == lengths[1] else f"{line}; {schedule_choices(before, step)}"
 
@@ -248,7 +290,8 @@ def schedule_choices(before: TrainConfig, step: int) -> str:
     rate = float(learning_rate_schedule(before.optimizer, before.run.steps)(step))
     length = before.optimizer.schedule_steps or before.run.steps
     return (
-        f"--optimizer.schedule_steps {length} keeps the schedule so far, --optimizer.decay_from {step} "
+        f"--optimizer.schedule_steps {length} keeps the schedule so far, "
+        f"--optimizer.decay_from {step} "
         f"--optimizer.learning_rate {rate:.4g} decays anew from here"
     )
 
@@ -256,7 +299,8 @@ def schedule_choices(before: TrainConfig, step: int) -> str:
 def keep_config(directory: Path, step: int) -> None:
     """Copies the config of a run's directory into its history, before another takes its place.
 
-    The copy is `config_history/until_step_STEP.yaml`, with a number behind it from the second of a step on.
+    The copy is `config_history/until_step_STEP.yaml`, with a number behind it from the second of a
+    step on.
 
     Args:
       directory: of the run.
@@ -272,7 +316,9 @@ def keep_config(directory: Path, step: int) -> None:
             history.mkdir(exist_ok=True)
             with atomic_write(copy) as file:
                 file.write(content)
-        if copy.read_bytes() == content:  # also where a program was killed after it had made the copy
+        if (
+            copy.read_bytes() == content
+        ):  # also where a program was killed after it had made the copy
             return
         number += 1
 
@@ -280,5 +326,9 @@ def keep_config(directory: Path, step: int) -> None:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat

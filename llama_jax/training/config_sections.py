@@ -23,13 +23,17 @@ class DistributedConfig:
     """Which processes train together; all are given the same config but for `process`.
 
     Attributes:
-      mode: `off`: this process alone; `on`: with others; `auto`: with others where `coordinator` is given, or where the
-        environment says so (JAX_COORDINATOR_ADDRESS, Slurm, Open MPI, a TPU pod).
-      coordinator: `HOST:PORT` of process 0, reached by all and listened at by it alone; null to take the environment's.
+      mode: `off`: this process alone; `on`: with others; `auto`: with others where `coordinator` is
+        given, or where the environment says so (JAX_COORDINATOR_ADDRESS, Slurm, Open MPI, a TPU
+        pod).
+      coordinator: `HOST:PORT` of process 0, reached by all and listened at by it alone; null to
+        take the environment's.
       processes: how many there are; null to take the environment's.
       process: number of this one, from 0; null to take the environment's.
-      startup_seconds: how long to wait for the others at the start, and for process 0 while it prepares the data.
-      heartbeat_seconds: a process that is not heard of for so long is taken to be dead, and the others end.
+      startup_seconds: how long to wait for the others at the start, and for process 0 while it
+        prepares the data.
+      heartbeat_seconds: a process that is not heard of for so long is taken to be dead, and the
+        others end.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -44,17 +48,36 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
-            raise InputError(f"distributed.mode: {self.mode!r} given, {' or '.join(_MODES)} expected")
-        for name, low in (("processes", 1), ("process", 0), ("startup_seconds", 1), ("heartbeat_seconds", 1)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and low <= value <= _LARGEST
-            if not (whole or (value is None and name.startswith("process"))):
-                raise InputError(f"distributed.{name}: {value!r} given, a whole number from {low} to {_LARGEST} expected")
-        if self.coordinator is not None and not isinstance(self.coordinator, str):
-            raise InputError(f"distributed.coordinator: {self.coordinator!r} given, HOST:PORT or null expected")
-        if self.process is not None and self.processes is not None and self.process >= self.processes:
             raise InputError(
-                f"distributed.process: {self.process} given, below distributed.processes ({self.processes}) expected"
+                f"distributed.mode: {self.mode!r} given, {' or '.join(_MODES)} expected"
+            )
+        for name, low in (
+            ("processes", 1),
+            ("process", 0),
+            ("startup_seconds", 1),
+            ("heartbeat_seconds", 1),
+        ):
+            value = getattr(self, name)
+            whole = (
+                isinstance(value, int) and not isinstance(value, bool) and low <= value <= _LARGEST
+            )
+            if not (whole or (value is None and name.startswith("process"))):
+                raise InputError(
+                    f"distributed.{name}: {value!r} given, a whole number from {low} to "
+                    f"{_LARGEST} expected"
+                )
+        if self.coordinator is not None and not isinstance(self.coordinator, str):
+            raise InputError(
+                f"distributed.coordinator: {self.coordinator!r} given, HOST:PORT or null expected"
+            )
+        if (
+            self.process is not None
+            and self.processes is not None
+            and self.process >= self.processes
+        ):
+            raise InputError(
+                f"distributed.process: {self.process} given, below distributed.processes "
+                f"({self.processes}) expected"
             )
 
 
@@ -63,7 +86,8 @@ class DistributedConfig:
 # What is checked of every key of a run's config: its kind and its range.
 
 
-# Inclusive ranges, by section and key. Upper ends of counts are far above any use and keep typing errors out of loops.
+# Inclusive ranges, by section and key. Upper ends of counts are far above any use and keep typing
+# errors out of loops.
 _RANGES: dict[str, tuple[float, float]] = {
     "run.steps": (1, 10**9),
     "run.seed": (0, 2**32 - 1),
@@ -143,7 +167,9 @@ _TIME = re.compile(r"(\d{1,4}):([0-5]\d):([0-5]\d)|(\d{1,8})")
 
 
 def wall_seconds(given: str | int | None) -> float:
-    """Seconds of a time such as `03:50:00` or `13800`; infinite for `None`, 0 for what is no time."""
+    """Seconds of a time such as `03:50:00` or `13800`; infinite for `None`, 0 for what is no
+    time.
+    """
     if given is None:
         return math.inf
     found = None if isinstance(given, bool) else _TIME.fullmatch(str(given))
@@ -175,7 +201,9 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         check_fields("data.sources", self)
-        named = self.name is None or (isinstance(self.name, str) and self.name != "" and "/" not in self.name)
+        named = self.name is None or (
+            isinstance(self.name, str) and self.name != "" and "/" not in self.name
+        )
         require(named, "data.sources.name", self.name, "a name without / or null")
 
 
@@ -188,23 +216,27 @@ class DataConfig:
 
     Attributes:
       paths: text files and folders of them; empty for the standard library of the running Python.
-      sources: folders that `prepare` wrote, in place of `paths`: `[{path, weight, name}, ...]`, mixed sequence by sequence; their
-        tokenizer is that of the run.
-      vocab_size: of the tokenizer to train when `tokenizer` is not given; at most `model.vocab_size`.
+      sources: folders that `prepare` wrote, in place of `paths`: `[{path, weight, name}, ...]`,
+        mixed sequence by sequence; their tokenizer is that of the run.
+      vocab_size: of the tokenizer to train when `tokenizer` is not given; at most
+        `model.vocab_size`.
       tokenizer: path of an existing tokenizer file; null to train one on the text.
-      held_out_fraction: share of the documents kept out of training, for evaluation; of a single file, its end; 0 for none.
+      held_out_fraction: share of the documents kept out of training, for evaluation; of a single
+        file, its end; 0 for none.
       length: `T`, tokens predicted in a row.
       batch_size: sequences of one optimizer update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in; divides `batch_size`.
-      packing: `cut`: documents one after another, cut into sequences; `fit`: whole documents side by side, by best fit; `auto`:
-        `fit` for conversations, `cut` for text. (Pairs of answers always have a sequence each.)
-      too_long: what happens to a whole document (`fit`, pairs) of more than `length` tokens: `drop` it, `cut_front` (a
-        conversation loses the beginning of its prompt), `cut_end` (it loses answers), or `refuse` to begin; `auto`: `drop`
-        for conversations and pairs, `cut_end` for text. Counted and printed at the start.
-      batch_ramp: later sizes of a batch, `[[step, sequences], ...]`: from that step on so many sequences, in more micro-batches of the
-        same size; skipped steps count.
-      skip_steps: data that is never used, `[[first, last], ...]`: what these steps would have read is left out, and the
-        steps from `first` on read what follows.
+      packing: `cut`: documents one after another, cut into sequences; `fit`: whole documents side
+        by side, by best fit; `auto`: `fit` for conversations, `cut` for text. (Pairs of answers
+        always have a sequence each.)
+      too_long: what happens to a whole document (`fit`, pairs) of more than `length` tokens: `drop`
+        it, `cut_front` (a conversation loses the beginning of its prompt), `cut_end` (it loses
+        answers), or `refuse` to begin; `auto`: `drop` for conversations and pairs, `cut_end` for
+        text. Counted and printed at the start.
+      batch_ramp: later sizes of a batch, `[[step, sequences], ...]`: from that step on so many
+        sequences, in more micro-batches of the same size; skipped steps count.
+      skip_steps: data that is never used, `[[first, last], ...]`: what these steps would have read
+        is left out, and the steps from `first` on read what follows.
       seed: of the order of the data.
 
     Raises:
@@ -227,22 +259,43 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields("data", self)
-        texts = isinstance(self.paths, tuple) and all(isinstance(path, str) and path for path in self.paths)
+        texts = isinstance(self.paths, tuple) and all(
+            isinstance(path, str) and path for path in self.paths
+        )
         require(texts, "data.paths", self.paths, "a list of paths such as [text, notes.md]")
         named = self.tokenizer is None or (isinstance(self.tokenizer, str) and self.tokenizer != "")
         require(named, "data.tokenizer", self.tokenizer, "a path or null")
-        require(self.batch_size % self.accumulation == 0, "data.accumulation", self.accumulation,
-                 f"a divisor of data.batch_size ({self.batch_size})")  # fmt: skip
-        require(not (self.sources and self.paths), "data.paths", self.paths, "no text beside data.sources")
         require(
-            not (self.sources and self.tokenizer), "data.tokenizer", self.tokenizer, "none beside data.sources (they have one)"
+            self.batch_size % self.accumulation == 0,
+            "data.accumulation",
+            self.accumulation,
+            f"a divisor of data.batch_size ({self.batch_size})",
         )
-        require(self.packing in ("auto", "cut", "fit"), "data.packing", self.packing, "auto, cut or fit")
+        require(
+            not (self.sources and self.paths),
+            "data.paths",
+            self.paths,
+            "no text beside data.sources",
+        )
+        require(
+            not (self.sources and self.tokenizer),
+            "data.tokenizer",
+            self.tokenizer,
+            "none beside data.sources (they have one)",
+        )
+        require(
+            self.packing in ("auto", "cut", "fit"), "data.packing", self.packing, "auto, cut or fit"
+        )
         choices = ("auto", "drop", "cut_front", "cut_end", "refuse")
         require(self.too_long in choices, "data.too_long", self.too_long, ", ".join(choices))
         Steps(self.batch_size, self.batch_ramp, self.skip_steps)
         odd = [sequences for _, sequences in self.batch_ramp if sequences % micro_batch_size(self)]
-        require(not odd, "data.batch_ramp", odd, f"multiples of a micro-batch's {micro_batch_size(self)} sequences")
+        require(
+            not odd,
+            "data.batch_ramp",
+            odd,
+            f"multiples of a micro-batch's {micro_batch_size(self)} sequences",
+        )
 
 
 def micro_batch_size(data: DataConfig) -> int:
@@ -252,7 +305,8 @@ def micro_batch_size(data: DataConfig) -> int:
 
 # --- config method ---
 #
-# The sections of a run's config that say how it learns: optimizer, adapters, preferences, the guard against bad steps.
+# The sections of a run's config that say how it learns: optimizer, adapters, preferences, the guard
+# against bad steps.
 
 
 _BASES = ("auto", "float32", "bfloat16", "int8", "int4")
@@ -266,30 +320,38 @@ class OptimizerConfig:
     """The optimizer, its learning rate and what is added to the loss.
 
     Attributes:
-      name: `adamw`; `adafactor` (almost no state; the learning rate is relative to the size of a matrix's entries); `lion` (one
-        moment; published with a third to a tenth of AdamW's learning rate and as much more decay); `muon` (one moment, made
-        orthogonal, for the matrices of the layers, AdamW for the rest; learning rate and decay as for AdamW).
+      name: `adamw`; `adafactor` (almost no state; the learning rate is relative to the size of a
+        matrix's entries); `lion` (one moment; published with a third to a tenth of AdamW's learning
+        rate and as much more decay); `muon` (one moment, made orthogonal, for the matrices of the
+        layers, AdamW for the rest; learning rate and decay as for AdamW).
       learning_rate: peak, reached at the end of the warm-up.
-      schedule: after the warm-up: `cosine`, `linear`, `wsd` (at the peak until the decay) or `constant`.
+      schedule: after the warm-up: `cosine`, `linear`, `wsd` (at the peak until the decay) or
+        `constant`.
       warmup_steps: updates in which the learning rate rises to its peak.
-      schedule_steps: updates that the schedule is laid out for, where that is not the run: 0 for `run.steps`.
-      decay_from: updates after which the decay begins, from `learning_rate`, so that a finished run that is trained on decays
-        anew; 0 for the end of the warm-up, or what `decay_fraction` says.
+      schedule_steps: updates that the schedule is laid out for, where that is not the run: 0 for
+        `run.steps`.
+      decay_from: updates after which the decay begins, from `learning_rate`, so that a finished run
+        that is trained on decays anew; 0 for the end of the warm-up, or what `decay_fraction` says.
       decay_fraction: share of the schedule that the decay of `wsd` takes.
       final_fraction: learning rate of the last update, as a fraction of the peak.
       beta1: decay of the mean of the gradient; with `lion`, weight of the mean in an update.
-      beta2: decay of the mean of its square; with `lion`, decay of the mean; `adafactor` has no use for either.
+      beta2: decay of the mean of its square; with `lion`, decay of the mean; `adafactor` has no use
+        for either.
       eps: added to the root of the mean square, by AdamW.
-      moments_dtype: of the mean of the gradient. bfloat16 halves it and rounds it to 8 bits: of the state of `adamw` a quarter
-        is saved (the mean of the square stays float32: in bfloat16 its small changes would be lost), of that of `lion` half, of
-        that of `muon` half for the matrices of the layers; `adafactor` has no such mean.
-      param_dtype: of what is trained, as it is stored; updates are computed in float32 and rounded to it. bfloat16 halves
-        parameters and gradients, for models that would not fit otherwise, but a change smaller than about 1/512 of a number is
-        lost: rounding is to the nearest, not stochastic.
-      weight_decay: decoupled, times the learning rate; applied to matrices, not to the scales of norms.
+      moments_dtype: of the mean of the gradient. bfloat16 halves it and rounds it to 8 bits: of the
+        state of `adamw` a quarter is saved (the mean of the square stays float32: in bfloat16 its
+        small changes would be lost), of that of `lion` half, of that of `muon` half for the
+        matrices of the layers; `adafactor` has no such mean.
+      param_dtype: of what is trained, as it is stored; updates are computed in float32 and rounded
+        to it. bfloat16 halves parameters and gradients, for models that would not fit otherwise,
+        but a change smaller than about 1/512 of a number is lost: rounding is to the nearest, not
+        stochastic.
+      weight_decay: decoupled, times the learning rate; applied to matrices, not to the scales of
+        norms.
       clip_norm: largest global norm of a gradient; a longer one is scaled down to it.
-      z_loss: this times log(Z)^2 is added to the loss of each token, Z being the sum over the vocabulary that its softmax
-        divides by, so that logits do not drift; 1e-4 in PaLM (arXiv:2204.02311), 0 for none.
+      z_loss: this times log(Z)^2 is added to the loss of each token, Z being the sum over the
+        vocabulary that its softmax divides by, so that logits do not drift; 1e-4 in PaLM
+        (arXiv:2204.02311), 0 for none.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -315,11 +377,25 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_fields("optimizer", self)
         require(self.name in _OPTIMIZERS, "optimizer.name", self.name, " or ".join(_OPTIMIZERS))
-        require(self.schedule in _SCHEDULES, "optimizer.schedule", self.schedule, " or ".join(_SCHEDULES))
-        require(self.param_dtype in _FLOATS, "optimizer.param_dtype", self.param_dtype, " or ".join(_FLOATS))
+        require(
+            self.schedule in _SCHEDULES,
+            "optimizer.schedule",
+            self.schedule,
+            " or ".join(_SCHEDULES),
+        )
+        require(
+            self.param_dtype in _FLOATS,
+            "optimizer.param_dtype",
+            self.param_dtype,
+            " or ".join(_FLOATS),
+        )
         dtypes = ("float32",) if self.name == "adafactor" else _FLOATS
-        expected = " or ".join(dtypes) + (" (adafactor keeps no mean of the gradient)" if self.name == "adafactor" else "")
-        require(self.moments_dtype in dtypes, "optimizer.moments_dtype", self.moments_dtype, expected)
+        expected = " or ".join(dtypes) + (
+            " (adafactor keeps no mean of the gradient)" if self.name == "adafactor" else ""
+        )
+        require(
+            self.moments_dtype in dtypes, "optimizer.moments_dtype", self.moments_dtype, expected
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +407,8 @@ class AdapterConfig:
       alpha: the adapters' product is scaled by alpha / rank.
       dropout: share of an adapter's input that is left out in training.
       targets: matrices of a layer that have adapters, of `wq wk wv wo gate up down`.
-      base: how the frozen weights are held: `float32`, `bfloat16`, `int8`, `int4`, or `auto` for the dtype of the compute.
+      base: how the frozen weights are held: `float32`, `bfloat16`, `int8`, `int4`, or `auto` for
+        the dtype of the compute.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -348,7 +425,12 @@ class AdapterConfig:
         require(self.base in _BASES, "adapter.base", self.base, " or ".join(_BASES))
         known = isinstance(self.targets, tuple) and set(self.targets) <= set(LAYER_MATRICES)
         once = known and len(set(self.targets)) == len(self.targets) > 0
-        require(once, "adapter.targets", self.targets, f"a list of {', '.join(LAYER_MATRICES)}, each once")
+        require(
+            once,
+            "adapter.targets",
+            self.targets,
+            f"a list of {', '.join(LAYER_MATRICES)}, each once",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +438,8 @@ class PreferenceConfig:
     """Training on pairs of a chosen and a rejected answer (DPO) in place of the next token.
 
     Attributes:
-      beta: how much it costs to leave the model that the run began with; 0 for training on the next token.
+      beta: how much it costs to leave the model that the run began with; 0 for training on the next
+        token.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -370,15 +453,19 @@ class PreferenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """What is done about steps that go wrong; one whose loss or gradient is not finite is always skipped.
+    """What is done about steps that go wrong; one whose loss or gradient is not finite is always
+    skipped.
 
     Attributes:
-      spike_skip: skip steps whose loss or gradient norm stands out above those of the last 128 good ones, too.
+      spike_skip: skip steps whose loss or gradient norm stands out above those of the last 128 good
+        ones, too.
       spike_sigma: by how many standard deviations it has to stand out.
-      patience: so many skipped steps in a row, or as many as that and at least 10 of the last 200, send the run back to the
-        newest checkpoint before them, to go on without the data they had read.
+      patience: so many skipped steps in a row, or as many as that and at least 10 of the last 200,
+        send the run back to the newest checkpoint before them, to go on without the data they had
+        read.
       rewinds: times that a run may go back to the same checkpoint; then it stops with a report.
-      check_replicas: steps between two comparisons of the copies of parameters on different devices; 0 for none.
+      check_replicas: steps between two comparisons of the copies of parameters on different
+        devices; 0 for none.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.

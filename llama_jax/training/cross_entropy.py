@@ -1,8 +1,10 @@
-"""Cross-entropy of the next token without the logits: they exist for one chunk of a device's tokens at a time.
+"""Cross-entropy of the next token without the logits: they exist for one chunk of a device's tokens
+at a time.
 
-The forward pass also forms the gradients of features and head while a chunk's logits are at hand, so that training makes
-three matrix products with the head instead of four and never holds `[B, T, V]`, neither forward nor backward. On a mesh
-every device sweeps over its own tokens and its own part of the vocabulary; what they find is put together once, at the end.
+The forward pass also forms the gradients of features and head while a chunk's logits are at hand,
+so that training makes three matrix products with the head instead of four and never holds `[B, T,
+V]`, neither forward nor backward. On a mesh every device sweeps over its own tokens and its own
+part of the vocabulary; what they find is put together once, at the end.
 """
 
 import functools
@@ -60,13 +62,19 @@ def _scores(features: Array, head: Array, targets: Array, axes: _Axes) -> _Score
     return _Scores(logits, at_target, log_z, log_z - aimed)
 
 
-def _gradients(scores: _Scores, head: Array, weight: Array, axes: _Axes, z_loss: float = 0.0) -> tuple[Array, Array]:
-    """Gradients of a chunk's weighted losses: of the logits in the compute dtype, of the features."""
+def _gradients(
+    scores: _Scores, head: Array, weight: Array, axes: _Axes, z_loss: float = 0.0
+) -> tuple[Array, Array]:
+    """Gradients of a chunk's weighted losses: of the logits in the compute dtype, of the
+    features.
+    """
     probabilities = jnp.exp(scores.logits - scores.log_z[:, None])
     if z_loss:  # each logit moves log Z by its probability
         probabilities = probabilities * (1 + 2 * z_loss * scores.log_z[:, None])
     d_logits = ((probabilities - scores.at_target) * weight[:, None]).astype(head.dtype)
-    d_features = lax.dot_general(d_logits, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    d_features = lax.dot_general(
+        d_logits, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
     return d_logits, _sum(d_features, axes.vocab)
 
 
@@ -74,7 +82,9 @@ _Tokens = tuple[Array, Array, Array]  # features [M, D], targets [M], weights [M
 
 
 def _cut(features: Array, targets: Array, weights: Array, chunk: int) -> _Tokens:
-    """Tokens of all sequences one after the other, in chunks `[n, C, ...]`; padding weighs nothing."""
+    """Tokens of all sequences one after the other, in chunks `[n, C, ...]`; padding weighs
+    nothing.
+    """
     tokens = targets.size
     size = min(chunk, tokens)
     count = -(-tokens // size)
@@ -82,14 +92,20 @@ def _cut(features: Array, targets: Array, weights: Array, chunk: int) -> _Tokens
     def chunks(x: Array) -> Array:
         """[B, T, ...] as [n, C, ...]."""
         flat = x.reshape(tokens, *x.shape[2:])
-        return jnp.pad(flat, ((0, count * size - tokens),) + ((0, 0),) * (flat.ndim - 1)).reshape(count, size, *flat.shape[1:])
+        return jnp.pad(flat, ((0, count * size - tokens),) + ((0, 0),) * (flat.ndim - 1)).reshape(
+            count, size, *flat.shape[1:]
+        )
 
     return chunks(features), chunks(targets), chunks(weights)
 
 
 def _joined(parts: Array, like: Array) -> Array:
-    """Chunks `[n, C, ...]` as the sequences `[B, T, ...]` that they were cut from, without their padding."""
-    return parts.reshape(-1, *parts.shape[2:])[: math.prod(like.shape[:2])].reshape(*like.shape[:2], *parts.shape[2:])
+    """Chunks `[n, C, ...]` as the sequences `[B, T, ...]` that they were cut from, without their
+    padding.
+    """
+    return parts.reshape(-1, *parts.shape[2:])[: math.prod(like.shape[:2])].reshape(
+        *like.shape[:2], *parts.shape[2:]
+    )
 
 
 def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> Any:
@@ -98,7 +114,8 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
     Args:
       work: from what one device holds to its results, put together.
       rules: axis name -> mesh axes.
-      outputs: what the results are, a letter each: `s` a sum, `r` one number a sequence, `x` like the features, `h` like the head.
+      outputs: what the results are, a letter each: `s` a sum, `r` one number a sequence, `x` like
+        the features, `h` like the head.
       *given: features, head, targets and weights.
     """
     features, head, _, _ = given
@@ -110,7 +127,12 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
     kept = fitting_spec(("embed", "vocab"), head.shape, rules)
     sequences = PartitionSpec(*stream[:2])
     tokens = _names(*sequences)
-    axes = _Axes(tokens, _names(sequences[1]), _names(used[1]), tuple(name for name in _names(kept[0]) if name in tokens))
+    axes = _Axes(
+        tokens,
+        _names(sequences[1]),
+        _names(used[1]),
+        tuple(name for name in _names(kept[0]) if name in tokens),
+    )
     specs = {
         "s": PartitionSpec(),
         "r": PartitionSpec(sequences[0]),
@@ -128,11 +150,15 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
 
 def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes in entries of a spec."""
-    return tuple(name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry or ()))
+    return tuple(
+        name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry or ())
+    )
 
 
 def _whole_head_gradient(d_head: Array, axes: _Axes) -> Array:
-    """The sum of all devices' gradients of the head, left split by sequences where its weight is."""
+    """The sum of all devices' gradients of the head, left split by sequences where its weight
+    is.
+    """
     if axes.kept:
         d_head = lax.psum_scatter(d_head, axes.kept, scatter_dimension=0, tiled=True)
     return _sum(d_head, tuple(name for name in axes.tokens if name not in axes.kept))
@@ -144,7 +170,9 @@ _Sums = tuple[Float[Array, ""], Float[Array, ""]]  # of the losses, and of the z
 def _add(sums: _Sums, scores: _Scores, weight: Array, z_loss: float) -> _Sums:
     """Adds a chunk, weighted; nothing is computed for a z-loss that is off."""
     loss, z = sums
-    return loss + jnp.sum(weight * scores.losses), z + (z_loss * jnp.sum(weight * jnp.square(scores.log_z)) if z_loss else 0)
+    return loss + jnp.sum(weight * scores.losses), z + (
+        z_loss * jnp.sum(weight * jnp.square(scores.log_z)) if z_loss else 0
+    )
 
 
 def _zero_sums() -> _Sums:
@@ -163,7 +191,8 @@ def cross_entropy_and_z(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of weight * -log p(target), and sum of weight * z_loss * log(Z)^2, in nats, float32.
 
-    The first carries the gradients of both, so that what is reported stays the cross-entropy; the second carries none.
+    The first carries the gradients of both, so that what is reported stays the cross-entropy; the
+    second carries none.
 
     Args:
       features: normed stream, ready for the head.
@@ -190,31 +219,50 @@ def cross_entropy_and_z(
 
 
 def _cross_entropy_forward(
-    features: Array, head: Array, targets: Array, weights: Array, chunk: int, z_loss: float, rules: Rules
+    features: Array,
+    head: Array,
+    targets: Array,
+    weights: Array,
+    chunk: int,
+    z_loss: float,
+    rules: Rules,
 ) -> tuple[_Sums, tuple[Array, Array]]:
-    def sweep(axes: _Axes, features: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+    def sweep(
+        axes: _Axes, features: Array, head: Array, targets: Array, weights: Array
+    ) -> tuple[Array, Array, Array, Array]:
         """Sums of all tokens, gradients of one device's features, and of the head."""
 
         def add(carry: tuple[_Sums, Array], piece: _Tokens) -> tuple[tuple[_Sums, Array], Array]:
-            """Adds the losses of a chunk and its part of the head's gradient; gives the gradient of its features."""
+            """Adds the losses of a chunk and its part of the head's gradient; gives the gradient of
+            its features.
+            """
             totals, d_head = carry
             part, target, weight = piece
             scores = _scores(part, head, target, axes)
             d_logits, d_part = _gradients(scores, head, weight, axes, z_loss)
-            d_head += lax.dot_general(part, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            d_head += lax.dot_general(
+                part, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            )
             return (_add(totals, scores, weight, z_loss), d_head), d_part.astype(part.dtype)
 
         start = (_zero_sums(), jnp.zeros(head.shape, jnp.float32))
         pieces = _cut(features, targets, weights, chunk)
-        # The last chunk by itself: the cast of the head's gradient is then a part of its product, not another pass over it.
-        before, last = (jax.tree.map(lambda x, part=part: x[part], pieces) for part in (slice(-1), -1))
-        carry, parts = lax.scan(add, start, before) if len(pieces[1]) > 1 else (start, pieces[0][:0])
+        # The last chunk by itself: the cast of the head's gradient is then a part of its product,
+        #   not another pass over it.
+        before, last = (
+            jax.tree.map(lambda x, part=part: x[part], pieces) for part in (slice(-1), -1)
+        )
+        carry, parts = (
+            lax.scan(add, start, before) if len(pieces[1]) > 1 else (start, pieces[0][:0])
+        )
         ((loss, z), d_head), part = add(carry, last)
         d_head = _whole_head_gradient(d_head.astype(head.dtype), axes)
         d_features = _joined(jnp.concatenate([parts, part[None]]), features)
         return _sum(loss, axes.tokens), _sum(z, axes.tokens), d_features, d_head
 
-    loss, z, d_features, d_head = _over_devices(sweep, rules, "ssxh", features, head, targets, weights)
+    loss, z, d_features, d_head = _over_devices(
+        sweep, rules, "ssxh", features, head, targets, weights
+    )
     return (loss, z), (d_features, d_head)
 
 
@@ -223,7 +271,12 @@ def _cross_entropy_backward(
 ) -> tuple:
     d_features, d_head = saved
     scale, _ = scales
-    return (d_features * scale).astype(d_features.dtype), (d_head * scale).astype(d_head.dtype), None, None
+    return (
+        (d_features * scale).astype(d_features.dtype),
+        (d_head * scale).astype(d_head.dtype),
+        None,
+        None,
+    )
 
 
 cross_entropy_and_z.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -250,7 +303,8 @@ def sequence_losses(
     chunk: int,
     rules: Rules = TRAINING,
 ) -> Float[Array, " B"]:
-    """Sum of weight * -log p(target) of each sequence, in nats, float32, under a frozen head: no gradient of it is formed.
+    """Sum of weight * -log p(target) of each sequence, in nats, float32, under a frozen head: no
+    gradient of it is formed.
 
     Args:
       features: normed stream, ready for the head; the only argument that gradients reach.
@@ -261,7 +315,9 @@ def sequence_losses(
       rules: axis name -> mesh axes, for a mesh set by `jax.set_mesh`.
     """
 
-    def sweep(axes: _Axes, features: Array, head: Array, targets: Array, weights: Array) -> tuple[Array]:
+    def sweep(
+        axes: _Axes, features: Array, head: Array, targets: Array, weights: Array
+    ) -> tuple[Array]:
         """Each sequence's sum, by one device's sweep over its own tokens."""
 
         def losses(_: None, piece: _Tokens) -> tuple[None, Array]:
@@ -269,27 +325,38 @@ def sequence_losses(
             part, target, weight = piece
             return None, weight * _scores(part, head, target, axes).losses
 
-        return (_sequence_sums(lax.scan(losses, None, _cut(features, targets, weights, chunk))[1], targets, axes),)
+        return (
+            _sequence_sums(
+                lax.scan(losses, None, _cut(features, targets, weights, chunk))[1], targets, axes
+            ),
+        )
 
     return _over_devices(sweep, rules, "r", features, head, targets, weights)[0]
 
 
 def _sequence_sums(losses: Array, like: Array, axes: _Axes) -> Array:
-    """Chunks of weighted losses summed by sequence, over every device that has a part of the sequence."""
+    """Chunks of weighted losses summed by sequence, over every device that has a part of the
+    sequence.
+    """
     return _sum(jnp.sum(_joined(losses, like), axis=1), axes.length)
 
 
 def _sequence_losses_forward(
     features: Array, head: Array, targets: Array, weights: Array, chunk: int, rules: Rules
 ) -> tuple[Array, Array]:
-    def sweep(axes: _Axes, features: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    def sweep(
+        axes: _Axes, features: Array, head: Array, targets: Array, weights: Array
+    ) -> tuple[Array, Array]:
         """Each sequence's sum and the gradients of the features."""
 
         def losses(_: None, piece: _Tokens) -> tuple[None, tuple[Array, Array]]:
             """Weighted losses of a chunk; gives the gradient of its features."""
             part, target, weight = piece
             scores = _scores(part, head, target, axes)
-            return None, (weight * scores.losses, _gradients(scores, head, weight, axes)[1].astype(part.dtype))
+            return None, (
+                weight * scores.losses,
+                _gradients(scores, head, weight, axes)[1].astype(part.dtype),
+            )
 
         each, parts = lax.scan(losses, None, _cut(features, targets, weights, chunk))[1]
         return _sequence_sums(each, targets, axes), _joined(parts, features)

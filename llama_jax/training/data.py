@@ -57,7 +57,9 @@ class RunData(NamedTuple):
     @property
     def held_out(self) -> dict[str, Tokens]:
         """What is evaluated on, by corpus."""
-        return {corpus.name: corpus.held_out for corpus in self.corpora if corpus.held_out is not None}
+        return {
+            corpus.name: corpus.held_out for corpus in self.corpora if corpus.held_out is not None
+        }
 
 
 def split_corpus(config: TrainConfig) -> Split | None:
@@ -66,10 +68,15 @@ def split_corpus(config: TrainConfig) -> Split | None:
 
 
 def _split_text(data: DataConfig) -> Split:
-    return split_documents(lambda: read_corpus(data.paths) if data.paths else standard_library(), data.held_out_fraction)
+    return split_documents(
+        lambda: read_corpus(data.paths) if data.paths else standard_library(),
+        data.held_out_fraction,
+    )
 
 
-def open_data(config: TrainConfig, split: Split | None = None, say: Say = lambda line: None) -> RunData:
+def open_data(
+    config: TrainConfig, split: Split | None = None, say: Say = lambda line: None
+) -> RunData:
     """The data of a run: prepared folders, or text that is encoded below the run's directory once.
 
     Args:
@@ -81,7 +88,9 @@ def open_data(config: TrainConfig, split: Split | None = None, say: Say = lambda
       InputError: for data of different tokenizers, or with tokens that the model does not have.
     """
     data = config.data
-    opened = _open_sources(data) if data.sources else _open_text(config, split or _split_text(data), say)
+    opened = (
+        _open_sources(data) if data.sources else _open_text(config, split or _split_text(data), say)
+    )
     _require_vocabulary(opened, config.model.vocab_size)
     return opened
 
@@ -92,54 +101,78 @@ def make_batches(opened: RunData, data: DataConfig) -> Batches:
     Raises:
       InputError: if there is too little data for one, or batches would have nothing to learn from.
     """
-    packed = [pack(corpus.train, data.length, data.packing, data.too_long) for corpus in opened.corpora]
+    packed = [
+        pack(corpus.train, data.length, data.packing, data.too_long) for corpus in opened.corpora
+    ]
     for packing in packed:
         if packing.tokens.kind != "text" and not packing.count:
             raise InputError(
-                f"{packing.tokens.name}: no example with an answer fits into data.length {data.length} "
-                f"({packing.counts.too_long:,} of {packing.counts.documents:,} are longer); raise it, or see data.too_long"
+                f"{packing.tokens.name}: no example with an answer fits into data.length "
+                f"{data.length} "
+                f"({packing.counts.too_long:,} of {packing.counts.documents:,} are "
+                "longer); raise it, or see data.too_long"
             )
-    sources = tuple(Source(packing, corpus.weight) for packing, corpus in zip(packed, opened.corpora))
+    sources = tuple(
+        Source(packing, corpus.weight) for packing, corpus in zip(packed, opened.corpora)
+    )
     batches = Batches(sources, Steps(data.batch_size, data.batch_ramp, data.skip_steps), data.seed)
     _require_targets(batches, data)
     return batches
 
 
 def _require_targets(batches: Batches, data: DataConfig) -> None:
-    """Refuses conversations cut so that batches are to be expected in which there is nothing to learn."""
+    """Refuses conversations cut so that batches are to be expected in which there is nothing to
+    learn.
+    """
     cut = [source.packing for source in batches.sources if isinstance(source.packing, Cut)]
     empty = sum(packing.without_targets() for packing in cut)
     sequences = sum(source.packing.count for source in batches.sources)
     fewest = min([data.batch_size, *(size for _, size in data.batch_ramp)])
     if sequences / fewest * (empty / sequences) ** fewest >= 1:
         raise InputError(
-            f"data.packing cut: {empty:,} of {sequences:,} sequences of {data.length} tokens hold no answer, so batches of "
-            f"{fewest} would have nothing to learn from; set it to fit, raise data.length, or take larger batches"
+            f"data.packing cut: {empty:,} of {sequences:,} sequences of {data.length} "
+            "tokens hold no answer, so batches of "
+            f"{fewest} would have nothing to learn from; set it to fit, raise "
+            "data.length, or take larger batches"
         )
 
 
 def packing_lines(batches: Batches) -> list[str]:
-    """What a user should know of how documents became sequences: what was dropped or cut, a line a data set."""
+    """What a user should know of how documents became sequences: what was dropped or cut, a line a
+    data set.
+    """
     lines = []
     for packing, _ in batches.sources:
         counts, name = packing.counts, packing.tokens.name
         if packing.tokens.kind == "chat" and isinstance(packing, Cut):
-            lines.append(f"{name}: conversations are cut into sequences, so most begin in the middle of one; data.packing fit")
+            lines.append(
+                f"{name}: conversations are cut into sequences, so most begin in the "
+                "middle of one; data.packing fit"
+            )
         if counts.too_long:
             cut = counts.too_long - counts.masked - counts.dropped if packing.unit == 1 else 0
-            parts = [f"{counts.dropped:,} dropped"] * (counts.dropped > 0) + [f"{cut:,} cut"] * (cut > 0)
+            parts = [f"{counts.dropped:,} dropped"] * (counts.dropped > 0) + [f"{cut:,} cut"] * (
+                cut > 0
+            )
             parts += [f"{counts.masked:,} left out without an answer"] * (counts.masked > 0)
             lines.append(
-                f"{name}: {counts.too_long:,} of {counts.documents:,} examples have more than data.length "
+                f"{name}: {counts.too_long:,} of {counts.documents:,} examples have more "
+                "than data.length "
                 f"{packing.length} tokens: {', '.join(parts) or 'cut'} (data.too_long)"
             )
     return lines
 
 
 def packing_figures(batches: Batches) -> dict[str, int]:
-    """The same over all data sets whose documents are whole, for the metrics; nothing where there are none."""
+    """The same over all data sets whose documents are whole, for the metrics; nothing where there
+    are none.
+    """
     counts = [packing.counts for packing, _ in batches.sources if not isinstance(packing, Cut)]
-    return {name: sum(getattr(part, name) for part in counts) for name in Counts._fields} if counts else {}
+    return (
+        {name: sum(getattr(part, name) for part in counts) for name in Counts._fields}
+        if counts
+        else {}
+    )
 
 
 def packing_identity(data: DataConfig) -> dict[str, str]:
@@ -168,11 +201,15 @@ def require_same_tokenizer(prepared: TokenSet, tokenizer: Tokenizer | None, mode
     """
     if tokenizer is None:
         return
-    theirs, ours = load_tokenizer(prepared.tokenizer_path).token_bytes.pieces, tokenizer.token_bytes.pieces
+    theirs, ours = (
+        load_tokenizer(prepared.tokenizer_path).token_bytes.pieces,
+        tokenizer.token_bytes.pieces,
+    )
     differing = next((token for token, (a, b) in enumerate(zip(theirs, ours)) if a != b), None)
     if differing is not None:
         raise InputError(
-            f"in {prepared.directory} token {differing} is {theirs[differing]!r:.40}, in {model} it is "
+            f"in {prepared.directory} token {differing} is {theirs[differing]!r:.40}, in "
+            f"{model} it is "
             f"{ours[differing]!r:.40}; prepare the data with the tokenizer of this model"
         )
 
@@ -198,7 +235,8 @@ def _open_sources(data: DataConfig) -> RunData:
     for opened in sets:
         if opened.manifest.tokenizer_sha256 != sets[0].manifest.tokenizer_sha256:
             raise InputError(
-                f"data.sources: {opened.directory} is not of the tokenizer of {sets[0].directory}; prepare both with one"
+                f"data.sources: {opened.directory} is not of the tokenizer of "
+                f"{sets[0].directory}; prepare both with one"
             )
     corpora = (
         Corpus(name, source.weight, opened.train, opened.held_out)
@@ -206,7 +244,9 @@ def _open_sources(data: DataConfig) -> RunData:
     )
     digest = hash_tokenizer(sets[0].tokenizer_path)
     if digest != sets[0].manifest.tokenizer_sha256:
-        raise InputError(f"{sets[0].tokenizer_path}: not the tokenizer of the manifest; prepare the data again")
+        raise InputError(
+            f"{sets[0].tokenizer_path}: not the tokenizer of the manifest; prepare the data again"
+        )
     return RunData(tuple(corpora), sets[0].tokenizer_path, digest)
 
 
@@ -217,7 +257,11 @@ def _open_text(config: TrainConfig, split: Split, say: Say) -> RunData:
         """Says once that a stage has begun."""
         if stage not in reported:
             reported.append(stage)
-            say({"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[stage])
+            say(
+                {"vocabulary": "training the tokenizer ...", "encode": "encoding the text ..."}[
+                    stage
+                ]
+            )
 
     data = config.data
     missing = left_out(data.paths)
@@ -236,10 +280,13 @@ def _open_text(config: TrainConfig, split: Split, say: Say) -> RunData:
 
 
 def _require_vocabulary(opened: RunData, vocab_size: int) -> None:
-    """Refuses tokens that the model does not have; looks for them only where the tokenizer is larger than the model."""
+    """Refuses tokens that the model does not have; looks for them only where the tokenizer is
+    larger than the model.
+    """
     for tokens in (*opened.train, *opened.held_out.values()):
         if tokens.vocab_size > vocab_size and (largest := tokens.counts().largest) >= vocab_size:
             raise InputError(
-                f"{tokens.name}: token {largest}, but model.vocab_size is {vocab_size}; take the tokenizer of this model, or a "
+                f"{tokens.name}: token {largest}, but model.vocab_size is {vocab_size}; "
+                "take the tokenizer of this model, or a "
                 f"vocabulary of {tokens.vocab_size}"
             )

@@ -1,4 +1,6 @@
-"""A run on the screen: live on a terminal, plain lines elsewhere. It only shows numbers that it is given."""
+"""A run on the screen: live on a terminal, plain lines elsewhere. It only shows numbers that it is
+given.
+"""
 
 import collections
 import math
@@ -21,7 +23,9 @@ _RECENT = 10  # records whose median step time gives the time left
 
 @runtime_checkable
 class Stream(Protocol):
-    """What a display needs of a text stream; one with an `encoding` gets no character that it cannot encode."""
+    """What a display needs of a text stream; one with an `encoding` gets no character that it
+    cannot encode.
+    """
 
     def write(self, text: str, /) -> object:
         """Takes text."""
@@ -32,7 +36,9 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Display(Protocol):
-    """Where a run is shown; the calls come in this order, `step` and `event` any number of times."""
+    """Where a run is shown; the calls come in this order, `step` and `event` any number of
+    times.
+    """
 
     def start(self, heading: Sequence[str], steps: int) -> None:
         """Shows the heading, line by line, of a run of `steps` updates in all."""
@@ -41,10 +47,14 @@ class Display(Protocol):
         """Shows a record."""
 
     def event(self, text: str) -> None:
-        """Shows one line about something that is not a number: a checkpoint, a sample, a warning."""
+        """Shows one line about something that is not a number: a checkpoint, a sample, a
+        warning.
+        """
 
     def finish(self, summary: Mapping[str, str]) -> None:
-        """Ends the display with a table of results; to be called after an error too, as it gives the terminal back."""
+        """Ends the display with a table of results; to be called after an error too, as it gives
+        the terminal back.
+        """
 
 
 class Glyphs(NamedTuple):
@@ -99,7 +109,11 @@ class PlainDisplay:
     def step(self, record: StepRecord) -> None:
         """Writes a line."""
         self._progress.add(record)
-        self.event("  ".join([self._progress.count, *fields(self._progress, record.held_out_loss, self._glyphs)]))
+        self.event(
+            "  ".join(
+                [self._progress.count, *fields(self._progress, record.held_out_loss, self._glyphs)]
+            )
+        )
 
     def event(self, text: str) -> None:
         """Writes the text."""
@@ -113,7 +127,9 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A progress bar with the latest numbers, redrawn in place; headings, events and the summary scroll above it."""
+    """A progress bar with the latest numbers, redrawn in place; headings, events and the summary
+    scroll above it.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -145,9 +161,14 @@ class LiveDisplay:
             self.event(line)
 
     def _drawn(self) -> Text:
-        """The live region; made here and not in the thread that shows it, which would race with new records."""
+        """The live region; made here and not in the thread that shows it, which would race with new
+        records.
+        """
         progress, width = self._progress, self._console.width
-        head = f"{progress.count} {bar(progress.fraction, max(width - 30, 6), self._glyphs)} {progress.fraction:6.1%}"
+        head = (
+            f"{progress.count} {bar(progress.fraction, max(width - 30, 6), self._glyphs)} "
+            f"{progress.fraction:6.1%}"
+        )
         lines = [head, *pack(fields(progress, progress.held_out_loss, self._glyphs), width)]
         text = Text("\n".join(lines), no_wrap=True, overflow="crop")
         text.highlight_words(_LABELS, "dim")
@@ -222,11 +243,15 @@ def other_time(seconds: Mapping[str, float]) -> list[str]:
 
 
 def sparkline(values: Sequence[float], glyphs: Glyphs) -> str:
-    """One bar a value, the lowest and highest at the ends of the scale; a value that is not finite becomes `!`."""
+    """One bar a value, the lowest and highest at the ends of the scale; a value that is not finite
+    becomes `!`.
+    """
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(glyphs.spark) - 1) / (high - low) if high > low else 0.0
-    return "".join(glyphs.spark[round((v - low) * scale)] if math.isfinite(v) else "!" for v in values)
+    return "".join(
+        glyphs.spark[round((v - low) * scale)] if math.isfinite(v) else "!" for v in values
+    )
 
 
 def bar(fraction: float, width: int, glyphs: Glyphs) -> str:
@@ -236,7 +261,9 @@ def bar(fraction: float, width: int, glyphs: Glyphs) -> str:
 
 
 def pack(texts: Sequence[str], width: int) -> list[str]:
-    """Texts joined into as few lines of `width` as hold them whole, order kept; a longer text has its own line."""
+    """Texts joined into as few lines of `width` as hold them whole, order kept; a longer text has
+    its own line.
+    """
     lines: list[str] = []
     for text in texts:
         if lines and len(lines[-1]) + 2 + len(text) <= width:
@@ -253,7 +280,9 @@ def table(sequences: Mapping[str, str]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """A time in its two largest units: `12.3 ms`, `3.46 s`, `4m 05s`, `3h 12m`, `3d 04h`; `?` when not known."""
+    """A time in its two largest units: `12.3 ms`, `3.46 s`, `4m 05s`, `3h 12m`, `3d 04h`; `?` when
+    not known.
+    """
     if not math.isfinite(seconds):
         return "?"
     if seconds < 59.95:

@@ -1,4 +1,6 @@
-"""Held-out loss in nats/token and bits/byte of the text that was scored; of pairs of answers the loss of the objective."""
+"""Held-out loss in nats/token and bits/byte of the text that was scored; of pairs of answers the
+loss of the objective.
+"""
 
 import collections
 import functools
@@ -46,7 +48,8 @@ class Evaluation(NamedTuple):
     Attributes:
       tokens: targets that were scored: of text every token of a document but its first.
       nats_per_token: mean of -log p; not a number where nothing was scored.
-      bits_per_byte: the same, in bits/byte of the UTF-8 text of the targets that were scored: comparable between tokenizers.
+      bits_per_byte: the same, in bits/byte of the UTF-8 text of the targets that were scored:
+        comparable between tokenizers.
       bytes: of that text.
     """
 
@@ -70,7 +73,10 @@ class Evaluation(NamedTuple):
 
     def line(self) -> str:
         """For the table at the end of a run."""
-        return f"{self.nats_per_token:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte ({self.tokens} tokens)"
+        return (
+            f"{self.nats_per_token:.4f} nats/token, {self.bits_per_byte:.4f} bits/byte "
+            f"({self.tokens} tokens)"
+        )
 
 
 class PairEvaluation(NamedTuple):
@@ -94,20 +100,28 @@ class PairEvaluation(NamedTuple):
     def line(self) -> str:
         """For the table at the end of a run."""
         accuracy, margin = self.more["accuracy"], self.more["margin"]
-        return f"loss {self.loss:.4f}, accuracy {accuracy:.1%}, margin {margin:.4f} ({self.pairs} pairs)"
+        return (
+            f"loss {self.loss:.4f}, accuracy {accuracy:.1%}, margin {margin:.4f} "
+            f"({self.pairs} pairs)"
+        )
 
 
 def make_evaluation(nats: float, tokens: float, size: float) -> Evaluation:
     """An evaluation from the summed loss, its targets and their bytes."""
     return Evaluation(
-        round(tokens), nats / tokens if tokens else math.nan, nats / math.log(2) / size if size else math.nan, round(size)
+        round(tokens),
+        nats / tokens if tokens else math.nan,
+        nats / math.log(2) / size if size else math.nan,
+        round(size),
     )
 
 
 def together(parts: Sequence[Evaluation]) -> Evaluation:
     """The evaluation of several texts as one: every token counts alike."""
     nats = math.fsum(part.nats_per_token * part.tokens for part in parts if part.tokens)
-    return make_evaluation(nats, sum(part.tokens for part in parts), sum(part.bytes for part in parts))
+    return make_evaluation(
+        nats, sum(part.tokens for part in parts), sum(part.bytes for part in parts)
+    )
 
 
 class ByteCounts(NamedTuple):
@@ -146,7 +160,9 @@ Evaluator = Callable[[Parameters, Batch], Sums]
 
 
 def batch_evaluator(model: Llama, loss_chunk: int, sizes: ByteCounts) -> Evaluator:
-    """A compiled function from parameters and a batch `[B, T]` to its `nats`, the `tokens` that are targets, their `bytes`."""
+    """A compiled function from parameters and a batch `[B, T]` to its `nats`, the `tokens` that are
+    targets, their `bytes`.
+    """
 
     def sums(params: Parameters, batch: Batch) -> Sums:
         """Over a batch."""
@@ -157,7 +173,9 @@ def batch_evaluator(model: Llama, loss_chunk: int, sizes: ByteCounts) -> Evaluat
 
 
 def pair_evaluator(model: Llama, loss_chunk: int, objective: Objective) -> Evaluator:
-    """A compiled function from parameters and a batch `[B, T]` of pairs to the sums of an objective, and the `pairs`."""
+    """A compiled function from parameters and a batch `[B, T]` of pairs to the sums of an
+    objective, and the `pairs`.
+    """
 
     def sums(params: Parameters, batch: Batch) -> Sums:
         """Over a batch."""
@@ -182,7 +200,12 @@ class HeldOut(NamedTuple):
 
 
 def choose_held_out(
-    tokens: Mapping[str, Tokens], length: int, packing: Name, most: int, seed: int, too_long: TooLong = "auto"
+    tokens: Mapping[str, Tokens],
+    length: int,
+    packing: Name,
+    most: int,
+    seed: int,
+    too_long: TooLong = "auto",
 ) -> dict[str, HeldOut]:
     """The sequences that every evaluation of a run reads, of each data set by its name.
 
@@ -190,8 +213,8 @@ def choose_held_out(
       tokens: the held-out part of each data set.
       length: `T`, tokens of a sequence.
       packing: how text is put into sequences.
-      most: tokens of all sequences together, padding included; each data set has its share of them by its number of sequences,
-        at least one (of pairs: one pair); 0 for all that is held out.
+      most: tokens of all sequences together, padding included; each data set has its share of them
+        by its number of sequences, at least one (of pairs: one pair); 0 for all that is held out.
       seed: chooses the sequences.
       too_long: what happens to examples of more than `length` tokens.
 
@@ -201,10 +224,14 @@ def choose_held_out(
     packings = {name: pack(part, length, packing, too_long) for name, part in tokens.items()}
     counts = {name: _sequences(packed) for name, packed in packings.items()}
     for name, packed in packings.items():
-        if not counts[name] or (isinstance(packed, Cut) and 0 < packed.count == packed.without_targets()):
+        if not counts[name] or (
+            isinstance(packed, Cut) and 0 < packed.count == packed.without_targets()
+        ):
             raise InputError(
-                f"{packed.tokens.name}: nothing that is held out can be scored within data.length {length} "
-                f"({packed.counts.too_long:,} of {packed.counts.documents:,} examples are longer); raise it, or data.too_long"
+                f"{packed.tokens.name}: nothing that is held out can be scored within "
+                f"data.length {length} "
+                f"({packed.counts.too_long:,} of {packed.counts.documents:,} examples "
+                "are longer); raise it, or data.too_long"
             )
     wanted, total = most / length, sum(counts.values())
     chosen: dict[str, HeldOut] = {}
@@ -221,13 +248,22 @@ def choose_held_out(
 
 def _sequences(packing: Packing) -> int:
     """How many there are; of text that is cut, with the last one, which may not be full."""
-    return -(-(packing.tokens.size - 1) // packing.length) if isinstance(packing, Cut) else packing.count
+    return (
+        -(-(packing.tokens.size - 1) // packing.length)
+        if isinstance(packing, Cut)
+        else packing.count
+    )
 
 
 def evaluate(
-    run: Evaluator, params: Parameters, held_out: HeldOut, batch_size: int, mesh: Mesh, rules: Rules,
+    run: Evaluator,
+    params: Parameters,
+    held_out: HeldOut,
+    batch_size: int,
+    mesh: Mesh,
+    rules: Rules,
     alive: Callable[[], None] = lambda: None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """The sums of an evaluator over the sequences of a data set.
 
     Args:
@@ -239,7 +275,10 @@ def evaluate(
       rules: of the model, which say how they share a batch.
       alive: called after every batch.
     """
-    sharding, totals = NamedSharding(mesh, batch_spec(rules)), collections.defaultdict[str, float](float)
+    sharding, totals = (
+        NamedSharding(mesh, batch_spec(rules)),
+        collections.defaultdict[str, float](float),
+    )
     packing, numbers = held_out.packing, held_out.numbers
     before: Sums = {}
 
@@ -289,8 +328,11 @@ def _in_order(tokens: Tokens, length: int, batch_size: int, packing: Name) -> It
     return sequential_windows(tokens, length, batch_size)
 
 
-def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = None, **options: Any) -> Evaluation:
-    """Loss of a model on the held-out part of prepared data: text in windows, conversations whole, of pairs the chosen answers.
+def evaluate_prepared(
+    model: Pretrained, data: TokenSet, length: int | None = None, **options: Any
+) -> Evaluation:
+    """Loss of a model on the held-out part of prepared data: text in windows, conversations whole,
+    of pairs the chosen answers.
 
     Args:
       model: from `llama_jax.load`.
@@ -299,36 +341,57 @@ def evaluate_prepared(model: Pretrained, data: TokenSet, length: int | None = No
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
     Raises:
-      InputError: if nothing was held out, or nothing of it can be scored; for a length out of range, and tokens of another
-        tokenizer.
+      InputError: if nothing was held out, or nothing of it can be scored; for a length out of
+        range, and tokens of another tokenizer.
     """
     tokens, context = data.held_out, model.config.context_length
     if tokens is None:
         raise InputError(f"{data.directory}: nothing was held out; prepare it with --held-out 0.01")
     require_same_tokenizer(data, model.tokenizer, "the model")
-    if tokens.vocab_size > model.config.vocab_size and (largest := tokens.counts().largest) >= model.config.vocab_size:
-        raise InputError(f"{tokens.name}: token {largest}; the vocabulary of the model goes to {model.config.vocab_size - 1}")
+    if (
+        tokens.vocab_size > model.config.vocab_size
+        and (largest := tokens.counts().largest) >= model.config.vocab_size
+    ):
+        raise InputError(
+            f"{tokens.name}: token {largest}; the vocabulary of the model goes to "
+            f"{model.config.vocab_size - 1}"
+        )
     length = min(context, max(1, tokens.size - 1)) if length is None else length
     if not 1 <= length <= context:
-        raise InputError(f"sequences of {length} tokens asked for; 1 to {context}, the model's context, expected")
+        raise InputError(
+            f"sequences of {length} tokens asked for; 1 to {context}, the model's context, expected"
+        )
     sequences = _in_order(tokens, length, 1, "cut" if tokens.kind == "text" else "fit")
     scored = itertools.islice(sequences, 0, None, 2 if tokens.kind == "pairs" else 1)
     result = _summed(model, load_tokenizer(data.tokenizer_path), scored, options)
     if not result.tokens:
-        raise InputError(f"{tokens.name}: no answer begins within {length} tokens, so nothing can be scored; raise --length")
+        raise InputError(
+            f"{tokens.name}: no answer begins within {length} tokens, so nothing can be "
+            "scored; raise --length"
+        )
     return result
 
 
-def _summed(model: Pretrained, tokenizer: Tokenizer, batches: Iterable[Batch], options: Mapping[str, Any]) -> Evaluation:
+def _summed(
+    model: Pretrained, tokenizer: Tokenizer, batches: Iterable[Batch], options: Mapping[str, Any]
+) -> Evaluation:
     """The evaluation of a model on batches."""
-    run = batch_evaluator(model_for(model.params, model.config, **options), _TEXT_CHUNK, byte_counts(tokenizer.token_bytes))
+    run = batch_evaluator(
+        model_for(model.params, model.config, **options),
+        _TEXT_CHUNK,
+        byte_counts(tokenizer.token_bytes),
+    )
     return text_evaluation(_added(run(model.params, batch) for batch in batches))
 
 
-def evaluate_text(model: Pretrained, text: str | Sequence[str], length: int | None = None, **options: Any) -> Evaluation:
-    """Loss of a model on a text, or several, in windows of `length` tokens that each begin without a past.
+def evaluate_text(
+    model: Pretrained, text: str | Sequence[str], length: int | None = None, **options: Any
+) -> Evaluation:
+    """Loss of a model on a text, or several, in windows of `length` tokens that each begin without
+    a past.
 
-    Every token is predicted once, but for the first of a text where the model's tokenizer puts no begin token before it.
+    Every token is predicted once, but for the first of a text where the model's tokenizer puts no
+    begin token before it.
 
     Args:
       model: from `llama_jax.load`.
@@ -337,24 +400,33 @@ def evaluate_text(model: Pretrained, text: str | Sequence[str], length: int | No
       **options: `dtype`, `attention`, `rules` of `ModelOptions`.
 
     Raises:
-      InputError: for a text of fewer than two tokens, a length out of range, a model without tokenizer, and a tokenizer
-        with tokens that the model does not have.
+      InputError: for a text of fewer than two tokens, a length out of range, a model without
+        tokenizer, and a tokenizer with tokens that the model does not have.
     """
     if model.tokenizer is None:
-        raise InputError(f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
+        raise InputError(
+            f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model "
+            "beside the weights"
+        )
     texts = [text] if isinstance(text, str) else list(text)
     sequences = [np.asarray(encode_prompt(model.tokenizer, one), np.int32) for one in texts]
     longest, context = max(map(len, sequences), default=0), model.config.context_length
     length = context if length is None else length
     if longest < 2 or not 1 <= length <= context:
         raise InputError(
-            f"a text of {longest} tokens in windows of {length}: at least 2 tokens, windows of 1 to {context} (the model's "
+            f"a text of {longest} tokens in windows of {length}: at least 2 tokens, "
+            f"windows of 1 to {context} (the model's "
             "context) expected"
         )
     length = min(length, longest - 1)
-    vocabulary, largest = model.config.vocab_size, max(int(ids.max()) for ids in sequences if len(ids))
+    vocabulary, largest = (
+        model.config.vocab_size,
+        max(int(ids.max()) for ids in sequences if len(ids)),
+    )
     if largest >= vocabulary:
-        raise InputError(f"the text holds token {largest}; the vocabulary goes from 0 to {vocabulary - 1}")
+        raise InputError(
+            f"the text holds token {largest}; the vocabulary goes from 0 to {vocabulary - 1}"
+        )
     windows = (window for ids in sequences for window in _text_windows(ids, length))
     return _summed(model, model.tokenizer, windows, options)
 
@@ -366,7 +438,9 @@ def _text_windows(ids: np.ndarray, length: int) -> Iterator[Batch]:
         padded = np.zeros(length + 1, np.int32)
         padded[: len(window)] = window
         weights = (np.arange(length) < len(window) - 1).astype(np.float32)
-        yield Batch(padded[None, :-1], padded[None, 1:], weights[None], np.ones((1, length), np.int32))
+        yield Batch(
+            padded[None, :-1], padded[None, 1:], weights[None], np.ones((1, length), np.int32)
+        )
 
 
 # --- samples ---
@@ -379,7 +453,8 @@ _SHOWN = 160  # characters of a line on the display
 
 
 class Samples:
-    """The prompts of a run (`run.sample_prompts`), continued by the most probable tokens, all of them together.
+    """The prompts of a run (`run.sample_prompts`), continued by the most probable tokens, all of
+    them together.
 
     Args:
       run: which prompts, how many tokens, and where to keep the texts.
@@ -392,22 +467,36 @@ class Samples:
       InputError: for prompts that the model cannot take, and for prompts on several hosts.
     """
 
-    def __init__(self, run: RunConfig, model: Llama, mesh: Mesh, tokenizer_path: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        model: Llama,
+        mesh: Mesh,
+        tokenizer_path: Path,
+        say: Callable[[str], None],
+    ) -> None:
         self._prompts, self._new_tokens = run.sample_prompts, run.sample_tokens
         self._path = Path(run.dir) / RUN_SAMPLES
         self._model, self._mesh, self._say = model, mesh, say
         if not self._prompts:
             return
         if jax.process_count() > 1:
-            raise InputError(f"run.sample_prompts: given on {jax.process_count()} hosts, one expected; leave them out")
+            raise InputError(
+                f"run.sample_prompts: given on {jax.process_count()} hosts, one "
+                "expected; leave them out"
+            )
         self._tokenizer = load_tokenizer(tokenizer_path)
         try:
-            self._ids = check_prompts([encode_prompt(self._tokenizer, prompt) for prompt in self._prompts], model.config)
+            self._ids = check_prompts(
+                [encode_prompt(self._tokenizer, prompt) for prompt in self._prompts], model.config
+            )
         except InputError as error:
             raise InputError(f"run.sample_prompts: {error}") from None
 
     def begin(self, step: int) -> None:
-        """Drops what an interrupted run left of steps after this one, from which training goes on."""
+        """Drops what an interrupted run left of steps after this one, from which training goes
+        on.
+        """
         if self._prompts:
             self._file(functools.partial(drop_later, self._path, step)).close()
 
@@ -420,19 +509,29 @@ class Samples:
         """
         if not self._prompts:
             return
-        options = self._model.options  # the programs are compiled at the first call, and found again at the later ones
+        options = (
+            self._model.options
+        )  # the programs are compiled at the first call, and found again at the later ones
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a few tokens on the mesh of a training, whatever it gathers
-            generator = Generator(params, self._model.config, self._mesh, dtype=options.dtype, rules=options.rules)
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # a few tokens on the mesh of a training, whatever it gathers
+            generator = Generator(
+                params, self._model.config, self._mesh, dtype=options.dtype, rules=options.rules
+            )
         try:
-            sequences = generator.generate(self._ids, self._new_tokens, stop_ids=stop_ids(self._tokenizer))
+            sequences = generator.generate(
+                self._ids, self._new_tokens, stop_ids=stop_ids(self._tokenizer)
+            )
         except NotFiniteError as error:  # the guard of the run decides what becomes of it
             self._say(f"sample    {error}")
             return
         file = self._file()
         for prompt, sequence in zip(self._prompts, sequences):
             # The model may have more sequences than the tokenizer has tokens; those have no text.
-            text = self._tokenizer.decode([token for token in sequence.token_ids if token < self._tokenizer.vocab_size])
+            text = self._tokenizer.decode(
+                [token for token in sequence.token_ids if token < self._tokenizer.vocab_size]
+            )
             self._say(shown(prompt, text))
             file.write(json.dumps({"step": step, "prompt": prompt, "text": text}))
         file.close()

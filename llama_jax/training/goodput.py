@@ -1,8 +1,9 @@
-"""Goodput: the share of a run's wall time, restarts included, that went into updates that the run kept.
+"""Goodput: the share of a run's wall time, restarts included, that went into updates that the run
+kept.
 
-Beside the metrics lies an append-only file, one JSON object a line: `start` when a program begins or goes on with the run,
-`rewind` when the run goes back, and the seconds by part at every record. Nothing in it is ever dropped, so
-that lost work stays visible.
+Beside the metrics lies an append-only file, one JSON object a line: `start` when a program begins
+or goes on with the run, `rewind` when the run goes back, and the seconds by part at every record.
+Nothing in it is ever dropped, so that lost work stays visible.
 """
 
 import contextlib
@@ -46,10 +47,17 @@ class Goodput(NamedTuple):
         """The sequences of a table."""
         if self.share is None:
             return {}
-        sequences = {"goodput": f"{self.share:.1%}: {duration(self.useful)} in updates that were kept, of {duration(self.wall)} "
-                           f"since the start of the run ({self.starts} start{'s' if self.starts != 1 else ''})"}  # fmt: skip
+        sequences = {
+            "goodput": f"{self.share:.1%}: {duration(self.useful)} in updates that were kept, of "
+            f"{duration(self.wall)} "
+            f"since the start of the run ({self.starts} start{'s' if self.starts != 1 else ''})"
+        }
         spent = {**self.parts, "redone": self.redone, "start-up and down": self.down}
-        told = [f"{name} {seconds / self.wall:.1%}" for name, seconds in spent.items() if seconds / self.wall >= 0.0005]
+        told = [
+            f"{name} {seconds / self.wall:.1%}"
+            for name, seconds in spent.items()
+            if seconds / self.wall >= 0.0005
+        ]
         return sequences | ({"other time": ", ".join(told)} if told else {})
 
 
@@ -75,7 +83,14 @@ class Ledger:
             self._starts += entry["event"] == "start"
             self._drop(step)
         elif isinstance(entry.get("seconds"), Mapping):
-            self._book(step, {str(k): float(v) for k, v in entry["seconds"].items() if isinstance(v, (int, float))})
+            self._book(
+                step,
+                {
+                    str(k): float(v)
+                    for k, v in entry["seconds"].items()
+                    if isinstance(v, (int, float))
+                },
+            )
 
     def _drop(self, step: int) -> None:
         """Updates after a step are to be done again."""
@@ -96,8 +111,12 @@ class Ledger:
         if self._first is None:
             return Goodput()
         told = self._useful + self._redone + sum(self._parts.values())
-        wall = max(self._last - self._first, told)  # a clock set back must not make more than all of it useful
-        return Goodput(wall, self._useful, self._redone, dict(self._parts), wall - told, self._starts)
+        wall = max(
+            self._last - self._first, told
+        )  # a clock set back must not make more than all of it useful
+        return Goodput(
+            wall, self._useful, self._redone, dict(self._parts), wall - told, self._starts
+        )
 
 
 class GoodputLog:
@@ -110,7 +129,13 @@ class GoodputLog:
       now: seconds since 1970.
     """
 
-    def __init__(self, path: Path | None, step: int, warn: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        step: int,
+        warn: Callable[[str], None],
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._ledger = Ledger()
         for entry in () if path is None else read_lines(path):
             self._ledger.add(entry)
@@ -119,8 +144,12 @@ class GoodputLog:
         self._add({"event": "start", "step": step})
 
     def add(self, step: int, seconds: Mapping[str, float]) -> float | None:
-        """Books the seconds by part since the last call, see `Clock.take`; the run's goodput so far."""
-        self._add({"step": step, "seconds": {part: round(spent, 6) for part, spent in seconds.items()}})
+        """Books the seconds by part since the last call, see `Clock.take`; the run's goodput so
+        far.
+        """
+        self._add(
+            {"step": step, "seconds": {part: round(spent, 6) for part, spent in seconds.items()}}
+        )
         return self.goodput.share
 
     def go_back(self, step: int) -> None:
@@ -143,7 +172,9 @@ class GoodputLog:
 
 
 def read_lines(path: Path) -> Iterable[Mapping]:
-    """The objects of a file of JSON lines; lines that are torn, and a file that is not there, give nothing."""
+    """The objects of a file of JSON lines; lines that are torn, and a file that is not there, give
+    nothing.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -177,15 +208,16 @@ PARTS = ("data", "step", "save", "eval", "compile")
 class Clock:
     """Seconds of wall time by part; what no part claims is `step`.
 
-    The device works while the host does other things, so `data` is time in which the host made or fetched a batch, whether
-    or not the device waited for it: at most so much was lost.
+    The device works while the host does other things, so `data` is time in which the host made or
+    fetched a batch, whether or not the device waited for it: at most so much was lost.
 
     Args:
       now: gives seconds that never run backwards.
 
     Attributes:
       part: the one under way, `None` for none.
-      turns: times that a part has begun or ended, or given a sign of life: what does not grow stands still.
+      turns: times that a part has begun or ended, or given a sign of life: what does not grow
+        stands still.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -215,7 +247,9 @@ class Clock:
                 self._open[-1] += spent
 
     def alive(self) -> None:
-        """A sign of life from inside a part that takes long, such as after each batch of an evaluation."""
+        """A sign of life from inside a part that takes long, such as after each batch of an
+        evaluation.
+        """
         self.turns += 1
 
     def claim(self, part: str) -> None:

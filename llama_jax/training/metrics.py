@@ -1,4 +1,6 @@
-"""The numbers of a run: one record a step, and an append-only file of them, one JSON object a line."""
+"""The numbers of a run: one record a step, and an append-only file of them, one JSON object a
+line.
+"""
 
 import contextlib
 import errno
@@ -30,11 +32,13 @@ class StepRecord(NamedTuple):
       tokens: trained on since the start of the run.
       tokens_per_second: over all devices.
       step_seconds: seconds per update.
-      mfu: `accounting.training_flops_per_token` times tokens/second, as a share of the peak FLOP/s of the devices, 0 to 1;
-        `None` where the peak is unknown.
+      mfu: `accounting.training_flops_per_token` times tokens/second, as a share of the peak FLOP/s
+        of the devices, 0 to 1; `None` where the peak is unknown.
       held_out_loss: nats per token on held-out text, where this step was evaluated.
-      time: seconds of wall time since the record before by part (`data`, `step`, `save`, `eval`, `compile`), see `Clock`.
-      goodput: share of the wall time since the start of the run, restarts included, in updates that were kept.
+      time: seconds of wall time since the record before by part (`data`, `step`, `save`, `eval`,
+        `compile`), see `Clock`.
+      goodput: share of the wall time since the start of the run, restarts included, in updates that
+        were kept.
       skipped: updates since the start of the run that the guard has skipped.
       rewinds: times that the run has gone back.
       more: further means of the objective on the training batch, by name, such as `z_loss`.
@@ -56,7 +60,9 @@ class StepRecord(NamedTuple):
     more: Mapping[str, float] = {}
 
     def flat(self) -> dict[str, Metric]:
-        """The record under the names of the metrics file; what is `None` is left out, and what has never gone wrong."""
+        """The record under the names of the metrics file; what is `None` is left out, and what has
+        never gone wrong.
+        """
         names = {
             "train/loss": self.loss,
             "train/learning_rate": self.learning_rate,
@@ -76,7 +82,8 @@ class StepRecord(NamedTuple):
 
 
 class LineFile:
-    """A file that lines are appended to, at worst torn at its end; a failing disk is told of once and never raises.
+    """A file that lines are appended to, at worst torn at its end; a failing disk is told of once
+    and never raises.
 
     Args:
       path: the file; made with its directory; `None` to write nothing.
@@ -86,7 +93,11 @@ class LineFile:
     """
 
     def __init__(
-        self, path: Path | None, kind: str, warn: Callable[[str], None], prepare: Callable[[], None] = lambda: None
+        self,
+        path: Path | None,
+        kind: str,
+        warn: Callable[[str], None],
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._path, self._kind = path, kind
         self._warn = warn
@@ -109,14 +120,17 @@ class LineFile:
             return
         prepare()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a crash leaves at most one torn line, and a full disk is noticed at the line that did not fit.
+        # Unbuffered: a crash leaves at most one torn line, and a full disk is noticed at the line
+        #   that did not fit.
         self._file = self._path.open("ab", buffering=0)
         self._torn = _ends_torn(self._path)
 
     def _append(self, line: str) -> None:
         if self._file is None:
             return
-        data = (("\n" if self._torn else "") + line).encode()  # the line break ends the piece that a full disk left
+        data = (
+            ("\n" if self._torn else "") + line
+        ).encode()  # the line break ends the piece that a full disk left
         self._torn = True
         if self._file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -128,7 +142,10 @@ class LineFile:
             action()
         except OSError as error:
             if not self._warned:
-                self._warn(f"{self._path}: {self._kind} cannot be written ({error.strerror}); training goes on without")
+                self._warn(
+                    f"{self._path}: {self._kind} cannot be written ({error.strerror}); "
+                    "training goes on without"
+                )
             self._warned = True
 
 
@@ -137,21 +154,27 @@ class MetricsFile:
 
     Args:
       path: the file, such as `metrics.jsonl`; `None` to write nothing.
-      resume_step: lines of later steps, left by an interrupted run, are dropped, so that no step appears twice; 0 for a
-        new run drops all.
+      resume_step: lines of later steps, left by an interrupted run, are dropped, so that no step
+        appears twice; 0 for a new run drops all.
       warn: takes one line of text, once, when the file cannot be written.
     """
 
     def __init__(self, path: Path | None, resume_step: int, warn: Callable[[str], None]) -> None:
-        self._file = LineFile(path, "metrics", warn, lambda: None if path is None else drop_later(path, resume_step))
+        self._file = LineFile(
+            path, "metrics", warn, lambda: None if path is None else drop_later(path, resume_step)
+        )
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Appends one line at once; names are flat, such as `train/loss`, and a number that is not finite becomes null."""
+        """Appends one line at once; names are flat, such as `train/loss`, and a number that is not
+        finite becomes null.
+        """
         values = {name: _plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}))
 
     def event(self, step: int, event: str, **facts: str | float | int | None) -> None:
-        """Appends a line about something that happened, such as `{"step": 40, "event": "resumed"}`."""
+        """Appends a line about something that happened, such as `{"step": 40, "event":
+        "resumed"}`.
+        """
         self._file.write(json.dumps({"step": step, "event": event, **facts}))
 
     def close(self) -> None:
@@ -160,7 +183,9 @@ class MetricsFile:
 
 
 def drop_later(path: Path, step: int) -> None:
-    """Leaves out of a file the lines of later steps, which are done again, and those that are torn."""
+    """Leaves out of a file the lines of later steps, which are done again, and those that are
+    torn.
+    """
     if path.exists():
         _rewrite(path, [entry for entry in _entries(path) if entry["step"] <= step])
 
@@ -168,8 +193,8 @@ def drop_later(path: Path, step: int) -> None:
 def read_metrics(path: Path) -> list[dict]:
     """The numbers in a metrics file, one entry a step, oldest first.
 
-    The figures of an update and of the evaluation after it are two lines of one step. Events, and lines that a crash or a full
-    disk has torn, are left out.
+    The figures of an update and of the evaluation after it are two lines of one step. Events, and
+    lines that a crash or a full disk has torn, are left out.
     """
     steps: dict[int, dict] = {}
     for entry in _entries(path):
@@ -199,7 +224,9 @@ def _whole_lines(lines: IO[str]) -> Iterator[dict]:
 
 
 def _ends_torn(path: Path) -> bool:
-    """Whether the last line has no end: a program was killed, or the disk full, in the middle of it."""
+    """Whether the last line has no end: a program was killed, or the disk full, in the middle of
+    it.
+    """
     with path.open("rb") as file:
         if file.seek(0, os.SEEK_END) == 0:
             return False
@@ -224,9 +251,11 @@ def _plain(value: Metric) -> Metric:
 
 # --- trackers ---
 #
-# Where the numbers of a run go beside its metrics file: TensorBoard, Weights & Biases, trackio; each by an extra.
+# Where the numbers of a run go beside its metrics file: TensorBoard, Weights & Biases, trackio;
+#   each by an extra.
 #
-# Training never fails for their sake: what is missing is said before the run begins, what fails later is warned of once.
+# Training never fails for their sake: what is missing is said before the run begins, what fails
+#   later is warned of once.
 
 
 _PROJECT = "llama_jax"
@@ -264,13 +293,19 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files below `RUN/tensorboard`, by tensorboardX: no TensorFlow, no PyTorch. On resume, later points are purged."""
+    """Event files below `RUN/tensorboard`, by tensorboardX: no TensorFlow, no PyTorch. On resume,
+    later points are purged.
+    """
 
     def __init__(self, run: Tracked) -> None:
         package = imported("tensorboardX", "tensorboard")
-        # Files are named by the second; the step keeps that of a quick resume from replacing the one before.
-        self._writer = package.SummaryWriter(str(run.directory / "tensorboard"), filename_suffix=f".{run.step}",
-                                             purge_step=run.step + 1 if run.step else None)  # fmt: skip
+        # Files are named by the second; the step keeps that of a quick resume from replacing the
+        # one before.
+        self._writer = package.SummaryWriter(
+            str(run.directory / "tensorboard"),
+            filename_suffix=f".{run.step}",
+            purge_step=run.step + 1 if run.step else None,
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes and flushes a point a number, so that a crash takes nothing along."""
@@ -284,14 +319,24 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project `llama_jax` at Weights & Biases; its own environment variables (`WANDB_MODE=offline`) hold."""
+    """A run of the project `llama_jax` at Weights & Biases; its own environment variables
+    (`WANDB_MODE=offline`) hold.
+    """
 
     def __init__(self, run: Tracked) -> None:
         package = imported("wandb", "wandb")
         quiet = package.Settings(silent=True, console="off")  # the terminal is the display's
-        self._run = package.init(project=_PROJECT, name=run.directory.name, id=run.identity, resume="allow",
-                                 config=dict(run.config), dir=str(run.directory), settings=quiet)  # fmt: skip
-        # A step of our own: W&B's only ever grows, and steps done again after a crash would be thrown away.
+        self._run = package.init(
+            project=_PROJECT,
+            name=run.directory.name,
+            id=run.identity,
+            resume="allow",
+            config=dict(run.config),
+            dir=str(run.directory),
+            settings=quiet,
+        )
+        # A step of our own: W&B's only ever grows, and steps done again after a crash would be
+        #   thrown away.
         self._run.define_metric("*", step_metric=_STEP)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -310,7 +355,9 @@ class Trackio:
         package = imported("trackio", "trackio")
         name = f"{run.directory.name}-{run.identity}"
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run = package.init(project=_PROJECT, name=name, resume="allow", config=dict(run.config), embed=False)
+            self._run = package.init(
+                project=_PROJECT, name=name, resume="allow", config=dict(run.config), embed=False
+            )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Puts the numbers into the data base."""
@@ -374,7 +421,9 @@ def require_trackers(names: Sequence[str]) -> None:
         imported(TRACKERS[name][0], name)
 
 
-def open_trackers(names: Sequence[str], directory: Path, config: Mapping[str, object], step: int, warn: Warn) -> Trackers:
+def open_trackers(
+    names: Sequence[str], directory: Path, config: Mapping[str, object], step: int, warn: Warn
+) -> Trackers:
     """The trackers of a run, by name; one that cannot be started is warned of and left out.
 
     Args:
@@ -393,13 +442,17 @@ def open_trackers(names: Sequence[str], directory: Path, config: Mapping[str, ob
     for name in names:
         try:
             opened[name] = TRACKERS[name][1](run)
-        except Exception as error:  # no network, no account, no room: whatever a foreign library raises
+        except (
+            Exception
+        ) as error:  # no network, no account, no room: whatever a foreign library raises
             warn(failure(name, error))
     return Trackers(opened, warn)
 
 
 def run_identity(directory: Path, step: int) -> str:
-    """The identity of a run, kept in its directory: a resumed run goes on with its curve, a fresh one gets a new identity."""
+    """The identity of a run, kept in its directory: a resumed run goes on with its curve, a fresh
+    one gets a new identity.
+    """
     path = directory / _ID_FILE
     with contextlib.suppress(OSError):
         if step and path.exists():

@@ -1,4 +1,6 @@
-"""What a run does about steps that go wrong again and again: it goes back and leaves out their data, or gives up."""
+"""What a run does about steps that go wrong again and again: it goes back and leaves out their
+data, or gives up.
+"""
 
 import contextlib
 import dataclasses
@@ -18,7 +20,15 @@ from llama_jax.data.packing import Batch
 from llama_jax.errors import CorruptError, DivergedError
 from llama_jax.storage import atomic_write
 from llama_jax.training.config_sections import GuardConfig
-from llama_jax.training.step import RING, WINDOW, Guard, Recipe, StepMetrics, TrainState, summed_gradients
+from llama_jax.training.step import (
+    RING,
+    WINDOW,
+    Guard,
+    Recipe,
+    StepMetrics,
+    TrainState,
+    summed_gradients,
+)
 from llama_jax.weights.checkpoint import Checkpoints
 from llama_jax.weights.integrity import by_path
 
@@ -57,13 +67,16 @@ class Trouble(NamedTuple):
 
 
 class Watch:
-    """Counts skipped steps over the figures of all steps, in their order; a restart changes nothing in what it finds.
+    """Counts skipped steps over the figures of all steps, in their order; a restart changes nothing
+    in what it finds.
 
     Args:
-      patience: skipped steps in a row that are too many; so are as many as that and at least 5 % of the last 200.
+      patience: skipped steps in a row that are too many; so are as many as that and at least 5 % of
+        the last 200.
       guard: of the state to go on with, on the host.
       step: updates that this state has.
-      since: skipped steps before this one count no more: the run has been sent back for them already.
+      since: skipped steps before this one count no more: the run has been sent back for them
+        already.
       say: takes one line of text.
 
     Attributes:
@@ -71,13 +84,20 @@ class Watch:
       streak: of these, the latest in a row.
     """
 
-    def __init__(self, patience: int, guard: Guard, step: int, since: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, patience: int, guard: Guard, step: int, since: int, say: Callable[[str], None]
+    ) -> None:
         self._patience, self._say = patience, say
         self.skipped, self.streak = int(guard.skipped), min(int(guard.streak), max(0, step - since))
-        self._recent = [Skipped(k) for k in range(max(step - WINDOW, since, 0), step) if guard.recent[k % WINDOW]]
+        self._recent = [
+            Skipped(k)
+            for k in range(max(step - WINDOW, since, 0), step)
+            if guard.recent[k % WINDOW]
+        ]
 
     def add(self, step: int, figures: Sequence[StepMetrics]) -> Trouble | None:
-        """Takes the figures of the latest steps, on the host; looks no further than to the first trouble.
+        """Takes the figures of the latest steps, on the host; looks no further than to the first
+        trouble.
 
         Args:
           step: updates done.
@@ -101,9 +121,13 @@ class Watch:
         self.skipped, self.streak = self.skipped + 1, self.streak + 1
         self._recent = [one for one in self._recent if one.step > skipped.step - WINDOW] + [skipped]
         if self.streak >= self._patience:
-            return Trouble(f"{self.streak} steps in a row were skipped", tuple(self._recent[-self.streak :]))
+            return Trouble(
+                f"{self.streak} steps in a row were skipped", tuple(self._recent[-self.streak :])
+            )
         if len(self._recent) >= max(self._patience, _MANY):
-            return Trouble(f"{len(self._recent)} of the last {WINDOW} steps were skipped", tuple(self._recent))
+            return Trouble(
+                f"{len(self._recent)} of the last {WINDOW} steps were skipped", tuple(self._recent)
+            )
         return None
 
 
@@ -118,19 +142,28 @@ def in_words(pairs: Pairs, shift: int = 0) -> str:
 
 
 def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
-    """What is said of skipped steps: a line for each that stands alone, one for those in a row. Steps count from 1 here."""
+    """What is said of skipped steps: a line for each that stands alone, one for those in a row.
+    Steps count from 1 here.
+    """
     lines = []
     by_step = {one.step: one for one in skipped}
     for first, last in ranges(list(by_step)):
         which = f"step {last + 1}" if first == last else f"steps {first + 1} to {last + 1}"
-        lines.append(f"warning: {which} skipped ({figures_in_words(by_step[last])}); nothing was learned there")
+        lines.append(
+            f"warning: {which} skipped ({figures_in_words(by_step[last])}); nothing was "
+            "learned there"
+        )
     return lines
 
 
 def figures_in_words(skipped: Skipped) -> str:
     """Loss and gradient norm in words."""
     known = skipped.loss is not None and skipped.norm is not None
-    return f"loss {skipped.loss:.4g}, gradient norm {skipped.norm:.4g}" if known else "before the restart"
+    return (
+        f"loss {skipped.loss:.4g}, gradient norm {skipped.norm:.4g}"
+        if known
+        else "before the restart"
+    )
 
 
 # --- postmortem ---
@@ -159,7 +192,9 @@ class ArrayFigures(NamedTuple):
     gradient_not_finite: int
 
 
-def array_figures(recipe: Recipe, state: TrainState, batch: Batch, frozen: Sequence[Parameters]) -> list[ArrayFigures]:
+def array_figures(
+    recipe: Recipe, state: TrainState, batch: Batch, frozen: Sequence[Parameters]
+) -> list[ArrayFigures]:
     """Every parameter and its gradient at a batch, layer by layer; compiles a program for it.
 
     Args:
@@ -174,7 +209,9 @@ def array_figures(recipe: Recipe, state: TrainState, batch: Batch, frozen: Seque
         gradient = summed_gradients(recipe, state, batch, *frozen)[1]
         targets = jnp.maximum(recipe.objective.targets(batch), 1)
         trees = state.params, jax.tree.map(lambda g: g / targets, gradient)
-        params, gradients = ({path: _measure(path, leaf) for path, leaf in by_path(tree).items()} for tree in trees)
+        params, gradients = (
+            {path: _measure(path, leaf) for path, leaf in by_path(tree).items()} for tree in trees
+        )
         return params, gradients
 
     params, gradients = jax.device_get(jax.jit(measured)(state, batch, *frozen))
@@ -200,14 +237,20 @@ def _measure(path: str, leaf: Array) -> Float[Array, "layers 2"]:
 
 
 def usual(guard: Guard) -> dict[str, dict[str, float | int]]:
-    """Mean and standard deviation of the latest good losses and gradient norms; the guard is on the host."""
+    """Mean and standard deviation of the latest good losses and gradient norms; the guard is on the
+    host.
+    """
     filled = min(int(guard.good), RING)
     rings = {"loss": guard.losses[:filled], "gradient_norm": guard.norms[:filled]} if filled else {}
-    return {name: {"mean": float(np.mean(ring)), "deviation": float(np.std(ring)), "steps": filled}
-            for name, ring in rings.items()}  # fmt: skip
+    return {
+        name: {"mean": float(np.mean(ring)), "deviation": float(np.std(ring)), "steps": filled}
+        for name, ring in rings.items()
+    }
 
 
-def write_postmortem(directory: Path, report: Mapping[str, object], arrays: Sequence[ArrayFigures] = ()) -> Path:
+def write_postmortem(
+    directory: Path, report: Mapping[str, object], arrays: Sequence[ArrayFigures] = ()
+) -> Path:
     """Writes `report.json` and `arrays.tsv`; of several processes the first does.
 
     Args:
@@ -222,12 +265,30 @@ def write_postmortem(directory: Path, report: Mapping[str, object], arrays: Sequ
     if jax.process_index():
         return folder
     folder.mkdir(exist_ok=True)
-    broken = next((sequence.path for sequence in arrays if sequence.not_finite or sequence.gradient_not_finite), None)
+    broken = next(
+        (
+            sequence.path
+            for sequence in arrays
+            if sequence.not_finite or sequence.gradient_not_finite
+        ),
+        None,
+    )
     with atomic_write(folder / "report.json") as file:
-        file.write((json.dumps(_plain({**report, "first_array_not_finite": broken}), indent=1) + "\n").encode())
+        file.write(
+            (
+                json.dumps(_plain({**report, "first_array_not_finite": broken}), indent=1) + "\n"
+            ).encode()
+        )
     with atomic_write(folder / "arrays.tsv") as file:
         for sequence in (ArrayFigures._fields, *arrays):
-            file.write(("\t".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in sequence) + "\n").encode())
+            file.write(
+                (
+                    "\t".join(
+                        f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in sequence
+                    )
+                    + "\n"
+                ).encode()
+            )
     return folder
 
 
@@ -242,10 +303,12 @@ def _plain(value: object) -> object:
 
 # --- rewind ---
 #
-# Going back: to a checkpoint from before too many steps were skipped, and on without the data that they had read.
+# Going back: to a checkpoint from before too many steps were skipped, and on without the data that
+#   they had read.
 #
-# What was gone back from is kept in `RUN/rewinds.json`. It is written before anything is removed, and checkpoints say how many
-# times the run had gone back when they were made, so a run that is killed in the middle goes on where it was sent.
+# What was gone back from is kept in `RUN/rewinds.json`. It is written before anything is removed,
+# and checkpoints say how many times the run had gone back when they were made, so a run that is
+# killed in the middle goes on where it was sent.
 
 
 RUN_REWINDS = "rewinds.json"  # in the directory of a run
@@ -309,7 +372,11 @@ class Rewinds:
         Args:
           saved: the metadata of checkpoints, by step.
         """
-        return [step for step, metadata in saved.items() if self._left(step, metadata.get(MADE_AFTER, 0))]
+        return [
+            step
+            for step, metadata in saved.items()
+            if self._left(step, metadata.get(MADE_AFTER, 0))
+        ]
 
     def _left(self, step: int, made_after: int) -> bool:
         """Whether that is so for a checkpoint that was made after so many times."""
@@ -321,9 +388,14 @@ def _read(path: Path) -> tuple[Rewind, ...]:
         return ()
     try:
         entries = json.loads(path.read_bytes())
-        return tuple(Rewind(int(one["to"]), str(one["reason"]), _pairs(one["steps"]), _pairs(one["data"])) for one in entries)
+        return tuple(
+            Rewind(int(one["to"]), str(one["reason"]), _pairs(one["steps"]), _pairs(one["data"]))
+            for one in entries
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{path}: not what a run writes there ({error!r}); bring back a copy, or start anew") from None
+        raise CorruptError(
+            f"{path}: not what a run writes there ({error!r}); bring back a copy, or start anew"
+        ) from None
 
 
 def _pairs(values: Sequence[Sequence[int]]) -> Pairs:
@@ -333,8 +405,8 @@ def _pairs(values: Sequence[Sequence[int]]) -> Pairs:
 def plan_rewind(trouble: Trouble, saved: Sequence[int], data_step: Callable[[int], int]) -> Rewind:
     """Where to go back to, and what to leave out.
 
-    The newest checkpoint from before all steps of the trouble; where none is left, from before the last of them; where there is
-    none at all, the beginning.
+    The newest checkpoint from before all steps of the trouble; where none is left, from before the
+    last of them; where there is none at all, the beginning.
 
     Args:
       trouble: skipped steps.
@@ -342,10 +414,14 @@ def plan_rewind(trouble: Trouble, saved: Sequence[int], data_step: Callable[[int
       data_step: which data a step has read.
     """
     numbers = [one.step for one in trouble.steps]
-    before = [step for step in saved if step <= numbers[0]] or [step for step in saved if step <= numbers[-1]]
+    before = [step for step in saved if step <= numbers[0]] or [
+        step for step in saved if step <= numbers[-1]
+    ]
     to = max(before) if saved else 0
     wrong = [number for number in numbers if number >= to]
-    return Rewind(to, trouble.reason, ranges(wrong), ranges([data_step(number) for number in wrong]))
+    return Rewind(
+        to, trouble.reason, ranges(wrong), ranges([data_step(number) for number in wrong])
+    )
 
 
 def let_go(state: PyTree) -> None:
@@ -358,12 +434,20 @@ def let_go(state: PyTree) -> None:
 
 
 class Recovery:
-    """The watch over a run, and its ways back. `begin` comes before everything else, again after `go_back`."""
+    """The watch over a run, and its ways back. `begin` comes before everything else, again after
+    `go_back`.
+    """
 
     def __init__(
-        self, config: GuardConfig, skip: Pairs, directory: Path, checkpoints: Checkpoints, say: Callable[[str], None]
+        self,
+        config: GuardConfig,
+        skip: Pairs,
+        directory: Path,
+        checkpoints: Checkpoints,
+        say: Callable[[str], None],
     ) -> None:
-        """Takes up what the run has gone back from before, and ends what a crash has interrupted in it.
+        """Takes up what the run has gone back from before, and ends what a crash has interrupted in
+        it.
 
         Args:
           config: what is too much.
@@ -380,7 +464,9 @@ class Recovery:
         self._watch: Watch
         saved = {}
         for step in checkpoints.steps():
-            with contextlib.suppress(CorruptError):  # a damaged one is for whoever restores to tell of
+            with contextlib.suppress(
+                CorruptError
+            ):  # a damaged one is for whoever restores to tell of
                 saved[step] = checkpoints.metadata(step)
         checkpoints.discard(self._rewinds.left_behind(saved))
 
@@ -418,7 +504,8 @@ class Recovery:
         return self._watch.add(step, figures)
 
     def plan(self, trouble: Trouble, steps: Steps) -> Rewind | None:
-        """The way back from a trouble; `None` where the run has gone it often enough. A save under way is to be waited for.
+        """The way back from a trouble; `None` where the run has gone it often enough. A save under
+        way is to be waited for.
 
         Args:
           trouble: of `look`.
@@ -428,15 +515,21 @@ class Recovery:
         return None if self._rewinds.times(rewind.to) >= self._config.rewinds else rewind
 
     def go_back(self, rewind: Rewind) -> None:
-        """Makes a way back lasting, whatever happens next; then the newest checkpoint is where to go on."""
+        """Makes a way back lasting, whatever happens next; then the newest checkpoint is where to
+        go on.
+        """
         self._rewinds.add(rewind)
         self._checkpoints.discard([step for step in self._checkpoints.steps() if step > rewind.to])
         self._say(
-            f"warning: {rewind.reason}: going back to step {rewind.to} ({self._rewinds.times(rewind.to)} of "
-            f"{self._config.rewinds} times), and on without the data of steps {in_words(rewind.steps, 1)}"
+            f"warning: {rewind.reason}: going back to step {rewind.to} "
+            f"({self._rewinds.times(rewind.to)} of "
+            f"{self._config.rewinds} times), and on without the data of steps "
+            f"{in_words(rewind.steps, 1)}"
         )
 
-    def give_up(self, trouble: Trouble, steps: Steps, state: TrainState, arrays: Sequence[ArrayFigures]) -> DivergedError:
+    def give_up(
+        self, trouble: Trouble, steps: Steps, state: TrainState, arrays: Sequence[ArrayFigures]
+    ) -> DivergedError:
         """Writes the report on a run that cannot go on; the error to end it with.
 
         Args:
@@ -445,14 +538,26 @@ class Recovery:
           state: of the run.
           arrays: its parameters and their gradients.
         """
-        skipped = [{"step": one.step + 1, "data_step": steps.data_step(one.step), "loss": one.loss, "gradient_norm": one.norm}
-                   for one in trouble.steps]  # fmt: skip
+        skipped = [
+            {
+                "step": one.step + 1,
+                "data_step": steps.data_step(one.step),
+                "loss": one.loss,
+                "gradient_norm": one.norm,
+            }
+            for one in trouble.steps
+        ]
         report = {
-            "step": int(state.step), "reason": trouble.reason, "skipped": skipped, "usual": usual(jax.device_get(state.guard)),
-            "rewinds": [rewind._asdict() for rewind in self._rewinds.done], "skip_steps": steps.skip,
-        }  # fmt: skip
+            "step": int(state.step),
+            "reason": trouble.reason,
+            "skipped": skipped,
+            "usual": usual(jax.device_get(state.guard)),
+            "rewinds": [rewind._asdict() for rewind in self._rewinds.done],
+            "skip_steps": steps.skip,
+        }
         folder, last = write_postmortem(self._directory, report, arrays), trouble.steps[-1]
         return DivergedError(
-            f"step {last.step + 1}: {trouble.reason} ({figures_in_words(last)}) after the run went back {self.count} times; "
+            f"step {last.step + 1}: {trouble.reason} ({figures_in_words(last)}) after "
+            f"the run went back {self.count} times; "
             f"{folder} says more; lower optimizer.learning_rate, or raise guard.rewinds"
         )

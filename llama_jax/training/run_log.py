@@ -1,4 +1,6 @@
-"""Everything that a run writes down about itself while it trains: metrics, the time split, goodput, signs of life."""
+"""Everything that a run writes down about itself while it trains: metrics, the time split, goodput,
+signs of life.
+"""
 
 import contextlib
 import dataclasses
@@ -27,13 +29,15 @@ from llama_jax.training.watchdog import RUN_HEARTBEAT, Heartbeat, Watchdog, hang
 class StepLog:
     """Figures of the updates since the last record, left on the device until a record is made.
 
-    The time of an update is what the ledger does not give to evaluation and to the compilation in the first update: data and
+    The time of an update is what the ledger does not give to evaluation and to the compilation in
+      the first update: data and
     saving count, as they do for whoever waits for the run.
 
     Args:
       config: of the run.
       tokens_before: counts the tokens of the steps before a step.
-      device_kinds: `device_kind` of each device that trains, for MFU; none is told where its peak is not known.
+      device_kinds: `device_kind` of each device that trains, for MFU; none is told where its peak
+        is not known.
       clock: the ledger that the loop books its parts in: `with clock("data"):`.
       goodput: of the run, over restarts; none is told where `None`.
     """
@@ -89,7 +93,9 @@ class StepLog:
         return figures
 
     def go_back(self, step: int, to: int) -> None:
-        """Forgets the updates since the last record, `step` in all, and books their time as lost: `to` are kept."""
+        """Forgets the updates since the last record, `step` in all, and books their time as lost:
+        `to` are kept.
+        """
         if self._goodput is not None:
             self._goodput.add(step, self._clock.take())
             self._goodput.go_back(to)
@@ -97,9 +103,11 @@ class StepLog:
         self.start_clock()
 
     def record(self, step: int) -> StepRecord:
-        """The mean loss of the good updates since the last record, the latest of everything else, and the speed.
+        """The mean loss of the good updates since the last record, the latest of everything else,
+        and the speed.
 
-        A record of the first update alone has no better time to show than one with the compilation in it.
+        A record of the first update alone has no better time to show than one with the compilation
+        in it.
         """
         self.fetch()
         figures = self._fetched
@@ -120,7 +128,9 @@ class StepLog:
             tokens=tokens,
             tokens_per_second=tokens_per_step / seconds,
             step_seconds=seconds,
-            mfu=None if self._peak is None else self._flops_per_token * tokens_per_step / seconds / self._peak,
+            mfu=None
+            if self._peak is None
+            else self._flops_per_token * tokens_per_step / seconds / self._peak,
             time=parts,
             goodput=None if self._goodput is None else self._goodput.add(step, parts),
             more={name: float(value) for name, value in last.more.items()},
@@ -148,22 +158,35 @@ def mfu_line(config: TrainConfig, device_kinds: Sequence[str]) -> str:
         return f"n/a: the peak of {', '.join(sorted(set(device_kinds)))} is not known"
     each, rank = flops_per_token(config), config.adapter.rank
     more = 2 if config.preference.beta else 0  # the model without adapters, forward
-    products = f"{4 + more} matmul parameters + 6 of the adapters" if rank else "6 matmul parameters"
-    formula = f"{products} + {6 + more} layers heads head_dim length FLOPs a token (causal), no recomputation"
-    return f"{formula}: {each:.3g}; peak {peak / len(device_kinds) / 1e12:g} TFLOP/s a device, dense bfloat16"
+    products = (
+        f"{4 + more} matmul parameters + 6 of the adapters" if rank else "6 matmul parameters"
+    )
+    formula = (
+        f"{products} + {6 + more} layers heads head_dim length FLOPs a token (causal), no "
+        "recomputation"
+    )
+    return (
+        f"{formula}: {each:.3g}; peak {peak / len(device_kinds) / 1e12:g} TFLOP/s a device, "
+        "dense bfloat16"
+    )
 
 
 def flops_per_token(config: TrainConfig) -> int:
     """FLOPs of a run for one token, as plans count them."""
     adapter = config.adapter
     return training_flops_per_token(
-        config.model, config.data.length, adapter.rank, adapter.targets, reference=config.preference.beta > 0
+        config.model,
+        config.data.length,
+        adapter.rank,
+        adapter.targets,
+        reference=config.preference.beta > 0,
     )
 
 
 # --- profile ---
 #
-# A trace of some updates: what host and devices do in them, for whoever looks for time that is lost.
+# A trace of some updates: what host and devices do in them, for whoever looks for time that is
+#   lost.
 
 
 RUN_PROFILE = "profile"  # in the directory of a run
@@ -187,7 +210,8 @@ class Trace:
         self._traced: list[int] = []
 
     def run(self, step: int, program: Callable[..., Result], *args: Any) -> Result:
-        """What a program gives; traced if the step is wanted, and with the last of them the trace is written.
+        """What a program gives; traced if the step is wanted, and with the last of them the trace
+        is written.
 
         Args:
           step: number of the update that it does, from 1.
@@ -207,7 +231,9 @@ class Trace:
         return result
 
     def close(self) -> None:
-        """Writes a trace that is still under way, where the run ends before the last step that is wanted."""
+        """Writes a trace that is still under way, where the run ends before the last step that is
+        wanted.
+        """
         if self._traced and self._wanted:
             self._attempt(self._stop)
         self._wanted = range(0)
@@ -215,14 +241,24 @@ class Trace:
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # the frames of Python would be most of the trace
-        alone = jax.process_count() == 1  # the file for Perfetto is not made where several hosts write into one folder
-        jax.profiler.start_trace(self._directory, create_perfetto_trace=alone, profiler_options=options)
+        alone = (
+            jax.process_count() == 1
+        )  # the file for Perfetto is not made where several hosts write into one folder
+        jax.profiler.start_trace(
+            self._directory, create_perfetto_trace=alone, profiler_options=options
+        )
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
-        files = sorted(self._directory.glob(f"plugins/profile/*/{_PERFETTO}"), key=lambda path: path.stat().st_mtime_ns)
+        files = sorted(
+            self._directory.glob(f"plugins/profile/*/{_PERFETTO}"),
+            key=lambda path: path.stat().st_mtime_ns,
+        )
         opened = f"open {files[-1]} at https://ui.perfetto.dev, or " if files else ""
-        self._say(f"trace     steps {self._traced[0]} to {self._traced[-1]}: {opened}xprof --logdir {self._directory}")
+        self._say(
+            f"trace     steps {self._traced[0]} to {self._traced[-1]}: {opened}xprof "
+            f"--logdir {self._directory}"
+        )
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Does something with the profiler; after a failure nothing more is traced."""
@@ -230,7 +266,10 @@ class Trace:
             action()
         except Exception as error:  # whatever the profilers of the platforms raise
             self._wanted = range(0)
-            self._say(f"warning: run.profile: no trace ({type(error).__name__}: {' '.join(str(error).split()):.160})")
+            self._say(
+                f"warning: run.profile: no trace ({type(error).__name__}: "
+                f"{' '.join(str(error).split()):.160})"
+            )
 
 
 # --- books ---
@@ -247,9 +286,14 @@ class RunLog:
     """
 
     def __init__(
-        self, config: TrainConfig, tokens_before: Callable[[int], int], device_kinds: Sequence[str], step: int,
-        warn: Callable[[str], None], writing: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        config: TrainConfig,
+        tokens_before: Callable[[int], int],
+        device_kinds: Sequence[str],
+        step: int,
+        warn: Callable[[str], None],
+        writing: bool = True,
+    ) -> None:
         """Opens them.
 
         Args:
@@ -290,7 +334,9 @@ class RunLog:
         self._metrics.event(step, event, **facts)
 
     def go_back(self, step: int, to: int, rewind: Rewind) -> None:
-        """Forgets updates that the run, at `step`, has gone back from; the metrics after `to` are dropped, as at a restart."""
+        """Forgets updates that the run, at `step`, has gone back from; the metrics after `to` are
+        dropped, as at a restart.
+        """
         self.log.go_back(step, to)
         self._metrics.close()
         self._metrics = MetricsFile(self._path, to, self._warn)

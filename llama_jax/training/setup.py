@@ -41,16 +41,19 @@ from llama_jax.weights.run import RUN_CHECKPOINTS
 
 # --- adapters ---
 #
-# Fine-tuning by adapters: from a recipe for whole training to one for the adapters of a frozen model.
+# Fine-tuning by adapters: from a recipe for whole training to one for the adapters of a frozen
+# model.
 
 
 _BITS = {"int8": 8, "int4": 4}
 
 
 def adapter_recipe(recipe: Recipe, config: TrainConfig) -> Recipe:
-    """The recipe with adapters trained instead of the model, by `config.adapter` and `config.preference`.
+    """The recipe with adapters trained instead of the model, by `config.adapter` and
+    `config.preference`.
 
-    What is trained is a tree of adapters, in the form of the model; what is frozen comes from `frozen_parameters`.
+    What is trained is a tree of adapters, in the form of the model; what is frozen comes from
+    `frozen_parameters`.
 
     Args:
       recipe: of whole training.
@@ -65,14 +68,21 @@ def adapter_recipe(recipe: Recipe, config: TrainConfig) -> Recipe:
 
     def parameters(adapters: Parameters, frozen: Parameters, draw: Draw | None) -> Parameters:
         """The frozen model with its adapters; with dropout in training."""
-        return combine(frozen, adapters, adapter.alpha / adapter.rank, dropout_at(adapter, config.run.seed, draw))
+        return combine(
+            frozen,
+            adapters,
+            adapter.alpha / adapter.rank,
+            dropout_at(adapter, config.run.seed, draw),
+        )
 
     objective = preference_objective(beta) if beta > 0 else NEXT_TOKEN_FROZEN_HEAD
     return recipe._replace(objective=objective, init=init, parameters=parameters)
 
 
 def dropout_at(config: AdapterConfig, seed: int, draw: Draw | None) -> Dropout | None:
-    """The dropout of one forward pass: a function of seed, update and micro-batch; none outside of training."""
+    """The dropout of one forward pass: a function of seed, update and micro-batch; none outside of
+    training.
+    """
     if draw is None or config.dropout == 0:
         return None
     key = jax.random.key(seed)
@@ -82,8 +92,12 @@ def dropout_at(config: AdapterConfig, seed: int, draw: Draw | None) -> Dropout |
 
 
 def base_dtype(config: AdapterConfig, model: Llama) -> str:
-    """The float type in which a base is to be loaded: the one it will have, bfloat16 where it is made narrower still."""
-    return {"auto": model.options.dtype, "int8": "bfloat16", "int4": "bfloat16"}.get(config.base, config.base)
+    """The float type in which a base is to be loaded: the one it will have, bfloat16 where it is
+    made narrower still.
+    """
+    return {"auto": model.options.dtype, "int8": "bfloat16", "int4": "bfloat16"}.get(
+        config.base, config.base
+    )
 
 
 def held(params: Parameters, config: AdapterConfig, model: Llama) -> Parameters:
@@ -93,11 +107,14 @@ def held(params: Parameters, config: AdapterConfig, model: Llama) -> Parameters:
     return quantize(params, bits) if bits else params
 
 
-def frozen_parameters(params: Parameters, config: AdapterConfig, model: Llama, mesh: Mesh) -> Parameters:
+def frozen_parameters(
+    params: Parameters, config: AdapterConfig, model: Llama, mesh: Mesh
+) -> Parameters:
     """The base as it is held in training, on its shards.
 
     Args:
-      params: of the base, in the form of the model; no longer needed afterwards where they are made narrower.
+      params: of the base, in the form of the model; no longer needed afterwards where they are made
+        narrower.
       config: `base` says how the weights are held.
       model: the module that will run them.
       mesh: the devices.
@@ -108,7 +125,8 @@ def frozen_parameters(params: Parameters, config: AdapterConfig, model: Llama, m
 
 # --- identity ---
 #
-# What a run is, as its checkpoints say it: going on with another model, tokenizer or data order is refused.
+# What a run is, as its checkpoints say it: going on with another model, tokenizer or data order is
+#   refused.
 
 
 # Keys in the metadata of checkpoints that stand for what a config only names the place of.
@@ -120,13 +138,21 @@ WEIGHTS = "weights (hash)"  # in that report, under adapters: see `require_same_
 
 
 def describe_run(config: TrainConfig, split: Split | None) -> dict:
-    """What a checkpoint says of its run, but for a tokenizer yet to be trained: resuming with another of these is refused."""
+    """What a checkpoint says of its run, but for a tokenizer yet to be trained: resuming with
+    another of these is refused.
+    """
     data = config.data
-    values: dict[str, object] = {} if split is None else {
-        "held_out_fraction": data.held_out_fraction,  # before the text, whose hash follows it: the first difference is told
-        TEXT: split.train.sha256[:16],
-    }  # fmt: skip
-    # Data that are to be left out (`skip_steps`) may change: that is how a run gets past what it stumbled over.
+    values: dict[str, object] = (
+        {}
+        if split is None
+        else {
+            # before the text, whose hash follows it: the first difference is told
+            "held_out_fraction": data.held_out_fraction,
+            TEXT: split.train.sha256[:16],
+        }
+    )
+    # Data that are to be left out (`skip_steps`) may change: that is how a run gets past what it
+    # stumbled over.
     values |= {
         "length": data.length,
         "batch_size": data.batch_size,
@@ -134,14 +160,26 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
         **packing_identity(data),
         "batch_ramp": [list(stage) for stage in data.batch_ramp],
     }
-    if len(data.sources) > 1 and any(share % BLOCK for share in round_shares([source.weight for source in data.sources])):
-        values["mixture"] = "exact to 1e-6"  # earlier versions had rounded shares, and so another order
+    if len(data.sources) > 1 and any(
+        share % BLOCK for share in round_shares([source.weight for source in data.sources])
+    ):
+        values["mixture"] = (
+            "exact to 1e-6"  # earlier versions had rounded shares, and so another order
+        )
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
     preference = dataclasses.asdict(config.preference)
-    optimizer = {"name": config.optimizer.name, "moments_dtype": config.optimizer.moments_dtype}  # what its state is
+    optimizer = {
+        "name": config.optimizer.name,
+        "moments_dtype": config.optimizer.moments_dtype,
+    }  # what its state is
     if config.optimizer.param_dtype != "float32":
         optimizer |= {"param_dtype": config.optimizer.param_dtype}
-    trained = {"model": dataclasses.asdict(config.model), "adapter": adapter, "preference": preference, "optimizer": optimizer}
+    trained = {
+        "model": dataclasses.asdict(config.model),
+        "adapter": adapter,
+        "preference": preference,
+        "optimizer": optimizer,
+    }
     if split is None:
         return {**trained, "data": values | {SOURCES: sources_identity(data)}}
     if data.tokenizer is None:
@@ -166,19 +204,23 @@ def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:
     for key in [*now, *before]:
         if before.get(key) != now.get(key):
             raise InputError(
-                f"{directory} holds a run with {key} {before.get(key)!r}, {now.get(key)!r} was asked for; "
+                f"{directory} holds a run with {key} {before.get(key)!r}, "
+                f"{now.get(key)!r} was asked for; "
                 "take another --run.dir, or --run.overwrite true to start anew"
             )
 
 
 def require_same_base(saved: dict | None, made_from: dict | None, directory: Path) -> None:
-    """Refuses to go on with adapters over another model than the one that they were trained over so far.
+    """Refuses to go on with adapters over another model than the one that they were trained over so
+    far.
 
-    The model may have moved: its weights are compared. Checkpoints of earlier versions name only its place.
+    The model may have moved: its weights are compared. Checkpoints of earlier versions name only
+      its place.
 
     Args:
       saved: metadata of the checkpoint, if there is one.
-      made_from: the report of the model that was asked for, with `WEIGHTS` under adapters; `None` without `run.init`.
+      made_from: the report of the model that was asked for, with `WEIGHTS` under adapters; `None`
+        without `run.init`.
       directory: of the run.
 
     Raises:
@@ -190,7 +232,8 @@ def require_same_base(saved: dict | None, made_from: dict | None, directory: Pat
     key = WEIGHTS if WEIGHTS in before else "path"
     if before.get(key) != made_from[key]:
         raise InputError(
-            f"{directory} holds adapters over {_named(before)}, but run.init is {_named(made_from)}: adapters fit only the "
+            f"{directory} holds adapters over {_named(before)}, but run.init is "
+            f"{_named(made_from)}: adapters fit only the "
             "model that they were trained over; give that as --run.init, or take another --run.dir"
         )
 
@@ -203,18 +246,27 @@ def _named(made_from: dict) -> str:
 def _leaves(values: dict, prefix: str = "") -> dict:
     flat: dict = {}
     for key, value in values.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            _leaves(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
 def require_same_model(config: TrainConfig) -> None:
-    """Refuses a config with another model than the checkpoints of its directory, without looking at the text.
+    """Refuses a config with another model than the checkpoints of its directory, without looking at
+    the text.
 
     Raises:
       InputError: naming the first difference.
     """
     directory = Path(config.run.dir)
-    require_same_run(read_metadata(directory / RUN_CHECKPOINTS), {"model": dataclasses.asdict(config.model)}, directory)
+    require_same_run(
+        read_metadata(directory / RUN_CHECKPOINTS),
+        {"model": dataclasses.asdict(config.model)},
+        directory,
+    )
 
 
 def fingerprint(state: TrainState) -> str:
@@ -228,7 +280,9 @@ def fingerprint(state: TrainState) -> str:
 # --- setup ---
 
 
-RUN_TEXT = "tokenizer"  # in a run's directory: the tokenizer files of the model that the run began with
+RUN_TEXT = (
+    "tokenizer"  # in a run's directory: the tokenizer files of the model that the run began with
+)
 
 
 def make_directory(directory: Path) -> None:
@@ -240,7 +294,9 @@ def make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"run.dir: {directory} cannot be made ({error.strerror}); name a writable directory") from None
+        raise InputError(
+            f"run.dir: {directory} cannot be made ({error.strerror}); name a writable directory"
+        ) from None
     if not os.access(directory, os.W_OK):
         raise InputError(f"run.dir: {directory} cannot be written; name a writable directory")
 
@@ -255,7 +311,10 @@ def require_vocabulary(config: TrainConfig) -> None:
         return
     vocabulary = load_tokenizer(Path(config.data.tokenizer)).vocab_size
     if vocabulary > config.model.vocab_size:
-        raise InputError(f"model.vocab_size: {config.model.vocab_size} given, at least {vocabulary} (the tokenizer's) expected")
+        raise InputError(
+            f"model.vocab_size: {config.model.vocab_size} given, at least {vocabulary} "
+            "(the tokenizer's) expected"
+        )
 
 
 def run_mesh(config: TrainConfig) -> Mesh:
@@ -267,7 +326,8 @@ def run_mesh(config: TrainConfig) -> Mesh:
     sequences, ways = micro_batch_size(config.data), mesh.shape["data"] * mesh.shape["fsdp"]
     if sequences % ways:
         raise InputError(
-            f"data.batch_size: micro-batches of {sequences} sequences given; a multiple of mesh.data * mesh.fsdp ({ways}) expected"
+            f"data.batch_size: micro-batches of {sequences} sequences given; a multiple "
+            f"of mesh.data * mesh.fsdp ({ways}) expected"
         )
     return mesh
 
@@ -280,33 +340,48 @@ def require_divisible_length(config: TrainConfig, parts: int) -> None:
     """
     if parts > 1 and config.data.length % (2 * parts):
         raise InputError(
-            f"data.length: {config.data.length} given, a multiple of 2 * mesh.context ({2 * parts}) expected; "
+            f"data.length: {config.data.length} given, a multiple of 2 * mesh.context "
+            f"({2 * parts}) expected; "
             "choose another length or a smaller mesh.context"
         )
 
 
 def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> str:
-    """The dtype that `compute.dtype` stands for on the devices at hand, or on those of a platform."""
+    """The dtype that `compute.dtype` stands for on the devices at hand, or on those of a
+    platform.
+    """
     on_cpu = (platform or jax.devices()[0].platform) == "cpu"
     return compute.dtype if compute.dtype != "auto" else "float32" if on_cpu else "bfloat16"
 
 
 def make_recipe(config: TrainConfig, platform: str | None = None) -> Recipe:
-    """Model, optimizer and schedule of a run, for the devices at hand or for those of a platform: `cpu`, `gpu`, `tpu`."""
+    """Model, optimizer and schedule of a run, for the devices at hand or for those of a platform:
+    `cpu`, `gpu`, `tpu`.
+    """
     compute = config.compute
     platform = platform or jax.devices()[0].platform
     dtype, length = compute_dtype(compute, platform), config.data.length
     head_dim, parts = config.model.head_dim, config.mesh.context
     attention = choose_backend(compute.attention, length, length, platform, head_dim, parts, dtype)
     options = ModelOptions(
-        dtype=dtype, scan=compute.scan_layers, remat=compute.remat, attention=attention,
+        dtype=dtype,
+        scan=compute.scan_layers,
+        remat=compute.remat,
+        attention=attention,
         context_attention=compute.context_attention,
-    )  # fmt: skip
+    )
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)
     optimizer, objective = make_optimizer(config.optimizer), next_token(config.optimizer.z_loss)
     sigma = config.guard.spike_sigma if config.guard.spike_skip else None
-    recipe = Recipe(Llama(config.model, options), optimizer, schedule, compute.loss_chunk, objective,
-                    param_dtype=config.optimizer.param_dtype, spike_sigma=sigma)  # fmt: skip
+    recipe = Recipe(
+        Llama(config.model, options),
+        optimizer,
+        schedule,
+        compute.loss_chunk,
+        objective,
+        param_dtype=config.optimizer.param_dtype,
+        spike_sigma=sigma,
+    )
     return adapter_recipe(recipe, config) if config.adapter.rank else recipe
 
 
@@ -323,11 +398,16 @@ def require_fitting_objective(config: TrainConfig, unit: int) -> None:
     beta = config.preference.beta
     if (beta > 0) != (unit == 2):
         given = "pairs of a chosen and a rejected answer" if unit == 2 else "texts"
-        raise InputError(f"preference.beta: {beta} given with data of {given}; a number above 0 with pairs, 0 with all else")
+        raise InputError(
+            f"preference.beta: {beta} given with data of {given}; a number above 0 with "
+            "pairs, 0 with all else"
+        )
 
 
 def frozen_base(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Parameters, ...]:
-    """The model under the adapters of a run, on its shards; nothing for a run that trains the model itself."""
+    """The model under the adapters of a run, on its shards; nothing for a run that trains the model
+    itself.
+    """
     if not config.adapter.rank or config.run.init is None:
         return ()
     form: Form = "stacked" if recipe.model.options.scan else "unrolled"
@@ -339,27 +419,36 @@ def frozen_shapes(config: TrainConfig, recipe: Recipe, mesh: Mesh) -> tuple[Para
     """Shapes and shardings of what `frozen_base` gives; nothing is read."""
     if not config.adapter.rank or config.run.init is None:
         return ()
-    base = jax.eval_shape(lambda: held(fresh_parameters(recipe.model, jax.random.key(0)), config.adapter, recipe.model))
+    base = jax.eval_shape(
+        lambda: held(
+            fresh_parameters(recipe.model, jax.random.key(0)), config.adapter, recipe.model
+        )
+    )
     places = tree_shardings(base, mesh, recipe.model.options.rules)
-    return (jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), base, places),)
+    return (
+        jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), base, places
+        ),
+    )
 
 
 def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict | None]:
     """The config of a run that begins with a model on disk, completed by what that model brings.
 
-    Its tokenizer and chat template are copied into the run's directory, unless the config names another tokenizer or the
-    data are prepared: then the chat template is theirs.
+    Its tokenizer and chat template are copied into the run's directory, unless the config names
+    another tokenizer or the data are prepared: then the chat template is theirs.
 
     Args:
       config: of the run.
       writing: false where another process copies the files.
 
     Returns:
-      The config with `data.tokenizer` set, and the report on the model; or as it is and `None` without `run.init`.
+      The config with `data.tokenizer` set, and the report on the model; or as it is and `None`
+      without `run.init`.
 
     Raises:
-      InputError: for a model that cannot be opened, of another architecture, without a tokenizer where none is named, or
-        with another tokenizer than that of prepared data.
+      InputError: for a model that cannot be opened, of another architecture, without a tokenizer
+        where none is named, or with another tokenizer than that of prepared data.
     """
     prepared = TokenSet.open(Path(config.data.sources[0].path)) if config.data.sources else None
     if prepared is not None and writing:
@@ -368,8 +457,13 @@ def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict 
         return config, None
     opened = open_model(config.run.init)
     if opened.source.config != config.model:
-        raise InputError(f"model: another architecture than that of run.init ({config.run.init}) given; leave out its numbers")
-    facts = report(opened).to_dict() | {"path": config.run.init}  # as it was named: a name on the Hub stays one
+        raise InputError(
+            f"model: another architecture than that of run.init ({config.run.init}) "
+            "given; leave out its numbers"
+        )
+    facts = report(opened).to_dict() | {
+        "path": config.run.init
+    }  # as it was named: a name on the Hub stays one
     if config.adapter.rank:  # which fit this model only
         facts[WEIGHTS] = weights_digest(Path(config.run.init))[:16]
     if prepared is not None:
@@ -377,7 +471,9 @@ def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict 
     if config.data.tokenizer is not None or prepared is not None:
         return config, facts
     if opened.tokenizer is None:
-        raise InputError(f"data.tokenizer: none given and none beside the weights of {config.run.init}; name one")
+        raise InputError(
+            f"data.tokenizer: none given and none beside the weights of {config.run.init}; name one"
+        )
     directory = Path(config.run.dir)
     folder = directory / RUN_TEXT
     template = None if opened.template is None else opened.template.source
@@ -386,7 +482,9 @@ def adopt(config: TrainConfig, writing: bool = True) -> tuple[TrainConfig, dict 
         folder.mkdir(exist_ok=True)
         with atomic_write((directory if name == "chat_template.jinja" else folder) / name) as file:
             file.write(content)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder))), facts
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tokenizer=str(folder))
+    ), facts
 
 
 def _copy_template(tokenizer: Path, directory: Path) -> None:

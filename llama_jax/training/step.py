@@ -18,18 +18,27 @@ from llama_jax.data.batches import Batches
 from llama_jax.data.packing import Batch
 from llama_jax.model.llama import Llama
 from llama_jax.parallel.compiler import training_options
-from llama_jax.parallel.sharding import batch_spec, optimizer_shardings, replicated, tree_shardings, whole_sequences
+from llama_jax.parallel.sharding import (
+    batch_spec,
+    optimizer_shardings,
+    replicated,
+    tree_shardings,
+    whole_sequences,
+)
 from llama_jax.training.loss import NEXT_TOKEN, Objective
 
 # --- hosts ---
 #
-# The batch of a step on all devices of all hosts, each host reading the sequences of its own devices only; the step to end at.
+# The batch of a step on all devices of all hosts, each host reading the sequences of its own
+# devices only; the step to end at.
 
 
 def sequence_numbers(sequences: int, micro_batch_size: int, unit: int) -> np.ndarray:
-    """Which sequences of a batch each micro-batch holds, `[A, B/A]`: the units are dealt out in turn.
+    """Which sequences of a batch each micro-batch holds, `[A, B/A]`: the units are dealt out in
+    turn.
 
-    So a host that holds the same sequences of every micro-batch reads neighbouring sequences, and pairs stay together.
+    So a host that holds the same sequences of every micro-batch reads neighbouring sequences, and
+    pairs stay together.
     """
     return (
         np.arange(sequences, dtype=np.int64)
@@ -39,8 +48,11 @@ def sequence_numbers(sequences: int, micro_batch_size: int, unit: int) -> np.nda
     )
 
 
-def global_batch(batches: Batches, step: int, micro_batch_size: int, sharding: NamedSharding) -> Batch:
-    """The batch of a step as micro-batches `[A, B/A, T]`, sharded over the devices of all processes.
+def global_batch(
+    batches: Batches, step: int, micro_batch_size: int, sharding: NamedSharding
+) -> Batch:
+    """The batch of a step as micro-batches `[A, B/A, T]`, sharded over the devices of all
+    processes.
 
     Args:
       batches: the same on every process.
@@ -49,11 +61,16 @@ def global_batch(batches: Batches, step: int, micro_batch_size: int, sharding: N
       sharding: of the result.
     """
     numbers = sequence_numbers(batches.sequences_at(step), micro_batch_size, batches.unit)
-    return placed_sequences(functools.partial(batches.chosen_sequences, step), numbers, batches.length, sharding)
+    return placed_sequences(
+        functools.partial(batches.chosen_sequences, step), numbers, batches.length, sharding
+    )
 
 
-def placed_sequences(read: Callable[[np.ndarray], Batch], numbers: np.ndarray, length: int, sharding: NamedSharding) -> Batch:
-    """Sequences by their numbers, sharded over the devices of all processes; each process reads those of its own devices.
+def placed_sequences(
+    read: Callable[[np.ndarray], Batch], numbers: np.ndarray, length: int, sharding: NamedSharding
+) -> Batch:
+    """Sequences by their numbers, sharded over the devices of all processes; each process reads
+    those of its own devices.
 
     Args:
       read: from numbers to sequences; the same on every process.
@@ -65,7 +82,9 @@ def placed_sequences(read: Callable[[np.ndarray], Batch], numbers: np.ndarray, l
     done: dict[tuple, Batch] = {}
 
     def part(field: int, index: tuple[slice, ...]) -> np.ndarray:
-        """A field of the sequences that one device holds; devices that hold the same ones share them."""
+        """A field of the sequences that one device holds; devices that hold the same ones share
+        them.
+        """
         wanted = numbers[index[:-1]]
         key = wanted.shape, wanted.tobytes()
         if key not in done:
@@ -73,22 +92,31 @@ def placed_sequences(read: Callable[[np.ndarray], Batch], numbers: np.ndarray, l
         return done[key][field].reshape(*wanted.shape, -1)[..., index[-1]]
 
     fields = range(len(Batch._fields))
-    return Batch(*[jax.make_array_from_callback(shape, sharding, functools.partial(part, field)) for field in fields])
+    return Batch(
+        *[
+            jax.make_array_from_callback(shape, sharding, functools.partial(part, field))
+            for field in fields
+        ]
+    )
 
 
 def preempted(step: int) -> bool:
-    """Whether the processes of a run are to end after this step, as JAX's preemption service has found them to agree.
+    """Whether the processes of a run are to end after this step, as JAX's preemption service has
+    found them to agree.
 
-    To be asked by all after every step. It looks at the process alone, until one of them has been given SIGTERM.
+    To be asked by all after every step. It looks at the process alone, until one of them has been
+    given SIGTERM.
     """
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 # --- guard ---
 #
-# The guard inside an update: where loss or gradient are not finite, or a spike, nothing changes but the count of steps.
+# The guard inside an update: where loss or gradient are not finite, or a spike, nothing changes but
+#   the count of steps.
 #
-# It is a part of the training state, so what it remembers is saved and restored with everything else, bit by bit.
+# It is a part of the training state, so what it remembers is saved and restored with everything
+# else, bit by bit.
 
 
 RING = 128  # good updates whose loss and gradient norm say what is usual
@@ -105,7 +133,8 @@ class Guard(NamedTuple):
       good: updates that were made.
       skipped: updates that were skipped.
       streak: of these, the latest in a row; 0 after a good update.
-      recent: whether each of the last `WINDOW` updates was skipped; that of step `k` is at `k % WINDOW`.
+      recent: whether each of the last `WINDOW` updates was skipped; that of step `k` is at `k %
+        WINDOW`.
     """
 
     losses: Float[Array, " ring"]
@@ -123,24 +152,33 @@ def fresh_guard() -> Guard:
     return Guard(losses, norms, good, skipped, streak, jnp.zeros(WINDOW, jnp.bool_))
 
 
-def acceptable(guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""], sigma: float | None) -> Bool[Array, ""]:
+def acceptable(
+    guard: Guard, loss: Float[Array, ""], norm: Float[Array, ""], sigma: float | None
+) -> Bool[Array, ""]:
     """Whether an update is to be made.
 
     Args:
       guard: of the updates before.
       loss: of this update.
       norm: of its gradient, before clipping.
-      sigma: loss and norm may be so many standard deviations above the mean of the last good ones; any if `None`.
+      sigma: loss and norm may be so many standard deviations above the mean of the last good ones;
+        any if `None`.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     if sigma is None:
         return finite
-    spike = _above(guard.losses, guard.good, loss, sigma) | _above(guard.norms, guard.good, norm, sigma)
+    spike = _above(guard.losses, guard.good, loss, sigma) | _above(
+        guard.norms, guard.good, norm, sigma
+    )
     return finite & ~(spike & (guard.good >= ENOUGH))
 
 
-def _above(ring: Float[Array, " ring"], count: Int[Array, ""], value: Float[Array, ""], sigma: float) -> Bool[Array, ""]:
-    """Whether a value lies so many standard deviations above the mean of the filled part of a ring."""
+def _above(
+    ring: Float[Array, " ring"], count: Int[Array, ""], value: Float[Array, ""], sigma: float
+) -> Bool[Array, ""]:
+    """Whether a value lies so many standard deviations above the mean of the filled part of a
+    ring.
+    """
     filled = jnp.arange(RING) < count
     number = jnp.clip(count, 1, RING)
     mean = jnp.sum(jnp.where(filled, ring, 0)) / number
@@ -149,11 +187,19 @@ def _above(ring: Float[Array, " ring"], count: Int[Array, ""], value: Float[Arra
 
 
 def kept_unless(ok: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-    """The new arrays if all is well, else the old ones, bit by bit; the choice is made where the new ones are written."""
+    """The new arrays if all is well, else the old ones, bit by bit; the choice is made where the
+    new ones are written.
+    """
     return jax.tree.map(lambda fresh, stale: jnp.where(ok, fresh, stale), new, old)
 
 
-def noted(guard: Guard, step: Int[Array, ""], ok: Bool[Array, ""], loss: Float[Array, ""], norm: Float[Array, ""]) -> Guard:
+def noted(
+    guard: Guard,
+    step: Int[Array, ""],
+    ok: Bool[Array, ""],
+    loss: Float[Array, ""],
+    norm: Float[Array, ""],
+) -> Guard:
     """The guard after an update; one that was skipped leaves no trace in what is usual."""
     place = guard.good % RING
 
@@ -185,7 +231,8 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: updates done, skipped ones included.
-      params: what is trained, of `Recipe.param_dtype`: the master parameters, stacked form, or a tree of adapters.
+      params: what is trained, of `Recipe.param_dtype`: the master parameters, stacked form, or a
+        tree of adapters.
       optimizer: state of the optax optimizer.
       guard: which updates were skipped, and what is usual.
     """
@@ -223,7 +270,10 @@ Draw = tuple[Int[Array, ""], Int[Array, ""]]
 def fresh_parameters(model: Llama, key: Key[Array, ""]) -> Parameters:
     """Random parameters of a model."""
     options = model.options  # one token, which neither a mesh can cut nor every kernel takes
-    model = Llama(model.config, dataclasses.replace(options, rules=whole_sequences(options.rules), attention="auto"))
+    model = Llama(
+        model.config,
+        dataclasses.replace(options, rules=whole_sequences(options.rules), attention="auto"),
+    )
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
@@ -237,14 +287,17 @@ class Recipe(NamedTuple):
 
     Attributes:
       model: the module.
-      optimizer: an optax optimizer with a learning rate of 1; its updates are multiplied by the schedule.
+      optimizer: an optax optimizer with a learning rate of 1; its updates are multiplied by the
+        schedule.
       schedule: from the step to the learning rate, whatever became of the steps before.
       loss_chunk: tokens of one device whose logits exist at one time.
       objective: what is made small.
       init: draws what is trained.
-      parameters: from what is trained, what is frozen and the draw (`None` outside of training) to what the model runs.
+      parameters: from what is trained, what is frozen and the draw (`None` outside of training) to
+        what the model runs.
       param_dtype: of what is trained, as it is stored between updates.
-      spike_sigma: an update so many standard deviations above the usual is skipped; none for its height if `None`.
+      spike_sigma: an update so many standard deviations above the usual is skipped; none for its
+        height if `None`.
     """
 
     model: Llama
@@ -261,14 +314,19 @@ class Recipe(NamedTuple):
 Sums = tuple[tuple[Float[Array, ""], dict[str, Array]], Parameters]  # (loss, more), gradient
 
 
-def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> Sums:
+def summed_gradients(
+    recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None
+) -> Sums:
     """Summed loss and its gradient over micro-batches `[A, B, T]`, added up one after the other.
 
-    Sums, not means: dividing once by the targets of the whole batch weights every token alike, whatever the split. What several
+    Sums, not means: dividing once by the targets of the whole batch weights every token alike,
+      whatever the split. What several
     micro-batches add up to is float32, whatever the type of the parameters.
     """
 
-    def loss(trained: Parameters, micro: Batch, number: Int[Array, ""]) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        trained: Parameters, micro: Batch, number: Int[Array, ""]
+    ) -> tuple[Array, dict[str, Array]]:
         """Of a micro-batch."""
         params = recipe.parameters(trained, frozen, (state.step, number))
         return recipe.objective.loss(recipe.model, params, micro, recipe.loss_chunk)
@@ -291,11 +349,15 @@ def summed_gradients(recipe: Recipe, state: TrainState, batch: Batch, frozen: Py
     return lax.scan(add, start, (batch, jnp.arange(count)))[0]
 
 
-def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None) -> tuple[TrainState, StepMetrics]:
-    """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has no part in it.
+def train_step(
+    recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has
+    no part in it.
 
-    Whatever the type of the parameters, the update is computed in float32 and then rounded to it. One that the guard does not
-    accept leaves parameters and optimizer as they were; the step counts all the same.
+    Whatever the type of the parameters, the update is computed in float32 and then rounded to it.
+    One that the guard does not accept leaves parameters and optimizer as they were; the step counts
+    all the same.
     """
     (loss, more), gradient = summed_gradients(recipe, state, batch, frozen)
     targets = recipe.objective.targets(batch)
@@ -303,13 +365,18 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree =
     wide = _in_dtype(state.params, "float32")
     updates, optimizer = recipe.optimizer.update(gradient, state.optimizer, wide)
     rate = recipe.schedule(state.step)
-    params = _in_dtype(optax.apply_updates(wide, jax.tree.map(lambda update: rate * update, updates)), recipe.param_dtype)
+    params = _in_dtype(
+        optax.apply_updates(wide, jax.tree.map(lambda update: rate * update, updates)),
+        recipe.param_dtype,
+    )
     loss, more = jax.tree.map(lambda total: total / jnp.maximum(targets, 1), (loss, more))
     norm = optax.tree.norm(gradient)
     ok = acceptable(state.guard, loss, norm, recipe.spike_sigma)
     params, optimizer = kept_unless(ok, (params, optimizer), (state.params, state.optimizer))
     metrics = StepMetrics(loss, norm, rate, targets, ~ok, more)
-    return TrainState(state.step + 1, params, optimizer, noted(state.guard, state.step, ok, loss, norm)), metrics
+    return TrainState(
+        state.step + 1, params, optimizer, noted(state.guard, state.step, ok, loss, norm)
+    ), metrics
 
 
 def _in_dtype(params: Parameters, dtype: str) -> Parameters:
@@ -323,8 +390,12 @@ def init_state(recipe: Recipe, key: Array) -> TrainState:
 
 def fresh_state(recipe: Recipe, params: Parameters) -> TrainState:
     """The state at step 0 of parameters that are given."""
-    optimizer = recipe.optimizer.init(_in_dtype(params, "float32"))  # its state does not follow the type of the parameters
-    return TrainState(jnp.zeros((), jnp.int32), _in_dtype(params, recipe.param_dtype), optimizer, fresh_guard())
+    optimizer = recipe.optimizer.init(
+        _in_dtype(params, "float32")
+    )  # its state does not follow the type of the parameters
+    return TrainState(
+        jnp.zeros((), jnp.int32), _in_dtype(params, recipe.param_dtype), optimizer, fresh_guard()
+    )
 
 
 def state_shapes(recipe: Recipe, mesh: Mesh) -> PyTree:
@@ -332,8 +403,12 @@ def state_shapes(recipe: Recipe, mesh: Mesh) -> PyTree:
     shapes = jax.eval_shape(lambda: init_state(recipe, jax.random.key(0)))
     rules = recipe.model.options.rules
     shardings = tree_shardings(shapes._replace(optimizer=()), mesh, rules)
-    shardings = shardings._replace(optimizer=optimizer_shardings(shapes.optimizer, shapes.params, mesh, rules))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    shardings = shardings._replace(
+        optimizer=optimizer_shardings(shapes.optimizer, shapes.params, mesh, rules)
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 def sharded_init(recipe: Recipe, mesh: Mesh) -> Callable[[Array], TrainState]:
@@ -348,7 +423,8 @@ def batch_sharding(recipe: Recipe, mesh: Mesh) -> NamedSharding:
 
 
 def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> jax.stages.Wrapped:
-    """`train_step` compiled for a mesh; the state given is consumed, what is frozen (the last argument, if any) is not.
+    """`train_step` compiled for a mesh; the state given is consumed, what is frozen (the last
+    argument, if any) is not.
 
     Args:
       recipe: what an update is.
@@ -371,7 +447,9 @@ def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> jax.stage
     )
 
 
-def lowered_step(recipe: Recipe, mesh: Mesh, shape: tuple[int, int, int], frozen: PyTree = None) -> jax.stages.Lowered:
+def lowered_step(
+    recipe: Recipe, mesh: Mesh, shape: tuple[int, int, int], frozen: PyTree = None
+) -> jax.stages.Lowered:
     """`sharded_step`, ready to be compiled for arrays that are not there yet.
 
     Args:
@@ -389,5 +467,7 @@ def lowered_step(recipe: Recipe, mesh: Mesh, shape: tuple[int, int, int], frozen
 
 
 def micro_batches(batch: Batch, accumulation: int) -> Batch:
-    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every sequence `i` with `i % A == a`."""
+    """A batch `[B, T]` as `[A, B/A, T]`: micro-batch `a` takes every sequence `i` with `i % A ==
+    a`.
+    """
     return Batch(*[x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1) for x in batch])

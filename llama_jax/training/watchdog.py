@@ -1,7 +1,7 @@
 """Ends a run that stands still: all stacks are written down, then the process exits with status 3.
 
-A file system or a collective that never answers shows in no error. A thread of its own asks how long ago an update was
-completed; the loop only tells it of each update that it has begun.
+A file system or a collective that never answers shows in no error. A thread of its own asks how
+long ago an update was completed; the loop only tells it of each update that it has begun.
 """
 
 import collections
@@ -26,11 +26,13 @@ from llama_jax.training.metrics import Metric
 
 HUNG = 3  # exit status
 
-# How many times as long as an update may take what is not one: nobody knows beforehand how long it will be.
+# How many times as long as an update may take what is not one: nobody knows beforehand how long it
+#   will be.
 _ALLOWANCE: Mapping[str, float] = {"compile": 12, "eval": 12, "save": 6}
 _TYPICAL = 10  # times the median time of an update that are never a hang
 _WINDOW = 64  # updates that the median is taken over
-_LOOKS = 5  # between two looks that lie apart more usual intervals than this, the process itself was stopped
+# between two looks that lie apart more usual intervals than this, the process itself was stopped
+_LOOKS = 5
 _WRITING = 10  # seconds for the file of stacks, on a disk that may be what hangs
 
 
@@ -45,8 +47,9 @@ class Figure(Protocol):
 class Watchdog:
     """Watches the updates of one run; a context manager: outside of it nothing is watched.
 
-    Without an update, or a change of the loop's part, for longer than `max(seconds, 10 x the median time of an update)`, the
-    run is ended. The compiler, an evaluation or a save may take some multiple of that, or ten times what it took before.
+    Without an update, or a change of the loop's part, for longer than `max(seconds, 10 x the median
+    time of an update)`, the run is ended. The compiler, an evaluation or a save may take some
+    multiple of that, or ten times what it took before.
 
     Args:
       path: of the file that stacks are written to, see `hang_file`.
@@ -57,13 +60,19 @@ class Watchdog:
     """
 
     def __init__(
-        self, path: Path, seconds: float, clock: Clock, expire: Callable[[Path, str], None] | None = None,
+        self,
+        path: Path,
+        seconds: float,
+        clock: Clock,
+        expire: Callable[[Path, str], None] | None = None,
         now: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._path, self._seconds, self._clock, self._now = path, seconds, clock, now
         self._expire = end_process if expire is None else expire
         self._begun: collections.deque[tuple[int, Figure]] = collections.deque()
-        self._spent: collections.deque[float] = collections.deque(maxlen=_WINDOW)  # seconds of updates
+        self._spent: collections.deque[float] = collections.deque(
+            maxlen=_WINDOW
+        )  # seconds of updates
         self._longest: dict[str, float] = {}  # seconds by part
         self._step: int | None = None  # the last update that was completed
         self._turn, self._part = clock.turns, clock.part
@@ -85,7 +94,9 @@ class Watchdog:
             self._begun.append((step, figure))
 
     def look(self) -> None:
-        """Takes in what has happened since the last look, and ends the run if that was nothing for too long."""
+        """Takes in what has happened since the last look, and ends the run if that was nothing for
+        too long.
+        """
         now, turn, part = self._now(), self._clock.turns, self._clock.part
         self._waited += min(now - self._looked, _LOOKS * self._every)
         self._looked = now
@@ -102,7 +113,8 @@ class Watchdog:
         """What is said of a run that stands still."""
         last = "no step was completed" if self._step is None else f"step {self._step} was the last"
         return (
-            f"error: the run has stood still for {self._waited:.0f} s in {part or 'an update'} ({last}; at most {limit:.0f} s, "
+            f"error: the run has stood still for {self._waited:.0f} s in "
+            f"{part or 'an update'} ({last}; at most {limit:.0f} s, "
             f"run.hang_seconds {self._seconds:g}); stacks are in {self._path}"
         )
 
@@ -120,9 +132,13 @@ class Watchdog:
 
     def _limit(self, part: str | None) -> float:
         """Seconds that the part under way may go on without a sign of life."""
-        limit = max(self._seconds, _TYPICAL * statistics.median(self._spent) if self._spent else 0.0)
+        limit = max(
+            self._seconds, _TYPICAL * statistics.median(self._spent) if self._spent else 0.0
+        )
         first = part is None and self._step is None  # which is traced, compiled and waited for
-        if part not in _ALLOWANCE and (first or _compiles(sys._current_frames().get(self._watched))):
+        if part not in _ALLOWANCE and (
+            first or _compiles(sys._current_frames().get(self._watched))
+        ):
             part = "compile"
         if part is None or part not in _ALLOWANCE:
             return limit
@@ -140,14 +156,21 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
 
 
 def hang_file(directory: Path) -> Path:
-    """Where the stacks of a run that stands still are written; each process has a file of its own."""
+    """Where the stacks of a run that stands still are written; each process has a file of its
+    own.
+    """
     process = jax.process_index()
     return directory / (f"hang-{process}.txt" if process else "hang.txt")
 
@@ -162,7 +185,9 @@ def _compiles(frame: FrameType | None) -> bool:
 
 
 def end_process(path: Path, line: str) -> None:
-    """Writes a line and the stacks of all threads to standard error and to a file, then ends the process with status 3."""
+    """Writes a line and the stacks of all threads to standard error and to a file, then ends the
+    process with status 3.
+    """
     os.write(2, f"{line}\n".encode())
     faulthandler.dump_traceback(2)
     # From yet another thread: this disk may be what hangs.
@@ -181,7 +206,8 @@ def _write_stacks(path: Path, line: str) -> None:
 
 # --- heartbeat ---
 #
-# A small file that says how far a run is, for whoever watches from outside: `{"step": 40, "time": ..., "loss": 2.31}`.
+# A small file that says how far a run is, for whoever watches from outside: `{"step": 40, "time":
+#   ..., "loss": 2.31}`.
 
 
 RUN_HEARTBEAT = "heartbeat.json"  # in the directory of a run
@@ -189,7 +215,8 @@ _EVERY = 10.0  # seconds
 
 
 class Heartbeat:
-    """Writes the file, whole or not at all, at most every ten seconds; a failing disk is told of elsewhere.
+    """Writes the file, whole or not at all, at most every ten seconds; a failing disk is told of
+    elsewhere.
 
     Args:
       path: the file; `None` to write nothing.

@@ -1,11 +1,13 @@
 """Our own checkpoints: written atomically by Orbax, checked by us.
 
-Orbax commits a checkpoint whole or not at all, but it does not look at the content: a flipped bit in a data file is
-restored as a wrong weight, and a wrong dtype is cast, without a word. So each checkpoint carries a manifest that is
-compared before a restore and recomputed after it.
+Orbax commits a checkpoint whole or not at all, but it does not look at the content: a flipped bit
+  in a data file is
+restored as a wrong weight, and a wrong dtype is cast, without a word. So each checkpoint carries a
+manifest that is compared before a restore and recomputed after it.
 
-On disk, `DIRECTORY/STEP/state` holds the arrays and `DIRECTORY/STEP/meta` the manifest with the caller's metadata. A
-checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but what `keep` and `discard` say.
+On disk, `DIRECTORY/STEP/state` holds the arrays and `DIRECTORY/STEP/meta` the manifest with the
+caller's metadata. A checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but
+what `keep` and `discard` say.
 
 This is the only module that imports Orbax.
 """
@@ -30,11 +32,21 @@ import orbax.checkpoint as ocp
 from llama_jax.axes import Array, PyTree
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.parallel.hosts import Hosts
-from llama_jax.weights.integrity import Manifest, by_path, check_content, check_like, describe, groups, read_manifest, seal
+from llama_jax.weights.integrity import (
+    Manifest,
+    by_path,
+    check_content,
+    check_like,
+    describe,
+    groups,
+    read_manifest,
+    seal,
+)
 
 # --- checkpoint files ---
 #
-# What lies in the directory of a run's checkpoints: which steps, and what each says of itself; no array is read.
+# What lies in the directory of a run's checkpoints: which steps, and what each says of itself; no
+# array is read.
 #
 # Nothing here needs Orbax, which takes seconds to import.
 
@@ -63,18 +75,26 @@ def list_steps(directory: Path) -> list[int]:
 def numbered(directory: Path) -> Iterator[Path]:
     """Directories named like a step, whole or not."""
     entries = sorted(directory.iterdir()) if directory.is_dir() else []
-    return (entry for entry in entries if entry.is_dir() and entry.name.isdecimal() and str(int(entry.name)) == entry.name)
+    return (
+        entry
+        for entry in entries
+        if entry.is_dir() and entry.name.isdecimal() and str(int(entry.name)) == entry.name
+    )
 
 
 def has_files(directory: Path) -> bool:
-    """Whether any file lies in a directory or below; an interrupted save may leave empty folders."""
+    """Whether any file lies in a directory or below; an interrupted save may leave empty
+    folders.
+    """
     return any(path.is_file() for path in directory.rglob("*"))
 
 
 def quarantine(entry: Path) -> None:
     """Renames `STEP` to `STEP.corrupt`, or `STEP.corrupt2` and so on where that exists."""
     names = (f"{entry.name}.corrupt{suffix}" for suffix in ["", *range(2, 1000)])
-    entry.rename(next(entry.with_name(name) for name in names if not entry.with_name(name).exists()))
+    entry.rename(
+        next(entry.with_name(name) for name in names if not entry.with_name(name).exists())
+    )
 
 
 def step_manifest(directory: Path, step: int) -> Manifest:
@@ -83,7 +103,8 @@ def step_manifest(directory: Path, step: int) -> Manifest:
 
 
 def newest_manifest(directory: Path) -> Manifest | None:
-    """The manifest of the newest checkpoint that has a whole one, `None` if there is none; no array is read, nothing changed.
+    """The manifest of the newest checkpoint that has a whole one, `None` if there is none; no array
+    is read, nothing changed.
 
     Args:
       directory: as for `Checkpoints.open`.
@@ -95,7 +116,8 @@ def newest_manifest(directory: Path) -> Manifest | None:
 
 
 def read_metadata(directory: Path) -> dict | None:
-    """The metadata of the newest checkpoint whose manifest is whole, `None` if there is none; nothing is changed.
+    """The metadata of the newest checkpoint whose manifest is whole, `None` if there is none;
+    nothing is changed.
 
     Args:
       directory: as for `Checkpoints.open`.
@@ -104,7 +126,9 @@ def read_metadata(directory: Path) -> dict | None:
     return None if manifest is None else manifest.metadata
 
 
-def newest_whole(directory: Path, read: Callable[[int], PyTree], steps: Sequence[int] | None = None) -> Restored | None:
+def newest_whole(
+    directory: Path, read: Callable[[int], PyTree], steps: Sequence[int] | None = None
+) -> Restored | None:
     """The newest checkpoint that reads without damage, `None` where there is none at all.
 
     Args:
@@ -122,15 +146,25 @@ def newest_whole(directory: Path, read: Callable[[int], PyTree], steps: Sequence
         except CorruptError as error:
             damage.append(f"{error}; passed over for an older checkpoint")
     if damage:
-        raise CorruptError(f"{directory}: all checkpoints are damaged ({damage[0]}); bring back a copy or start another run")
+        raise CorruptError(
+            f"{directory}: all checkpoints are damaged ({damage[0]}); bring back a copy "
+            "or start another run"
+        )
     return None
 
 
 # --- checkpoint ---
 
 
-# What a file system or device reports when it is not the files that are wrong: never a reason to give a checkpoint up.
-_NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
+# What a file system or device reports when it is not the files that are wrong: never a reason to
+#   give a checkpoint up.
+_NOT_DAMAGE = (
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "UNAUTHENTICATED",
+)
 
 _SMALLEST_CHUNK = 1 << 18  # bytes: with smaller ones there are more of them than it takes
 
@@ -140,16 +174,19 @@ T = TypeVar("T")
 
 
 class SaveError(RuntimeError):
-    """A checkpoint that could not be written (a full disk, for one); the earlier ones are untouched."""
+    """A checkpoint that could not be written (a full disk, for one); the earlier ones are
+    untouched.
+    """
 
 
 class Checkpoints:
     """The checkpoints of one run, written in the background; a context manager.
 
-    A save that fails raises `SaveError` from the first of `poll`, `save`, `wait` and `close` that comes after it.
+    A save that fails raises `SaveError` from the first of `poll`, `save`, `wait` and `close` that
+    comes after it.
 
-    With several processes all make the same calls. The first of them names, renames and decides; arrays are read and written
-    by all.
+    With several processes all make the same calls. The first of them names, renames and decides;
+    arrays are read and written by all.
     """
 
     def __init__(self, directory: Path, manager: ocp.CheckpointManager, hosts: Hosts) -> None:
@@ -160,11 +197,13 @@ class Checkpoints:
 
     @classmethod
     def open(cls, directory: Path, keep: int, hosts: Hosts | None = None) -> "Checkpoints":
-        """Opens a directory for one writer, making it if need be; left-overs of interrupted saves are removed.
+        """Opens a directory for one writer, making it if need be; left-overs of interrupted saves
+        are removed.
 
         Args:
           directory: holds the checkpoints of one run and nothing else.
-          keep: newest checkpoints that survive; older ones are deleted once a newer one is committed.
+          keep: newest checkpoints that survive; older ones are deleted once a newer one is
+            committed.
           hosts: the processes of the run; this one alone by default.
 
         Raises:
@@ -193,13 +232,16 @@ class Checkpoints:
 
         Raises:
           InputError: if `step` is not above the newest.
-          SaveError: if this save could not start, or if the one before it has failed; in the latter case this one is
-            under way all the same.
+          SaveError: if this save could not start, or if the one before it has failed; in the latter
+            case this one is under way all the same.
         """
         failure = self._finish()
         newest = max(self.steps(), default=-1)
         if self._hosts.first and step <= newest:
-            raise InputError(f"checkpoint step {step} given, one above {newest} expected, the newest in {self._directory}")
+            raise InputError(
+                f"checkpoint step {step} given, one above {newest} expected, the newest "
+                f"in {self._directory}"
+            )
         if self._hosts.first:
             _sweep(self._directory, step)
         meta = ocp.args.JsonSave(seal(describe(step, state, metadata)))
@@ -213,7 +255,8 @@ class Checkpoints:
     def poll(self) -> None:
         """Raises `SaveError` once a save in the background is known to have failed; never waits.
 
-        With several processes it is known at the next save: they could not agree without waiting for each other.
+        With several processes it is known at the next save: they could not agree without waiting
+          for each other.
         """
         if self._hosts.count == 1 and not self._manager.is_saving_in_progress():
             self.wait()
@@ -242,10 +285,12 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-          like: the expected state as `jax.ShapeDtypeStruct`s with shardings, which need not be those of the save.
+          like: the expected state as `jax.ShapeDtypeStruct`s with shardings, which need not be
+            those of the save.
 
         Raises:
-          InputError: if there is no such step, or naming the path, if the trees, a shape or a dtype differ.
+          InputError: if there is no such step, or naming the path, if the trees, a shape or a dtype
+            differ.
           CorruptError: if the content is not what was saved.
         """
         where = self._directory / str(step)
@@ -263,28 +308,35 @@ class Checkpoints:
     def restore_newest(self, like: PyTree) -> Restored | None:
         """The newest checkpoint that is whole, or `None` where there is none at all.
 
-        Damaged ones are passed over with a warning and renamed to `STEP.corrupt`, so that training can go on from an older
-        one. If none is whole, nothing is renamed.
+        Damaged ones are passed over with a warning and renamed to `STEP.corrupt`, so that training
+        can go on from an older one. If none is whole, nothing is renamed.
 
         Raises:
-          InputError: naming the path, if a checkpoint is whole but not of this run: nothing is passed over then.
+          InputError: naming the path, if a checkpoint is whole but not of this run: nothing is
+            passed over then.
           CorruptError: if there are checkpoints and all are damaged.
         """
         steps = self.agreed_steps()
         newest = newest_whole(self._directory, lambda step: self.restore(step, like), steps)
         if newest is not None:
-            self._hosts.first_does("set aside", lambda: self._quarantine([step for step in steps if step > newest.step]))
+            self._hosts.first_does(
+                "set aside",
+                lambda: self._quarantine([step for step in steps if step > newest.step]),
+            )
             self._manager.reload()
         return newest
 
     def discard(self, steps: Sequence[int]) -> None:
-        """Removes checkpoints for good; each is gone at once, whatever interrupts the rest. Waits for a save under way.
+        """Removes checkpoints for good; each is gone at once, whatever interrupts the rest. Waits
+        for a save under way.
 
         Raises:
           SaveError: if that save failed; nothing is removed then.
         """
         self.wait()
-        self._hosts.first_does("discarded", lambda: _remove([self._directory / str(step) for step in steps]))
+        self._hosts.first_does(
+            "discarded", lambda: _remove([self._directory / str(step) for step in steps])
+        )
         self._manager.reload()
 
     def close(self) -> None:
@@ -301,8 +353,15 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._hosts.count > 1 and isinstance(error, jax.errors.JaxRuntimeError | KeyboardInterrupt):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._hosts.count > 1 and isinstance(
+            error, jax.errors.JaxRuntimeError | KeyboardInterrupt
+        ):
             return  # another process is gone, or is going to be left: no save ends any more
         try:
             self.close()
@@ -312,7 +371,10 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> Manifest:
         if step not in self.steps():
-            raise InputError(f"checkpoint step {step} given, one of {self.steps()} expected, those in {self._directory}")
+            raise InputError(
+                f"checkpoint step {step} given, one of {self.steps()} expected, those in "
+                f"{self._directory}"
+            )
         return step_manifest(self._directory, step)
 
     def _all(self, action: Callable[[], T]) -> T:
@@ -344,7 +406,9 @@ class Checkpoints:
         return None if started else self._failed(step, RuntimeError("refused by Orbax"))
 
     def _finish(self) -> SaveError | None:
-        """Waits for the pending save; gives its failure, in whatever process. All come here together."""
+        """Waits for the pending save; gives its failure, in whatever process. All come here
+        together.
+        """
         return self._told(self._ended())
 
     def _told(self, failure: SaveError | None) -> SaveError | None:
@@ -362,14 +426,20 @@ class Checkpoints:
         except Exception as error:
             return self._failed(self._pending, error)
         step, self._pending = self._pending, None
-        there = step in self.steps() or not self._hosts.first  # what the others see of a shared directory may be late
+        there = (
+            step in self.steps() or not self._hosts.first
+        )  # what the others see of a shared directory may be late
         return None if there else self._failed(step, RuntimeError("not on disk after the save"))
 
     def _failed(self, step: int, error: Exception) -> SaveError:
-        """Describes a failed save, and makes the manager forget it, which it would go on listing."""
+        """Describes a failed save, and makes the manager forget it, which it would go on
+        listing.
+        """
         self._pending = None
         self._manager.reload()
-        return SaveError(f"checkpoint {self._directory / str(step)} was not written: {_reason(error)}")
+        return SaveError(
+            f"checkpoint {self._directory / str(step)} was not written: {_reason(error)}"
+        )
 
 
 def read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
@@ -390,11 +460,16 @@ def read_arrays(directory: Path, manifest: Manifest, like: PyTree) -> PyTree:
 
 
 def _layer_a_chunk(leaf: Array) -> ocp.SaveArgs:
-    """How an array is cut in the files: stacked matrices by layers, so that one of them can be read alone."""
+    """How an array is cut in the files: stacked matrices by layers, so that one of them can be read
+    alone.
+    """
     if leaf.ndim < 3:
         return ocp.SaveArgs()
     shard = leaf.sharding.shard_shape(leaf.shape)
-    return ocp.SaveArgs(chunk_byte_size=max(math.prod(shard[1:]) * leaf.dtype.itemsize, _SMALLEST_CHUNK), shard_axes=(0,))
+    return ocp.SaveArgs(
+        chunk_byte_size=max(math.prod(shard[1:]) * leaf.dtype.itemsize, _SMALLEST_CHUNK),
+        shard_axes=(0,),
+    )
 
 
 def _tidy(directory: Path) -> None:
@@ -402,7 +477,9 @@ def _tidy(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{directory}: cannot be made ({error.strerror}); a writable directory expected") from None
+        raise InputError(
+            f"{directory}: cannot be made ({error.strerror}); a writable directory expected"
+        ) from None
     for entry in numbered(directory):
         if not has_files(entry):
             quarantine(entry)
@@ -411,7 +488,9 @@ def _tidy(directory: Path) -> None:
 
 
 def _sweep(directory: Path, step: int) -> None:
-    """Removes what a failed save of the same step has left; its writers may still be at work there for a moment."""
+    """Removes what a failed save of the same step has left; its writers may still be at work there
+    for a moment.
+    """
     for _ in range(20):
         left = list(directory.glob(f"{step}.orbax-checkpoint-tmp*"))
         if not left:
@@ -453,11 +532,19 @@ def check_arrays(directory: Path, step: int, together: int) -> None:
         if path not in known:
             raise CorruptError(f"checkpoint {where}: {path} is damaged: not found in the files")
     paths, device = list(known), jnp.zeros(()).sharding
-    shapes = {path: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=device) for path, r in manifest.arrays.items()}
-    for group in groups({path: math.prod(shape.shape) * shape.dtype.itemsize for path, shape in shapes.items()}, together):
+    shapes = {
+        path: jax.ShapeDtypeStruct(r.shape, jnp.dtype(r.dtype), sharding=device)
+        for path, r in manifest.arrays.items()
+    }
+    for group in groups(
+        {path: math.prod(shape.shape) * shape.dtype.itemsize for path, shape in shapes.items()},
+        together,
+    ):
         leaves = [shapes[path] if path in group else ocp.PLACEHOLDER for path in paths]
         like = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-        arguments = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+        arguments = ocp.args.PyTreeRestore(
+            item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
+        )
         with blamed_on_files(where), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             state = by_path(reader.restore(where / "state", args=arguments))
         check_content(manifest, {path: state[path] for path in group}, where)
@@ -477,6 +564,12 @@ def blamed_on_files(where: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line of readable length: TensorStore's run over many, what the system said far behind."""
+    """An error in one line of readable length: TensorStore's run over many, what the system said
+    far behind.
+    """
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return textwrap.shorten(os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+    return textwrap.shorten(
+        os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}",
+        160,
+        placeholder=" ...",
+    )

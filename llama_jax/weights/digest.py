@@ -1,4 +1,6 @@
-"""A short name for what a model's files hold, for telling whether two are the same without reading all of them."""
+"""A short name for what a model's files hold, for telling whether two are the same without reading
+all of them.
+"""
 
 import hashlib
 import json
@@ -25,11 +27,12 @@ _MANIFEST = "metadata"  # of a run's checkpoint
 
 
 def files_digest(path: pathlib.Path) -> str:
-    """SHA-256 over names, sizes and contents of a model's files; of every large tensor, of three samples.
+    """SHA-256 over names, sizes and contents of a model's files; of every large tensor, of three
+    samples.
 
-    A tensor whose values are others, whichever it is, gives another digest, except where only a few of its values are. A run is
-    known by its newest checkpoint's manifest, which holds a checksum of every array; adapters by their own files and their
-    model's.
+    A tensor whose values are others, whichever it is, gives another digest, except where only a few
+    of its values are. A run is known by its newest checkpoint's manifest, which holds a checksum of
+    every array; adapters by their own files and their model's.
 
     Args:
       path: of a model, as `open_model` takes it.
@@ -41,7 +44,8 @@ def files_digest(path: pathlib.Path) -> str:
 
 
 def weights_digest(path: pathlib.Path) -> str:
-    """`files_digest` over the files of weights alone: a README beside them, or another tokenizer, changes nothing.
+    """`files_digest` over the files of weights alone: a README beside them, or another tokenizer,
+    changes nothing.
 
     Raises:
       InputError: see `files_digest`.
@@ -74,7 +78,9 @@ def _places(size: int) -> list[int]:
 
 
 def _parts(file: pathlib.Path) -> Iterator[np.ndarray]:
-    """The bytes of a file, `[size]` each: a part a tensor, and what is not of a tensor in parts that are read whole."""
+    """The bytes of a file, `[size]` each: a part a tensor, and what is not of a tensor in parts
+    that are read whole.
+    """
     data = mapped(file)
     ends = sorted({*(end for end in _borders(file, data) if 0 < end < data.size), data.size})
     for start, end in zip([0, *ends], ends):
@@ -84,11 +90,17 @@ def _parts(file: pathlib.Path) -> Iterator[np.ndarray]:
 
 
 def _borders(file: pathlib.Path, data: np.ndarray) -> list[int]:
-    """Where tensors begin and end in a file of weights; nowhere in another, and in one that is damaged."""
+    """Where tensors begin and end in a file of weights; nowhere in another, and in one that is
+    damaged.
+    """
     try:
         if file.suffix == ".gguf":
             tensors = GgufFile.open(file).tensors.values()
-            return [border for tensor in tensors for border in (tensor.offset, tensor.offset + tensor.nbytes)]
+            return [
+                border
+                for tensor in tensors
+                for border in (tensor.offset, tensor.offset + tensor.nbytes)
+            ]
         if file.suffix == ".safetensors":
             return _safetensors_borders(file, data)
         if file.suffix in (".pth", ".pt", ".bin"):
@@ -104,7 +116,15 @@ def _safetensors_borders(file: pathlib.Path, data: np.ndarray) -> list[int]:
     map_safetensors(file)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
-    return [start, *(start + end for name, at in header.items() if name != "__metadata__" for end in at["data_offsets"])]
+    return [
+        start,
+        *(
+            start + end
+            for name, at in header.items()
+            if name != "__metadata__"
+            for end in at["data_offsets"]
+        ),
+    ]
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -115,6 +135,10 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     steps = list_steps(checkpoints)
     manifest = [checkpoints / str(steps[-1]) / "meta" / _MANIFEST] if steps else []
     with os.scandir(path) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+        names = sorted(
+            entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")
+        )
     changing = ("metrics.jsonl", "config.yaml") if steps else ()
-    return [file for file in manifest if file.is_file()] + [path / name for name in names if name not in changing]
+    return [file for file in manifest if file.is_file()] + [
+        path / name for name in names if name not in changing
+    ]

@@ -12,7 +12,16 @@ from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
 from llama_jax.weights.gguf_blocks import DECODERS
 from llama_jax.weights.gguf_read import GgufFile, GgufTensor, open_gguf
-from llama_jax.weights.source import blamed_on, file_shapes, oriented, quotient, real, require_tensors, shown, whole
+from llama_jax.weights.source import (
+    blamed_on,
+    file_shapes,
+    oriented,
+    quotient,
+    real,
+    require_tensors,
+    shown,
+    whole,
+)
 
 # --- gguf config ---
 #
@@ -54,18 +63,23 @@ _NEUTRAL = {
 }
 
 _KEY_LENGTH = "llama.attention.key_length"
-DIVISORS = "rope_freqs.weight"  # of the inverse frequencies: how GGUF stores the scaling of Llama 3.1 and later
+# of the inverse frequencies: how GGUF stores the scaling of Llama 3.1 and later
+DIVISORS = "rope_freqs.weight"
 _LOW, _HIGH, _ORIGINAL_CONTEXT = 1.0, 4.0, 8192  # the same in all of them; only the factor differs
-_CONTEXT_KEY = "llama.rope.scaling.original_context_length"  # for models of other contexts than Meta's
+_CONTEXT_KEY = (
+    "llama.rope.scaling.original_context_length"  # for models of other contexts than Meta's
+)
 
 
 def config_from_gguf(file: GgufFile) -> LlamaConfig:
     """The architecture of a LLaMA stored as GGUF.
 
-    Numbers that the file holds in float32 become the shortest decimal of that float32: 1e-5, not 9.99999974e-06.
+    Numbers that the file holds in float32 become the shortest decimal of that float32: 1e-5, not
+      9.99999974e-06.
 
     Raises:
-      InputError: naming the key, for another architecture, a missing or wrong value, or a key whose effect is unknown.
+      InputError: naming the key, for another architecture, a missing or wrong value, or a key whose
+        effect is unknown.
     """
     with blamed_on(file.path):
         config = _declared(file)
@@ -101,7 +115,8 @@ def metadata_from_config(config: LlamaConfig) -> dict[str, object]:
 
 
 def divisors_from_config(config: LlamaConfig) -> np.ndarray | None:
-    """The tensor `DIVISORS` for a model with `llama3` scaling, `[H / 2]` float32; `None` for all others.
+    """The tensor `DIVISORS` for a model with `llama3` scaling, `[H / 2]` float32; `None` for all
+    others.
 
     Raises:
       InputError: for a scaling that readers would take for another one.
@@ -141,11 +156,15 @@ def _plain_llama(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The values below `llama.`, refused where one of them is not of a plain LLaMA."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise InputError(f"general.architecture is {shown(architecture)}; only 'llama' is supported")
+        raise InputError(
+            f"general.architecture is {shown(architecture)}; only 'llama' is supported"
+        )
     values = {key: value for key, value in metadata.items() if key.startswith("llama.")}
     for key, value in values.items():
         if key not in _KNOWN and (key not in _NEUTRAL or value != _NEUTRAL[key]):
-            raise InputError(f"{shown(key)} is {shown(value)}, which is not supported; only the plain LLaMA is")
+            raise InputError(
+                f"{shown(key)} is {shown(value)}, which is not supported; only the plain LLaMA is"
+            )
     return values
 
 
@@ -168,16 +187,28 @@ def _head_dim(values: Mapping[str, Any]) -> int:
         width = quotient(values, "llama.embedding_length", "llama.attention.head_count")
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if values.get(key, width) != width:
-            raise InputError(f"{key} is {shown(values[key])} but heads are {width} wide; they have to be equal")
+            raise InputError(
+                f"{key} is {shown(values[key])} but heads are {width} wide; they have to be equal"
+            )
     return width
 
 
 def _linear_scaling(values: Mapping[str, Any]) -> RopeScaling | None:
-    """Scaling by the keys `rope.scaling.*`; a factor without a type means linear, as in llama.cpp."""
-    kind = values.get("llama.rope.scaling.type", "linear" if "llama.rope.scaling.factor" in values else "none")
+    """Scaling by the keys `rope.scaling.*`; a factor without a type means linear, as in
+    llama.cpp.
+    """
+    kind = values.get(
+        "llama.rope.scaling.type", "linear" if "llama.rope.scaling.factor" in values else "none"
+    )
     if kind not in ("none", "linear"):
-        raise InputError(f"llama.rope.scaling.type {shown(kind)} is not supported; none and linear are")
-    return None if kind == "none" else RopeScaling("linear", _decimal(values, "llama.rope.scaling.factor"))
+        raise InputError(
+            f"llama.rope.scaling.type {shown(kind)} is not supported; none and linear are"
+        )
+    return (
+        None
+        if kind == "none"
+        else RopeScaling("linear", _decimal(values, "llama.rope.scaling.factor"))
+    )
 
 
 def _scaling_keys(scaling: RopeScaling | None) -> dict[str, object]:
@@ -185,8 +216,15 @@ def _scaling_keys(scaling: RopeScaling | None) -> dict[str, object]:
     if scaling is None:
         return {}
     if scaling.rope_type == "linear":
-        return {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
-    return {} if scaling.original_context == _ORIGINAL_CONTEXT else {_CONTEXT_KEY: scaling.original_context}
+        return {
+            "llama.rope.scaling.type": "linear",
+            "llama.rope.scaling.factor": float(scaling.factor),
+        }
+    return (
+        {}
+        if scaling.original_context == _ORIGINAL_CONTEXT
+        else {_CONTEXT_KEY: scaling.original_context}
+    )
 
 
 def _llama3_scaling(config: LlamaConfig, divisors: np.ndarray, context: int) -> RopeScaling:
@@ -195,15 +233,23 @@ def _llama3_scaling(config: LlamaConfig, divisors: np.ndarray, context: int) -> 
     Args:
       config: the architecture without it.
       divisors: `[H / 2]`.
-      context: original context by the metadata; one that does not fit gives way to Meta's, since llama.cpp ignores it.
+      context: original context by the metadata; one that does not fit gives way to Meta's, since
+        llama.cpp ignores it.
     """
-    if config.rope_scaling is None and divisors.shape == (config.head_dim // 2,) and divisors.max() >= 1:
+    if (
+        config.rope_scaling is None
+        and divisors.shape == (config.head_dim // 2,)
+        and divisors.max() >= 1
+    ):
         factor = float(str(np.float32(divisors.max())))
         for original_context in (context, _ORIGINAL_CONTEXT):
             scaling = RopeScaling("llama3", factor, _LOW, _HIGH, original_context)
             if np.allclose(divisors, _llama3_divisors(config, scaling), rtol=1e-3, atol=0):
                 return scaling
-    raise InputError(f"{DIVISORS} is not the scaling of Llama 3.1 (low 1, high 4, original context {_ORIGINAL_CONTEXT})")
+    raise InputError(
+        f"{DIVISORS} is not the scaling of Llama 3.1 (low 1, high 4, original context "
+        f"{_ORIGINAL_CONTEXT})"
+    )
 
 
 def _llama3_divisors(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
@@ -211,8 +257,13 @@ def _llama3_divisors(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
 
     Source: Meta's llama-models, `models/llama3/model.py`.
     """
-    low, high, context = (float(x or 0) for x in (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context))
-    wavelengths = 2 * math.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+    low, high, context = (
+        float(x or 0)
+        for x in (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context)
+    )
+    wavelengths = (
+        2 * math.pi * config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+    )
     kept = np.clip((context / wavelengths - low) / (high - low), 0, 1)
     return 1 / ((1 - kept) / scaling.factor + kept)
 
@@ -220,7 +271,15 @@ def _llama3_divisors(config: LlamaConfig, scaling: RopeScaling) -> np.ndarray:
 # --- gguf ---
 
 
-__all__ = ["NAMES", "GgufFile", "GgufSource", "GgufTensor", "adjacent_layout", "config_from_gguf", "half_layout"]
+__all__ = [
+    "NAMES",
+    "GgufFile",
+    "GgufSource",
+    "GgufTensor",
+    "adjacent_layout",
+    "config_from_gguf",
+    "half_layout",
+]
 
 NAMES = {
     "embedding": "token_embd.weight",
@@ -254,18 +313,22 @@ class GgufSource:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "GgufSource":
-        """Opens a file, or all parts of a model by one of them, and checks names, shapes and types of all tensors.
+        """Opens a file, or all parts of a model by one of them, and checks names, shapes and types
+        of all tensors.
 
         No tensor is read.
 
         Raises:
-          InputError: for a damaged or missing file, another architecture, tensors or element types that do not fit.
+          InputError: for a damaged or missing file, another architecture, tensors or element types
+            that do not fit.
         """
         file = open_gguf(path)
         config = config_from_gguf(file)
         with blamed_on(path):
             tensors = {name: tensor for name, tensor in file.tensors.items() if name != DIVISORS}
-            require_tensors(file_shapes(config, NAMES), {name: tensor.shape for name, tensor in tensors.items()})
+            require_tensors(
+                file_shapes(config, NAMES), {name: tensor.shape for name, tensor in tensors.items()}
+            )
             _require_decoders(tensors)
         return cls(file, config)
 
@@ -281,11 +344,13 @@ def half_layout(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of a query or key projection, from adjacent rotary pairs to pairs half a head apart.
 
     Args:
-      rows: `[heads * H, D]`, where rows `2i` and `2i + 1` of a head turn together (Meta's files and GGUF).
+      rows: `[heads * H, D]`, where rows `2i` and `2i + 1` of a head turn together (Meta's files and
+        GGUF).
       head_dim: `H`.
 
     Returns:
-      The rows, reordered so that `i` and `i + H / 2` of a head turn together (Hugging Face, and this project).
+      The rows, reordered so that `i` and `i + H / 2` of a head turn together (Hugging Face, and
+      this project).
     """
     return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -296,9 +361,12 @@ def adjacent_layout(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _require_decoders(tensors: dict[str, GgufTensor]) -> None:
-    unsupported = {tensor.type: name for name, tensor in tensors.items() if tensor.type not in DECODERS}
+    unsupported = {
+        tensor.type: name for name, tensor in tensors.items() if tensor.type not in DECODERS
+    }
     if unsupported:
         named = ", ".join(f"{kind} ({shown(name)})" for kind, name in unsupported.items())
         raise InputError(
-            f"element types not supported: {named}; take a file of, or requantize this one to, one of {', '.join(DECODERS)}"
+            f"element types not supported: {named}; take a file of, or requantize this "
+            f"one to, one of {', '.join(DECODERS)}"
         )

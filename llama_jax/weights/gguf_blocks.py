@@ -1,10 +1,11 @@
 """The element types of GGUF: how many bytes a block takes, and how the common ones become numbers.
 
-A quantised tensor is a row of blocks of 32 weights, each with its own float16 scale `d` (and offset `m`):
-Q8_0 is `d * q` with q a signed byte; Q4_0 `d * (q - 8)` and Q4_1 `d * q + m` with q from 0 to 15, the low halves of
-the 16 bytes holding the first 16 weights and the high halves the last 16; Q5_0 `d * (q - 16)` and Q5_1 `d * q + m` are
-the same with a fifth bit; IQ4_NL is Q4_0 with uneven steps. The types of larger blocks are in `gguf_k_blocks`; where
-rows are not whole blocks of these, llama.cpp takes the types here instead.
+A quantised tensor is a row of blocks of 32 weights, each with its own float16 scale `d` (and offset
+`m`): Q8_0 is `d * q` with q a signed byte; Q4_0 `d * (q - 8)` and Q4_1 `d * q + m` with q from 0 to
+15, the low halves of the 16 bytes holding the first 16 weights and the high halves the last 16;
+Q5_0 `d * (q - 16)` and Q5_1 `d * q + m` are the same with a fifth bit; IQ4_NL is Q4_0 with uneven
+steps. The types of larger blocks are in `gguf_k_blocks`; where rows are not whole blocks of these,
+llama.cpp takes the types here instead.
 
 Source: the GGUF specification and `ggml-common.h` of the ggml project.
 """
@@ -20,7 +21,8 @@ from llama_jax.weights.source import blamed_on, shown
 
 # --- gguf k blocks ---
 #
-# How GGUF's K-quants become numbers: blocks of 256 weights whose sub-blocks have scales that are themselves quantised.
+# How GGUF's K-quants become numbers: blocks of 256 weights whose sub-blocks have scales that are
+# themselves quantised.
 #
 # | type | weight | sub-blocks | scale `s` and offset `o` of a sub-block |
 # |---|---|---|---|
@@ -31,14 +33,17 @@ from llama_jax.weights.source import blamed_on, shown
 # | Q6_K | `d s (q - 32)`, q of 6 bits | 16 of 16 | a signed byte |
 # | IQ4_XS | `d s u[q]`, q of 4 bits, `u` the steps of IQ4_NL | 8 of 32 | 6 bits, 32 taken off |
 #
-# `d` and `m` are float16, one a block. The functions here take blocks, uint8 `[blocks, bytes]`, and fill float32
-# `[blocks, 256]`. The order of the operations in float32 is ggml's, so that the weights are equal bit for bit.
+# `d` and `m` are float16, one a block. The functions here take blocks, uint8 `[blocks, bytes]`, and
+# fill float32 `[blocks, 256]`. The order of the operations in float32 is ggml's, so that the
+# weights are equal bit for bit.
 #
 # Source: `ggml-common.h` and `ggml-quants.c` of the ggml project.
 
 
 # The 16 steps of IQ4_NL and IQ4_XS, closer together near zero.
-UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+UNEVEN = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
 
 _HALVES = np.array([[0], [4]], np.uint8)  # shifts, against bytes on the last axis
 _QUARTERS = np.array([[0], [2], [4], [6]], np.uint8)
@@ -66,7 +71,10 @@ def q3_k(blocks: np.ndarray, weights: np.ndarray) -> None:
     weights[:] = high
     weights -= 4
     # Eight bytes hold the low halves of all 16 scales, four more bytes their upper two bits.
-    scales = _unpacked(blocks[:, 96:104], 8, _HALVES, 15) | _unpacked(blocks[:, 104:108], 4, _QUARTERS, 3) << 4
+    scales = (
+        _unpacked(blocks[:, 96:104], 8, _HALVES, 15)
+        | _unpacked(blocks[:, 104:108], 4, _QUARTERS, 3) << 4
+    )
     _scale(weights, float16(blocks[:, 108:110]) * (scales.astype(np.float32) - 32))
 
 
@@ -96,15 +104,22 @@ def q6_k(blocks: np.ndarray, weights: np.ndarray) -> None:
 
 
 def iq4_xs(blocks: np.ndarray, weights: np.ndarray) -> None:
-    """136 bytes: `d`, 2 of the upper two bits of the scales, 4 of their low halves, 128 of halves."""
+    """136 bytes: `d`, 2 of the upper two bits of the scales, 4 of their low halves, 128 of
+    halves.
+    """
     weights[:] = UNEVEN[_unpacked(blocks[:, 8:], 16, _HALVES, 15)]
-    # Scales in the order of the weights: the low half of a byte before its high half, the lowest two bits first.
-    scales = _unpacked(blocks[:, 4:8], 1, _HALVES, 15) | _unpacked(blocks[:, 2:4], 1, _QUARTERS, 3) << 4
+    # Scales in the order of the weights: the low half of a byte before its high half, the lowest
+    #   two bits first.
+    scales = (
+        _unpacked(blocks[:, 4:8], 1, _HALVES, 15) | _unpacked(blocks[:, 2:4], 1, _QUARTERS, 3) << 4
+    )
     _scale(weights, float16(blocks[:, :2]) * (scales.astype(np.float32) - 32))
 
 
 def _unpacked(data: np.ndarray, run: int, shifts: np.ndarray, mask: int) -> np.ndarray:
-    """Pieces of bytes as numbers, uint8 `[blocks, numbers]`: of each `run` bytes first the lowest pieces, then the next."""
+    """Pieces of bytes as numbers, uint8 `[blocks, numbers]`: of each `run` bytes first the lowest
+    pieces, then the next.
+    """
     pieces = np.right_shift(data.reshape(len(data), -1, 1, run), shifts)
     pieces &= mask
     return pieces.reshape(len(data), -1)
@@ -125,8 +140,9 @@ def _offset(weights: np.ndarray, offsets: np.ndarray) -> None:
 def _scale_and_offset(blocks: np.ndarray, weights: np.ndarray) -> None:
     """What Q4_K and Q5_K share: eight scales and eight offsets of 6 bits in bytes 4 to 15.
 
-    The first four of each are the low 6 bits of four bytes; of the others those bytes hold the upper 2 bits, and the last
-    four bytes the low 4 (scales in the low half, offsets in the high one).
+    The first four of each are the low 6 bits of four bytes; of the others those bytes hold the
+    upper 2 bits, and the last four bytes the low 4 (scales in the low half, offsets in the high
+    one).
     """
     first, second, lows = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 63, lows & 15 | first >> 2 & 48], axis=1)
@@ -137,7 +153,8 @@ def _scale_and_offset(blocks: np.ndarray, weights: np.ndarray) -> None:
 
 # --- gguf encode ---
 #
-# Weights as the bytes of GGUF's element types: the inverse of `gguf_blocks`, for the types that we write.
+# Weights as the bytes of GGUF's element types: the inverse of `gguf_blocks`, for the types that we
+# write.
 #
 # Source: `ggml-quants.c` of the ggml project (`quantize_row_q8_0_ref`).
 
@@ -164,7 +181,8 @@ class Encoding(NamedTuple):
 
 
 def strips(name: str, tensor: np.ndarray, encode: Encode) -> Iterator[np.ndarray]:
-    """The bytes of one tensor, some rows at a time, so that little more than the tensor is in memory.
+    """The bytes of one tensor, some rows at a time, so that little more than the tensor is in
+    memory.
 
     Args:
       name: for messages.
@@ -172,7 +190,8 @@ def strips(name: str, tensor: np.ndarray, encode: Encode) -> Iterator[np.ndarray
       encode: one of `ENCODINGS`.
 
     Raises:
-      InputError: naming the tensor, for weights that are not finite or not in the range of the type.
+      InputError: naming the tensor, for weights that are not finite or not in the range of the
+        type.
     """
     rows = tensor if tensor.ndim == 2 else tensor[None]
     step = max(1, _ENCODED_AT_ONCE // rows.shape[1])
@@ -201,7 +220,9 @@ def _encode_q8_0(rows: np.ndarray) -> np.ndarray:
         inverse = 1 / scales
         stored = scales.astype(np.float16)
     _require_finite(rows, stored, "float32 or bfloat16")
-    inverse[~np.isfinite(inverse)] = 0  # of zero, and of scales so small that float16 makes them zero
+    inverse[~np.isfinite(inverse)] = (
+        0  # of zero, and of scales so small that float16 makes them zero
+    )
     encoded = np.empty((len(blocks), 2 + Q8_0_BLOCK), np.uint8)
     encoded[:, :2] = stored.view(np.uint8)
     encoded[:, 2:] = _round(blocks * inverse).astype(np.int8).view(np.uint8)
@@ -209,7 +230,9 @@ def _encode_q8_0(rows: np.ndarray) -> np.ndarray:
 
 
 def _round(numbers: np.ndarray) -> np.ndarray:
-    """To whole numbers, halves away from zero, as C's `roundf`; numpy's own rounding takes halves to even ones."""
+    """To whole numbers, halves away from zero, as C's `roundf`; numpy's own rounding takes halves
+    to even ones.
+    """
     sizes = np.abs(numbers)
     floors = np.floor(sizes)
     return np.copysign(floors + (sizes - floors >= 0.5), numbers)
@@ -237,7 +260,9 @@ ENCODINGS = {
 
 
 Decode = Callable[[np.ndarray], np.ndarray]
-Fill = Callable[[np.ndarray, np.ndarray], None]  # from blocks, uint8 `[n, bytes]`, into weights, float32 `[n, length]`
+Fill = Callable[
+    [np.ndarray, np.ndarray], None
+]  # from blocks, uint8 `[n, bytes]`, into weights, float32 `[n, length]`
 
 _STRIP = 1 << 16  # weights decoded at a time: 256 KiB of float32
 
@@ -249,8 +274,8 @@ class BlockType(NamedTuple):
       name: as ggml spells it.
       length: weights in a block.
       nbytes: bytes of a block.
-      decode: from the bytes (uint8, 1-D) to the weights (1-D): float types as they are, quantised ones as float32;
-        `None` for the types that are known by size only.
+      decode: from the bytes (uint8, 1-D) to the weights (1-D): float types as they are, quantised
+        ones as float32; `None` for the types that are known by size only.
     """
 
     name: str
@@ -268,14 +293,18 @@ def _as_floats(dtype: type) -> Decode:
 
 
 def _in_strips(length: int, nbytes: int, fill: Fill) -> Decode:
-    """A decoder of blocks, a strip after the other: what is made on the way to the weights stays in the cache."""
+    """A decoder of blocks, a strip after the other: what is made on the way to the weights stays in
+    the cache.
+    """
     strip = _STRIP // length
 
     def decode(data: np.ndarray) -> np.ndarray:
         """The bytes of blocks as weights, float32."""
         blocks = data.reshape(-1, nbytes)
         weights = np.empty((len(blocks), length), np.float32)
-        with np.errstate(invalid="ignore", over="ignore"):  # a scale that is no number makes weights that are none
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # a scale that is no number makes weights that are none
             for start in range(0, len(blocks), strip):
                 fill(blocks[start : start + strip], weights[start : start + strip])
         return weights.reshape(-1)
@@ -294,7 +323,9 @@ def _fill_halves(data: np.ndarray, weights: np.ndarray) -> None:
 
 
 def _fill_fives(bits: np.ndarray, data: np.ndarray, weights: np.ndarray) -> None:
-    """As `_fill_halves`, with a fifth bit of each weight in four more bytes, the first weight's the lowest."""
+    """As `_fill_halves`, with a fifth bit of each weight in four more bytes, the first weight's the
+    lowest.
+    """
     numbers = np.unpackbits(np.ascontiguousarray(bits), axis=1, bitorder="little")
     numbers <<= 4
     numbers[:, :16] |= data & 15
@@ -374,4 +405,6 @@ BLOCK_TYPES: dict[int, BlockType] = {
     40: BlockType("NVFP4", 64, 36),
     41: BlockType("Q1_0", 128, 18),
 }
-DECODERS: dict[str, Decode] = {block.name: block.decode for block in BLOCK_TYPES.values() if block.decode is not None}
+DECODERS: dict[str, Decode] = {
+    block.name: block.decode for block in BLOCK_TYPES.values() if block.decode is not None
+}

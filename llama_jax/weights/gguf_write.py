@@ -15,14 +15,22 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
 from llama_jax.storage import atomic_write
-from llama_jax.weights.gguf import DIVISORS, NAMES, ROTATED, adjacent_layout, divisors_from_config, metadata_from_config
+from llama_jax.weights.gguf import (
+    DIVISORS,
+    NAMES,
+    ROTATED,
+    adjacent_layout,
+    divisors_from_config,
+    metadata_from_config,
+)
 from llama_jax.weights.gguf_blocks import BLOCK_TYPES, ENCODINGS, Q8_0_BLOCK, Encoding, strips
 from llama_jax.weights.hf_write import Place, layered_places
 from llama_jax.weights.source import Shape, Source, file_shapes, flat_shapes, oriented, shown
 
 # --- gguf write ---
 #
-# Writing a GGUF file, version 3: typed metadata, a record a tensor, and the tensors one after the other.
+# Writing a GGUF file, version 3: typed metadata, a record a tensor, and the tensors one after the
+#   other.
 #
 # Source: the GGUF specification of the ggml project.
 
@@ -30,7 +38,8 @@ from llama_jax.weights.source import Shape, Source, file_shapes, flat_shapes, or
 _VERSION = 3
 _ALIGNMENT = 32
 
-# Metadata types by the type in Python: number and `struct` letter. Ids and counts are unsigned; a list may have any sign.
+# Metadata types by the type in Python: number and `struct` letter. Ids and counts are unsigned; a
+#   list may have any sign.
 _SINGLE = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}
 _LISTED = _SINGLE | {int: (5, "i")}
 _TEXT, _LIST = 8, 9
@@ -45,7 +54,8 @@ class NewTensor(NamedTuple):
       name: as in the file.
       shape: in numpy order, the fastest axis last; rows are whole blocks of the type.
       type: name of the element type, such as `F16` or `Q8_0`.
-      content: gives its bytes, uint8 and contiguous, piece by piece; called once, when its turn has come.
+      content: gives its bytes, uint8 and contiguous, piece by piece; called once, when its turn has
+        come.
     """
 
     name: str
@@ -60,17 +70,21 @@ class NewTensor(NamedTuple):
         return math.prod(self.shape) // block.length * block.nbytes
 
 
-def write_gguf_file(path: pathlib.Path, metadata: Mapping[str, object], tensors: Sequence[NewTensor]) -> None:
-    """Writes a file that is whole or absent, whatever happens; an older one at its place stays until then.
+def write_gguf_file(
+    path: pathlib.Path, metadata: Mapping[str, object], tensors: Sequence[NewTensor]
+) -> None:
+    """Writes a file that is whole or absent, whatever happens; an older one at its place stays
+    until then.
 
     Args:
       path: the file; its directory exists.
-      metadata: text, `bool`, `int` (stored as UINT32), `float` (FLOAT32), and lists of these, each of one type (`int` as
-        INT32); an empty list is one of texts. `general.alignment` is added.
+      metadata: text, `bool`, `int` (stored as UINT32), `float` (FLOAT32), and lists of these, each
+        of one type (`int` as INT32); an empty list is one of texts. `general.alignment` is added.
       tensors: in the order of the file.
 
     Raises:
-      InputError: naming the key, for metadata of another type or out of range; and what reading the content raises.
+      InputError: naming the key, for metadata of another type or out of range; and what reading the
+        content raises.
       OSError: where the file cannot be written.
     """
     header = _header({**metadata, "general.alignment": _ALIGNMENT}, tensors)
@@ -99,7 +113,9 @@ def _write_content(file: BinaryIO, tensor: NewTensor) -> None:
 
 def _record(tensor: NewTensor, offset: int) -> bytes:
     shape = tensor.shape[::-1]  # the file has the fastest axis first
-    layout = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, _TYPE_NUMBERS[tensor.type], offset)
+    layout = struct.pack(
+        f"<I{len(shape)}QIQ", len(shape), *shape, _TYPE_NUMBERS[tensor.type], offset
+    )
     return _text(tensor.name) + layout
 
 
@@ -107,8 +123,11 @@ def _entry(key: str, value: object) -> bytes:
     try:
         return _text(key) + _value(value)
     except (KeyError, struct.error, OverflowError, UnicodeEncodeError):
-        raise InputError(f"metadata {key}: {shown(value)} cannot be stored; a text, true or false, a number of 32 bits "
-                         "or a list of one of these expected") from None  # fmt: skip
+        raise InputError(
+            f"metadata {key}: {shown(value)} cannot be stored; a text, true or false, a "
+            "number of 32 bits "
+            "or a list of one of these expected"
+        ) from None
 
 
 def _value(value: object) -> bytes:
@@ -154,25 +173,27 @@ def write_gguf(
     name: str,
     more: Mapping[str, object] = _NOTHING_MORE,
 ) -> None:
-    """Writes a model as a GGUF file, tensor by tensor; the file appears at its place when it is whole.
+    """Writes a model as a GGUF file, tensor by tensor; the file appears at its place when it is
+    whole.
 
-    Matrices are stored as `dtype`, norms always as float32. Where the tokenizer has fewer tokens than the model has rows,
-    unused tokens fill the gap: llama.cpp wants as many of both.
+    Matrices are stored as `dtype`, norms always as float32. Where the tokenizer has fewer tokens
+    than the model has rows, unused tokens fill the gap: llama.cpp wants as many of both.
 
     Args:
       source: the weights.
       path: the file, ending in `.gguf`; an existing one is replaced.
       dtype: `float32`, `float16`, `bfloat16` or `q8_0`.
-      tokenizer_metadata: keys `tokenizer.*` and their values, types as for `write_gguf_file`. Without any, the file
-        holds a model alone, which llama.cpp does not run.
+      tokenizer_metadata: keys `tokenizer.*` and their values, types as for `write_gguf_file`.
+        Without any, the file holds a model alone, which llama.cpp does not run.
       template: the chat template, `None` for a model without.
       name: of the model, for people.
       more: metadata beside those of the model, such as `Report.made_from` gives.
 
     Raises:
-      InputError: for another `dtype`, a path that cannot be a file, a rotary scaling that GGUF cannot tell, a tokenizer
-        larger than the model, metadata of a type that GGUF has not; naming the tensor, for a weight that is not finite
-        or out of the range of the type, and a matrix too narrow for the blocks of `q8_0`.
+      InputError: for another `dtype`, a path that cannot be a file, a rotary scaling that GGUF
+        cannot tell, a tokenizer larger than the model, metadata of a type that GGUF has not; naming
+        the tensor, for a weight that is not finite or out of the range of the type, and a matrix
+        too narrow for the blocks of `q8_0`.
       OSError: where the file cannot be written.
     """
     path, config = pathlib.Path(path), source.config
@@ -193,7 +214,9 @@ def write_gguf(
 
 def _require_file_path(path: pathlib.Path) -> None:
     if path.suffix != ".gguf" or path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"{path}: a file name ending in .gguf, in a directory that exists, expected")
+        raise InputError(
+            f"{path}: a file name ending in .gguf, in a directory that exists, expected"
+        )
 
 
 def _encoding(dtype: str) -> Encoding:
@@ -211,7 +234,10 @@ def _tokenizer(metadata: Mapping[str, object], vocab_size: int) -> dict[str, obj
     if not isinstance(tokens, list):
         return dict(metadata)
     if len(tokens) > vocab_size:
-        raise InputError(f"the tokenizer has {len(tokens)} tokens, the model {vocab_size}; a tokenizer of the model expected")
+        raise InputError(
+            f"the tokenizer has {len(tokens)} tokens, the model {vocab_size}; a "
+            "tokenizer of the model expected"
+        )
     unused = range(len(tokens), vocab_size)
     fillers: dict[str, list] = {
         "tokenizer.ggml.tokens": [f"[PAD{number}]" for number in unused],
@@ -235,22 +261,34 @@ def _divisors(config: LlamaConfig) -> Iterator[NewTensor]:
 def _tensors(source: Source, encoding: Encoding) -> Iterator[NewTensor]:
     """All weights: those outside of the layers, then those of the layers."""
     shapes = file_shapes(source.config, NAMES)
-    outside: list[Place] = [(path, None) for path in flat_shapes(source.config) if not path.startswith("layers/")]
+    outside: list[Place] = [
+        (path, None) for path in flat_shapes(source.config) if not path.startswith("layers/")
+    ]
     for path, layer in [*outside, *layered_places(source)]:
         yield _tensor(source, path, layer, shapes, encoding)
 
 
 def _tensor(
-    source: Source, path: str, layer: int | None, shapes: Mapping[str, tuple[int, ...]], encoding: Encoding
+    source: Source,
+    path: str,
+    layer: int | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    encoding: Encoding,
 ) -> NewTensor:
     name = NAMES[path].format(layer)
     shape = shapes[name]
     encoding = encoding if len(shape) == 2 else ENCODINGS["float32"]
     if encoding.type == "Q8_0" and shape[-1] % Q8_0_BLOCK:
         raise InputError(
-            f"tensor {name}: rows of {shape[-1]} weights, multiples of {Q8_0_BLOCK} expected for q8_0; take float16"
+            f"tensor {name}: rows of {shape[-1]} weights, multiples of {Q8_0_BLOCK} "
+            "expected for q8_0; take float16"
         )
-    return NewTensor(name, shape, encoding.type, lambda: strips(name, _stored(source, path, layer), encoding.encode))
+    return NewTensor(
+        name,
+        shape,
+        encoding.type,
+        lambda: strips(name, _stored(source, path, layer), encoding.encode),
+    )
 
 
 def _stored(source: Source, path: str, layer: int | None) -> np.ndarray:

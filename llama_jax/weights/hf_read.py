@@ -1,4 +1,6 @@
-"""LLaMA weights from a directory as Hugging Face lays it out: `config.json`, and safetensors files or PyTorch's."""
+"""LLaMA weights from a directory as Hugging Face lays it out: `config.json`, and safetensors files
+or PyTorch's.
+"""
 
 import dataclasses
 import os
@@ -11,14 +13,28 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.weights.hf_config import config_from_hugging_face, dequantized, quantization, require_unquantized, split_scales
+from llama_jax.weights.hf_config import (
+    config_from_hugging_face,
+    dequantized,
+    quantization,
+    require_unquantized,
+    split_scales,
+)
 from llama_jax.weights.pth import PthFile
 from llama_jax.weights.safetensors import map_safetensors
-from llama_jax.weights.source import blamed_on, file_shapes, json_object, oriented, require_tensors, shown
+from llama_jax.weights.source import (
+    blamed_on,
+    file_shapes,
+    json_object,
+    oriented,
+    require_tensors,
+    shown,
+)
 
 # --- hugging face files ---
 #
-# Which files of a directory of Hugging Face's hold its tensors: safetensors, or what `torch.save` wrote before.
+# Which files of a directory of Hugging Face's hold its tensors: safetensors, or what `torch.save`
+# wrote before.
 
 
 # The one file, or the index of several, in the order in which transformers looks for them.
@@ -31,7 +47,8 @@ _BUFFER = "rotary_emb.inv_freq"  # that old versions stored
 
 
 def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """A file of the directory; a link may lead only into it, or into the blobs of the same download cache.
+    """A file of the directory; a link may lead only into it, or into the blobs of the same download
+    cache.
 
     Raises:
       InputError: for a link that leads elsewhere.
@@ -41,7 +58,9 @@ def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     target = path.resolve()
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise InputError(f"{name} links to {target}, outside of the directory; copy the file instead")
+        raise InputError(
+            f"{name} links to {target}, outside of the directory; copy the file instead"
+        )
     return path
 
 
@@ -56,18 +75,23 @@ def description(directory: pathlib.Path, name: str) -> dict[str, Any]:
         return json_object(path)
 
 
-def stored_tensors(directory: pathlib.Path, fp8: bool) -> tuple[dict[str, np.ndarray], dict[str, PthFile]]:
-    """Every tensor by name, without the buffers that old versions stored; nothing is read but headers.
+def stored_tensors(
+    directory: pathlib.Path, fp8: bool
+) -> tuple[dict[str, np.ndarray], dict[str, PthFile]]:
+    """Every tensor by name, without the buffers that old versions stored; nothing is read but
+    headers.
 
     Args:
       directory: where the files are.
       fp8: whether 8-bit floats are taken.
 
     Returns:
-      Views of the files; and the file of each tensor that is one of PyTorch's, whose checksums its `read` compares.
+      Views of the files; and the file of each tensor that is one of PyTorch's, whose checksums its
+      `read` compares.
 
     Raises:
-      InputError: for missing or damaged files, and an index that names others or places tensors elsewhere.
+      InputError: for missing or damaged files, and an index that names others or places tensors
+        elsewhere.
     """
     index, weight_map = _weight_map(directory)
     tensors: dict[str, np.ndarray] = {}
@@ -76,7 +100,11 @@ def stored_tensors(directory: pathlib.Path, fp8: bool) -> tuple[dict[str, np.nda
     for shard in [index] if weight_map is None else sorted(set(weight_map.values())):
         path = inside(directory, shard)
         file = None if shard.endswith(".safetensors") else _pickle(path)
-        found = map_safetensors(path, narrow=True) if file is None else {name: file.view(name) for name in file.tensors}
+        found = (
+            map_safetensors(path, narrow=True)
+            if file is None
+            else {name: file.view(name) for name in file.tensors}
+        )
         for name, tensor in found.items():
             if name in tensors:
                 raise InputError(f"tensor {shown(name)} is in two files, one of them {shard}")
@@ -97,7 +125,10 @@ def _require_floats(tensors: Mapping[str, np.ndarray], fp8: bool) -> None:
     known = (*_TYPES, *(_TYPES_OF_8_BITS if fp8 else ()))
     for name, tensor in tensors.items():
         if tensor.dtype.name not in known:
-            raise InputError(f"tensor {shown(name)} has type {tensor.dtype.name}; supported are {', '.join(known)}")
+            raise InputError(
+                f"tensor {shown(name)} has type {tensor.dtype.name}; supported are "
+                f"{', '.join(known)}"
+            )
 
 
 def _pickle(path: pathlib.Path) -> PthFile:
@@ -109,7 +140,9 @@ def _pickle(path: pathlib.Path) -> PthFile:
 
 
 def _weight_map(directory: pathlib.Path) -> tuple[str, dict[str, str] | None]:
-    """The file that holds all tensors and `None`, or the index of several and which of them holds each tensor."""
+    """The file that holds all tensors and `None`, or the index of several and which of them holds
+    each tensor.
+    """
     for whole, index in zip(_WHOLE, _INDICES):
         if (directory / whole).is_file():
             return whole, None
@@ -126,7 +159,9 @@ def _names(index: Mapping[str, Any], suffix: str) -> dict[str, str]:
     for name in names.values():
         match = _SHARD_NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None or match[1] != suffix:
-            raise InputError(f"the index names the file {shown(name)}; a plain name ending in {suffix} expected")
+            raise InputError(
+                f"the index names the file {shown(name)}; a plain name ending in {suffix} expected"
+            )
     return names
 
 
@@ -137,7 +172,10 @@ def _require_placed(index: str, weight_map: Mapping[str, str], held: Mapping[str
         if there != here and not name.endswith(_BUFFER):
             found = "no file has it" if here is None else f"it is in {here}"
             placed = f"in {there}" if there else "nowhere"
-            raise InputError(f"{index} places tensor {shown(name)} {placed}, but {found}; fetch the index and the files again")
+            raise InputError(
+                f"{index} places tensor {shown(name)} {placed}, but {found}; fetch the "
+                "index and the files again"
+            )
 
 
 # --- hugging face ---
@@ -190,8 +228,8 @@ class HuggingFaceSource:
         (But for a head stored beside a tied embedding: the two are compared.)
 
         Raises:
-          InputError: for missing or damaged files, another architecture, tensors that do not fit, or an index that
-            names a file elsewhere.
+          InputError: for missing or damaged files, another architecture, tensors that do not fit,
+            or an index that names a file elsewhere.
         """
         directory = pathlib.Path(directory)
         with blamed_on(directory):
@@ -204,13 +242,16 @@ class HuggingFaceSource:
         return cls(directory, config, tensors, pickles, scheme, scales)
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """One tensor in the canonical orientation (a view of the file, where it is not quantized); see `Source.read`.
+        """One tensor in the canonical orientation (a view of the file, where it is not quantized);
+        see `Source.read`.
 
         Raises:
           InputError: for a tensor of a file of PyTorch's that does not match its checksum.
         """
         stored = NAMES[name].format(layer)
-        tensor = self.pickles[stored].read(stored) if stored in self.pickles else self.tensors[stored]
+        tensor = (
+            self.pickles[stored].read(stored) if stored in self.pickles else self.tensors[stored]
+        )
         if stored in self.scales and self.scheme is not None:
             tensor = dequantized(tensor, self.scales[stored], self.scheme)
         return oriented(name, tensor)
@@ -222,7 +263,9 @@ class HuggingFaceSource:
 
 
 def _require_fitting(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    """Refuses tensors whose names and shapes are not those of the architecture, and a tied head that is another."""
+    """Refuses tensors whose names and shapes are not those of the architecture, and a tied head
+    that is another.
+    """
     expected = file_shapes(config, NAMES)
     embedding, head = NAMES["embedding"], NAMES["head"]
     tied = config.tied_head and head in tensors
@@ -230,7 +273,10 @@ def _require_fitting(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> 
         expected[head] = expected[embedding]
     require_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()})
     if tied and not _equal(tensors[embedding], tensors[head]):
-        raise InputError(f"tie_word_embeddings is true, but {head} differs from {embedding}; set it to false or remove {head}")
+        raise InputError(
+            f"tie_word_embeddings is true, but {head} differs from {embedding}; set it "
+            f"to false or remove {head}"
+        )
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:

@@ -1,7 +1,9 @@
-"""A model written as a directory of Hugging Face's, readable by transformers 4 and 5 and by `llama_jax.load`.
+"""A model written as a directory of Hugging Face's, readable by transformers 4 and 5 and by
+`llama_jax.load`.
 
-Everything streams from a `Source` tensor by tensor, so a model larger than memory can be written. The directory appears
-under its name when it is whole; until then `config.json`, without which nothing loads it, is missing as well.
+Everything streams from a `Source` tensor by tensor, so a model larger than memory can be written.
+The directory appears under its name when it is whole; until then `config.json`, without which
+nothing loads it, is missing as well.
 """
 
 import collections
@@ -31,20 +33,39 @@ from llama_jax.weights.meta import NAMES as META_NAMES
 from llama_jax.weights.meta import MetaSource
 from llama_jax.weights.open import Opened, verified
 from llama_jax.weights.run import RunSource
-from llama_jax.weights.safetensors import DTYPES, INDEX, TensorSpec, index_of, parse_size, plan_shards, write_safetensors
+from llama_jax.weights.safetensors import (
+    DTYPES,
+    INDEX,
+    TensorSpec,
+    index_of,
+    parse_size,
+    plan_shards,
+    write_safetensors,
+)
 from llama_jax.weights.source import Source, blamed_on, file_shapes, flat_shapes, oriented, shown
 
 # --- hugging face beside ---
 #
-# What lies beside the weights in a directory of Hugging Face's: the tokenizer's files, special tokens, the chat template.
+# What lies beside the weights in a directory of Hugging Face's: the tokenizer's files, special
+# tokens, the chat template.
 
 
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
-)  # fmt: skip
+)
 _LARGEST_TOKENIZER_FILE = 128 << 20
-_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<PAD>", "[PAD]")  # as `text.export` writes for the tokenizer
+_PAD_TOKENS = (
+    "<|finetune_right_pad_id|>",
+    "<pad>",
+    "<|pad|>",
+    "<PAD>",
+    "[PAD]",
+)  # as `text.export` writes for the tokenizer
 
 
 class Beside(NamedTuple):
@@ -66,18 +87,24 @@ class Beside(NamedTuple):
 
 
 def files_beside(opened: Opened) -> Beside:
-    """What is to lie beside the weights of a model on disk; files of Hugging Face's are taken as they are.
+    """What is to lie beside the weights of a model on disk; files of Hugging Face's are taken as
+    they are.
 
     Raises:
-      InputError: for damaged files, links out of the directory, and a tokenizer that transformers could not read.
+      InputError: for damaged files, links out of the directory, and a tokenizer that transformers
+        could not read.
     """
     generation: Mapping[str, Any] = {}
     if opened.format == "hugging_face":
         generation = read_json(opened.path / "generation_config.json")
         declared = {**read_json(opened.path / "config.json"), **generation}
         files = _copied(opened.beside or opened.path)
-        if opened.template is not None and opened.template != template_from_directory(opened.beside or opened.path):
-            files["chat_template.jinja"] = opened.template.source.encode()  # it lies beside adapters
+        if opened.template is not None and opened.template != template_from_directory(
+            opened.beside or opened.path
+        ):
+            files["chat_template.jinja"] = (
+                opened.template.source.encode()
+            )  # it lies beside adapters
     else:
         declared = _declared(opened.source)
         files = _written(opened.tokenizer, opened.template)
@@ -86,19 +113,27 @@ def files_beside(opened: Opened) -> Beside:
 
 
 def files_of(
-    config: LlamaConfig, tokenizer: Tokenizer | None, template: ChatTemplate | None, stop_ids: tuple[int, ...]
+    config: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    stop_ids: tuple[int, ...],
 ) -> Beside:
     """What is to lie beside the weights of a model in memory.
 
     Raises:
-      InputError: for a tokenizer that transformers could not read, and stops outside the vocabulary.
+      InputError: for a tokenizer that transformers could not read, and stops outside the
+        vocabulary.
     """
     size = tokenizer.vocab_size if tokenizer else config.vocab_size
     wrong = next((token for token in stop_ids if not 0 <= token < size), None)
     if wrong is not None:
-        raise InputError(f"stop_ids: {shown(wrong)} given, ids of the vocabulary, 0 to {size - 1}, expected")
+        raise InputError(
+            f"stop_ids: {shown(wrong)} given, ids of the vocabulary, 0 to {size - 1}, expected"
+        )
     tokens = _token_ids(config, tokenizer, tuple(sorted(set(stop_ids))), {})
-    return Beside(tokens, _written(tokenizer, template), {}, "parameters in memory", template is not None)
+    return Beside(
+        tokens, _written(tokenizer, template), {}, "parameters in memory", template is not None
+    )
 
 
 def _declared(source: Source) -> dict[str, Any]:
@@ -108,15 +143,21 @@ def _declared(source: Source) -> dict[str, Any]:
 
 
 def _token_ids(
-    config: LlamaConfig, tokenizer: Tokenizer | None, stops: tuple[int, ...], declared: Mapping[str, Any]
+    config: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    stops: tuple[int, ...],
+    declared: Mapping[str, Any],
 ) -> TokenIds:
-    """Special tokens; what the tokenizer does not know is taken from what the model's files declare."""
+    """Special tokens; what the tokenizer does not know is taken from what the model's files
+    declare.
+    """
     begin = tokenizer.begin_id if tokenizer else _an_id(declared.get("bos_token_id"))
     pad = _an_id(declared.get("pad_token_id"))
     if pad is None and tokenizer is not None:
         special = tokenizer.special_tokens
         pad = next((special[token] for token in _PAD_TOKENS if token in special), None)
-    # transformers makes the row of the padding token zero at a gradient, and refuses one that the table does not have.
+    # transformers makes the row of the padding token zero at a gradient, and refuses one that the
+    # table does not have.
     return TokenIds(begin, stops, pad if pad is not None and pad < config.vocab_size else None)
 
 
@@ -143,7 +184,10 @@ def _copied(directory: pathlib.Path) -> dict[str, bytes]:
 
 def _small(path: pathlib.Path) -> bytes:
     if path.stat().st_size > _LARGEST_TOKENIZER_FILE:
-        raise InputError(f"{path.name} is larger than {_LARGEST_TOKENIZER_FILE} bytes; a file of a tokenizer is not")
+        raise InputError(
+            f"{path.name} is larger than {_LARGEST_TOKENIZER_FILE} bytes; a file of a "
+            "tokenizer is not"
+        )
     return path.read_bytes()
 
 
@@ -158,7 +202,8 @@ Place = tuple[str, int | None]  # canonical path and layer, the arguments of `So
 def layered_places(source: Source) -> list[Place]:
     """The tensors of all layers: layer by layer, the order of use; those of a run path by path.
 
-    A checkpoint of ours holds all layers of a parameter in one array: so that each is read once, and one at a time.
+    A checkpoint of ours holds all layers of a parameter in one array: so that each is read once,
+      and one at a time.
     """
     inner = source.source if isinstance(source, WatchedSource) else source
     paths = [path for path in flat_shapes(source.config) if path.startswith("layers/")]
@@ -170,7 +215,11 @@ def layered_places(source: Source) -> list[Place]:
 
 def places(source: Source) -> list[Place]:
     """All tensors: the embedding, those of the layers, and the rest."""
-    rest: list[Place] = [(path, None) for path in flat_shapes(source.config) if not path.startswith(("embedding", "layers/"))]
+    rest: list[Place] = [
+        (path, None)
+        for path in flat_shapes(source.config)
+        if not path.startswith(("embedding", "layers/"))
+    ]
     return [("embedding", None), *layered_places(source), *rest]
 
 
@@ -213,17 +262,22 @@ def export_hugging_face(
     What `report` finds out about the model goes along, in the metadata of the files of weights.
 
     Args:
-      opened: from `open_model`. Of a directory of Hugging Face's, the files of the tokenizer are copied as they are.
+      opened: from `open_model`. Of a directory of Hugging Face's, the files of the tokenizer are
+        copied as they are.
       directory: is to hold the model; nothing, or an empty directory.
-      dtype: of the weights; `keep` leaves each tensor as it is, and makes float32 of quantised ones.
+      dtype: of the weights; `keep` leaves each tensor as it is, and makes float32 of quantised
+        ones.
       max_shard_size: largest file of weights, such as `5GB`; decimal units.
       watcher: called after each tensor with its number of parameters.
 
     Raises:
-      InputError: for a directory that is not empty, a disk without room, a value beyond the range of `dtype`, a model
-        without a tokenizer that transformers could read, and whatever is wrong with the model itself.
+      InputError: for a directory that is not empty, a disk without room, a value beyond the range
+        of `dtype`, a model without a tokenizer that transformers could read, and whatever is wrong
+        with the model itself.
     """
-    return _export(opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher, opened)
+    return _export(
+        opened.source, files_beside(opened), directory, dtype, max_shard_size, watcher, opened
+    )
 
 
 def save_hugging_face(
@@ -252,18 +306,33 @@ def save_hugging_face(
       InputError: if the tree is not of this architecture, and as for `export_hugging_face`.
     """
     source = ParameterSource(config, params)
-    return _export(source, files_of(config, tokenizer, template, stop_ids), directory, dtype, max_shard_size, None, None)
+    return _export(
+        source,
+        files_of(config, tokenizer, template, stop_ids),
+        directory,
+        dtype,
+        max_shard_size,
+        None,
+        None,
+    )
 
 
 def main_dtype(source: Source) -> str:
-    """Name of the dtype that most of a source's parameters have; that of quantised ones is float32."""
+    """Name of the dtype that most of a source's parameters have; that of quantised ones is
+    float32.
+    """
     return _main_dtype(_specs(source, "keep"))
 
 
 def _export(
-    source: Source, beside: Beside, directory: str | os.PathLike[str], dtype: Dtype, max_shard_size: str | int,
-    watcher: Watcher | None, opened: Opened | None,
-) -> Exported:  # fmt: skip
+    source: Source,
+    beside: Beside,
+    directory: str | os.PathLike[str],
+    dtype: Dtype,
+    max_shard_size: str | int,
+    watcher: Watcher | None,
+    opened: Opened | None,
+) -> Exported:
     target = pathlib.Path(directory)
     specs = _specs(source, dtype)
     shards = plan_shards(specs, parse_size(max_shard_size))
@@ -273,8 +342,12 @@ def _export(
         if opened is not None:
             whole = verified(opened)
             metadata, beside = report(whole).made_from(), beside._replace(origin=whole.origin)
-        _write_weights(partial, shards, source if watcher is None else WatchedSource(source, watcher), metadata)
-        for name, content in _texts(target.absolute().name, source.config, _main_dtype(specs), beside).items():
+        _write_weights(
+            partial, shards, source if watcher is None else WatchedSource(source, watcher), metadata
+        )
+        for name, content in _texts(
+            target.absolute().name, source.config, _main_dtype(specs), beside
+        ).items():
             write_synced(partial / name, content)
     written = sorted(target.iterdir())
     nbytes = sum(path.stat().st_size for path in written)
@@ -282,7 +355,10 @@ def _export(
 
 
 def _write_weights(
-    directory: pathlib.Path, shards: dict[str, list[TensorSpec]], source: Source, metadata: Mapping[str, str]
+    directory: pathlib.Path,
+    shards: dict[str, list[TensorSpec]],
+    source: Source,
+    metadata: Mapping[str, str],
 ) -> None:
     at = _places(source)
 
@@ -318,7 +394,9 @@ def _places(source: Source) -> dict[str, Place]:
 def _specs(source: Source, dtype: Dtype) -> list[TensorSpec]:
     """What is to be written, in order."""
     if dtype not in ("keep", *_SAVED_AS):
-        raise InputError(f"dtype {shown(dtype)} given; one of keep, {', '.join(_SAVED_AS)} expected")
+        raise InputError(
+            f"dtype {shown(dtype)} given; one of keep, {', '.join(_SAVED_AS)} expected"
+        )
     shapes = file_shapes(source.config, NAMES)
     specs = []
     for name, (path, layer) in _places(source).items():
@@ -330,7 +408,9 @@ def _specs(source: Source, dtype: Dtype) -> list[TensorSpec]:
 
 
 def _stored_dtype(source: Source, path: str, layer: int | None) -> np.dtype:
-    """The dtype in which a source gives a tensor, by the file's table where reading is work: decoding, merging shards."""
+    """The dtype in which a source gives a tensor, by the file's table where reading is work:
+    decoding, merging shards.
+    """
     if isinstance(source, MetaSource):
         return source.files[0].tensors[META_NAMES[path].format(layer)].storage.dtype
     if isinstance(source, GgufSource):

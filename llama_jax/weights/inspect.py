@@ -1,4 +1,6 @@
-"""What was found out about a model before it is trusted: a report for the screen, for JSON, and for checkpoints made of it."""
+"""What was found out about a model before it is trusted: a report for the screen, for JSON, and for
+checkpoints made of it.
+"""
 
 import collections
 import dataclasses
@@ -75,7 +77,11 @@ def contents(source: Source) -> Contents:
     """The contents of a source that `open_model` gives; nothing but headers is looked at."""
     tensors = list(_stored(source))
     types = collections.Counter(tensor.type for tensor in tensors)
-    copied = isinstance(source, HuggingFaceSource | MetaSource) and source.config.tied_head and _has_head(source)
+    copied = (
+        isinstance(source, HuggingFaceSource | MetaSource)
+        and source.config.tied_head
+        and _has_head(source)
+    )
     return Contents(
         types=dict(types.most_common()),
         nbytes=sum(tensor.nbytes for tensor in tensors),
@@ -103,7 +109,9 @@ def _stored(source: Source) -> Iterator[Stored]:
         yield from _of_run(source)
     elif isinstance(source, MergedSource):
         yield from _stored(source.base)
-        added = parameter_count(source.config) - parameter_count(source.base.config)  # a larger vocabulary, a head of its own
+        added = parameter_count(source.config) - parameter_count(
+            source.base.config
+        )  # a larger vocabulary, a head of its own
         if added:
             yield Stored(added, "float32", 4 * added, counts=True)
 
@@ -118,8 +126,14 @@ def _of_shards(source: MetaSource) -> Iterator[Stored]:
     for number, file in enumerate(source.files):
         for name, window in file.tensors.items():
             size, dtype = math.prod(window.shape), window.storage.dtype
-            repeated = number % copies != 0 if name.endswith(_KEYS_AND_VALUES) else number > 0 and name.endswith("norm.weight")
-            yield Stored(size, dtype.name, size * dtype.itemsize, _counts(name, source) and not repeated)
+            repeated = (
+                number % copies != 0
+                if name.endswith(_KEYS_AND_VALUES)
+                else number > 0 and name.endswith("norm.weight")
+            )
+            yield Stored(
+                size, dtype.name, size * dtype.itemsize, _counts(name, source) and not repeated
+            )
 
 
 def _of_run(source: RunSource) -> Iterator[Stored]:
@@ -132,7 +146,8 @@ def _of_run(source: RunSource) -> Iterator[Stored]:
 
 # --- warnings_of ---
 #
-# What is strange about a model's files, in plain sentences: none of it stops a model from loading, all of it misleads.
+# What is strange about a model's files, in plain sentences: none of it stops a model from loading,
+# all of it misleads.
 
 
 _SIZES = ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
@@ -146,9 +161,18 @@ def warnings_of(opened: Opened, held: Contents) -> list[str]:
       held: `contents` of its source.
     """
     config = opened.source.config
-    found = [*_of_tokenizer(opened), *_of_promoted(opened), *_of_rule(opened), *_of_stops(opened), *_of_architecture(config)]
+    found = [
+        *_of_tokenizer(opened),
+        *_of_promoted(opened),
+        *_of_rule(opened),
+        *_of_stops(opened),
+        *_of_architecture(config),
+    ]
     if held.copied_head:
-        found.append("the head is tied to the embedding, and a copy of the embedding is stored as a head all the same")
+        found.append(
+            "the head is tied to the embedding, and a copy of the embedding is stored as "
+            "a head all the same"
+        )
     if isinstance(opened.source, HuggingFaceSource):
         found += _of_description(json_object(opened.source.directory / "config.json"), held)
         found += [*_of_quantization(opened.source), *_of_begin(opened, opened.source.directory)]
@@ -160,24 +184,41 @@ def _of_tokenizer(opened: Opened) -> Iterator[str]:
     if opened.tokenizer is None:
         yield "there is no tokenizer among the files"
     elif opened.tokenizer.vocab_size > size:
-        yield f"the tokenizer has {opened.tokenizer.vocab_size} tokens, the model {size}: ids from {size} on are of no use"
+        yield (
+            f"the tokenizer has {opened.tokenizer.vocab_size} tokens, the model {size}: ids "
+            f"from {size} on are of no use"
+        )
 
 
 def _of_promoted(opened: Opened) -> Iterator[str]:
     promoted = getattr(opened.tokenizer, "promoted", ())
     if promoted:
-        yield f"{', '.join(map(shown, promoted[:6]))} structure conversations, yet the tokenizer's file calls them ordinary"
+        yield (
+            f"{', '.join(map(shown, promoted[:6]))} structure conversations, yet the "
+            "tokenizer's file calls them ordinary"
+        )
 
 
 def _of_rule(opened: Opened) -> Iterator[str]:
     metadata = opened.source.file.metadata if isinstance(opened.source, GgufSource) else {}
     if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in metadata:
-        yield f"the file does not say how words are cut (tokenizer.ggml.pre); {assumed_rule(metadata)} is taken"
+        yield (
+            "the file does not say how words are cut (tokenizer.ggml.pre); "
+            f"{assumed_rule(metadata)} is taken"
+        )
     if "tokenizer.ggml.tokens" in metadata and "tokenizer.ggml.token_type" not in metadata:
-        yield "the file has no types of tokens: control are those that begin, end and fill, and known marks of turns"
+        yield (
+            "the file has no types of tokens: control are those that begin, end and fill, "
+            "and known marks of turns"
+        )
     scores = metadata.get("tokenizer.ggml.scores")
-    if metadata.get("tokenizer.ggml.model") == "llama" and (not isinstance(scores, list) or len({*scores}) == 1):
-        yield "all pieces have one score, so that pairs merge from left to right; the original tokenizer may cut otherwise"
+    if metadata.get("tokenizer.ggml.model") == "llama" and (
+        not isinstance(scores, list) or len({*scores}) == 1
+    ):
+        yield (
+            "all pieces have one score, so that pairs merge from left to right; the original "
+            "tokenizer may cut otherwise"
+        )
 
 
 def _of_stops(opened: Opened) -> Iterator[str]:
@@ -188,11 +229,16 @@ def _of_stops(opened: Opened) -> Iterator[str]:
     undeclared = set(opened.stop_ids) - set(_declared(opened))
     for text, token in opened.tokenizer.special_tokens.items():
         if token in undeclared and text in opened.template.source:
-            yield f"the chat template ends turns with {shown(text)} ({token}), which the files do not declare as a stop"
+            yield (
+                f"the chat template ends turns with {shown(text)} ({token}), which the files "
+                "do not declare as a stop"
+            )
 
 
 def _declared(opened: Opened) -> tuple[int, ...]:
-    """The stops that the files themselves name; all there are where a format has no place for them."""
+    """The stops that the files themselves name; all there are where a format has no place for
+    them.
+    """
     if isinstance(opened.source, HuggingFaceSource):
         return declared_stop_ids(opened.source.directory)
     if isinstance(opened.source, GgufSource):
@@ -201,8 +247,14 @@ def _declared(opened: Opened) -> tuple[int, ...]:
 
 
 def _of_architecture(config: LlamaConfig) -> Iterator[str]:
-    """Beside the published models: the sizes of one and other numbers, a context that its scaling does not reach."""
-    alike = {name: known for name, known in PRESETS.items() if all(getattr(known, s) == getattr(config, s) for s in _SIZES)}
+    """Beside the published models: the sizes of one and other numbers, a context that its scaling
+    does not reach.
+    """
+    alike = {
+        name: known
+        for name, known in PRESETS.items()
+        if all(getattr(known, s) == getattr(config, s) for s in _SIZES)
+    }
     differences = {name: _differences(config, known) for name, known in alike.items()}
     if differences:
         nearest = min(differences, key=lambda name: len(differences[name]))
@@ -211,16 +263,25 @@ def _of_architecture(config: LlamaConfig) -> Iterator[str]:
     scaling = config.rope_scaling
     if scaling is None or scaling.original_context is None:
         return
-    published = [known.context_length for known in PRESETS.values() if known.rope_scaling == scaling]
+    published = [
+        known.context_length for known in PRESETS.values() if known.rope_scaling == scaling
+    ]
     reach = max([int(scaling.original_context * scaling.factor), *published])
     if config.context_length > reach:
-        yield f"a context of {config.context_length} tokens is declared, {reach} are what its RoPE scaling is known to reach"
+        yield (
+            f"a context of {config.context_length} tokens is declared, {reach} are what its "
+            "RoPE scaling is known to reach"
+        )
 
 
 def _differences(config: LlamaConfig, known: LlamaConfig) -> list[str]:
     names = [field.name for field in dataclasses.fields(LlamaConfig) if field.name not in _SIZES]
     pairs = {name: (getattr(config, name), getattr(known, name)) for name in names}
-    return [f"{name} is {_plain(one)} and there {_plain(other)}" for name, (one, other) in pairs.items() if one != other]
+    return [
+        f"{name} is {_plain(one)} and there {_plain(other)}"
+        for name, (one, other) in pairs.items()
+        if one != other
+    ]
 
 
 def _plain(value: object) -> str:
@@ -231,45 +292,77 @@ def _plain(value: object) -> str:
 
 
 def _of_begin(opened: Opened, directory: pathlib.Path) -> Iterator[str]:
-    """What `tokenizer_config.json` says against what is done: about the begin token, and about chat templates."""
-    declared, tokenizer = read_json(directory / "tokenizer_config.json").get("add_bos_token"), opened.tokenizer
+    """What `tokenizer_config.json` says against what is done: about the begin token, and about chat
+    templates.
+    """
+    declared, tokenizer = (
+        read_json(directory / "tokenizer_config.json").get("add_bos_token"),
+        opened.tokenizer,
+    )
     if tokenizer is not None and isinstance(declared, bool) and declared != tokenizer.adds_begin:
-        does = "puts the begin token before every text" if tokenizer.adds_begin else "puts no begin token before a text"
-        yield (f"tokenizer_config.json says add_bos_token: {str(declared).lower()}, yet tokenizer.json {does}; the latter is "
-               "followed, as in transformers 5")  # fmt: skip
+        does = (
+            "puts the begin token before every text"
+            if tokenizer.adds_begin
+            else "puts no begin token before a text"
+        )
+        yield (
+            f"tokenizer_config.json says add_bos_token: {str(declared).lower()}, yet "
+            f"tokenizer.json {does}; the latter is "
+            "followed, as in transformers 5"
+        )
     names = template_names(directory)
     if opened.template is None and names:
-        yield f"there are chat templates named {', '.join(map(shown, names[:6]))} and none named default: none is used"
+        yield (
+            f"there are chat templates named {', '.join(map(shown, names[:6]))} and none "
+            "named default: none is used"
+        )
 
 
 def _of_quantization(source: HuggingFaceSource) -> Iterator[str]:
     if source.scheme is not None:
-        yield (f"{len(source.scales)} weights are 8-bit floats and are dequantized when read; activations are not quantized "
-               "here, as they are where these weights are served")  # fmt: skip
+        yield (
+            f"{len(source.scales)} weights are 8-bit floats and are dequantized when "
+            "read; activations are not quantized "
+            "here, as they are where these weights are served"
+        )
 
 
 def _of_description(values: Mapping[str, Any], held: Contents) -> Iterator[str]:
     """What `config.json` says against what the tensors are."""
     declared = values.get("dtype") or values.get("torch_dtype")
     if isinstance(declared, str) and declared.removeprefix("torch.") not in held.types:
-        yield f"config.json says the weights are {shown(declared)}, they are {' and '.join(held.types)}"
+        yield (
+            f"config.json says the weights are {shown(declared)}, they are "
+            f"{' and '.join(held.types)}"
+        )
     if len(held.types) > 1:
-        counted = ", ".join(f"{count} of {kind}" for kind, count in collections.Counter(held.types).items())
+        counted = ", ".join(
+            f"{count} of {kind}" for kind, count in collections.Counter(held.types).items()
+        )
         yield f"the tensors are of several types: {counted}"
     ignored = unknown_keys(values)
     if ignored:
         named = ", ".join(f"{shown(key)}: {shown(values[key])}" for key in ignored[:4])
         rest = f" and {len(ignored) - 4} more" if len(ignored) > 4 else ""
-        yield f"config.json has keys that are unknown here, with values that change nothing: {named}{rest}"
+        yield (
+            "config.json has keys that are unknown here, with values that change nothing: "
+            f"{named}{rest}"
+        )
     if values.get("tie_word_embeddings") is None:
-        yield "config.json does not say whether the head is tied to the embedding; false, as in transformers, is taken"
+        yield (
+            "config.json does not say whether the head is tied to the embedding; false, as "
+            "in transformers, is taken"
+        )
 
 
 # --- report ---
 
 
 _LAYOUTS = {"run": "halves", "hugging_face": "halves", "meta": "adjacent", "gguf": "adjacent"}
-_LAYOUT_WORDS = {"halves": "pairs half a head apart, as here", "adjacent": "adjacent pairs, reordered when loaded"}
+_LAYOUT_WORDS = {
+    "halves": "pairs half a head apart, as here",
+    "adjacent": "adjacent pairs, reordered when loaded",
+}
 _LONGEST_LINE = 1000
 MADE_FROM = "llama_jax.made_from"  # key of the report in what is made from a model
 _FEW = 8  # special tokens on the screen; Llama 3 has 256
@@ -283,19 +376,23 @@ class Report:
       origin: one line that says what it is.
       path: where it is.
       format: `run`, `hugging_face`, `meta` or `gguf`.
-      preset: name of the published architecture that it has, number for number; `None` for any other.
+      preset: name of the published architecture that it has, number for number; `None` for any
+        other.
       model: the architecture.
       parameters: counted from the shapes in the files.
       expected_parameters: by the closed form.
-      layout: which channels of queries and keys turn together in the files: `halves` of a head apart, or `adjacent` ones.
+      layout: which channels of queries and keys turn together in the files: `halves` of a head
+        apart, or `adjacent` ones.
       types: how many tensors of each type the files hold.
       nbytes: bytes of the tensors.
       tokenizer_vocab_size: token ids of the tokenizer; `None` without one.
       begin: text of the token that begins a text; `None` if there is none.
       adds_begin: whether a plain prompt begins with it.
-      stops: tokens that end a text, their texts by id; `None` for a text that only a tokenizer would know.
+      stops: tokens that end a text, their texts by id; `None` for a text that only a tokenizer
+        would know.
       special_tokens: special tokens and their ids.
-      chat_template: `none`, a built-in format to which it is equivalent (`llama2`, `llama3`, `chatml`), or `foreign`.
+      chat_template: `none`, a built-in format to which it is equivalent (`llama2`, `llama3`,
+        `chatml`), or `foreign`.
       odd: a sentence for everything strange.
     """
 
@@ -325,7 +422,9 @@ class Report:
         }
 
     def made_from(self) -> dict[str, str]:
-        """All of it but the path, which concerns nobody else, as the metadata of a model made from this one."""
+        """All of it but the path, which concerns nobody else, as the metadata of a model made from
+        this one.
+        """
         values = {name: value for name, value in self.to_dict().items() if name != "path"}
         return {MADE_FROM: json.dumps(values)}
 
@@ -333,9 +432,15 @@ class Report:
         """One line, and another if anything is odd."""
         kinds = "+".join(self.types)
         size = f"{_scaled(self.parameters)} parameters in {kinds}, {_scaled(self.nbytes)}B"
-        line = f"{self.origin}: {self.preset or 'custom architecture'}, {size}, chat template {self.chat_template}"
+        line = (
+            f"{self.origin}: {self.preset or 'custom architecture'}, {size}, chat template "
+            f"{self.chat_template}"
+        )
         more = f" (and {len(self.odd) - 1} more; see inspect)" if len(self.odd) > 1 else ""
-        return [_printable(text) for text in (line, *(f"odd: {sentence}{more}" for sentence in self.odd[:1]))]
+        return [
+            _printable(text)
+            for text in (line, *(f"odd: {sentence}{more}" for sentence in self.odd[:1]))
+        ]
 
     def lines(self) -> list[str]:
         """All of it for a screen, a fact a line."""
@@ -343,17 +448,24 @@ class Report:
             "model": self.origin,
             "path": self.path,
             "architecture": self.preset or "custom",
-            "parameters": f"{self.parameters:,} in the files, {self.expected_parameters:,} by the architecture",
+            "parameters": f"{self.parameters:,} in the files, {self.expected_parameters:,} by the "
+            "architecture",
             "sizes": _sizes(self.model),
             "head": "tied to the embedding" if self.model.tied_head else "separate",
             "context": f"{self.model.context_length} tokens",
             "RoPE": _rope(self.model),
             "query, key": _LAYOUT_WORDS[self.layout],
             "tensors": ", ".join(f"{count} {kind}" for kind, count in self.types.items())
-            + f"; {_scaled(self.nbytes)}B, {8 * self.nbytes / self.parameters:.3g} bits a parameter",
+            + f"; {_scaled(self.nbytes)}B, {8 * self.nbytes / self.parameters:.3g} bits a "
+            "parameter",
             "vocabulary": self._vocabulary(),
-            "begin": "none" if self.begin is None else f"{self.begin}, {'' if self.adds_begin else 'not '}put before prompts",
-            "stops": ", ".join(f"{token} {text or '(text unknown)'}" for token, text in self.stops.items()) or "none",
+            "begin": "none"
+            if self.begin is None
+            else f"{self.begin}, {'' if self.adds_begin else 'not '}put before prompts",
+            "stops": ", ".join(
+                f"{token} {text or '(text unknown)'}" for token, text in self.stops.items()
+            )
+            or "none",
             "special": self._special(),
             "chat template": self.chat_template,
         }
@@ -361,11 +473,18 @@ class Report:
         return [f"{name:15}{_printable(value)}" for name, value in pairs]
 
     def _vocabulary(self) -> str:
-        tokenizer = "no tokenizer" if self.tokenizer_vocab_size is None else f"{self.tokenizer_vocab_size} of the tokenizer"
+        tokenizer = (
+            "no tokenizer"
+            if self.tokenizer_vocab_size is None
+            else f"{self.tokenizer_vocab_size} of the tokenizer"
+        )
         return f"{self.model.vocab_size} tokens of the model, {tokenizer}"
 
     def _special(self) -> str:
-        texts = [f"{token} {text}" for text, token in sorted(self.special_tokens.items(), key=lambda item: item[1])]
+        texts = [
+            f"{token} {text}"
+            for text, token in sorted(self.special_tokens.items(), key=lambda item: item[1])
+        ]
         rest = [f"and {len(texts) - _FEW} more"] if len(texts) > _FEW else []
         return ", ".join(texts[:_FEW] + rest) or "none"
 
@@ -385,11 +504,15 @@ def report(opened: Opened) -> Report:
         types=held.types,
         nbytes=held.nbytes,
         tokenizer_vocab_size=tokenizer.vocab_size if tokenizer else None,
-        begin=_text(tokenizer, tokenizer.begin_id) if tokenizer and tokenizer.begin_id is not None else None,
+        begin=_text(tokenizer, tokenizer.begin_id)
+        if tokenizer and tokenizer.begin_id is not None
+        else None,
         adds_begin=tokenizer is not None and tokenizer.adds_begin,
         stops={token: _text(tokenizer, token) for token in opened.stop_ids},
         special_tokens=dict(tokenizer.special_tokens) if tokenizer else {},
-        chat_template="none" if opened.template is None else recognise(opened.template) or "foreign",
+        chat_template="none"
+        if opened.template is None
+        else recognise(opened.template) or "foreign",
         odd=tuple(warnings_of(opened, held)),
     )
 
@@ -403,14 +526,21 @@ def _text(tokenizer: Tokenizer | None, token: int) -> str | None:
 
 
 def _printable(text: str) -> str:
-    """Text from files as it may go to a terminal: control characters spelled out, and cut where it is long."""
-    spelled = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONGEST_LINE])
+    """Text from files as it may go to a terminal: control characters spelled out, and cut where it
+    is long.
+    """
+    spelled = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONGEST_LINE]
+    )
     return spelled + (" ..." if len(text) > _LONGEST_LINE else "")
 
 
 def _sizes(config: LlamaConfig) -> str:
     heads = f"{config.heads} heads of {config.head_dim} ({config.kv_heads} of keys and values)"
-    return f"{config.layers} layers, width {config.dim}, {heads}, feed-forward {config.ffn_dim}, epsilon {config.norm_eps:g}"
+    return (
+        f"{config.layers} layers, width {config.dim}, {heads}, feed-forward "
+        f"{config.ffn_dim}, epsilon {config.norm_eps:g}"
+    )
 
 
 def _rope(config: LlamaConfig) -> str:

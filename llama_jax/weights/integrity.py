@@ -1,4 +1,6 @@
-"""What a checkpoint of ours says about itself: path, shape, dtype and checksum of every array, sealed by a hash."""
+"""What a checkpoint of ours says about itself: path, shape, dtype and checksum of every array,
+sealed by a hash.
+"""
 
 import hashlib
 import json
@@ -20,9 +22,10 @@ from llama_jax.weights.source import shown
 #
 # A checksum of an array that does not depend on how the array is laid out over devices.
 #
-# Every element is mixed with its position and the results are added modulo 2^32; sums commute, so any sharding gives the
-# same value and each device reads only its own part. Two sums with different mixing make 64 bits. Within a sum the mixing
-# is a bijection of the element, so a change of one element always changes it.
+# Every element is mixed with its position and the results are added modulo 2^32; sums commute, so
+# any sharding gives the same value and each device reads only its own part. Two sums with different
+# mixing make 64 bits. Within a sum the mixing is a bijection of the element, so a change of one
+# element always changes it.
 
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
@@ -31,7 +34,8 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 def checksums(tree: PyTree) -> dict[str, str]:
     """Checksum of every array of a tree, as 16 hexadecimal digits.
 
-    The value is part of the format of our checkpoints: the same on every device, sharding and version of JAX.
+    The value is part of the format of our checkpoints: the same on every device, sharding and
+      version of JAX.
 
     Args:
       tree: arrays with elements of 1, 2, 4 or 8 bytes.
@@ -51,7 +55,9 @@ def by_path(tree: PyTree) -> dict:
 
 
 def fold(array: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
-    """The two sums of `checksums` for one array; stacked matrices one after the other, to save memory."""
+    """The two sums of `checksums` for one array; stacked matrices one after the other, to save
+    memory.
+    """
     if array.ndim < 3:
         return _fold(array, jnp.uint32(0))
     size = math.prod(array.shape[1:]) * (2 if array.dtype.itemsize == 8 else 1)
@@ -69,7 +75,9 @@ def _fold(array: Array, start: Array) -> Array:
 
 
 _fold_whole = jax.jit(fold)
-fold_part = jax.jit(_fold)  # the sums of a part of an array add up to those of the whole, modulo 2^32
+fold_part = jax.jit(
+    _fold
+)  # the sums of a part of an array add up to those of the whole, modulo 2^32
 
 
 def _bits(array: Array) -> Array:
@@ -81,7 +89,10 @@ def _bits(array: Array) -> Array:
 def _positions(shape: tuple[int, ...]) -> Array:
     """Row-major index of every element, modulo 2^32."""
     strides = [np.uint32(math.prod(shape[axis + 1 :]) % 2**32) for axis in range(len(shape))]
-    indices = (lax.broadcasted_iota(jnp.uint32, shape, axis) * stride for axis, stride in enumerate(strides))
+    indices = (
+        lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+        for axis, stride in enumerate(strides)
+    )
     return sum(indices, start=jnp.zeros(shape, jnp.uint32))
 
 
@@ -133,7 +144,10 @@ class Manifest(NamedTuple):
 def describe(step: int, state: PyTree, metadata: dict) -> Manifest:
     """The manifest of a state; waits until its arrays are computed."""
     sums = checksums(state)
-    arrays = {path: ArrayRecord(leaf.shape, leaf.dtype.name, sums[path]) for path, leaf in by_path(state).items()}
+    arrays = {
+        path: ArrayRecord(leaf.shape, leaf.dtype.name, sums[path])
+        for path, leaf in by_path(state).items()
+    }
     return Manifest(step, arrays, metadata)
 
 
@@ -154,7 +168,10 @@ def read_manifest(path: Path, step: int) -> Manifest:
     sealed = _read_json(path)
     try:
         if sealed["schema"] > _SCHEMA:
-            raise InputError(f"{path}: schema {sealed['schema']} given, at most {_SCHEMA} expected; take a newer llama_jax")
+            raise InputError(
+                f"{path}: schema {sealed['schema']} given, at most {_SCHEMA} expected; "
+                "take a newer llama_jax"
+            )
         content = sealed["content"]
         if sealed["sha256"] != _digest(content) or content["step"] != step:
             raise CorruptError(f"{path}: the content does not match its seal")
@@ -163,7 +180,9 @@ def read_manifest(path: Path, step: int) -> Manifest:
             raise TypeError("metadata")
         return Manifest(step, arrays, content["metadata"])
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{path}: not a manifest of a checkpoint ({shown(repr(error))})") from None
+        raise CorruptError(
+            f"{path}: not a manifest of a checkpoint ({shown(repr(error))})"
+        ) from None
 
 
 def _record(values: Any) -> ArrayRecord:
@@ -173,7 +192,9 @@ def _record(values: Any) -> ArrayRecord:
       KeyError, TypeError: for anything else.
     """
     shape, dtype, checksum = values["shape"], values["dtype"], values["checksum"]
-    whole = isinstance(shape, list) and all(type(length) is int and 0 <= length < _LONGEST for length in shape)
+    whole = isinstance(shape, list) and all(
+        type(length) is int and 0 <= length < _LONGEST for length in shape
+    )
     if not (whole and isinstance(dtype, str) and isinstance(checksum, str)):
         raise TypeError(f"record {values}")
     try:
@@ -186,17 +207,27 @@ def _record(values: Any) -> ArrayRecord:
 
 
 def check_like(manifest: Manifest, like: PyTree, where: Path) -> None:
-    """Compares paths, shapes and dtypes with an expected state; Orbax would cast a wrong dtype without a word.
+    """Compares paths, shapes and dtypes with an expected state; Orbax would cast a wrong dtype
+    without a word.
 
     Raises:
       InputError: naming the first path that differs.
     """
-    expected = {path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name) for path, leaf in by_path(like).items()}
+    expected = {
+        path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
+        for path, leaf in by_path(like).items()
+    }
     given = {path: (record.shape, record.dtype) for path, record in manifest.arrays.items()}
     for path in sorted(expected.keys() | given.keys()):
         if given.get(path) != expected.get(path):
-            there, here = (f"{at[path][1]}{list(at[path][0])}" if path in at else "no array" for at in (given, expected))
-            raise InputError(f"checkpoint {where}: {path}: {there} given, {here} expected; take the config of that run")
+            there, here = (
+                f"{at[path][1]}{list(at[path][0])}" if path in at else "no array"
+                for at in (given, expected)
+            )
+            raise InputError(
+                f"checkpoint {where}: {path}: {there} given, {here} expected; take the "
+                "config of that run"
+            )
 
 
 def check_content(manifest: Manifest, state: PyTree, where: Path) -> None:
@@ -206,12 +237,16 @@ def check_content(manifest: Manifest, state: PyTree, where: Path) -> None:
       CorruptError: naming the first path whose content is not what was saved.
     """
     for path, leaf in by_path(state).items():
-        if not isinstance(leaf, jax.Array):  # Orbax leaves the placeholder where its own index has lost the array
+        if not isinstance(
+            leaf, jax.Array
+        ):  # Orbax leaves the placeholder where its own index has lost the array
             raise CorruptError(f"checkpoint {where}: {path} is damaged: not found in the files")
     for path, checksum in checksums(state).items():
         if checksum != manifest.arrays[path].checksum:
-            raise CorruptError(f"checkpoint {where}: {path} is damaged: checksum {checksum} read, "
-                               f"{manifest.arrays[path].checksum} saved")  # fmt: skip
+            raise CorruptError(
+                f"checkpoint {where}: {path} is damaged: checksum {checksum} read, "
+                f"{manifest.arrays[path].checksum} saved"
+            )
 
 
 def nest(entries: dict[str, Any]) -> dict:
@@ -245,7 +280,8 @@ def _digest(content: dict) -> str:
 
 
 def groups(sizes: Mapping[str, int], together: int) -> list[list[str]]:
-    """Neighbours of bounded size together, what is larger alone: opening a checkpoint takes longer than reading a small array.
+    """Neighbours of bounded size together, what is larger alone: opening a checkpoint takes longer
+    than reading a small array.
 
     Args:
       sizes: bytes by path.

@@ -31,8 +31,10 @@ class Pretrained(NamedTuple):
       tokenizer: text to ids and back; `None` for a Hugging Face directory without tokenizer files.
       template: how the model wants a conversation written; `None` if its files say nothing.
       stop_ids: tokens that end a text.
-      origin: one line that says what was loaded, damaged checkpoints that were passed over included; for people.
-      report: what was found out from the files' headers; `report.to_dict()` is JSON, for what is made of this model.
+      origin: one line that says what was loaded, damaged checkpoints that were passed over
+        included; for people.
+      report: what was found out from the files' headers; `report.to_dict()` is JSON, for what is
+        made of this model.
     """
 
     config: LlamaConfig
@@ -58,15 +60,17 @@ def load(
       path: where it is.
       dtype: type of the parameters in memory.
       form: `unrolled` (fastest to decode with) or `stacked` (the form of training).
-      mesh: devices to lay the parameters out over: no device and no host ever holds more than its shards and one tensor of
-        one layer (its shards of all layers, for a run). The default device where `None`.
+      mesh: devices to lay the parameters out over: no device and no host ever holds more than its
+        shards and one tensor of one layer (its shards of all layers, for a run). The default device
+        where `None`.
       rules: axis name -> mesh axes, for `mesh`.
-      finish: called with the path and the array of each parameter as it comes, before the next is read; what it returns takes
-        its place. With `llama_jax.model.quantize.leaf_quantizer(8)` the wide model never is in memory.
+      finish: called with the path and the array of each parameter as it comes, before the next is
+        read; what it returns takes its place. With `llama_jax.model.quantize.leaf_quantizer(8)` the
+        wide model never is in memory.
 
     Raises:
-      InputError: for a path that holds no model, naming whatever is wrong inside, for another form or dtype than there are, and
-        for a mesh that does not divide it.
+      InputError: for a path that holds no model, naming whatever is wrong inside, for another form
+        or dtype than there are, and for a mesh that does not divide it.
       CorruptError: when every checkpoint of a run is damaged.
     """
     check_form(form, dtype)
@@ -74,7 +78,11 @@ def load(
     source = opened.source
     if isinstance(source, RunSource) and mesh is None:
         params, origin = _by_layers(source, dtype, form, rules, finish)
-    elif isinstance(source, RunSource) and mesh is not None and (source.stacked or form == "unrolled"):
+    elif (
+        isinstance(source, RunSource)
+        and mesh is not None
+        and (source.stacked or form == "unrolled")
+    ):
         params, origin = _restored(source, dtype, form, mesh, rules, finish)
     elif isinstance(source, RunSource):  # layer by layer, as with the files of others
         params = assemble(source, form, dtype, mesh, rules, finish)
@@ -82,24 +90,43 @@ def load(
     else:
         params, origin = assemble(source, form, dtype, mesh, rules, finish), opened.origin
     facts = report(opened._replace(origin=origin))
-    return Pretrained(opened.source.config, params, opened.tokenizer, opened.template, opened.stop_ids, origin, facts)
+    return Pretrained(
+        opened.source.config,
+        params,
+        opened.tokenizer,
+        opened.template,
+        opened.stop_ids,
+        origin,
+        facts,
+    )
 
 
-def _by_layers(source: RunSource, dtype: DTypeLike, form: Form, rules: Rules, finish: Finish) -> tuple[Parameters, str]:
-    """The parameters of a run, read and verified a layer at a time, and a line that says where they come from."""
+def _by_layers(
+    source: RunSource, dtype: DTypeLike, form: Form, rules: Rules, finish: Finish
+) -> tuple[Parameters, str]:
+    """The parameters of a run, read and verified a layer at a time, and a line that says where they
+    come from.
+    """
     restored = verified_parameters(
         source.directory / RUN_CHECKPOINTS,
-        lambda checkpoint: assemble(RunSlices(source, checkpoint), form, dtype, None, rules, finish),
+        lambda checkpoint: assemble(
+            RunSlices(source, checkpoint), form, dtype, None, rules, finish
+        ),
     )
     if restored is None:
-        raise InputError(f"{source.directory / RUN_CHECKPOINTS}: no checkpoint there, the checkpoints of a run expected")
+        raise InputError(
+            f"{source.directory / RUN_CHECKPOINTS}: no checkpoint there, the checkpoints "
+            "of a run expected"
+        )
     return restored.state, origin_of(source.directory, restored)
 
 
 def _restored(
     source: RunSource, dtype: DTypeLike, form: Form, mesh: Mesh, rules: Rules, finish: Finish
 ) -> tuple[Parameters, str]:
-    """The parameters of a run over a mesh, each shard read where it lives, and a line that says where they come from."""
+    """The parameters of a run over a mesh, each shard read where it lives, and a line that says
+    where they come from.
+    """
     check_divisible(source.config, mesh, rules)
 
     def place(path: str, leaf: Array) -> dict[str, PyTree]:

@@ -1,9 +1,10 @@
 """Adapters in files of their own, as the package PEFT writes and reads them.
 
-A directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`): of each matrix `lora_A [r, in]` and
-`lora_B [out, r]`, and whole tensors in the place of the model's (`modules_to_save`, a resized vocabulary). What ranks and
-scales of their own single matrices have becomes one rank, with zeros, and one scale, the rest of it in `b`.
-Heads of queries and keys have the same layout there as here, so nothing is reordered.
+A directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`): of each matrix
+`lora_A [r, in]` and `lora_B [out, r]`, and whole tensors in the place of the model's
+(`modules_to_save`, a resized vocabulary). What ranks and scales of their own single matrices have
+becomes one rank, with zeros, and one scale, the rest of it in `b`. Heads of queries and keys have
+the same layout there as here, so nothing is reordered.
 """
 
 import dataclasses
@@ -47,9 +48,11 @@ from llama_jax.weights.source import (
 
 # --- peft targets ---
 #
-# Which modules of a model PEFT's files adapt or replace, by the names of their tensors and the words of their description.
+# Which modules of a model PEFT's files adapt or replace, by the names of their tensors and the
+# words of their description.
 #
-# What is targeted need not be read from `target_modules`, which may be a regular expression: the tensors say it. Only the keys of
+# What is targeted need not be read from `target_modules`, which may be a regular expression: the
+#   tensors say it. Only the keys of
 # `alpha_pattern` are matched with names, since they decide about scales.
 #
 # Source: PEFT (`tuners/tuners_utils.py`, `utils/other.py`, `utils/save_and_load.py`).
@@ -69,7 +72,10 @@ _LONGEST_PATTERN = 500
 def places(config: LlamaConfig) -> Iterator[Place]:
     """Every tensor of a model, as `Source.read` names it."""
     for path in flat_shapes(config):
-        yield from ((path, layer) for layer in (range(config.layers) if path.startswith("layers/") else (None,)))
+        yield from (
+            (path, layer)
+            for layer in (range(config.layers) if path.startswith("layers/") else (None,))
+        )
 
 
 def module_of(place: Place) -> str:
@@ -97,19 +103,33 @@ def chosen_layers(values: Mapping[str, Any]) -> list[int] | None:
 
 
 def listed(values: Mapping[str, Any], place: Place, layers: list[int] | None) -> bool:
-    """Whether a description says, name by name, that a matrix is adapted; regular expressions and exceptions say nothing."""
+    """Whether a description says, name by name, that a matrix is adapted; regular expressions and
+    exceptions say nothing.
+    """
     targets = values.get("target_modules")
-    named = isinstance(targets, list) and module_of(place).split(".")[-1] in targets and not values.get("exclude_modules")
+    named = (
+        isinstance(targets, list)
+        and module_of(place).split(".")[-1] in targets
+        and not values.get("exclude_modules")
+    )
     return named and (layers is None or place[1] in layers)
 
 
 def ranks(values: Mapping[str, Any]) -> set[int]:
     """The ranks that matrices may have."""
-    return {whole(values, "r"), *(whole(patterns, key) for patterns in [_patterns(values, "rank_pattern")] for key in patterns)}
+    return {
+        whole(values, "r"),
+        *(
+            whole(patterns, key)
+            for patterns in [_patterns(values, "rank_pattern")]
+            for key in patterns
+        ),
+    }
 
 
 def alpha(values: Mapping[str, Any], place: Place) -> float:
-    """`lora_alpha`, or what `alpha_pattern` has for a matrix: that of the first key that matches the end of its name.
+    """`lora_alpha`, or what `alpha_pattern` has for a matrix: that of the first key that matches
+    the end of its name.
 
     Raises:
       InputError: for a value that is no number, and a regular expression that might take long.
@@ -125,7 +145,9 @@ def _patterns(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(patterns, dict):
         raise InputError(f"{key} is {shown(patterns)}; an object expected")
     if sum(not _is_name(pattern) for pattern in patterns) > _MOST_PATTERNS:
-        raise InputError(f"{key} has more than {_MOST_PATTERNS} regular expressions; names of modules expected")
+        raise InputError(
+            f"{key} has more than {_MOST_PATTERNS} regular expressions; names of modules expected"
+        )
     return patterns
 
 
@@ -137,18 +159,29 @@ def _matches(pattern: str, name: str) -> bool:
     if _is_name(pattern):
         return name == pattern or name.endswith(f".{pattern}")
     if not _is_quick(pattern):
-        raise InputError(f"the pattern {shown(pattern)} is not known to take little time; give names of modules")
+        raise InputError(
+            f"the pattern {shown(pattern)} is not known to take little time; give names of modules"
+        )
     try:
-        return re.fullmatch(pattern if pattern.startswith("^") else rf"(?:.*\.)?(?:{pattern})", name) is not None
+        return (
+            re.fullmatch(pattern if pattern.startswith("^") else rf"(?:.*\.)?(?:{pattern})", name)
+            is not None
+        )
     except re.error:
         raise InputError(f"the pattern {shown(pattern)} is no regular expression") from None
 
 
 def _is_quick(pattern: str) -> bool:
-    """Whether a regular expression of a file takes little time on a name: little in it repeats, and no group."""
+    """Whether a regular expression of a file takes little time on a name: little in it repeats, and
+    no group.
+    """
     bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # without what only stands for one character
     repeats = len(re.findall(r"[*+{]", bare))
-    return 0 < len(pattern) <= _LONGEST_PATTERN and repeats <= 2 and not re.search(r"\)[*+{?]|\(\?(?!:)", bare)
+    return (
+        0 < len(pattern) <= _LONGEST_PATTERN
+        and repeats <= 2
+        and not re.search(r"\)[*+{?]|\(\?(?!:)", bare)
+    )
 
 
 # --- peft ---
@@ -159,15 +192,41 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 _TYPES = ("float64", "float32", "float16", "bfloat16")
 
-_PATHS = {path.rsplit("/", 1)[-1]: path for path in NAMES if path.rsplit("/", 1)[-1] in LAYER_MATRICES}
-# Keys of the description that say nothing about what the adapters compute, or that are read here. Every other one must be
-# empty: a key that is not understood may change the result.
+_PATHS = {
+    path.rsplit("/", 1)[-1]: path for path in NAMES if path.rsplit("/", 1)[-1] in LAYER_MATRICES
+}
+# Keys of the description that say nothing about what the adapters compute, or that are read here.
+# Every other one must be empty: a key that is not understood may change the result.
 _HARMLESS = frozenset(
-    {"alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
-     "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-     "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora"}
-)  # fmt: skip
+    {
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,8 +237,10 @@ class Adapters:
       tree: stacked, `{"a", "b"}` at the names that are adapted.
       scale: what `a b` is multiplied by, alpha / rank.
       base: where the model is that they belong to; `None` where the files do not say.
-      replaced: whole tensors that take the place of the model's, by canonical path and layer, as `Source.read` gives them.
-      tied: whether a head that is tied to the embedding follows it where that is adapted or replaced.
+      replaced: whole tensors that take the place of the model's, by canonical path and layer, as
+        `Source.read` gives them.
+      tied: whether a head that is tied to the embedding follows it where that is adapted or
+        replaced.
     """
 
     tree: Parameters
@@ -198,7 +259,8 @@ def require_fit(tree: Parameters, config: LlamaConfig) -> None:
     """Refuses adapters, stacked or unrolled, that do not fit a model.
 
     Raises:
-      InputError: for factors of no matrix of its layers, for one without the other, and for other shapes.
+      InputError: for factors of no matrix of its layers, for one without the other, and for other
+        shapes.
     """
     found = {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
     rank = min((shape[-1] for path, shape in found.items() if path.endswith("/a")), default=0)
@@ -210,7 +272,12 @@ def require_fit(tree: Parameters, config: LlamaConfig) -> None:
     require_tensors(shapes, found)
 
 
-def save_adapters(adapters: Adapters, directory: str | os.PathLike[str], dtype: str = "float32", dropout: float = 0.0) -> None:
+def save_adapters(
+    adapters: Adapters,
+    directory: str | os.PathLike[str],
+    dtype: str = "float32",
+    dropout: float = 0.0,
+) -> None:
     """Writes adapters as PEFT does; the directory appears when it is whole.
 
     Args:
@@ -220,12 +287,18 @@ def save_adapters(adapters: Adapters, directory: str | os.PathLike[str], dtype: 
       dropout: that they were trained with; for the description alone.
 
     Raises:
-      InputError: for a directory that is not empty, a disk without room, another dtype, and for adapters of other tensors
-        than the matrices of the layers.
+      InputError: for a directory that is not empty, a disk without room, another dtype, and for
+        adapters of other tensors than the matrices of the layers.
     """
-    others = [*adapters.tree.keys() & {"embedding", "head"}, *(path for path, _ in adapters.replaced)]
+    others = [
+        *adapters.tree.keys() & {"embedding", "head"},
+        *(path for path, _ in adapters.replaced),
+    ]
     if others:
-        raise InputError(f"adapters of {shown(others[0])} given; those of the matrices of the layers alone can be written")
+        raise InputError(
+            f"adapters of {shown(others[0])} given; those of the matrices of the layers "
+            "alone can be written"
+        )
     kinds = {kind.name: kind for kind in DTYPES.values()}
     if dtype not in kinds:
         raise InputError(f"dtype {shown(dtype)} given; one of {', '.join(kinds)} expected")
@@ -233,7 +306,10 @@ def save_adapters(adapters: Adapters, directory: str | os.PathLike[str], dtype: 
     specs = [TensorSpec(name, kinds[dtype], array.shape) for name, array in sorted(arrays.items())]
     with atomic_directory(pathlib.Path(directory), sum(spec.nbytes for spec in specs)) as partial:
         write_safetensors(partial / TENSORS, specs, arrays.__getitem__)
-        write_synced(partial / CONFIG, (json.dumps(_description(adapters, dropout), indent=2) + "\n").encode())
+        write_synced(
+            partial / CONFIG,
+            (json.dumps(_description(adapters, dropout), indent=2) + "\n").encode(),
+        )
 
 
 def _by_file_name(tree: Parameters) -> dict[str, np.ndarray]:
@@ -251,11 +327,21 @@ def _description(adapters: Adapters, dropout: float) -> dict[str, Any]:
     targets = sorted({path[-2] for path in flatten_dict(adapters.tree)})
     modules = [NAMES[_PATHS[name]].split(".")[-2] for name in targets]
     return {
-        "base_model_name_or_path": adapters.base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "lora_alpha": adapters.scale * adapters.rank, "lora_dropout": dropout,
-        "modules_to_save": None, "peft_type": "LORA", "r": adapters.rank, "target_modules": modules,
-        "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
-    }  # fmt: skip
+        "base_model_name_or_path": adapters.base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": adapters.scale * adapters.rank,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": adapters.rank,
+        "target_modules": modules,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
 
 
 def read_adapters(directory: str | os.PathLike[str], config: LlamaConfig) -> Adapters:
@@ -266,7 +352,8 @@ def read_adapters(directory: str | os.PathLike[str], config: LlamaConfig) -> Ada
       config: the architecture of the model that they belong to.
 
     Raises:
-      InputError: for missing or damaged files, another method than plain LoRA, and tensors that do not fit the model.
+      InputError: for missing or damaged files, another method than plain LoRA, and tensors that do
+        not fit the model.
     """
     directory = pathlib.Path(directory)
     with blamed_on(directory):
@@ -278,12 +365,19 @@ def read_adapters(directory: str | os.PathLike[str], config: LlamaConfig) -> Ada
         wide = dataclasses.replace(config, vocab_size=size)
         _require_fitting(wide, tensors, whole_ones, adapted)
         if not (whole_ones or adapted) or min(adapted.values(), default=1) < 1:
-            raise InputError(f"rank {shown(values.get('r'))} and {len(tensors)} tensors; one or more of both expected")
-        scales = {place: _scale(values, alpha(values, place), rank) for place, rank in adapted.items()}
+            raise InputError(
+                f"rank {shown(values.get('r'))} and {len(tensors)} tensors; one or more "
+                "of both expected"
+            )
+        scales = {
+            place: _scale(values, alpha(values, place), rank) for place, rank in adapted.items()
+        }
         scale = _scale(values, real(values, "lora_alpha"), whole(values, "r"))
         scale = scale if scale or not any(scales.values()) else 1.0
         replaced = {place: oriented(place[0], tensors[name]) for place, name in whole_ones.items()}
-        tied = flag(values, "ensure_weight_tying", False) or _is_tied(replaced, resized=size != config.vocab_size)
+        tied = flag(values, "ensure_weight_tying", False) or _is_tied(
+            replaced, resized=size != config.vocab_size
+        )
         base = values.get("base_model_name_or_path")
     tree = _tree(wide, tensors, adapted, scales, scale)
     return Adapters(tree, scale, base if isinstance(base, str) and base else None, replaced, tied)
@@ -297,30 +391,54 @@ def _checked_description(directory: pathlib.Path) -> Mapping[str, Any]:
         if not plain:
             kind = f"peft_type {shown(values.get('peft_type'))}, bias {shown(values.get('bias'))}"
             raise InputError(f"{kind}; LORA and none expected")
-        if values.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
-            raise InputError(f"init_lora_weights {shown(values['init_lora_weights'])} changes the base; save them converted "
-                             "(path_initial_model_for_weight_conversion of PEFT's save_pretrained)")  # fmt: skip
+        if values.get("init_lora_weights", True) not in (
+            True,
+            False,
+            "gaussian",
+            "eva",
+            "orthogonal",
+        ):
+            raise InputError(
+                f"init_lora_weights {shown(values['init_lora_weights'])} changes the "
+                "base; save them converted "
+                "(path_initial_model_for_weight_conversion of PEFT's save_pretrained)"
+            )
         strange = [key for key, value in values.items() if value and key not in _HARMLESS]
         if strange:
-            raise InputError(f"{shown(strange[0])} is {shown(values[strange[0]])}, which is not plain LoRA and not supported; "
-                             "merge the adapters with PEFT's merge_and_unload, and give the merged model")  # fmt: skip
+            raise InputError(
+                f"{shown(strange[0])} is {shown(values[strange[0]])}, which is not plain "
+                "LoRA and not supported; "
+                "merge the adapters with PEFT's merge_and_unload, and give the merged model"
+            )
     return values
 
 
 def _stored(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of the one file that there is, by name, without the name that PEFT gives adapters in memory."""
+    """The tensors of the one file that there is, by name, without the name that PEFT gives adapters
+    in memory.
+    """
     if not (directory / TENSORS).exists() and (directory / PICKLE).is_file():
         file = PthFile.open(inside(directory, PICKLE))
         found = {name: file.read(name) for name in file.tensors}
     else:
         found = map_safetensors(inside(directory, TENSORS))
-    strange = next((name for name, tensor in found.items() if tensor.dtype.name not in _TYPES), None)
+    strange = next(
+        (name for name, tensor in found.items() if tensor.dtype.name not in _TYPES), None
+    )
     if strange is not None:
-        raise InputError(f"tensor {shown(strange)} has type {found[strange].dtype}; supported are {', '.join(_TYPES)}")
-    return {name.replace(".default.", ".").removesuffix(".default"): tensor for name, tensor in found.items()}
+        raise InputError(
+            f"tensor {shown(strange)} has type {found[strange].dtype}; supported are "
+            f"{', '.join(_TYPES)}"
+        )
+    return {
+        name.replace(".default.", ".").removesuffix(".default"): tensor
+        for name, tensor in found.items()
+    }
 
 
-def _whole_ones(config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[Place, str]:
+def _whole_ones(
+    config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[Place, str]:
     """The tensors of the model that the file has whole, with their names there.
 
     Raises:
@@ -330,20 +448,35 @@ def _whole_ones(config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping
     found = {place: name for place in everything for name in _whole_names(place) if name in tensors}
     saved = values.get("modules_to_save") or []
     held = {module_of(place).split(".")[-1] for place in found}
-    missing = next((name for name in saved if name not in held), None) if isinstance(saved, list) else saved
+    missing = (
+        next((name for name in saved if name not in held), None)
+        if isinstance(saved, list)
+        else saved
+    )
     if missing is not None:
-        raise InputError(f"'modules_to_save' names {shown(missing)}, which the file does not have as a tensor of this model")
+        raise InputError(
+            f"'modules_to_save' names {shown(missing)}, which the file does not have as "
+            "a tensor of this model"
+        )
     return found
 
 
 def _require_fitting(
-    config: LlamaConfig, tensors: Mapping[str, np.ndarray], whole_ones: Mapping[Place, str], adapted: Mapping[Place, int]
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    whole_ones: Mapping[Place, str],
+    adapted: Mapping[Place, int],
 ) -> None:
-    """Refuses other names and shapes than those of whole tensors and of the factors of what is adapted."""
+    """Refuses other names and shapes than those of whole tensors and of the factors of what is
+    adapted.
+    """
     expected = {name: _shape(config, place) for place, name in whole_ones.items()}
     for place, rank in adapted.items():
         inputs, outputs = _sides(config, place)
-        expected |= {factor_name(place, "a"): (rank, inputs), factor_name(place, "b"): (outputs, rank)}
+        expected |= {
+            factor_name(place, "a"): (rank, inputs),
+            factor_name(place, "b"): (outputs, rank),
+        }
     require_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()})
 
 
@@ -352,18 +485,25 @@ def _whole_names(place: Place) -> list[str]:
 
 
 def _vocabulary(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> int:
-    """The size of the vocabulary: that of an embedding or a head in the file, which a fine-tuning may have resized.
+    """The size of the vocabulary: that of an embedding or a head in the file, which a fine-tuning
+    may have resized.
 
     Raises:
       InputError: where one of the two is resized and the other is the model's.
     """
-    sizes = {path: len(tensors[name]) for path in ("embedding", "head") for name in _whole_names((path, None))
-             if name in tensors and tensors[name].ndim == 2}  # fmt: skip
+    sizes = {
+        path: len(tensors[name])
+        for path in ("embedding", "head")
+        for name in _whole_names((path, None))
+        if name in tensors and tensors[name].ndim == 2
+    }
     size = next(iter(sizes.values()), config.vocab_size)
     missing = {"embedding", "head"} - sizes.keys() if size != config.vocab_size else set()
     if "embedding" in missing or (missing and not config.tied_head):
-        raise InputError(f"the vocabulary is resized from {config.vocab_size} to {size}, and there is no "
-                         f"{missing.pop()} of that size; save both with modules_to_save")  # fmt: skip
+        raise InputError(
+            f"the vocabulary is resized from {config.vocab_size} to {size}, and there is no "
+            f"{missing.pop()} of that size; save both with modules_to_save"
+        )
     return size
 
 
@@ -380,7 +520,9 @@ def _sides(config: LlamaConfig, place: Place) -> tuple[int, int]:
     return (outputs, inputs) if place[0] == "embedding" else (inputs, outputs)
 
 
-def _adapted(config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[Place, int]:
+def _adapted(
+    config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[Place, int]:
     """The matrices that are adapted, or should be by the description, with their ranks."""
     known, rank, layers = ranks(values), whole(values, "r"), chosen_layers(values)
     found = {}
@@ -388,7 +530,11 @@ def _adapted(config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[st
         if place[0] not in ("embedding", "head", *_PATHS.values()):
             continue
         first = tensors.get(factor_name(place, "a"))
-        if first is not None or factor_name(place, "b") in tensors or (listed(values, place, layers) and place[1] is not None):
+        if (
+            first is not None
+            or factor_name(place, "b") in tensors
+            or (listed(values, place, layers) and place[1] is not None)
+        ):
             own = first.shape[0] if first is not None and first.ndim else rank
             found[place] = own if own in known else rank
     return found
@@ -402,7 +548,9 @@ def _scale(values: Mapping[str, Any], numerator: float, rank: int) -> float:
 
 
 def _is_tied(replaced: Mapping[Place, np.ndarray], resized: bool) -> bool:
-    """Whether a tied head is the embedding still: saved with the same numbers, or resized and not saved."""
+    """Whether a tied head is the embedding still: saved with the same numbers, or resized and not
+    saved.
+    """
     embedding, head = (replaced.get((path, None)) for path in ("embedding", "head"))
     if embedding is None or head is None:
         return resized
@@ -416,7 +564,9 @@ def _tree(
     scales: Mapping[Place, float],
     scale: float,
 ) -> Parameters:
-    """The factors, float32, those of the layers stacked: of one rank, with zeros where there are less columns or none."""
+    """The factors, float32, those of the layers stacked: of one rank, with zeros where there are
+    less columns or none.
+    """
     tree: dict[str, np.ndarray] = {}
     rank = max(adapted.values(), default=0)
     for place in adapted:
@@ -428,7 +578,9 @@ def _tree(
             own = tensors[factor_name(place, factor)].T.astype(np.float32)
             if factor == "b" and scales[place] != scale:
                 own *= np.float32(scales[place] / scale)
-            (whole_factor if layer is None else whole_factor[layer])[: own.shape[0], : own.shape[1]] = own
+            (whole_factor if layer is None else whole_factor[layer])[
+                : own.shape[0], : own.shape[1]
+            ] = own
     return unflatten_dict(tree, sep="/")
 
 
@@ -455,5 +607,10 @@ def restore_adapters(directory: pathlib.Path) -> tuple[Adapters, Restored]:
         require_fit(restored.state, run_config(directory, manifest))
     settings, made_from = restored.metadata.get("adapter"), restored.metadata.get("made_from")
     if not isinstance(settings, dict) or not isinstance(made_from, dict):
-        raise InputError(f"{directory}: step {restored.step} does not say of which model and how its adapters are")
-    return Adapters(jax.device_get(restored.state), settings["alpha"] / settings["rank"], made_from["path"]), restored
+        raise InputError(
+            f"{directory}: step {restored.step} does not say of which model and how its "
+            "adapters are"
+        )
+    return Adapters(
+        jax.device_get(restored.state), settings["alpha"] / settings["rank"], made_from["path"]
+    ), restored

@@ -1,10 +1,12 @@
-"""The pickle inside a `.pth`, read as data: a machine that knows dicts, tuples, plain values and tensors, and runs nothing.
+"""The pickle inside a `.pth`, read as data: a machine that knows dicts, tuples, plain values and
+tensors, and runs nothing.
 
-`pickletools.genops` takes the stream apart into operations. The few that a state dict of tensors is made of are carried
-out here; a name of a function or class is only compared with those below. All others are refused, so there is nothing
-that a file could call.
+`pickletools.genops` takes the stream apart into operations. The few that a state dict of tensors is
+made of are carried out here; a name of a function or class is only compared with those below. All
+others are refused, so there is nothing that a file could call.
 
-Source: PEP 307 and `pickletools` for the operations; PyTorch's `torch/serialization.py` and `torch/_utils.py` for the names.
+Source: PEP 307 and `pickletools` for the operations; PyTorch's `torch/serialization.py` and
+  `torch/_utils.py` for the names.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ import numpy as np
 from llama_jax.errors import InputError
 from llama_jax.weights.source import shown
 
-_LARGEST_COUNT = 1 << 19  # operations; a tensor takes 35, and a model of 1000 layers has 10,000 tensors
+_LARGEST_COUNT = (
+    1 << 19
+)  # operations; a tensor takes 35, and a model of 1000 layers has 10,000 tensors
 _LARGEST_RANK = 8
 _KEY = re.compile(r"\w{1,32}", re.ASCII)
 
@@ -35,7 +39,11 @@ _DTYPES: dict[str, np.dtype] = {
     "torch.ByteStorage": np.dtype("u1"),
     "torch.BoolStorage": np.dtype("?"),
 }
-_DICT, _TENSOR, _PARAMETER = "collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+_DICT, _TENSOR, _PARAMETER = (
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+)
 _NAMES = {*_DTYPES, _DICT, _TENSOR, _PARAMETER}
 
 
@@ -82,23 +90,32 @@ def tensors_in_pickle(stream: bytes) -> dict[str, PthTensor]:
     """The tensors of a state dict by name.
 
     Raises:
-      InputError: for a stream that is damaged or endless, and for anything but a flat dict of tensors.
+      InputError: for a stream that is damaged or endless, and for anything but a flat dict of
+        tensors.
     """
     state = _Machine().run(stream)
     if type(state) is not dict:
-        raise InputError(f"the file holds a {_kind(state)}; a state dict (names to tensors) expected")
+        raise InputError(
+            f"the file holds a {_kind(state)}; a state dict (names to tensors) expected"
+        )
     for name, value in state.items():
         if not isinstance(value, PthTensor):
-            raise InputError(f"{shown(name)} is a {_kind(value)}; a flat state dict holds tensors only")
+            raise InputError(
+                f"{shown(name)} is a {_kind(value)}; a flat state dict holds tensors only"
+            )
     return state
 
 
 def _kind(value: object) -> str:
-    return {PthTensor: "tensor", _Name: "class", Storage: "storage"}.get(type(value), type(value).__name__)
+    return {PthTensor: "tensor", _Name: "class", Storage: "storage"}.get(
+        type(value), type(value).__name__
+    )
 
 
 def _refuse(what: str) -> NoReturn:
-    raise InputError(f"the pickle {what}; only state dicts of tensors are read, and nothing is executed")
+    raise InputError(
+        f"the pickle {what}; only state dicts of tensors are read, and nothing is executed"
+    )
 
 
 class _Machine:
@@ -122,7 +139,12 @@ class _Machine:
             return result
         except InputError:
             raise
-        except (ValueError, OverflowError, IndexError, KeyError):  # of `genops`, of an empty stack, of the memo
+        except (
+            ValueError,
+            OverflowError,
+            IndexError,
+            KeyError,
+        ):  # of `genops`, of an empty stack, of the memo
             _refuse("is damaged")
 
     def push(self, value: Any) -> None:
@@ -189,7 +211,11 @@ class _Machine:
             _refuse("puts items into something that is no dict")
         for name, value in zip(values[::2], values[1::2]):
             if type(name) is not str or name in entries:
-                _refuse(f"has the key {shown(name)} twice" if type(name) is str else f"has a {_kind(name)} as a key")
+                _refuse(
+                    f"has the key {shown(name)} twice"
+                    if type(name) is str
+                    else f"has a {_kind(name)} as a key"
+                )
             entries[name] = value
 
     def set_item(self, _: Any) -> None:
@@ -197,7 +223,9 @@ class _Machine:
         self.set_items([self.stack.pop() for _ in range(2)][::-1])
 
     def attributes(self, _: Any) -> None:
-        """Attributes of a dict: versions of modules, that torch keeps beside a state dict and nobody needs here."""
+        """Attributes of a dict: versions of modules, that torch keeps beside a state dict and
+        nobody needs here.
+        """
         (state,) = self.popped(dict)
         if type(self.stack[-1]) is not dict or state.keys() != {"_metadata"}:
             _refuse("sets attributes of an object")
@@ -225,12 +253,18 @@ def _empty_dict(arguments: tuple) -> dict:
 
 
 def _tensor(arguments: tuple) -> PthTensor:
-    """A tensor from storage, offset, shape and strides; whether it needs gradients, hooks and the like are left aside."""
+    """A tensor from storage, offset, shape and strides; whether it needs gradients, hooks and the
+    like are left aside.
+    """
     if len(arguments) < 6 or tuple(map(type, arguments[:4])) != (Storage, int, tuple, tuple):
         _refuse("has a tensor without storage, offset, shape and strides")
     storage, offset, shape, strides = arguments[:4]
     numbers = (offset, *shape, *strides)
-    if len(shape) != len(strides) or len(shape) > _LARGEST_RANK or any(type(n) is not int or n < 0 for n in numbers):
+    if (
+        len(shape) != len(strides)
+        or len(shape) > _LARGEST_RANK
+        or any(type(n) is not int or n < 0 for n in numbers)
+    ):
         _refuse("has a tensor with a shape or strides that cannot be")
     return PthTensor(storage, offset, shape, strides)
 
@@ -241,21 +275,43 @@ def _parameter(arguments: tuple) -> PthTensor:
     return arguments[0]
 
 
-_CALLS: dict[str, Callable[[tuple], Any]] = {_DICT: _empty_dict, _TENSOR: _tensor, _PARAMETER: _parameter}
+_CALLS: dict[str, Callable[[tuple], Any]] = {
+    _DICT: _empty_dict,
+    _TENSOR: _tensor,
+    _PARAMETER: _parameter,
+}
 
 # Every operation there is, by its name in `pickletools`.
 _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": _Machine.protocol, "FRAME": _Machine.nothing, "STOP": _Machine.nothing,
-    "NONE": _Machine.push, "NEWTRUE": lambda machine, _: machine.push(True), "NEWFALSE": lambda machine, _: machine.push(False),
-    "BININT": _Machine.push, "BININT1": _Machine.push, "BININT2": _Machine.push, "LONG1": _Machine.push,
-    "BINUNICODE": _Machine.push, "SHORT_BINUNICODE": _Machine.push,
-    "MARK": _Machine.mark, "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()), "TUPLE": lambda machine, _: machine.push(tuple(machine.group())),
-    "TUPLE1": lambda machine, _: machine.last_in_tuple(1), "TUPLE2": lambda machine, _: machine.last_in_tuple(2),
+    "PROTO": _Machine.protocol,
+    "FRAME": _Machine.nothing,
+    "STOP": _Machine.nothing,
+    "NONE": _Machine.push,
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "BININT": _Machine.push,
+    "BININT1": _Machine.push,
+    "BININT2": _Machine.push,
+    "LONG1": _Machine.push,
+    "BINUNICODE": _Machine.push,
+    "SHORT_BINUNICODE": _Machine.push,
+    "MARK": _Machine.mark,
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.group())),
+    "TUPLE1": lambda machine, _: machine.last_in_tuple(1),
+    "TUPLE2": lambda machine, _: machine.last_in_tuple(2),
     "TUPLE3": lambda machine, _: machine.last_in_tuple(3),
-    "SETITEM": _Machine.set_item, "SETITEMS": lambda machine, _: machine.set_items(machine.group()),
-    "BINPUT": _Machine.put, "LONG_BINPUT": _Machine.put, "MEMOIZE": _Machine.put_next,
-    "BINGET": _Machine.get, "LONG_BINGET": _Machine.get,
-    "GLOBAL": _Machine.name, "STACK_GLOBAL": _Machine.name_on_stack, "REDUCE": _Machine.call,
-    "BINPERSID": _Machine.storage, "BUILD": _Machine.attributes,
-}  # fmt: skip
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": lambda machine, _: machine.set_items(machine.group()),
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "MEMOIZE": _Machine.put_next,
+    "BINGET": _Machine.get,
+    "LONG_BINGET": _Machine.get,
+    "GLOBAL": _Machine.name,
+    "STACK_GLOBAL": _Machine.name_on_stack,
+    "REDUCE": _Machine.call,
+    "BINPERSID": _Machine.storage,
+    "BUILD": _Machine.attributes,
+}

@@ -1,4 +1,6 @@
-"""The parameters of a run's newest checkpoint, one array after the other; the rest of its state is not read."""
+"""The parameters of a run's newest checkpoint, one array after the other; the rest of its state is
+not read.
+"""
 
 import contextlib
 import functools
@@ -32,7 +34,8 @@ from llama_jax.weights.integrity import by_path, fold_part, groups, nest
 
 _PARAMETERS = "params"  # the subtree of a state that inference needs
 
-# What becomes of a parameter that has been read: from its path and the array to what takes its place in the tree, by path.
+# What becomes of a parameter that has been read: from its path and the array to what takes its
+#   place in the tree, by path.
 Place = Callable[[str, Array], Mapping[str, PyTree]]
 
 _TOGETHER = 16 << 20  # bytes of small arrays that are read at a time
@@ -43,21 +46,27 @@ def _as_it_is(path: str, leaf: Array) -> dict[str, Array]:
 
 
 def restore_parameters(
-    directory: Path, dtype: jax.typing.DTypeLike | None = None, mesh: Mesh | None = None, rules: Rules = TRAINING,
+    directory: Path,
+    dtype: jax.typing.DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = TRAINING,
     place: Place = _as_it_is,
-) -> Restored:  # fmt: skip
+) -> Restored:
     """The verified parameters of the newest whole checkpoint; the optimizer's state is not read.
 
-    Nothing in the directory is changed, so a run may be writing to it. One array after the other, or several small ones, are
-    read, verified, cast and placed: beside the result, no more than the largest of them is in memory. Damage that shows late
+    Nothing in the directory is changed, so a run may be writing to it. One array after the other,
+    or several small ones, are read, verified, cast and placed: beside the result, no more than the
+      largest of them is in memory. Damage that shows late
     begins anew with an older one.
 
     Args:
       directory: as for `Checkpoints.open`.
       dtype: to cast the parameters to; as they were saved when `None`.
-      mesh: the devices to lay them out over, each shard read where it lives; the default device when `None`.
+      mesh: the devices to lay them out over, each shard read where it lives; the default device
+        when `None`.
       rules: axis name -> mesh axes, for `mesh`.
-      place: called with the path (such as `layers/attention/wq`) and the array of each; by default it takes its place as it is.
+      place: called with the path (such as `layers/attention/wq`) and the array of each; by default
+        it takes its place as it is.
 
     Raises:
       InputError: if there is no checkpoint, or none of a state with `params`.
@@ -81,14 +90,21 @@ def restore_parameters(
 
 
 def _restore(
-    directory: Path, step: int, paths: Sequence[str], dtype: jax.typing.DTypeLike | None, mesh: Mesh | None, rules: Rules
+    directory: Path,
+    step: int,
+    paths: Sequence[str],
+    dtype: jax.typing.DTypeLike | None,
+    mesh: Mesh | None,
+    rules: Rules,
 ) -> dict[str, Array]:
     """Verified parameters of one checkpoint by their paths."""
     manifest = step_manifest(directory, step)
     like = {}
     for name in (f"{_PARAMETERS}/{path}" for path in paths):
         record = manifest.arrays[name]
-        where = parameter_sharding(name, record.shape, mesh, rules) if mesh else jnp.zeros(()).sharding
+        where = (
+            parameter_sharding(name, record.shape, mesh, rules) if mesh else jnp.zeros(()).sharding
+        )
         like[name] = jax.ShapeDtypeStruct(record.shape, jnp.dtype(record.dtype), sharding=where)
     leaves = by_path(read_arrays(directory, manifest, nest(like)))
     cast = {name: leaf if dtype is None else leaf.astype(dtype) for name, leaf in leaves.items()}
@@ -96,21 +112,31 @@ def _restore(
 
 
 def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
-    """The parameters in a checkpoint, by their paths below `params`; small ones are read together, a large one alone."""
+    """The parameters in a checkpoint, by their paths below `params`; small ones are read together,
+    a large one alone.
+    """
     prefix, arrays = f"{_PARAMETERS}/", step_manifest(directory, step).arrays
-    sizes = {path.removeprefix(prefix): math.prod(record.shape) * jnp.dtype(record.dtype).itemsize
-             for path, record in arrays.items() if path.startswith(prefix)}  # fmt: skip
+    sizes = {
+        path.removeprefix(prefix): math.prod(record.shape) * jnp.dtype(record.dtype).itemsize
+        for path, record in arrays.items()
+        if path.startswith(prefix)
+    }
     if not sizes:
-        raise InputError(f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a training expected")
+        raise InputError(
+            f"checkpoint {directory / str(step)}: no {_PARAMETERS} in it, the state of a "
+            "training expected"
+        )
     return groups(sizes, _TOGETHER)
 
 
 # --- slices ---
 #
-# The arrays of a checkpoint layer by layer, read and verified in slices: no more than one layer of one of them is in memory.
+# The arrays of a checkpoint layer by layer, read and verified in slices: no more than one layer of
+#   one of them is in memory.
 #
-# Checkpoints are written a layer a chunk (`layer_chunks`), so that a slice is all that a read takes from the files. In those of
-# older versions a chunk holds all layers; they are read all the same, with more memory.
+# Checkpoints are written a layer a chunk (`layer_chunks`), so that a slice is all that a read takes
+# from the files. In those of older versions a chunk holds all layers; they are read all the same,
+# with more memory.
 
 
 _PREFIX = "params/"
@@ -128,15 +154,21 @@ class SlicedCheckpoint:
         self._where = directory.absolute() / str(step)
         self._manifest = step_manifest(directory, step)
         self._open = functools.lru_cache(maxsize=1)(self._opened)
-        self._sums: dict[str, tuple[int, int, int]] = {}  # by path: the next layer, and the sums of those before it
+        self._sums: dict[
+            str, tuple[int, int, int]
+        ] = {}  # by path: the next layer, and the sums of those before it
 
     @property
     def paths(self) -> list[str]:
         """The parameters, by their paths below `params`."""
-        return [path.removeprefix(_PREFIX) for path in self._manifest.arrays if path.startswith(_PREFIX)]
+        return [
+            path.removeprefix(_PREFIX) for path in self._manifest.arrays if path.startswith(_PREFIX)
+        ]
 
     def layers(self, path: str) -> list[int | None]:
-        """The slices that a parameter is read in: its layers, if these lie in one array; else all of it at once."""
+        """The slices that a parameter is read in: its layers, if these lie in one array; else all
+        of it at once.
+        """
         shape = self._manifest.arrays[_PREFIX + path].shape
         return list(range(shape[0])) if path.startswith("layers/") else [None]
 
@@ -170,16 +202,26 @@ class SlicedCheckpoint:
         if record is None:
             raise CorruptError(f"checkpoint {self._where}: {_PREFIX}{path} is not in it")
         base = f"file://{self._where / 'state'}/"
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{_PREFIX}{path}".replace("/", ".") + "/"}
-        store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True).result()
+        kvstore = {
+            "driver": "ocdbt",
+            "base": base,
+            "path": f"{_PREFIX}{path}".replace("/", ".") + "/",
+        }
+        store = tensorstore.open(
+            {"driver": "zarr", "kvstore": kvstore}, read=True, open=True
+        ).result()
         if tuple(store.shape) != record.shape or store.dtype.numpy_dtype.name != record.dtype:
             there = f"{store.dtype.name}{list(store.shape)}"
-            raise CorruptError(f"checkpoint {self._where}: {_PREFIX}{path} is damaged: {there} in the files, "
-                               f"{record.dtype}{list(record.shape)} saved")  # fmt: skip
+            raise CorruptError(
+                f"checkpoint {self._where}: {_PREFIX}{path} is damaged: {there} in the files, "
+                f"{record.dtype}{list(record.shape)} saved"
+            )
         return store
 
     def _verify(self, path: str, layer: int | None, array: np.ndarray) -> None:
-        """Adds up the sums of the slices; compares them with the manifest once all have come, in their order."""
+        """Adds up the sums of the slices; compares them with the manifest once all have come, in
+        their order.
+        """
         at = layer or 0
         following, first, second = self._sums.pop(path, (0, 0, 0)) if at else (0, 0, 0)
         if following != at:
@@ -192,15 +234,21 @@ class SlicedCheckpoint:
             return
         found, saved = f"{first:08x}{second:08x}", self._manifest.arrays[_PREFIX + path].checksum
         if found != saved:
-            raise CorruptError(f"checkpoint {self._where}: {_PREFIX}{path} is damaged: checksum {found} read, {saved} saved")
+            raise CorruptError(
+                f"checkpoint {self._where}: {_PREFIX}{path} is damaged: checksum {found} "
+                f"read, {saved} saved"
+            )
 
 
-def verified_parameters(directory: Path, read: Callable[[SlicedCheckpoint], PyTree]) -> Restored | None:
+def verified_parameters(
+    directory: Path, read: Callable[[SlicedCheckpoint], PyTree]
+) -> Restored | None:
     """What is made of the parameters of the newest whole checkpoint; `None` where there is none.
 
     Args:
       directory: as for `Checkpoints.open`.
-      read: reads all parameters of a checkpoint; damage that it meets begins anew with an older one.
+      read: reads all parameters of a checkpoint; damage that it meets begins anew with an older
+        one.
 
     Raises:
       CorruptError: if all are damaged.
@@ -211,10 +259,13 @@ def verified_parameters(directory: Path, read: Callable[[SlicedCheckpoint], PyTr
 
 # --- checkpoint check ---
 #
-# What lies in the directory of a run's checkpoints, whole or not, and whether it is what was saved; nothing is changed.
+# What lies in the directory of a run's checkpoints, whole or not, and whether it is what was saved;
+# nothing is changed.
 
 
-_CHECKED_TOGETHER = 64 << 20  # bytes of arrays that are read at a time: a state need not fit into memory to be verified
+_CHECKED_TOGETHER = (
+    64 << 20
+)  # bytes of arrays that are read at a time: a state need not fit into memory to be verified
 
 Condition = Literal["committed", "ok", "damaged", "set aside", "not committed"]
 
@@ -227,9 +278,9 @@ class CheckpointState(NamedTuple):
       step: optimizer updates that it holds, or would.
       nbytes: of all its files.
       time: of its newest file, seconds since 1970.
-      condition: `committed`: whole by its manifest; `ok`: all arrays were read and are what was saved; `damaged`: they are
-        not; `set aside`: found damaged by a run that went on from an older one; `not committed`: left by an interrupted save,
-        or still being written.
+      condition: `committed`: whole by its manifest; `ok`: all arrays were read and are what was
+        saved; `damaged`: they are not; `set aside`: found damaged by a run that went on from an
+        older one; `not committed`: left by an interrupted save, or still being written.
       reason: what is wrong with a damaged one.
     """
 
@@ -245,12 +296,14 @@ def list_checkpoints(directory: Path) -> list[CheckpointState]:
     """Everything in a directory of checkpoints, by step; manifests are read, arrays are not."""
     steps = {str(step) for step in list_steps(directory)}
     return sorted(
-        (_describe(entry, entry.name in steps) for entry in _entries(directory)), key=lambda one: (one.step, one.name)
+        (_describe(entry, entry.name in steps) for entry in _entries(directory)),
+        key=lambda one: (one.step, one.name),
     )
 
 
 def verify_checkpoints(directory: Path, step: int | None = None) -> Iterator[CheckpointState]:
-    """Reads all arrays of the checkpoints of a directory, oldest first, and compares them with their checksums.
+    """Reads all arrays of the checkpoints of a directory, oldest first, and compares them with
+    their checksums.
 
     Args:
       directory: of the checkpoints.
@@ -273,7 +326,9 @@ def _verified(directory: Path, steps: Iterable[int]) -> Iterator[CheckpointState
             found = _describe(directory / str(number), True)
             if found.condition == "committed":
                 reason = _damage(directory, number)
-                (directory / str(number)).stat()  # one that a run has deleted in the meantime is not damaged
+                (
+                    directory / str(number)
+                ).stat()  # one that a run has deleted in the meantime is not damaged
                 found = found._replace(condition="damaged" if reason else "ok", reason=reason)
             yield found
 
@@ -289,7 +344,9 @@ def _describe(entry: Path, committed: bool) -> CheckpointState:
     step, _, more = entry.name.partition(".")
     stats = [path.stat() for path in entry.rglob("*") if path.is_file()]
     newest = max((stat.st_mtime for stat in stats), default=entry.stat().st_mtime)
-    found = CheckpointState(entry.name, int(step), sum(stat.st_size for stat in stats), newest, "not committed")
+    found = CheckpointState(
+        entry.name, int(step), sum(stat.st_size for stat in stats), newest, "not committed"
+    )
     if more.startswith("corrupt"):
         return found._replace(condition="set aside")
     if not committed:

@@ -27,7 +27,9 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def origin_of(directory: pathlib.Path, restored: "Restored") -> str:
-    """One line that says which checkpoint of a run it is, with the damaged ones that were passed over for it."""
+    """One line that says which checkpoint of a run it is, with the damaged ones that were passed
+    over for it.
+    """
     warnings = f" ({'; '.join(restored.warnings)})" if restored.warnings else ""
     return f"run {directory.absolute().name} at step {restored.step}{warnings}"
 
@@ -46,7 +48,9 @@ def run_manifest(directory: pathlib.Path) -> "Manifest":
     if manifest is not None:
         return manifest
     if list_steps(checkpoints):
-        raise CorruptError(f"{checkpoints}: all checkpoints are damaged; bring back a copy or start another run")
+        raise CorruptError(
+            f"{checkpoints}: all checkpoints are damaged; bring back a copy or start another run"
+        )
     raise InputError(f"{checkpoints}: no checkpoint there, the checkpoints of a run expected")
 
 
@@ -58,7 +62,10 @@ def run_config(directory: pathlib.Path, manifest: "Manifest") -> LlamaConfig:
     """
     checkpoints = directory / RUN_CHECKPOINTS
     if not isinstance(manifest.metadata.get("model"), dict):
-        raise InputError(f"{checkpoints}: step {manifest.step} does not say which model it is of; the run of train.py expected")
+        raise InputError(
+            f"{checkpoints}: step {manifest.step} does not say which model it is of; the "
+            "run of train.py expected"
+        )
     with blamed_on(f"{checkpoints}: step {manifest.step}"):
         return config_from_dict(manifest.metadata["model"])
 
@@ -78,11 +85,18 @@ def check_parameters(manifest: "Manifest", expected: Mapping[str, Shape]) -> Non
     Raises:
       InputError: counting and naming what is missing, too much, misshapen, or of no floating type.
     """
-    found = {path.removeprefix(_PREFIX): record for path, record in manifest.arrays.items() if path.startswith(_PREFIX)}
+    found = {
+        path.removeprefix(_PREFIX): record
+        for path, record in manifest.arrays.items()
+        if path.startswith(_PREFIX)
+    }
     require_tensors(expected, {path: record.shape for path, record in found.items()})
     strange = [path for path, record in found.items() if record.dtype not in _DTYPES]
     if strange:
-        raise InputError(f"{shown(strange[0])} has type {found[strange[0]].dtype}; supported are {', '.join(_DTYPES)}")
+        raise InputError(
+            f"{shown(strange[0])} has type {found[strange[0]].dtype}; supported are "
+            f"{', '.join(_DTYPES)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +106,8 @@ class RunSource:
     Attributes:
       directory: where the run is.
       config: the architecture that was trained.
-      manifest: what the newest checkpoint says about itself; damage of its arrays shows when they are restored.
+      manifest: what the newest checkpoint says about itself; damage of its arrays shows when they
+        are restored.
     """
 
     directory: pathlib.Path
@@ -123,16 +138,22 @@ class RunSource:
 
     @functools.cached_property
     def verified(self) -> "Restored":
-        """The newest checkpoint whose parameters are whole, without these; found at the first use, by reading all of them.
+        """The newest checkpoint whose parameters are whole, without these; found at the first use,
+        by reading all of them.
 
         Raises:
           CorruptError: if all checkpoints are damaged.
         """
         from llama_jax.weights.restore import verified_parameters  # Orbax takes seconds to import
 
-        restored = verified_parameters(self.directory / RUN_CHECKPOINTS, lambda checkpoint: checkpoint.verify())
+        restored = verified_parameters(
+            self.directory / RUN_CHECKPOINTS, lambda checkpoint: checkpoint.verify()
+        )
         if restored is None:
-            raise InputError(f"{self.directory / RUN_CHECKPOINTS}: no checkpoint there, the checkpoints of a run expected")
+            raise InputError(
+                f"{self.directory / RUN_CHECKPOINTS}: no checkpoint there, the "
+                "checkpoints of a run expected"
+            )
         return restored
 
     @functools.cached_property
@@ -150,13 +171,16 @@ class RunSource:
         return np.dtype(self.manifest.arrays[f"params/{self.path(name, 0)}"].dtype)
 
     def path(self, name: str, layer: int | None) -> str:
-        """Where a checkpoint has a parameter: with those of all layers, or in a run with unrolled layers, in its own."""
+        """Where a checkpoint has a parameter: with those of all layers, or in a run with unrolled
+        layers, in its own.
+        """
         return name if layer is None or self.stacked else of_layer(name, layer)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunSlices:
-    """One checkpoint of a run as a `Source`, verified as it is read: each parameter from its first layer to its last.
+    """One checkpoint of a run as a `Source`, verified as it is read: each parameter from its first
+    layer to its last.
 
     Attributes:
       run: of which it is.
@@ -175,6 +199,7 @@ class RunSlices:
         """One tensor; see `Source.read`.
 
         Raises:
-          CorruptError: if the content of a parameter is not what was saved; known when its last layer is read.
+          CorruptError: if the content of a parameter is not what was saved; known when its last
+            layer is read.
         """
         return self.checkpoint.read(self.run.path(name, layer), layer if self.run.stacked else None)

@@ -1,6 +1,8 @@
-"""What the readers of other people's weights share: one protocol, and one check of tensor names and shapes.
+"""What the readers of other people's weights share: one protocol, and one check of tensor names and
+shapes.
 
-Both formats store a matrix as `[out, in]`, the transpose of the canonical tree's; only the embedding table is alike.
+Both formats store a matrix as `[out, in]`, the transpose of the canonical tree's; only the
+embedding table is alike.
 """
 
 import contextlib
@@ -43,8 +45,8 @@ class Source(Protocol):
           layer: which layer, from 0, for a path that starts with `layers/`; else `None`.
 
         Returns:
-          The tensor without a layer axis, in the file's own floating type, or float32 where the file is quantised.
-          It may be a view of the file: copy it before the source goes away.
+          The tensor without a layer axis, in the file's own floating type, or float32 where the
+          file is quantised. It may be a view of the file: copy it before the source goes away.
         """
 
 
@@ -68,12 +70,18 @@ def flat_shapes(config: LlamaConfig) -> dict[str, Shape]:
 
 
 def tree_shapes(config: LlamaConfig, stacked: bool) -> dict[str, Shape]:
-    """Shapes of a parameter tree by path: as `flat_shapes`, or unrolled, `{"layers_0/attention/wq": (D, N*H), ...}`."""
+    """Shapes of a parameter tree by path: as `flat_shapes`, or unrolled, `{"layers_0/attention/wq":
+    (D, N*H), ...}`.
+    """
     shapes = flat_shapes(config)
     if stacked:
         return shapes
     layered = [path for path in shapes if path.startswith("layers/")]
-    unrolled = {of_layer(path, layer): shapes[path][1:] for layer in range(config.layers) for path in layered}
+    unrolled = {
+        of_layer(path, layer): shapes[path][1:]
+        for layer in range(config.layers)
+        for path in layered
+    }
     return {path: shape for path, shape in shapes.items() if path not in layered} | unrolled
 
 
@@ -115,16 +123,22 @@ def require_tensors(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -
     """Refuses a file whose tensors are not exactly those of its architecture.
 
     Raises:
-      InputError: counting the missing, unexpected and misshapen tensors and naming the first few of each.
+      InputError: counting the missing, unexpected and misshapen tensors and naming the first few of
+        each.
     """
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
     problems = [
         _listed("missing", (name for name in expected if name not in found)),
         _listed("unexpected", (name for name in found if name not in expected)),
-        _listed("misshapen", (f"{name} {found[name]} where {expected[name]} is expected" for name in wrong)),
+        _listed(
+            "misshapen",
+            (f"{name} {found[name]} where {expected[name]} is expected" for name in wrong),
+        ),
     ]
     if any(problems):
-        raise InputError("tensors do not fit the architecture: " + "; ".join(filter(None, problems)))
+        raise InputError(
+            "tensors do not fit the architecture: " + "; ".join(filter(None, problems))
+        )
 
 
 def _listed(kind: str, names: Iterable[str], few: int = 4) -> str:
@@ -142,10 +156,12 @@ _LARGEST_JSON = 16 << 20
 
 
 def mapped(path: str | os.PathLike[str]) -> np.ndarray:
-    """The bytes of a regular file, `[size]`, mapped read-only: nothing is read until it is looked at.
+    """The bytes of a regular file, `[size]`, mapped read-only: nothing is read until it is looked
+    at.
 
     Raises:
-      InputError: for a file that is missing, unreadable, or not a regular one (a pipe would make the reader wait).
+      InputError: for a file that is missing, unreadable, or not a regular one (a pipe would make
+        the reader wait).
     """
     try:
         size = _regular(pathlib.Path(path)).stat().st_size
@@ -159,8 +175,8 @@ def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object that a small JSON file holds.
 
     Raises:
-      InputError: for a file that is missing, unreadable or larger than a description is, for other text than JSON,
-        and for another kind of JSON value.
+      InputError: for a file that is missing, unreadable or larger than a description is, for other
+        text than JSON, and for another kind of JSON value.
     """
     try:
         if _regular(pathlib.Path(path)).stat().st_size > _LARGEST_JSON:
@@ -214,7 +230,8 @@ class Factors(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MergedSource:
-    """A source with adapters merged into it, one tensor at a time: added in float32, in the type that the tensor had.
+    """A source with adapters merged into it, one tensor at a time: added in float32, in the type
+    that the tensor had.
 
     Attributes:
       base: the model.
@@ -228,9 +245,13 @@ class MergedSource:
     def config(self) -> LlamaConfig:
         """The architecture of the base, with the vocabulary and the head that the adapters give it.
 
-        A tied head stays what it was where only the embedding is adapted or replaced, as in PEFT: it is then of its own.
+        A tied head stays what it was where only the embedding is adapted or replaced, as in PEFT:
+          it is then of its own.
         """
-        base, changed = self.base.config, {path for path, _ in self.adapters.replaced} | self.adapters.tree.keys()
+        base, changed = (
+            self.base.config,
+            {path for path, _ in self.adapters.replaced} | self.adapters.tree.keys(),
+        )
         embedding = self.adapters.replaced.get(("embedding", None))
         untied = not self.adapters.tied and not changed.isdisjoint(("embedding", "head"))
         size = base.vocab_size if embedding is None else len(embedding)
@@ -246,7 +267,9 @@ class MergedSource:
         if factors is None:
             return tensor
         a, b = factors
-        return (tensor.astype(np.float32) + a @ b * np.float32(self.adapters.scale)).astype(tensor.dtype)
+        return (tensor.astype(np.float32) + a @ b * np.float32(self.adapters.scale)).astype(
+            tensor.dtype
+        )
 
     def _factors(self, name: str, layer: int | None) -> list[np.ndarray] | None:
         """The two factors of a matrix, float32."""
@@ -257,19 +280,24 @@ class MergedSource:
             node = node.get(key, {})
         if "a" not in node:
             return None
-        return [np.asarray(node[factor][layer] if stacked else node[factor], np.float32) for factor in ("a", "b")]
+        return [
+            np.asarray(node[factor][layer] if stacked else node[factor], np.float32)
+            for factor in ("a", "b")
+        ]
 
 
 # --- values ---
 #
-# Numbers out of other people's configuration: present, of the right kind, or refused by the name of their key.
+# Numbers out of other people's configuration: present, of the right kind, or refused by the name of
+# their key.
 
 
 _LARGEST = 1 << 63  # JSON has no bound of its own
 
 
 def whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number; a null or absent one is the default. Its range is the business of `LlamaConfig`.
+    """A whole number; a null or absent one is the default. Its range is the business of
+    `LlamaConfig`.
 
     Raises:
       InputError: naming the key, for another kind of value or a missing one without a default.

@@ -23,4 +23,6 @@ def _signal_handlers():
 @pytest.fixture
 def on_devices(monkeypatch) -> Callable[[int], None]:
     """Gives trainings inside the test so many devices."""
-    return lambda count: monkeypatch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:count]))
+    return lambda count: monkeypatch.setattr(
+        setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:count])
+    )

@@ -13,7 +13,8 @@ INFER = pathlib.Path(__file__).parents[2] / "infer.py"
 
 # Programs compiled by one child are there for the next.
 KEEP = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-# The terminal becomes the controlling one, as a shell does it, so that Ctrl-C typed there is a signal.
+# The terminal becomes the controlling one, as a shell does it, so that Ctrl-C typed there is a
+# signal.
 _IN_TERMINAL = (
     "import os, runpy, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -24,8 +25,11 @@ def infer(*arguments, stdin: bytes = b"", **environment) -> subprocess.Completed
     """`python infer.py ARGUMENTS` as a user runs it, on pipes."""
     return subprocess.run(
         [sys.executable, INFER, *map(str, arguments)],
-        input=stdin, capture_output=True, timeout=300, env=os.environ | KEEP | environment,
-    )  # fmt: skip
+        input=stdin,
+        capture_output=True,
+        timeout=300,
+        env=os.environ | KEEP | environment,
+    )
 
 
 class Terminal:
@@ -36,9 +40,13 @@ class Terminal:
         command = [sys.executable, "-c", _IN_TERMINAL, INFER, *map(str, arguments)]
         environment = os.environ | KEEP | {"TERM": "dumb", "INPUTRC": "/dev/null"}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave if stdout is None else stdout, stderr=slave, start_new_session=True,
+            command,
+            stdin=slave,
+            stdout=slave if stdout is None else stdout,
+            stderr=slave,
+            start_new_session=True,
             env=environment,
-        )  # fmt: skip
+        )
         os.close(slave)
         self.seen = ""
 
@@ -57,11 +65,16 @@ class Terminal:
                     self.seen += more.replace("\r\n", "\n")
                     continue
             raise AssertionError(f"{words!r} did not come: {self.seen!r}")
-        found, self.seen = self.seen[: self.seen.index(words) + len(words)], self.seen[self.seen.index(words) + len(words) :]
+        found, self.seen = (
+            self.seen[: self.seen.index(words) + len(words)],
+            self.seen[self.seen.index(words) + len(words) :],
+        )
         return found
 
     def press_until(self, key: str, words: str) -> None:
-        """Presses a key until some words are written: readline overlooks a signal that comes just before it waits."""
+        """Presses a key until some words are written: readline overlooks a signal that comes just
+        before it waits.
+        """
         for _ in range(20):
             self.type(key)
             with contextlib.suppress(AssertionError):

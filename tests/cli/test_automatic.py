@@ -1,4 +1,5 @@
-"""`compute.remat: auto`: resolved before the run, told in its heading, kept in its config; on accelerators by the plan.
+"""`compute.remat: auto`: resolved before the run, told in its heading, kept in its config; on
+accelerators by the plan.
 
 What it is on a CPU, which has no such plan, is in `test_train.py`.
 """
@@ -16,7 +17,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import tiny_config, write_corpus, write_yaml
 
 from llama_jax.cli import train as automatic
-from llama_jax.cli.train import candidates, compiled_bytes, first_that_fits, main, with_remat, write_config
+from llama_jax.cli.train import (
+    candidates,
+    compiled_bytes,
+    first_that_fits,
+    main,
+    with_remat,
+    write_config,
+)
 from llama_jax.data.packing import empty_batch
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
@@ -33,16 +41,22 @@ from llama_jax.weights.open import open_model
 def h100(monkeypatch):
     """Eight devices that say that they are H100s; the memory that one has for a program."""
     memory = {"bytes_limit": 0.9 * 79e9}
-    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: memory)
+    device = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: memory
+    )
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     return memory
 
 
 def config_in(directory: pathlib.Path, remat: str = "auto") -> TrainConfig:
-    return TrainConfig(run=RunConfig(dir=str(directory)), model=preset("llama3.1-8b"), mesh=MeshConfig(data=1, fsdp=-1),
-                       compute=ComputeConfig(dtype="bfloat16", remat=remat), data=DataConfig(length=8192, batch_size=16),
-    )  # fmt: skip
+    return TrainConfig(
+        run=RunConfig(dir=str(directory)),
+        model=preset("llama3.1-8b"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        compute=ComputeConfig(dtype="bfloat16", remat=remat),
+        data=DataConfig(length=8192, batch_size=16),
+    )
 
 
 def first_of(config: TrainConfig, going_on: bool = False) -> str:
@@ -70,13 +84,17 @@ def test_a_run_that_goes_on_tries_what_it_had_first(h100, tmp_path):
 
 
 def test_process_0_decides_what_is_tried(h100, tmp_path, monkeypatch):
-    monkeypatch.setattr(Hosts, "agree", lambda self, name, value: "outputs full" if name == "remat" else value)
+    monkeypatch.setattr(
+        Hosts, "agree", lambda self, name, value: "outputs full" if name == "remat" else value
+    )
     assert candidates(config_in(tmp_path), Hosts(), False) == ("outputs", "full")
 
 
 @pytest.fixture
 def small_devices(monkeypatch):
-    """Devices that say that they have so many bytes; programs are compiled for those at hand. Set `memory["bytes"]`."""
+    """Devices that say that they have so many bytes; programs are compiled for those at hand. Set
+    `memory["bytes"]`.
+    """
     memory: dict[str, float] = {}
     here = automatic.job_here
     monkeypatch.setattr(automatic, "job_here", lambda config: (here(config)[0], memory["bytes"]))
@@ -85,7 +103,11 @@ def small_devices(monkeypatch):
 
 def small_config(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> TrainConfig:
     """A tiny run whose activations weigh more than its state."""
-    long = {"model": {"context_length": 256}, "data": {"length": 256, "batch_size": 8}, "mesh": {"data": 2, "fsdp": 4}}
+    long = {
+        "model": {"context_length": 256},
+        "data": {"length": 256, "batch_size": 8},
+        "mesh": {"data": 2, "fsdp": 4},
+    }
     return tiny_config(directory, corpus, **long, **changes)
 
 
@@ -95,7 +117,9 @@ SMALL = small_config(pathlib.Path("run"), pathlib.Path("text"))
 
 @pytest.fixture(scope="module")
 def needed() -> dict[str, float]:
-    """Bytes of the compiled step of `SMALL` by setting of remat, of real arrays, as JAX tells them."""
+    """Bytes of the compiled step of `SMALL` by setting of remat, of real arrays, as JAX tells
+    them.
+    """
     found, state, batch = {}, None, None
     for remat in ("none", "outputs", "full"):
         whole = with_remat(SMALL, remat)
@@ -123,9 +147,15 @@ COMPILED_BYTES = functools.cache(compiled_bytes)
 def test_the_compiled_step_decides_what_fits(small_devices, needed):
     config, said = SMALL, []
     assert needed["none"] > 1.2 * needed["outputs"] > 1.2 * needed["full"]
-    for memory, expected in ((1.1 * needed["none"], "none"), (needed["none"], "outputs"), (0.5 * needed["full"], "full")):
+    for memory, expected in (
+        (1.1 * needed["none"], "none"),
+        (needed["none"], "outputs"),
+        (0.5 * needed["full"], "full"),
+    ):
         small_devices["bytes"] = memory
-        assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == expected
+        assert (
+            first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == expected
+        )
     assert len(said) == 3
     assert all("the compiled step takes" in line for line in said)
     assert said[0].startswith("remat none: ")
@@ -139,7 +169,10 @@ def test_one_process_that_lacks_memory_decides_for_all(small_devices, monkeypatc
     monkeypatch.setattr(Hosts, "gather", lambda self, name, value, seconds: [value, other[name]])
     other, said = {"remat none": "60e9 61e9", "remat outputs": "50e9 61e9"}, []
     assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == "outputs"
-    assert said == ["remat none: the compiled step takes 60.0 of 61.0 GB of a device, more than 95 %; outputs is next"]
+    assert said == [
+        "remat none: the compiled step takes 60.0 of 61.0 GB of a device, more than 95 "
+        "%; outputs is next"
+    ]
 
 
 class Refused:
@@ -155,15 +188,21 @@ class Refused:
 def test_a_step_that_the_compiler_gives_up_does_not_fit(small_devices, monkeypatch):
     config, said, lowered = SMALL, [], step.lowered_step
     small_devices["bytes"] = 1e12
-    words = "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (26.46G) exceeds available HBM (15.75G)."
+    words = (
+        "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries (26.46G) "
+        "exceeds available HBM (15.75G)."
+    )
 
     def lower(recipe, *given):
         return Refused(words) if recipe.model.options.remat == "none" else lowered(recipe, *given)
 
     monkeypatch.setattr(step, "lowered_step", lower)
     assert first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append) == "outputs"
-    assert said == ["remat none: the compiled step does not fit into the 1000.0 GB of a device; outputs is next"]
-    words = "RESOURCE_EXHAUSTED: a kernel wants more memory of the chip than it may have"  # is no reason to keep less
+    assert said == [
+        "remat none: the compiled step does not fit into the 1000.0 GB of a device; outputs is next"
+    ]
+    # is no reason to keep less
+    words = "RESOURCE_EXHAUSTED: a kernel wants more memory of the chip than it may have"
     with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel wants"):
         first_that_fits(config, ("none", "outputs", "full"), Hosts(), said.append)
 
@@ -171,17 +210,31 @@ def test_a_step_that_the_compiler_gives_up_does_not_fit(small_devices, monkeypat
 def test_the_largest_batch_of_a_ramp_counts():
     """Several micro-batches are added up in float32, one is not."""
     config = SMALL
-    growing = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_ramp=((5, 16),)))
-    large = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16, accumulation=2))
+    growing = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, batch_ramp=((5, 16),))
+    )
+    large = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, batch_size=16, accumulation=2)
+    )
     assert compiled_bytes(growing) == compiled_bytes(large) > COMPILED_BYTES(config)
 
 
-def test_a_run_takes_what_fits_and_finds_its_program_compiled(small_devices, needed, tmp_path, monkeypatch, capsys):
-    """The program that was compiled to see whether it fits is the one that is run: JAX's cache has it."""
-    config = small_config(tmp_path / "run", write_corpus(tmp_path / "text"), run={"steps": 2, "eval_every": 0},
-                          compute={"remat": "auto"})  # fmt: skip
+def test_a_run_takes_what_fits_and_finds_its_program_compiled(
+    small_devices, needed, tmp_path, monkeypatch, capsys
+):
+    """The program that was compiled to see whether it fits is the one that is run: JAX's cache has
+    it.
+    """
+    config = small_config(
+        tmp_path / "run",
+        write_corpus(tmp_path / "text"),
+        run={"steps": 2, "eval_every": 0},
+        compute={"remat": "auto"},
+    )
     small_devices["bytes"] = needed["none"]
-    monkeypatch.setattr(automatic, "_candidates", lambda config, going_on: ("none", "outputs", "full"))
+    monkeypatch.setattr(
+        automatic, "_candidates", lambda config, going_on: ("none", "outputs", "full")
+    )
     path, cache = write_yaml(tmp_path / "config.yaml", config), tmp_path / "cache"
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -193,11 +246,18 @@ def test_a_run_takes_what_fits_and_finds_its_program_compiled(small_devices, nee
         compilation_cache.reset_cache()
     lines = capsys.readouterr().out.splitlines()
     assert any(line.endswith("outputs is next") for line in lines)
-    assert next(line for line in lines if line.startswith("model ")).endswith("float32 compute, remat outputs")
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compute"]["remat"] == "outputs"
+    assert next(line for line in lines if line.startswith("model ")).endswith(
+        "float32 compute, remat outputs"
+    )
+    assert (
+        yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["compute"]["remat"]
+        == "outputs"
+    )
     assert len(list(cache.glob("jit_step-*-cache"))) == 2  # of none and of outputs; no third one
     first = (tmp_path / "run" / "goodput.jsonl").read_text().splitlines()[1]
-    assert json.loads(first)["seconds"]["compile"] > 0  # what was compiled before the first update is booked
+    assert (
+        json.loads(first)["seconds"]["compile"] > 0
+    )  # what was compiled before the first update is booked
 
 
 @pytest.mark.parametrize("base", ["auto", "float32", "int8"])

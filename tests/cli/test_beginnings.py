@@ -1,4 +1,6 @@
-"""A beginning that many prompts share is run once, and changes no text; prompts are decoded in batches."""
+"""A beginning that many prompts share is run once, and changes no text; prompts are decoded in
+batches.
+"""
 
 import io
 import json
@@ -31,21 +33,32 @@ def prefilled(monkeypatch) -> list[tuple[int, int]]:
 
 
 def answers(capsys, *arguments) -> tuple[list[dict], str]:
-    assert run_program(lambda: infer.main([str(argument) for argument in arguments], "infer.py")) == 0
+    assert (
+        run_program(lambda: infer.main([str(argument) for argument in arguments], "infer.py")) == 0
+    )
     out, err = capsys.readouterr()
     return [json.loads(line) for line in out.splitlines()], err
 
 
 def without_measures(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "request_sha256"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name != "request_sha256"} for row in rows
+    ]
 
 
 def test_the_longest_beginning():
     draw = random.Random(0)
     for _ in range(200):
-        prompts = [[draw.randrange(2) for _ in range(draw.randrange(6))] for _ in range(draw.randrange(2, 4))]
-        longest = max(n for n in range(7) if len({tuple(prompt[:n]) for prompt in prompts}) == 1
-                      and all(len(prompt) >= n for prompt in prompts))  # fmt: skip
+        prompts = [
+            [draw.randrange(2) for _ in range(draw.randrange(6))]
+            for _ in range(draw.randrange(2, 4))
+        ]
+        longest = max(
+            n
+            for n in range(7)
+            if len({tuple(prompt[:n]) for prompt in prompts}) == 1
+            and all(len(prompt) >= n for prompt in prompts)
+        )
         assert common_prefix(prompts) == prompts[0][:longest]
     assert common_prefix([]) == []
     assert saved(None, [3, 4]) == 0
@@ -54,19 +67,36 @@ def test_the_longest_beginning():
 DRAWN = ("--temperature", 1, "--seed", 3, "--samples", 2)
 
 
-@pytest.mark.parametrize(("many", "flags"), [
-    pytest.param(False, (), id="prompts-greedy"),
-    pytest.param(True, DRAWN, id="input-drawn"),
-    pytest.param(False, DRAWN, id="prompts-drawn", marks=pytest.mark.slow),
-    pytest.param(True, (), id="input-greedy", marks=pytest.mark.slow),
-])  # fmt: skip
-def test_a_shared_system_message_is_run_once(tiny_directory, tmp_path, capsys, monkeypatch, prefilled, many, flags):
+@pytest.mark.parametrize(
+    ("many", "flags"),
+    [
+        pytest.param(False, (), id="prompts-greedy"),
+        pytest.param(True, DRAWN, id="input-drawn"),
+        pytest.param(False, DRAWN, id="prompts-drawn", marks=pytest.mark.slow),
+        pytest.param(True, (), id="input-greedy", marks=pytest.mark.slow),
+    ],
+)
+def test_a_shared_system_message_is_run_once(
+    tiny_directory, tmp_path, capsys, monkeypatch, prefilled, many, flags
+):
     if many:
-        (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": word}) + "\n" for word in WORDS))
+        (tmp_path / "in.jsonl").write_text(
+            "".join(json.dumps({"prompt": word}) + "\n" for word in WORDS)
+        )
         asked = ["--input", tmp_path / "in.jsonl"]
     else:
         asked = ["--json", *(word for prompt in WORDS for word in ("--prompt", prompt))]
-    common = ["--model", tiny_directory, "--chat", "--system", SYSTEM, "--max-new-tokens", 6, "--batch-size", 2]
+    common = [
+        "--model",
+        tiny_directory,
+        "--chat",
+        "--system",
+        SYSTEM,
+        "--max-new-tokens",
+        6,
+        "--batch-size",
+        2,
+    ]
     arguments = [*common, *flags, *asked]
     rows, told = answers(capsys, *arguments)
     with_prefix = sum(rows * width for rows, width in prefilled)
@@ -84,8 +114,20 @@ def test_lines_are_decoded_in_batches(tiny_directory, capsys, monkeypatch, prefi
     found_by_size = []
     for size in (2, 8):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(WORDS).encode())))
-        found, _ = answers(capsys, "--model", tiny_directory, "--json", "--max-new-tokens", 5, "--temperature", 1, "--seed", 7,
-                           "--batch-size", size)  # fmt: skip
+        found, _ = answers(
+            capsys,
+            "--model",
+            tiny_directory,
+            "--json",
+            "--max-new-tokens",
+            5,
+            "--temperature",
+            1,
+            "--seed",
+            7,
+            "--batch-size",
+            size,
+        )
         found_by_size.append(found)
         assert max(rows for rows, _ in prefilled) == size
         prefilled.clear()
@@ -93,7 +135,9 @@ def test_lines_are_decoded_in_batches(tiny_directory, capsys, monkeypatch, prefi
     assert [row["prompt"] for row in found_by_size[0]] == WORDS
 
 
-def test_a_draft_of_another_vocabulary_is_refused_before_anything_is_written(tiny_directory, tmp_path, capsys, monkeypatch):
+def test_a_draft_of_another_vocabulary_is_refused_before_anything_is_written(
+    tiny_directory, tmp_path, capsys, monkeypatch
+):
     draft = tmp_path / "draft"
     draft.mkdir()
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -104,18 +148,26 @@ def test_a_draft_of_another_vocabulary_is_refused_before_anything_is_written(tin
 
     tensors = load_file(draft / "model.safetensors")
     vocab = values["vocab_size"]
-    save_file({k: v[:-4].copy() if v.shape[0] == vocab else v for k, v in tensors.items()}, draft / "model.safetensors")
+    save_file(
+        {k: v[:-4].copy() if v.shape[0] == vocab else v for k, v in tensors.items()},
+        draft / "model.safetensors",
+    )
     (draft / "config.json").write_text(json.dumps(values | {"vocab_size": vocab - 4}))
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     asked = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
     flags = ["--model", tiny_directory, "--speculate", 3, "--draft", draft, *asked]
     assert run_program(lambda: infer.main([str(flag) for flag in flags], "infer.py")) == 2
-    assert f"has {vocab - 4} tokens and the model {vocab}; the same vocabulary expected" in capsys.readouterr().err
+    assert (
+        f"has {vocab - 4} tokens and the model {vocab}; the same vocabulary expected"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_system_message_without_a_conversation_is_refused(tiny_directory, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n{"prompt": "a"}\n')
+    (tmp_path / "in.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}]}\n{"prompt": "a"}\n'
+    )
     flags = ["--model", tiny_directory, "--input", tmp_path / "in.jsonl", "--system", "Brief."]
     assert run_program(lambda: infer.main([str(flag) for flag in flags], "infer.py")) == 2
     assert "line 2: a plain prompt given with --system; " in capsys.readouterr().err

@@ -23,7 +23,10 @@ def saved(tmp_path_factory) -> pathlib.Path:
     """A run with checkpoints 10, 20 and 30; only to be copied."""
     directory = tmp_path_factory.mktemp("saved") / "run"
     rng = np.random.default_rng(0)
-    params = {"embedding": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32), "norm": {"scale": jnp.ones(8, jnp.bfloat16)}}
+    params = {
+        "embedding": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32),
+        "norm": {"scale": jnp.ones(8, jnp.bfloat16)},
+    }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init(params)
     with Checkpoints.open(directory / "checkpoints", keep=9) as checkpoints:
         for step in (10, 20, 30):
@@ -57,9 +60,13 @@ def objects(output: str) -> list[dict]:
 def test_whole_ones(run, capsys):
     status, output, errors = verb(capsys, "verify", run, "--json")
     assert (status, errors) == (0, "")
-    assert [(one["step"], one["condition"], one["reason"]) for one in objects(output)] == [(s, "ok", "") for s in (10, 20, 30)]
+    assert [(one["step"], one["condition"], one["reason"]) for one in objects(output)] == [
+        (s, "ok", "") for s in (10, 20, 30)
+    ]
     for one in objects(output):
-        files = [path for path in (run / "checkpoints" / str(one["step"])).rglob("*") if path.is_file()]
+        files = [
+            path for path in (run / "checkpoints" / str(one["step"])).rglob("*") if path.is_file()
+        ]
         assert one["nbytes"] == sum(path.stat().st_size for path in files)
         assert one["time"] == max(path.stat().st_mtime for path in files)
 
@@ -93,7 +100,11 @@ def test_what_else_lies_there(run, capsys):
     assert conditions[0] == "set aside (10.corrupt)"
     assert conditions[1].startswith("damaged: ")
     assert "not JSON" in conditions[1]
-    assert conditions[2:] == ["committed", "not committed (40.orbax-checkpoint-tmp-1)", "not committed"]
+    assert conditions[2:] == [
+        "committed",
+        "not committed (40.orbax-checkpoint-tmp-1)",
+        "not committed",
+    ]
     assert sorted(run.rglob("*")) == before
 
 
@@ -106,13 +117,19 @@ def test_large_arrays_are_read_in_parts(run, capsys, monkeypatch):
     assert verb(capsys, "verify", run)[0] == 5
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("verify", "RUN", "--step", "7"), "--step: 7 given, one of [10, 20, 30] expected"),
-    (("list", "/nowhere"), "/nowhere/checkpoints: no such directory; a run with checkpoints expected"),
-    (("prove", "RUN"), "checkpoint 'prove' given; list or verify expected"),
-    ((), "list or verify expected"),
-    (("list", "RUN", "--steps", "1"), "--steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("verify", "RUN", "--step", "7"), "--step: 7 given, one of [10, 20, 30] expected"),
+        (
+            ("list", "/nowhere"),
+            "/nowhere/checkpoints: no such directory; a run with checkpoints expected",
+        ),
+        (("prove", "RUN"), "checkpoint 'prove' given; list or verify expected"),
+        ((), "list or verify expected"),
+        (("list", "RUN", "--steps", "1"), "--steps"),
+    ],
+)
 def test_wrong_use_is_one_line(run, capsys, words, message):
     status, output, errors = verb(capsys, *(str(run) if word == "RUN" else word for word in words))
     assert (status, output) == (2, "")
@@ -122,12 +139,21 @@ def test_wrong_use_is_one_line(run, capsys, words, message):
 
 def test_an_empty_directory(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
-    assert verb(capsys, "list", tmp_path)[:2] == (0, "      step        size  written              state\n")
+    assert verb(capsys, "list", tmp_path)[:2] == (
+        0,
+        "      step        size  written              state\n",
+    )
     assert "no checkpoint there" in verb(capsys, "verify", tmp_path)[2]
 
 
 def test_as_a_process(run):
     command = [sys.executable, "-m", "llama_jax", "checkpoint", "verify", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[-1] for line in done.stdout.splitlines()] == ["state", "ok", "ok", "ok"]

@@ -42,10 +42,18 @@ def run(tmp_path_factory) -> pathlib.Path:
         checkpoints.save(7, state, {"model": dataclasses.asdict(CONFIG)})
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PROSE.splitlines() * 20), model_writer=model, vocab_size=CONFIG.vocab_size, model_type="bpe",
-        byte_fallback=True, num_threads=1, minloglevel=2, normalization_rule_name="identity", split_digits=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-    )  # fmt: skip
+        sentence_iterator=iter(PROSE.splitlines() * 20),
+        model_writer=model,
+        vocab_size=CONFIG.vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        num_threads=1,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        split_digits=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+    )
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return directory
 
@@ -55,16 +63,22 @@ def require_same_model(path: pathlib.Path, original: pathlib.Path) -> None:
     given, expected = load(path), load(original)
     assert given.config == expected.config
     tokens = random_tokens(given.config, (1, 20))
-    np.testing.assert_array_equal(logits(given.params, tokens, given.config), logits(expected.params, tokens, expected.config))
+    np.testing.assert_array_equal(
+        logits(given.params, tokens, given.config), logits(expected.params, tokens, expected.config)
+    )
     assert isinstance(given.tokenizer, Tokenizer)
     assert given.tokenizer.encode(PROSE) == expected.tokenizer.encode(PROSE)
     assert given.stop_ids == expected.stop_ids
-    assert (given.template and given.template.source) == (expected.template and expected.template.source)
+    assert (given.template and given.template.source) == (
+        expected.template and expected.template.source
+    )
 
 
 def test_hugging_face_to_hugging_face(tiny_directory, tmp_path, capsys):
     out = tmp_path / "the copy"
-    assert convert(tiny_directory, out, "--format", "hugging_face", "--max-shard-size", "100KB") == 0
+    assert (
+        convert(tiny_directory, out, "--format", "hugging_face", "--max-shard-size", "100KB") == 0
+    )
     printed = capsys.readouterr()
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     pattern = rf"{out}: hugging_face, {size:.1f} MB in \d+\.\d s; python -m llama_jax infer --model '{out}' --prompt TEXT\n"
@@ -82,18 +96,36 @@ def test_hugging_face_to_hugging_face(tiny_directory, tmp_path, capsys):
 
 
 def test_the_report_goes_along(tiny_directory, tmp_path):
-    """In the metadata of every file, read by the libraries of these formats; where the model lay is left out."""
+    """In the metadata of every file, read by the libraries of these formats; where the model lay is
+    left out.
+    """
     expected = load(tiny_directory).report.to_dict()
     del expected["path"]
-    assert convert(tiny_directory, tmp_path / "out", "--format", "hugging_face", "--max-shard-size", "100KB") == 0
+    assert (
+        convert(
+            tiny_directory,
+            tmp_path / "out",
+            "--format",
+            "hugging_face",
+            "--max-shard-size",
+            "100KB",
+        )
+        == 0
+    )
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
     for path in files:
         with safetensors.safe_open(path, framework="numpy") as file:
             assert file.metadata()["format"] == "pt"
-            assert json.loads(file.metadata()["llama_jax.made_from"]) == json.loads(json.dumps(expected))
+            assert json.loads(file.metadata()["llama_jax.made_from"]) == json.loads(
+                json.dumps(expected)
+            )
     assert convert(tiny_directory, tmp_path / "out.gguf", "--format", "gguf") == 0
-    field = pytest.importorskip("gguf").GGUFReader(tmp_path / "out.gguf").get_field("llama_jax.made_from")
+    field = (
+        pytest.importorskip("gguf")
+        .GGUFReader(tmp_path / "out.gguf")
+        .get_field("llama_jax.made_from")
+    )
     assert json.loads(field.contents()) == json.loads(json.dumps(expected))
 
 
@@ -109,12 +141,18 @@ def test_run_to_transformers(run, tmp_path):
     import transformers
 
     assert convert(run, tmp_path / "out", "--format", "hugging_face") == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32
+    )
     tokens = random_tokens(CONFIG, (1, 20))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
-    np.testing.assert_allclose(logits(random_parameters(CONFIG, seed=3), tokens, CONFIG), expected, atol=1e-4, rtol=0)
-    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(PROSE, add_special_tokens=False)["input_ids"]
+    np.testing.assert_allclose(
+        logits(random_parameters(CONFIG, seed=3), tokens, CONFIG), expected, atol=1e-4, rtol=0
+    )
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(
+        PROSE, add_special_tokens=False
+    )["input_ids"]
     assert ids == load(run).tokenizer.encode(PROSE)
 
 
@@ -146,11 +184,20 @@ def test_gguf_in_the_dtype_asked_for(tiny_directory, tmp_path):
 
 
 REFUSED = {
-    "a dtype of GGUF": (["--format", "hugging_face", "--dtype", "q8_0"], "--dtype q8_0 given, one of keep, float32"),
-    "shards of GGUF": (["--format", "gguf", "--max-shard-size", "1GB"], "--max-shard-size given with --format gguf"),
+    "a dtype of GGUF": (
+        ["--format", "hugging_face", "--dtype", "q8_0"],
+        "--dtype q8_0 given, one of keep, float32",
+    ),
+    "shards of GGUF": (
+        ["--format", "gguf", "--max-shard-size", "1GB"],
+        "--max-shard-size given with --format gguf",
+    ),
     "no format": ([], "the following arguments are required: --format"),
     "another format": (["--format", "onnx"], "invalid choice: 'onnx'"),
-    "no size": (["--format", "hugging_face", "--max-shard-size", "much"], "size 'much' given; a number with a unit"),
+    "no size": (
+        ["--format", "hugging_face", "--max-shard-size", "much"],
+        "size 'much' given; a number with a unit",
+    ),
     "an unknown option": (["--format", "gguf", "--overwrite"], "argument '--overwrite' is unknown"),
 }
 
@@ -167,7 +214,8 @@ def test_wrong_options_are_one_line(case, tiny_directory, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("form", "message"), [("hugging_face", "a directory that is not empty"), ("gguf", "something already")]
+    ("form", "message"),
+    [("hugging_face", "a directory that is not empty"), ("gguf", "something already")],
 )
 def test_what_is_there_is_left_alone(form, message, tiny_directory, tmp_path, capsys):
     (tmp_path / "out.gguf").mkdir()
@@ -193,14 +241,19 @@ def test_without_a_tokenizer(tiny_directory, tmp_path, capsys):
     assert "has no tokenizer; put its tokenizer.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "status", "form"), [
-    ("SIGINT", 130, "hugging_face"),
-    ("SIGTERM", 143, "gguf"),
-    pytest.param("SIGINT", 130, "gguf", marks=pytest.mark.slow),
-    pytest.param("SIGTERM", 143, "hugging_face", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "status", "form"),
+    [
+        ("SIGINT", 130, "hugging_face"),
+        ("SIGTERM", 143, "gguf"),
+        pytest.param("SIGINT", 130, "gguf", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 143, "hugging_face", marks=pytest.mark.slow),
+    ],
+)
 def test_as_a_process_that_is_interrupted(tiny_directory, tmp_path, name, status, form):
-    """Ctrl-C, or a system that shuts down, at the second line of progress: not a word, nothing left."""
+    """Ctrl-C, or a system that shuts down, at the second line of progress: not a word, nothing
+    left.
+    """
     code = f"""if True:
         import signal, sys
         from llama_jax.cli import convert
@@ -231,4 +284,7 @@ def test_help_needs_no_jax():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("SRC", "DST", "--format", "--dtype", "--max-shard-size", "q8_0"))
+    assert all(
+        word in done.stdout
+        for word in ("SRC", "DST", "--format", "--dtype", "--max-shard-size", "q8_0")
+    )

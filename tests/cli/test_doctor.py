@@ -24,7 +24,12 @@ def report(capsys, *arguments, status=0) -> dict[str, dict]:
 
 def test_a_healthy_machine(tmp_path, capsys):
     found = report(capsys, "--dir", tmp_path)
-    assert {name for name, check in found.items() if check["status"] == "ok"} >= {"python", "devices", "collectives", "disk"}
+    assert {name for name, check in found.items() if check["status"] == "ok"} >= {
+        "python",
+        "devices",
+        "collectives",
+        "disk",
+    }
     assert jax.__version__ in found["packages"]["text"]
     assert "8 x cpu (cpu)" in found["devices"]["text"]
     assert "no MFU" in found["devices"]["text"]

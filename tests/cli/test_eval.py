@@ -37,8 +37,14 @@ def run(*arguments) -> int:
 
 
 def refusal(errors: str) -> str:
-    """The one line that says what is wrong; the report of a model that was loaded may stand above it."""
-    (line,) = [line for line in errors.splitlines() if not line.startswith(("Hugging Face tiny: ", "odd: "))]
+    """The one line that says what is wrong; the report of a model that was loaded may stand above
+    it.
+    """
+    (line,) = [
+        line
+        for line in errors.splitlines()
+        if not line.startswith(("Hugging Face tiny: ", "odd: "))
+    ]
     assert line.startswith("error: ")
     return line
 
@@ -50,7 +56,9 @@ def scored_bytes(model) -> int:
 
 
 def summed_loss(model, ids: list[int], length: int) -> float:
-    """-log p of every token but the first, in float64; each window of targets sees the tokens of its own window only."""
+    """-log p of every token but the first, in float64; each window of targets sees the tokens of
+    its own window only.
+    """
     total = 0.0
     for first in range(0, len(ids) - 1, length):
         window = np.array(ids[first : first + length + 1])
@@ -83,7 +91,9 @@ def test_the_loss_of_transformers(smollm2_model, smollm2_torch):
         window = torch.tensor([ids[first : first + length + 1]])
         with torch.no_grad():
             scores = smollm2_torch(window[:, :-1]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(scores, window[0, 1:], reduction="sum").item())
+        losses.append(
+            torch.nn.functional.cross_entropy(scores, window[0, 1:], reduction="sum").item()
+        )
     result = evaluate_text(smollm2_model, text, length)
     assert result.tokens == len(ids) - 1
     assert 1 < result.nats_per_token < 4  # a model that has read such prose
@@ -120,13 +130,17 @@ def test_json_of_the_verb(tiny_directory, tiny, expected, text_file, capfd):
 
 
 def test_records_are_texts_of_their_own(tiny_directory, tiny, tmp_path, capsys):
-    """JSON lines are read as records, each begun without a past: not as one text with its braces."""
+    """JSON lines are read as records, each begun without a past: not as one text with its
+    braces.
+    """
     texts = ["one two three", "four five"]
     path = tmp_path / "x.jsonl"
     path.write_text("\ufeff" + "".join(json.dumps({"text": text}) + "\n" for text in texts), "utf8")
     assert run("--model", tiny_directory, "--text", path, "--length", 20, "--json") == 0
     parts = [evaluate_text(tiny, text, 20) for text in texts]
-    wanted = sum(part.nats_per_token * part.tokens for part in parts) / sum(part.tokens for part in parts)
+    wanted = sum(part.nats_per_token * part.tokens for part in parts) / sum(
+        part.tokens for part in parts
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["tokens"] == sum(part.tokens for part in parts)
     assert result["nats_per_token"] == pytest.approx(wanted, rel=1e-5)
@@ -135,13 +149,16 @@ def test_records_are_texts_of_their_own(tiny_directory, tiny, tmp_path, capsys):
     assert "x.jsonl:1: a conversation, text expected" in refusal(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (None, "text.txt: no such file or folder; text (.md .py"),
-    (b"good \xff", "text.txt: not UTF-8 (byte 5)"),
-    (b"", "no text in it"),
-    (b"\xef\xbb\xbf", "no text in it"),
-    (b"a", "a text of 1 tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "text.txt: no such file or folder; text (.md .py"),
+        (b"good \xff", "text.txt: not UTF-8 (byte 5)"),
+        (b"", "no text in it"),
+        (b"\xef\xbb\xbf", "no text in it"),
+        (b"a", "a text of 1 tokens"),
+    ],
+)
 def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
     path = tmp_path / "text.txt"
     if content is not None:
@@ -152,14 +169,21 @@ def test_texts_that_are_none(tiny_directory, tmp_path, capsys, content, words):
     assert words in refusal(err)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--text", "CITATION.cff"], "a file of unknown kind (.cff)"),
-    (["--text", __file__, "--length", "0"], "windows of 0"),
-    (["--text", __file__, "--length", "-3"], "windows of -3"),
-    (["--text", __file__, "--length", "ten"], "argument --length: invalid int value: 'ten'"),
-    (["--txt", __file__], "argument '--txt' is unknown; the nearest is --text"),
-    ([], "nothing to evaluate on: --text FILE, --data DIR (prepared) or --choices FILE (questions) expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "CITATION.cff"], "a file of unknown kind (.cff)"),
+        (["--text", __file__, "--length", "0"], "windows of 0"),
+        (["--text", __file__, "--length", "-3"], "windows of -3"),
+        (["--text", __file__, "--length", "ten"], "argument --length: invalid int value: 'ten'"),
+        (["--txt", __file__], "argument '--txt' is unknown; the nearest is --text"),
+        (
+            [],
+            "nothing to evaluate on: --text FILE, --data DIR (prepared) or --choices "
+            "FILE (questions) expected",
+        ),
+    ],
+)
 def test_wrong_use_is_one_line(tiny_directory, capsys, arguments, words):
     assert run("--model", tiny_directory, *arguments) == 2
     out, err = capsys.readouterr()
@@ -168,10 +192,14 @@ def test_wrong_use_is_one_line(tiny_directory, capsys, arguments, words):
 
 
 def test_a_length_beyond_the_context(tiny):
-    model = tiny._replace(config=type(tiny.config)(**{**tiny.config.__dict__, "context_length": 16}))
+    model = tiny._replace(
+        config=type(tiny.config)(**{**tiny.config.__dict__, "context_length": 16})
+    )
     with pytest.raises(InputError, match="windows of 17: at least 2 tokens, windows of 1 to 16 "):
         evaluate_text(model, TEXT, 17)
-    with pytest.raises(InputError, match=r"a text of [2-9] tokens in windows of 17"):  # though the text is shorter
+    with pytest.raises(
+        InputError, match=r"a text of [2-9] tokens in windows of 17"
+    ):  # though the text is shorter
         evaluate_text(model, "The cat", 17)
     assert evaluate_text(model, TEXT) == evaluate_text(tiny, TEXT, 16)
 
@@ -181,10 +209,18 @@ def test_a_tokenizer_of_another_model(tiny):
     vocab = 100
     small = tiny._replace(
         config=type(tiny.config)(**{**tiny.config.__dict__, "vocab_size": vocab}),
-        params=jax.tree.map(lambda leaf: leaf, {**tiny.params, "embedding": tiny.params["embedding"][:vocab],
-                                                "head": tiny.params["head"][:, :vocab]}),
-    )  # fmt: skip
-    with pytest.raises(InputError, match=r"the text holds token \d+; the vocabulary goes from 0 to 99"):
+        params=jax.tree.map(
+            lambda leaf: leaf,
+            {
+                **tiny.params,
+                "embedding": tiny.params["embedding"][:vocab],
+                "head": tiny.params["head"][:, :vocab],
+            },
+        ),
+    )
+    with pytest.raises(
+        InputError, match=r"the text holds token \d+; the vocabulary goes from 0 to 99"
+    ):
         evaluate_text(small, TEXT, 20)
 
 

@@ -29,7 +29,11 @@ def test_json_and_nothing_else(tiny_directory, capsys):
 
 
 def test_what_is_wrong_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "llama_jax", "inspect", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_jax", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path}: " + done.stderr.split(": ", 2)[2]
     assert done.stderr.count("\n") == 1
@@ -42,15 +46,23 @@ def test_wrong_use(arguments):
 
 
 def test_neither_jax_nor_the_weights_are_needed(tiny_directory):
-    code = "import sys; from llama_jax.cli.main import run_verb; run_verb(sys.argv[1:]); assert 'jax' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, "inspect", str(tiny_directory)], capture_output=True, text=True)
+    code = (
+        "import sys; from llama_jax.cli.main import run_verb; run_verb(sys.argv[1:]); assert "
+        "'jax' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tiny_directory)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_terminal_without_the_characters(tiny_directory, tmp_path):
     directory = tmp_path / "模型"
     directory.symlink_to(tiny_directory)
-    done = subprocess.run([sys.executable, "-m", "llama_jax", "inspect", str(directory)], capture_output=True,
-                          env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_jax", "inspect", str(directory)],
+        capture_output=True,
+        env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin"},
+    )
     assert done.returncode == 0, done.stderr
     assert rb"Hugging Face \u6a21\u578b" in done.stdout

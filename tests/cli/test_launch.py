@@ -1,6 +1,8 @@
-"""`train.py` as two and as four processes over loopback: the same training as one, or one line that says who is to blame.
+"""`train.py` as two and as four processes over loopback: the same training as one, or one line that
+says who is to blame.
 
-Short runs without faults, with time for machines that are busy; what is ended, killed and frozen is in `tests/faults`.
+Short runs without faults, with time for machines that are busy; what is ended, killed and frozen is
+in `tests/faults`.
 """
 
 import functools
@@ -10,7 +12,16 @@ from collections.abc import Sequence
 import jax
 import pytest
 from faults import harness
-from faults.harness import Child, Spawner, config_file, free_port, host_words, make_run, spawner, wait_for_knocks
+from faults.harness import (
+    Child,
+    Spawner,
+    config_file,
+    free_port,
+    host_words,
+    make_run,
+    spawner,
+    wait_for_knocks,
+)
 from tiny_runs import read_lines, write_corpus
 
 from llama_jax.cli.train import main
@@ -30,9 +41,17 @@ def spawn(tmp_path, monkeypatch):
         yield children
 
 
-def short_run(directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig | None = None, **mesh: int) -> TrainConfig:
-    """A run of a few steps; Adam's eps is large, as its division by small numbers is ill-conditioned."""
-    changes = {"run": {"steps": STEPS, "checkpoint_every": 1000}, "optimizer": {"eps": 1e-3}, "mesh": mesh}
+def short_run(
+    directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig | None = None, **mesh: int
+) -> TrainConfig:
+    """A run of a few steps; Adam's eps is large, as its division by small numbers is
+    ill-conditioned.
+    """
+    changes = {
+        "run": {"steps": STEPS, "checkpoint_every": 1000},
+        "optimizer": {"eps": 1e-3},
+        "mesh": mesh,
+    }
     return make_run(directory, corpus, like, **changes)
 
 
@@ -48,14 +67,23 @@ def alone(tmp_path_factory) -> TrainConfig:
 
 
 def start(
-    spawn: Spawner, config: TrainConfig, count: int, more: Sequence[Sequence[str]] = (), environments: Sequence[dict] = ()
+    spawn: Spawner,
+    config: TrainConfig,
+    count: int,
+    more: Sequence[Sequence[str]] = (),
+    environments: Sequence[dict] = (),
 ) -> list[Child]:
-    """All processes of a run, each with more words and variables of its own, where they are given."""
+    """All processes of a run, each with more words and variables of its own, where they are
+    given.
+    """
     port = free_port()
     return [
         spawn.train(
             config,
-            more=[*host_words(port, process, count, 100, SECONDS), *(more[process] if more else [])],
+            more=[
+                *host_words(port, process, count, 100, SECONDS),
+                *(more[process] if more else []),
+            ],
             **(environments[process] if environments else {}),
         )
         for process in range(count)
@@ -76,12 +104,15 @@ def assert_one_line(children: Sequence[Child], config: TrainConfig, *words: str)
     assert not (pathlib.Path(config.run.dir) / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(("count", "mesh"), [
-    (2, {"fsdp": 2}),  # each holds half of the parameters, and trains on half of the rows
-    pytest.param(2, {"data": 2, "fsdp": 1}, marks=pytest.mark.slow),
-    pytest.param(4, {"data": 2, "fsdp": 2}, marks=pytest.mark.slow),
-    pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [
+        (2, {"fsdp": 2}),  # each holds half of the parameters, and trains on half of the rows
+        pytest.param(2, {"data": 2, "fsdp": 1}, marks=pytest.mark.slow),
+        pytest.param(4, {"data": 2, "fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_processes_train_as_one(tmp_path, spawn, alone, count, mesh):
     run = of_same_data(tmp_path / "run", alone, **{"data": 1} | mesh)
     first, *others = [child.expect(0, SECONDS) for child in start(spawn, run, count)]
@@ -99,15 +130,25 @@ def test_four_that_are_not_alike_are_told_apart(tmp_path, spawn, alone):
     run = of_same_data(tmp_path / "run", alone, data=4, fsdp=1)
     more = [[], ["--optimizer.learning_rate", "0.5"], [], []]
     children = start(spawn, run, 4, more, [{}, {}, {}, {"HOST_VERSION": "0.0.9"}])
-    assert_one_line(children, run, "process 1 of 4 has config optimizer.learning_rate 0.5, the others 0.01",
-                    "process 3 of 4 has llama_jax 0.0.9, the others ")  # fmt: skip
+    assert_one_line(
+        children,
+        run,
+        "process 1 of 4 has config optimizer.learning_rate 0.5, the others 0.01",
+        "process 3 of 4 has llama_jax 0.0.9, the others ",
+    )
 
 
 def test_one_that_is_not_like_the_other_is_told(tmp_path, spawn, alone):
     run = of_same_data(tmp_path / "run", alone, data=2, fsdp=1)
-    children = start(spawn, run, 2, [[], ["--optimizer.learning_rate", "0.5"]], [{}, {"HOST_VERSION": "0.0.9"}])
-    assert_one_line(children, run, "process 1 of 2 has config optimizer.learning_rate 0.5, the others 0.01",
-                    "process 1 of 2 has llama_jax 0.0.9, the others ")  # fmt: skip
+    children = start(
+        spawn, run, 2, [[], ["--optimizer.learning_rate", "0.5"]], [{}, {"HOST_VERSION": "0.0.9"}]
+    )
+    assert_one_line(
+        children,
+        run,
+        "process 1 of 2 has config optimizer.learning_rate 0.5, the others 0.01",
+        "process 1 of 2 has llama_jax 0.0.9, the others ",
+    )
 
 
 def test_other_text_under_the_same_name_is_told(tmp_path, spawn):
@@ -116,7 +157,9 @@ def test_other_text_under_the_same_name_is_told(tmp_path, spawn):
         folder.mkdir()
         write_corpus(folder / "text", documents=20 + number)
     run = short_run(tmp_path / "run", pathlib.Path("text"))
-    children = start(spawn, run, 2, environments=[{"HOST_DIRECTORY": str(folder)} for folder in folders])
+    children = start(
+        spawn, run, 2, environments=[{"HOST_DIRECTORY": str(folder)} for folder in folders]
+    )
     assert_one_line(children, run, "process 1 of 2 has ", " text (hash) ", ", the others ")
 
 
@@ -124,9 +167,13 @@ def test_one_that_does_not_come_is_named_in_time(tmp_path, spawn, alone):
     """Three of four come, two of them before the first, whose time is short."""
     run = of_same_data(tmp_path / "run", alone, data=4, fsdp=1)
     port = free_port()
-    others = [spawn.train(run, more=host_words(port, process, 4, startup=SECONDS)) for process in (1, 3)]
+    others = [
+        spawn.train(run, more=host_words(port, process, 4, startup=SECONDS)) for process in (1, 3)
+    ]
     wait_for_knocks(port, {"llama_jax 1 4", "llama_jax 3 4"})
     first = spawn.train(run, more=host_words(port, 0, 4, startup=10))
     line = "process 2 of 4 did not come within 10 s; start all of them\n"
     assert first.expect(2, SECONDS).errors == f"error: {line}"
-    assert [child.expect(2, SECONDS).errors for child in others] == [f"error: refused by process 0: {line}"] * 2
+    assert [child.expect(2, SECONDS).errors for child in others] == [
+        f"error: refused by process 0: {line}"
+    ] * 2

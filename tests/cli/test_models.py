@@ -21,15 +21,25 @@ def options_of(*arguments) -> argparse.Namespace:
     return parser.parse_args(list(map(str, arguments)))
 
 
-@pytest.mark.parametrize(("widths", "group"), [
-    ((4096, 4096, 14336), 32), ((48, 60, 64), 4), ((72, 96, 136), 8), ((66, 66, 198), 22), ((2, 4, 6), 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("widths", "group"),
+    [
+        ((4096, 4096, 14336), 32),
+        ((48, 60, 64), 4),
+        ((72, 96, 136), 8),
+        ((66, 66, 198), 22),
+        ((2, 4, 6), 2),
+    ],
+)
 def test_groups_divide_all_rows(widths, group):
     assert _group(*widths) == group
 
 
 def test_rows_that_nothing_divides():
-    with pytest.raises(InputError, match=r"--quantize int4 given for matrices of 48, 75, 64 inputs, even .*; take int8"):
+    with pytest.raises(
+        InputError,
+        match=r"--quantize int4 given for matrices of 48, 75, 64 inputs, even .*; take int8",
+    ):
         _group(48, 75, 64)
 
 

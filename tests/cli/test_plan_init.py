@@ -1,4 +1,6 @@
-"""`plan --config` of a training that begins with a model: the architecture is that model's, as `train.py` has it."""
+"""`plan --config` of a training that begins with a model: the architecture is that model's, as
+`train.py` has it.
+"""
 
 import pathlib
 
@@ -22,7 +24,11 @@ def config(tmp_path):
     def write(init: object, **sections) -> pathlib.Path:
         path = tmp_path / "run.yaml"
         rows = {"length": 32, "batch_size": 4}
-        path.write_text(yaml.safe_dump({"run": {} if init is None else {"init": str(init)}, "data": rows} | sections))
+        path.write_text(
+            yaml.safe_dump(
+                {"run": {} if init is None else {"init": str(init)}, "data": rows} | sections
+            )
+        )
         return path
 
     return write
@@ -40,9 +46,13 @@ def planned(text: str) -> int:
     return int(text.splitlines()[0].partition(" parameters")[0].rpartition(" ")[2].replace(",", ""))
 
 
-@pytest.mark.parametrize("sections", [{}, ADAPTERS, {"model": "llama3.2-1b"}, {"model": "llama3.2-1b"} | ADAPTERS])
+@pytest.mark.parametrize(
+    "sections", [{}, ADAPTERS, {"model": "llama3.2-1b"}, {"model": "llama3.2-1b"} | ADAPTERS]
+)
 @pytest.mark.parametrize("typed", [False, True])
-def test_the_architecture_is_that_of_the_model_at_the_path(capsys, config, tiny_directory, sections, typed):
+def test_the_architecture_is_that_of_the_model_at_the_path(
+    capsys, config, tiny_directory, sections, typed
+):
     """Whatever the file's own; the path in the file, or on the command line."""
     path = config(None if typed else tiny_directory, **sections)
     out, err = plan(capsys, "--config", path, *(["--run.init", tiny_directory] if typed else []))
@@ -68,7 +78,9 @@ def test_a_preset_on_the_command_line_wins(capsys, config, tiny_directory):
 
 
 def test_the_config_of_the_docstrings_is_planned_over_any_model(capsys, tiny_directory):
-    out, err = plan(capsys, "--config", ROOT / "configs" / "docstrings_lora.yaml", "--run.init", tiny_directory)
+    out, err = plan(
+        capsys, "--config", ROOT / "configs" / "docstrings_lora.yaml", "--run.init", tiny_directory
+    )
     assert "adapters of rank 16" in out
     assert err == ""
 

@@ -18,48 +18,88 @@ from llama_jax.data.token_set import TokenSet
 from llama_jax.errors import InputError
 
 PUBLISHED = {
-    "ShareGPT": [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}], "id": i}
-                 for i in range(30)],
+    "ShareGPT": [
+        {
+            "conversations": [
+                {"from": "human", "value": f"q{i}"},
+                {"from": "gpt", "value": f"a{i}"},
+            ],
+            "id": i,
+        }
+        for i in range(30)
+    ],
     "Alpaca": [{"instruction": f"q{i}", "input": "", "output": f"a{i}"} for i in range(30)],
-    "OpenAI": [{"messages": [{"role": "user", "content": [{"type": "text", "text": f"q{i}"}]},
-                             {"role": "assistant", "content": f"a{i}", "weight": 1}]} for i in range(30)],
+    "OpenAI": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": f"q{i}"}]},
+                {"role": "assistant", "content": f"a{i}", "weight": 1},
+            ]
+        }
+        for i in range(30)
+    ],
     "renamed": [{"question": f"q{i}", "answer": f"a{i}"} for i in range(30)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_conversations_become_the_same_tokens(tmp_path, tiny_directory, name, capsys):
-    """Four forms of 30 records, one of them beside files that are left out: the tokens and masks of all are the same."""
+    """Four forms of 30 records, one of them beside files that are left out: the tokens and masks of
+    all are the same.
+    """
     plain = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(30)]
     values = {"plain": plain, "other": PUBLISHED[name]}
     for folder, records in values.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.json").write_text(json.dumps(records))
     (tmp_path / "other" / "notes.pdf").write_text("no")
-    fields = ["--field", "prompt=question", "--field", "completion=answer"] if name == "renamed" else []
+    fields = (
+        ["--field", "prompt=question", "--field", "completion=answer"] if name == "renamed" else []
+    )
     for folder in values:
-        command = ["--input", tmp_path / folder, "--output", tmp_path / f"{folder}.out", "--tokenizer", tiny_directory,
-                   "--workers", "1", "--held-out", "0.2", *(fields if folder == "other" else [])]  # fmt: skip
+        command = [
+            "--input",
+            tmp_path / folder,
+            "--output",
+            tmp_path / f"{folder}.out",
+            "--tokenizer",
+            tiny_directory,
+            "--workers",
+            "1",
+            "--held-out",
+            "0.2",
+            *(fields if folder == "other" else []),
+        ]
         assert main([*map(str, command)]) == 0
     out, err = capsys.readouterr()
     assert out.count(": chat, 30 documents") == 2
     assert err.splitlines() == ["--input: left out, of unknown kind: notes.pdf (files: 1)"]
     for part in ("train", "held_out"):
-        ours, theirs = (getattr(TokenSet.open(tmp_path / f"{folder}.out"), part) for folder in values)
+        ours, theirs = (
+            getattr(TokenSet.open(tmp_path / f"{folder}.out"), part) for folder in values
+        )
         for mine, other in zip(ours.read(0, ours.size), theirs.read(0, theirs.size)):
             assert mine.tolist() == other.tolist()
 
 
 @pytest.mark.parametrize("given", [["text"], ["text="], ["txt=body"], ["text=a", "text=b"]])
 def test_wrong_fields_are_named(given):
-    with pytest.raises(InputError, match=f"--field: '{given[-1]}' given, FIELD=NAME expected, once a field, of text, messages"):
+    with pytest.raises(
+        InputError,
+        match=f"--field: '{given[-1]}' given, FIELD=NAME expected, once a field, of text, messages",
+    ):
         read_fields(given)
 
 
 def start(*arguments):
     command = [sys.executable, "-m", "llama_jax", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -80,12 +120,26 @@ def lines(tmp_path_factory):
 
 
 def children_of(process):
-    return [int(word) for word in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(word)
+        for word in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        .read_text()
+        .split()
+    ]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
 def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_directory, capsys):
-    options = ["--input", lines, "--tokenizer", tiny_directory, "--shard-tokens", "100k", "--workers", "2"]
+    options = [
+        "--input",
+        lines,
+        "--tokenizer",
+        tiny_directory,
+        "--shard-tokens",
+        "100k",
+        "--workers",
+        "2",
+    ]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with start("prepare", *options, "--output", killed) as process:
         while not list(killed.glob("train-*.tokens")):
@@ -95,10 +149,14 @@ def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_d
         process.kill()
         process.communicate()
     deadline = time.monotonic() + 300
-    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
+    while (
+        any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     assert children
-    assert not any(os.path.exists(f"/proc/{child}") for child in children)  # workers end with the process that started them
+    assert not any(
+        os.path.exists(f"/proc/{child}") for child in children
+    )  # workers end with the process that started them
     assert not (killed / "manifest.json").exists()
     output, errors = run("prepare", *options, "--output", killed)
     assert "of them from before" in output
@@ -120,8 +178,19 @@ def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_d
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
 def test_worker_that_dies_is_an_error(tmp_path, lines, tiny_directory):
-    with start("prepare", "--input", lines, "--tokenizer", tiny_directory, "--shard-tokens", "100k", "--workers", "2",
-               "--output", tmp_path / "out") as process:  # fmt: skip
+    with start(
+        "prepare",
+        "--input",
+        lines,
+        "--tokenizer",
+        tiny_directory,
+        "--shard-tokens",
+        "100k",
+        "--workers",
+        "2",
+        "--output",
+        tmp_path / "out",
+    ) as process:
         while not list((tmp_path / "out").glob("train-*.tokens")):
             time.sleep(0.05)
         children = children_of(process)

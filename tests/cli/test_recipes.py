@@ -1,4 +1,6 @@
-"""The recipes as `train.py` reads them: tokens/step, tokens in all and learning rates, against the published numbers."""
+"""The recipes as `train.py` reads them: tokens/step, tokens in all and learning rates, against the
+published numbers.
+"""
 
 import pathlib
 
@@ -15,10 +17,11 @@ from llama_jax.training.optimizer import learning_rate_schedule
 RECIPES = pathlib.Path(__file__).parent.parent.parent / "configs" / "recipes"
 M, T = 10**6, 10**12
 
-# Tokens in all, length, tokens/step, peak, warm-up, share of the peak at the end, eps where it is published. What a file
-# says was chosen (the batches of Llama 3 below 405B and all but the tokens of 3.2) stands here as it was chosen.
-# LLaMA 1: arXiv:2302.13971, sections 2.1 to 2.3 and table 2. Llama 2: arXiv:2307.09288, section 2.2 and table 1. Llama 3:
-# arXiv:2407.21783, section 3.4.1 and table 3. Llama 3.2: the tokens of its model card.
+# Tokens in all, length, tokens/step, peak, warm-up, share of the peak at the end, eps where it is
+# published. What a file says was chosen (the batches of Llama 3 below 405B and all but the tokens
+# of 3.2) stands here as it was chosen. LLaMA 1: arXiv:2302.13971, sections 2.1 to 2.3 and table 2.
+# Llama 2: arXiv:2307.09288, section 2.2 and table 1. Llama 3: arXiv:2407.21783, section 3.4.1 and
+#   table 3. Llama 3.2: the tokens of its model card.
 PUBLISHED = {
     "llama-7b": (1.0 * T, 2048, 4 * M, 3e-4, 2000, 0.1, None),
     "llama-13b": (1.0 * T, 2048, 4 * M, 3e-4, 2000, 0.1, None),
@@ -39,7 +42,14 @@ PUBLISHED = {
 
 def read(name: str, *overrides: str) -> TrainConfig:
     """A recipe as the program reads it, in the way that its first comment says."""
-    arguments = ["--config", str(RECIPES / f"{name}.yaml"), "--data.paths", "[text]", "--data.tokenizer", "tokenizer.model"]
+    arguments = [
+        "--config",
+        str(RECIPES / f"{name}.yaml"),
+        "--data.paths",
+        "[text]",
+        "--data.tokenizer",
+        "tokenizer.model",
+    ]
     return parse_train([*arguments, *overrides], pathlib.Path("none.yaml"))
 
 
@@ -63,14 +73,24 @@ def test_numbers_are_the_published_ones(name):
     total = steps_of(data).used_before(steps) * length
     last = steps_of(data).sequences_at(steps - 1) * length
     assert tokens <= total < tokens + last  # the last step is the one that passes the mark
-    assert (optimizer.name, optimizer.schedule, optimizer.beta1, optimizer.beta2) == ("adamw", "cosine", 0.9, 0.95)
+    assert (optimizer.name, optimizer.schedule, optimizer.beta1, optimizer.beta2) == (
+        "adamw",
+        "cosine",
+        0.9,
+        0.95,
+    )
     assert (optimizer.weight_decay, optimizer.clip_norm, optimizer.z_loss) == (0.1, 1.0, 0.0)
     assert optimizer.eps == (eps or 1e-8)
     schedule = learning_rate_schedule(optimizer, steps)
     end = 1_200_000 if name == "llama3.1-405b" else steps
     middle = (warmup + end) // 2 - 1
-    for count, rate in ((0, peak / warmup), (warmup // 2 - 1, peak / 2), (warmup - 1, peak), (middle, peak * (1 + final) / 2),
-                        (end - 1, peak * final)):  # fmt: skip
+    for count, rate in (
+        (0, peak / warmup),
+        (warmup // 2 - 1, peak / 2),
+        (warmup - 1, peak),
+        (middle, peak * (1 + final) / 2),
+        (end - 1, peak * final),
+    ):
         assert float(schedule(count)) == pytest.approx(rate, rel=1e-3), count
 
 
@@ -80,7 +100,10 @@ def test_the_batch_of_405b_grows_as_published():
     # Half a step is as near as a step can come to the mark.
     assert before[0] == pytest.approx(252 * M, abs=2 * M)
     assert before[1] == pytest.approx(2.87 * T, abs=4.2 * M)
-    assert [sequences * data.length / (M * 2**20 / 10**6) for _, sequences in data.batch_ramp] == [8, 16]
+    assert [sequences * data.length / (M * 2**20 / 10**6) for _, sequences in data.batch_ramp] == [
+        8,
+        16,
+    ]
 
 
 def test_the_rate_of_405b_ends_at_8e_7_after_1_2_million_steps():
@@ -92,11 +115,16 @@ def test_the_rate_of_405b_ends_at_8e_7_after_1_2_million_steps():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_nothing_is_inherited_unsaid(name):
-    """What makes the model what it becomes stands in the file: a default that changes changes no recipe."""
+    """What makes the model what it becomes stands in the file: a default that changes changes no
+    recipe.
+    """
     given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     config = read(name)
     assert given["model"] == name
-    assert set(vars(config.optimizer)) - set(given["optimizer"]) == {"decay_fraction", "decay_from"}  # of `wsd`, of resumes
+    assert set(vars(config.optimizer)) - set(given["optimizer"]) == {
+        "decay_fraction",
+        "decay_from",
+    }  # of `wsd`, of resumes
     assert set(vars(config.data)) - set(given["data"]) == {
         "paths",
         "sources",
@@ -105,14 +133,24 @@ def test_nothing_is_inherited_unsaid(name):
         "too_long",
     }  # the last of whole documents alone: not of text that is cut
     assert set(given["mesh"]) == set(vars(config.mesh))
-    about_the_program = {"trackers", "profile", "sample_prompts", "sample_tokens", "hang_seconds", "max_time", "eval_tokens"}
+    about_the_program = {
+        "trackers",
+        "profile",
+        "sample_prompts",
+        "sample_tokens",
+        "hang_seconds",
+        "max_time",
+        "eval_tokens",
+    }
     assert set(vars(config.run)) - set(given["run"]) == {"init", "overwrite", *about_the_program}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_comments_say_where_the_numbers_come_from(name):
     text = (RECIPES / f"{name}.yaml").read_text()
-    heading = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    heading = " ".join(
+        line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")
+    )
     assert "Published: " in heading
     assert "Chosen here: " in heading
     assert "arXiv:" in heading or "model card" in heading
@@ -120,6 +158,8 @@ def test_comments_say_where_the_numbers_come_from(name):
 
 
 def test_a_recipe_takes_overrides():
-    config = read("llama3-8b", "--data.accumulation", "64", "--optimizer.name", "muon", "--run.steps", "10")
+    config = read(
+        "llama3-8b", "--data.accumulation", "64", "--optimizer.name", "muon", "--run.steps", "10"
+    )
     assert (config.data.accumulation, config.optimizer.name, config.run.steps) == (64, "muon", 10)
     assert isinstance(config.optimizer, OptimizerConfig)

@@ -1,4 +1,6 @@
-"""A conversation in the terminal: in a real one with real signals, and its commands inside this process."""
+"""A conversation in the terminal: in a real one with real signals, and its commands inside this
+process.
+"""
 
 import json
 import subprocess
@@ -37,11 +39,15 @@ def alone(model, messages, **settings) -> str:
 
 
 def test_in_a_terminal(tiny, tiny_directory, tmp_path):
-    """Two turns, an answer that is stopped, Ctrl-C at the prompt, a wrong command, the messages saved, Ctrl-D."""
+    """Two turns, an answer that is stopped, Ctrl-C at the prompt, a wrong command, the messages
+    saved, Ctrl-D.
+    """
     saved = tmp_path / "chat.json"
     # A letter for an answer: what is seen on the screen can be told from the prompts.
     letter = tiny.tokenizer.encode("x")[0]
-    window = Terminal("--model", tiny_directory, "--chat", "--max-new-tokens", 5, "--logit-bias", f"{letter}=1000")
+    window = Terminal(
+        "--model", tiny_directory, "--chat", "--max-new-tokens", 5, "--logit-bias", f"{letter}=1000"
+    )
     window.read_until("/help lists the commands\n")
     window.read_until("> ")
     window.type("The cat\n")
@@ -70,7 +76,11 @@ def test_in_a_terminal(tiny, tiny_directory, tmp_path):
     window.type("\x04")
     assert window.close() == 0
     first, answer, second, half = json.loads(saved.read_text())["messages"]
-    assert (first, answer, second) == (user("The cat"), {"role": "assistant", "content": "xxxxx"}, user("Go on"))
+    assert (first, answer, second) == (
+        user("The cat"),
+        {"role": "assistant", "content": "xxxxx"},
+        user("Go on"),
+    )
     assert half["role"] == "assistant"
     assert set(half["content"]) == {"x"}
     assert 100 <= len(half["content"]) < 60000
@@ -78,23 +88,32 @@ def test_in_a_terminal(tiny, tiny_directory, tmp_path):
 
 def test_words_alone_go_into_a_pipe(tiny, tiny_directory):
     """Prompts, hints and measurements are for the eyes of the user."""
-    window = Terminal("--model", tiny_directory, "--chat", "--max-new-tokens", 6, stdout=subprocess.PIPE)
+    window = Terminal(
+        "--model", tiny_directory, "--chat", "--max-new-tokens", 6, stdout=subprocess.PIPE
+    )
     window.read_until("> ")
     window.type("The cat\n")
     window.read_until("programs compiled")
     window.read_until("> ")
     window.type("\x04")
     assert window.close() == 0
-    assert window.process.stdout.read().decode() == alone(tiny, [user("The cat")], max_new_tokens=6) + "\n"
+    assert (
+        window.process.stdout.read().decode()
+        == alone(tiny, [user("The cat")], max_new_tokens=6) + "\n"
+    )
 
 
 def test_a_program_holds_a_conversation(tiny, tiny_directory):
-    """Lines in, objects out: a turn knows those before it, until /reset; every line has an answer, mistakes as well."""
+    """Lines in, objects out: a turn knows those before it, until /reset; every line has an answer,
+    mistakes as well.
+    """
     lines = ["The cat", "Go on", "/reset", "/nope", "the " * 70000, "/max", "The cat"]
     stdin = "\n".join(lines).encode()
     done = infer("--model", tiny_directory, "--chat", "--json", "--max-new-tokens", 6, stdin=stdin)
     assert done.returncode == 0, done.stderr
-    first, second, command, unknown, long, told, again = map(json.loads, done.stdout.decode().splitlines())
+    first, second, command, unknown, long, told, again = map(
+        json.loads, done.stdout.decode().splitlines()
+    )
     assert unknown == {"error": "command '/nope' is unknown; /help lists them"}
     assert "the model's context) expected" in long["error"]
     assert told == {"command": "max", "note": "max_new_tokens 6"}
@@ -111,7 +130,12 @@ def test_commands_change_what_is_asked(tiny, terminal, capsys):
     messages = [{"role": "system", "content": "Be brief."}, user("/help me")]
     out, err = capsys.readouterr()
     assert out == alone(tiny, messages, max_new_tokens=9, temperature=0.7, top_p=0.9) + "\n"
-    assert err.splitlines()[:4] == ["system message set", "temperature 0.7", "top_p 0.9", "max_new_tokens 9"]
+    assert err.splitlines()[:4] == [
+        "system message set",
+        "temperature 0.7",
+        "top_p 0.9",
+        "max_new_tokens 9",
+    ]
     for line in ("/temperature", "/reset", "/system", "/help", "  "):
         terminal.take(line)
     out, err = capsys.readouterr()
@@ -120,18 +144,24 @@ def test_commands_change_what_is_asked(tiny, terminal, capsys):
     assert terminal._conversation.messages == []
 
 
-@pytest.mark.parametrize(("line", "words"), [
-    ("/xyz", "command '/xyz' is unknown; /help lists them"),
-    ("/", "command '/' is unknown"),
-    ("/temperature hot", "temperature: 'hot' given; a number expected"),
-    ("/temperature -1", "temperature: -1.0 given"),
-    ("/max 1.5", "max_new_tokens: '1.5' given; a number expected"),
-    ("/max -1", "max_new_tokens: -1 given; 0 or more expected"),
-    ("/save", "/save: no file given"),
-    ("/save /nowhere/chat.json", "/save: '/nowhere/chat.json' cannot be written (No such file or directory)"),
-    ("/save a\0b", "cannot be written"),
-    ("the " * 70000, "the conversation has 70"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/xyz", "command '/xyz' is unknown; /help lists them"),
+        ("/", "command '/' is unknown"),
+        ("/temperature hot", "temperature: 'hot' given; a number expected"),
+        ("/temperature -1", "temperature: -1.0 given"),
+        ("/max 1.5", "max_new_tokens: '1.5' given; a number expected"),
+        ("/max -1", "max_new_tokens: -1 given; 0 or more expected"),
+        ("/save", "/save: no file given"),
+        (
+            "/save /nowhere/chat.json",
+            "/save: '/nowhere/chat.json' cannot be written (No such file or directory)",
+        ),
+        ("/save a\0b", "cannot be written"),
+        ("the " * 70000, "the conversation has 70"),
+    ],
+)
 def test_what_cannot_be_done_changes_nothing(terminal, line, words):
     before = dict(terminal._settings)
     with pytest.raises(InputError) as raised:
@@ -160,7 +190,9 @@ def test_save_replaces_a_file_whole(terminal, tmp_path):
 
 
 def test_a_second_interrupt_does_not_wait(monkeypatch):
-    """The first one asks; where nothing comes of it, in a long compilation say, the second one interrupts."""
+    """The first one asks; where nothing comes of it, in a long compilation say, the second one
+    interrupts.
+    """
     handlers = []
     monkeypatch.setattr("signal.signal", lambda _, handler: handlers.append(handler))
     interrupt = chat.Interrupt()

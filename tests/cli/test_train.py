@@ -1,6 +1,7 @@
 """train.py as people run it: stopped, killed, resumed, refused, piped.
 
-Real processes for signals, pipes and exit statuses; elsewhere its main function, on so many of the test's own devices.
+Real processes for signals, pipes and exit statuses; elsewhere its main function, on so many of the
+test's own devices.
 """
 
 import dataclasses
@@ -58,7 +59,10 @@ def run(tmp_path, corpus):
 def make_run(directory: pathlib.Path, corpus: pathlib.Path, **changes) -> TrainConfig:
     intervals = {"steps": STEPS, "eval_every": 10, "checkpoint_every": 5}
     config = tiny_config(directory / "run", corpus, run=intervals)
-    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    changed = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in changes.items()
+    }
     config = dataclasses.replace(config, **changed)
     write_yaml(directory / "tiny.yaml", config)
     return config
@@ -102,10 +106,14 @@ def assert_same_end(config: TrainConfig, reference: TrainConfig, stopped: int = 
     # Step; parameters and two moments; the count of the optimizer; the guard.
     assert len(ours) == 1 + 3 * 11 + 1 + len(Guard._fields)
     assert [path for path in ours if ours[path] != theirs[path]] == []
-    lines, expected = (without_speed(read_lines(pathlib.Path(c.run.dir))) for c in (config, reference))
+    lines, expected = (
+        without_speed(read_lines(pathlib.Path(c.run.dir))) for c in (config, reference)
+    )
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     for line in expected:
-        for name in [name for name in line if name.startswith("held_out/") and line["step"] == stopped]:
+        for name in [
+            name for name in line if name.startswith("held_out/") and line["step"] == stopped
+        ]:
             del line[name]
     assert lines == expected
 
@@ -114,8 +122,15 @@ def stop_at(config: TrainConfig, step: int) -> None:
     """What a program does that uses the library: stops where it likes."""
     given = parse_train(arguments(config), pathlib.Path())
     with open(os.devnull, "w") as nowhere:
-        summary = Run(given, open_display(nowhere, interactive=False)).train(should_stop=lambda at: at == step)
-    assert (summary.step, summary.steps, summary.evaluation, summary.saved) == (step, config.run.steps, None, True)
+        summary = Run(given, open_display(nowhere, interactive=False)).train(
+            should_stop=lambda at: at == step
+        )
+    assert (summary.step, summary.steps, summary.evaluation, summary.saved) == (
+        step,
+        config.run.steps,
+        None,
+        True,
+    )
 
 
 def wait_for_step(process: subprocess.Popen, step: int) -> None:
@@ -160,7 +175,9 @@ def test_the_same_with_accumulation_on_two_devices(tmp_path, corpus, on_devices,
     assert_same_end(runs[1], runs[0])
 
 
-def test_sigterm_saves_kill_9_loses_nothing_that_was_saved_and_the_same_command_ends_the_run(run, undisturbed):
+def test_sigterm_saves_kill_9_loses_nothing_that_was_saved_and_the_same_command_ends_the_run(
+    run, undisturbed
+):
     with start_train(arguments(run)) as process:
         wait_for_step(process, 2)
         process.send_signal(signal.SIGTERM)
@@ -170,7 +187,10 @@ def test_sigterm_saves_kill_9_loses_nothing_that_was_saved_and_the_same_command_
     reached = read_lines(pathlib.Path(run.run.dir))[-1]["step"]
     assert 2 <= reached < STEPS
     assert f"{reached} of {STEPS}" in output
-    assert max(int(path.name) for path in pathlib.Path(run.run.dir, "checkpoints").iterdir()) == reached
+    assert (
+        max(int(path.name) for path in pathlib.Path(run.run.dir, "checkpoints").iterdir())
+        == reached
+    )
     source = random.Random()
     moments = (source.randint(reached + 1, max(reached + 1, STEPS - 3)), source.random() / 10)
     print("killed at", moments)
@@ -188,7 +208,9 @@ def test_sigterm_saves_kill_9_loses_nothing_that_was_saved_and_the_same_command_
 def test_a_finished_run_is_left_alone(undisturbed, capsys):
     before = snapshot(pathlib.Path(undisturbed.run.dir))
     status, output, errors = in_process(capsys, *arguments(undisturbed))
-    assert re.fullmatch(rf"{undisturbed.run.dir} has {STEPS} of {STEPS} steps: nothing left to do\. .*\n", output)
+    assert re.fullmatch(
+        rf"{undisturbed.run.dir} has {STEPS} of {STEPS} steps: nothing left to do\. .*\n", output
+    )
     assert (status, errors) == (0, "")
     assert snapshot(pathlib.Path(undisturbed.run.dir)) == before
 
@@ -203,31 +225,65 @@ def test_a_finished_run_of_another_model_is_not_this_one(undisturbed, capsys):
 
 @pytest.mark.parametrize("how", [pytest.param("gathered", marks=pytest.mark.slow), "ring"])
 def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys, on_devices):
-    """Long sequences cut over the mesh, held-out loss and samples included; then on from what they left with more steps on one
-    device, with another rhythm and another learning rate, which shows in the step after the next.
+    """Long sequences cut over the mesh, held-out loss and samples included; then on from what they
+    left with more steps on one device, with another rhythm and another learning rate, which shows
+    in the step after the next.
     """
-    words = ["--compute.context_attention", how, "--run.sample_prompts", '["<3> al"]', "--run.sample_tokens", "8"]
+    words = [
+        "--compute.context_attention",
+        how,
+        "--run.sample_prompts",
+        '["<3> al"]',
+        "--run.sample_tokens",
+        "8",
+    ]
     words += ["--run.steps", "12", "--optimizer.schedule_steps", str(STEPS)]
     mesh = ["--mesh.data", "2", "--mesh.tensor", "2", "--mesh.context", "2"]
     status, first, _ = in_process(capsys, *arguments(run, *words, *mesh))
     assert status == 0
     assert "data 2 x fsdp 1 x context 2 x tensor 2" in first
     assert "sample    '<3> al'" in first
-    words = ["--run.steps", "15", "--run.log_every", "13", "--data.accumulation", "1", "--optimizer.learning_rate", "1e-3"]
+    words = [
+        "--run.steps",
+        "15",
+        "--run.log_every",
+        "13",
+        "--data.accumulation",
+        "1",
+        "--optimizer.learning_rate",
+        "1e-3",
+    ]
     on_devices(1)
     status, then, _ = in_process(capsys, *arguments(run, *words))
     assert status == 0
     assert "going on from step 12" in then
-    assert re.search(r"^changed   optimizer\.learning_rate: [0-9.e-]+ -> 0\.001$", then, re.MULTILINE)
+    assert re.search(
+        r"^changed   optimizer\.learning_rate: [0-9.e-]+ -> 0\.001$", then, re.MULTILINE
+    )
     assert re.search(r"^changed   the learning rate jumps at step 13: ", then, re.MULTILINE)
-    kept = yaml.safe_load(pathlib.Path(run.run.dir, "config_history", "until_step_12.yaml").read_text())
-    assert kept["run"]["steps"] == 12 < yaml.safe_load(pathlib.Path(run.run.dir, "config.yaml").read_text())["run"]["steps"]
-    lines, expected = ([x for x in read_lines(pathlib.Path(c.run.dir)) if "event" not in x] for c in (run, undisturbed))
+    kept = yaml.safe_load(
+        pathlib.Path(run.run.dir, "config_history", "until_step_12.yaml").read_text()
+    )
+    assert (
+        kept["run"]["steps"]
+        == 12
+        < yaml.safe_load(pathlib.Path(run.run.dir, "config.yaml").read_text())["run"]["steps"]
+    )
+    lines, expected = (
+        [x for x in read_lines(pathlib.Path(c.run.dir)) if "event" not in x]
+        for c in (run, undisturbed)
+    )
     assert [line["step"] for line in lines] == [*range(1, 14), 15]
     for name in ("train/loss", "held_out/loss", "train/gradient_norm"):
-        pairs = [(line[name], other[name]) for line, other in zip(lines[:13], expected) if name in line and name in other]
+        pairs = [
+            (line[name], other[name])
+            for line, other in zip(lines[:13], expected)
+            if name in line and name in other
+        ]
         assert pairs
-        np.testing.assert_allclose(*zip(*pairs), rtol=1e-4 if name == "train/gradient_norm" else 1e-5)
+        np.testing.assert_allclose(
+            *zip(*pairs), rtol=1e-4 if name == "train/gradient_norm" else 1e-5
+        )
 
 
 def test_overwrite_starts_anew_on_the_prepared_data(finished, undisturbed, on_devices, capsys):
@@ -240,7 +296,10 @@ def test_overwrite_starts_anew_on_the_prepared_data(finished, undisturbed, on_de
     assert "encoding" not in output
     assert snapshot(directory / "data") == before
     assert_same_end(finished, undisturbed)
-    assert parse_train(["--config", str(directory / "config.yaml")], pathlib.Path()).run.overwrite is False
+    assert (
+        parse_train(["--config", str(directory / "config.yaml")], pathlib.Path()).run.overwrite
+        is False
+    )
 
 
 def test_overwrite_with_a_mistake_loses_nothing(finished, capsys):
@@ -257,12 +316,16 @@ def test_metrics_are_one_object_a_step(undisturbed):
     lines = read_lines(pathlib.Path(undisturbed.run.dir))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "held_out/loss" in line] == [10, 20, 30]
-    assert [line["train/tokens"] for line in lines] == [4 * 32 * step for step in range(1, STEPS + 1)]
+    assert [line["train/tokens"] for line in lines] == [
+        4 * 32 * step for step in range(1, STEPS + 1)
+    ]
     assert all(line["speed/step_seconds"] > 1e-4 for line in lines)
 
 
 def test_remat_auto_is_none_on_a_cpu_and_the_run_says_so(undisturbed):
-    heading = next(line for line in log_of(undisturbed).read_text().splitlines() if line.startswith("model "))
+    heading = next(
+        line for line in log_of(undisturbed).read_text().splitlines() if line.startswith("model ")
+    )
     assert heading.endswith("float32 compute, remat none")
     written = yaml.safe_load((pathlib.Path(undisturbed.run.dir) / "config.yaml").read_text())
     assert written["compute"]["remat"] == "none"
@@ -274,57 +337,106 @@ def test_config_parses_back_equal(undisturbed):
 
 
 def test_newest_checkpoints_are_kept(undisturbed):
-    assert sorted(path.name for path in pathlib.Path(undisturbed.run.dir, "checkpoints").iterdir()) == ["20", "25", "30"]
+    assert sorted(
+        path.name for path in pathlib.Path(undisturbed.run.dir, "checkpoints").iterdir()
+    ) == ["20", "25", "30"]
 
 
 # Another run in the same directory
 
 
-@pytest.mark.parametrize(("words", "key"), [
-    (["--model.dim", "64"], "model.dim"),
-    (["--model.rope_theta", "500000"], "model.rope_theta"),
-    (["--model.rope_scaling.rope_type", "linear", "--model.rope_scaling.factor", "2"], "model.rope_scaling"),
-    (["--data.seed", "1"], "data.seed"),
-    (["--data.batch_size", "8"], "data.batch_size"),
-    (["--data.length", "16"], "data.length"),
-    (["--data.held_out_fraction", "0.3"], "data.held_out_fraction"),
-    (["--data.vocab_size", "300"], "data.vocab_size"),
-    (["--data.tokenizer", "OTHER/tokenizer.model"], "data.tokenizer"),
-    (["--data.paths", "[OTHER]"], "data.paths"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--model.dim", "64"], "model.dim"),
+        (["--model.rope_theta", "500000"], "model.rope_theta"),
+        (
+            ["--model.rope_scaling.rope_type", "linear", "--model.rope_scaling.factor", "2"],
+            "model.rope_scaling",
+        ),
+        (["--data.seed", "1"], "data.seed"),
+        (["--data.batch_size", "8"], "data.batch_size"),
+        (["--data.length", "16"], "data.length"),
+        (["--data.held_out_fraction", "0.3"], "data.held_out_fraction"),
+        (["--data.vocab_size", "300"], "data.vocab_size"),
+        (["--data.tokenizer", "OTHER/tokenizer.model"], "data.tokenizer"),
+        (["--data.paths", "[OTHER]"], "data.paths"),
+    ],
+)
 def test_going_on_with_another_run_is_refused(finished, tmp_path, words, key, capsys):
     other = tmp_path / "other"
     write_corpus(other, 19)
     shutil.copy(pathlib.Path(finished.run.dir, "tokenizer.model"), other)
     with (other / "tokenizer.model").open("ab") as file:
-        file.write(b"\x28\x00")  # a field that SentencePiece does not know: the same pieces in another file
+        file.write(
+            b"\x28\x00"
+        )  # a field that SentencePiece does not know: the same pieces in another file
     words = [word.replace("OTHER", str(other)) for word in words]
     before = snapshot(pathlib.Path(finished.run.dir))
-    status, output, errors = in_process(capsys, *arguments(finished, "--run.steps", "50", "--mesh.tensor", "2",
-                                        "--mesh.fsdp", "4", "--mesh.data", "1", *words))  # fmt: skip
+    status, output, errors = in_process(
+        capsys,
+        *arguments(
+            finished,
+            "--run.steps",
+            "50",
+            "--mesh.tensor",
+            "2",
+            "--mesh.fsdp",
+            "4",
+            "--mesh.data",
+            "1",
+            *words,
+        ),
+    )
     assert (status, output) == (2, "")
-    assert re.fullmatch(rf"error: .* holds a run with {re.escape(key)}[ .].* was asked for; .*\n", errors)
+    assert re.fullmatch(
+        rf"error: .* holds a run with {re.escape(key)}[ .].* was asked for; .*\n", errors
+    )
     assert snapshot(pathlib.Path(finished.run.dir)) == before
 
 
 # Mistakes
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--optimizer.learning_rat", "1"], "key 'optimizer.learning_rat' is unknown; the nearest is optimizer.learning_rate"),
-    (["--run.steps", "many"], "run.steps: 'many' given, a whole number expected"),
-    (["--model", "llama3.2-1x"], "preset 'llama3.2-1x' is unknown; the nearest are llama3.2-1b"),
-    (["--mesh.data", "3"], "mesh data 3 .* does not make up the 8 devices"),
-    (["--mesh.data", "8"], "data.batch_size: micro-batches of 4 sequences given; a multiple of .* expected"),
-    (["--data.batch_size", "6", "--data.accumulation", "4"], "data.accumulation: 4 given, a divisor of data.batch_size"),
-    (["--mesh.tensor", "8"], "kv_heads|heads"),
-    (["--mesh.context", "8", "--data.length", "24"], r"data.length: 24 given, a multiple of 2 \* mesh.context \(16\) expected"),
-    (["--compute.context_attention", "spiral"], "context_attention"),
-    (["--data.tokenizer", "TOKENIZER", "--model.vocab_size", "100"], r"model.vocab_size: 100 given, at least 320"),
-    (["--data.tokenizer", "/nowhere/tokenizer.model"], "/nowhere/tokenizer.model: no such file"),
-    (["--compute.attention", "fast"], "attention"),
-    (["--compute.remat", "some"], "remat"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--optimizer.learning_rat", "1"],
+            "key 'optimizer.learning_rat' is unknown; the nearest is optimizer.learning_rate",
+        ),
+        (["--run.steps", "many"], "run.steps: 'many' given, a whole number expected"),
+        (
+            ["--model", "llama3.2-1x"],
+            "preset 'llama3.2-1x' is unknown; the nearest are llama3.2-1b",
+        ),
+        (["--mesh.data", "3"], "mesh data 3 .* does not make up the 8 devices"),
+        (
+            ["--mesh.data", "8"],
+            "data.batch_size: micro-batches of 4 sequences given; a multiple of .* expected",
+        ),
+        (
+            ["--data.batch_size", "6", "--data.accumulation", "4"],
+            "data.accumulation: 4 given, a divisor of data.batch_size",
+        ),
+        (["--mesh.tensor", "8"], "kv_heads|heads"),
+        (
+            ["--mesh.context", "8", "--data.length", "24"],
+            r"data.length: 24 given, a multiple of 2 \* mesh.context \(16\) expected",
+        ),
+        (["--compute.context_attention", "spiral"], "context_attention"),
+        (
+            ["--data.tokenizer", "TOKENIZER", "--model.vocab_size", "100"],
+            r"model.vocab_size: 100 given, at least 320",
+        ),
+        (
+            ["--data.tokenizer", "/nowhere/tokenizer.model"],
+            "/nowhere/tokenizer.model: no such file",
+        ),
+        (["--compute.attention", "fast"], "attention"),
+        (["--compute.remat", "some"], "remat"),
+    ],
+)
 @pytest.mark.parametrize("there", [False, True])
 def test_a_mistake_is_one_line_and_leaves_no_trace(run, undisturbed, words, message, there, capsys):
     directory = pathlib.Path(run.run.dir)
@@ -363,7 +475,8 @@ def test_a_mistake_in_a_real_process(run):
 def test_a_disk_that_fails_is_told_and_training_goes_on(run, undisturbed):
     # Metrics and config fit under the limit, which stands for a full disk; checkpoints do not.
     fixed = ("--optimizer.schedule_steps", str(STEPS))  # the very programs of the other run
-    # Compiled programs are read, but none is written: the cache must not be left with halves of them.
+    # Compiled programs are read, but none is written: the cache must not be left with halves of
+    #   them.
     environment = child_environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     shutil.copytree(f"{undisturbed.run.dir}/data", f"{run.run.dir}/data")
     with start_train(arguments(run, "--run.steps", "12", *fixed), env=environment) as process:
@@ -372,9 +485,14 @@ def test_a_disk_that_fails_is_told_and_training_goes_on(run, undisturbed):
     assert process.returncode == 5
     assert "ERROR" not in errors  # TensorStore's own threads cannot be kept from printing
     warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
-    reasons = [re.search(r"checkpoints/(\d+) was not written: (\w+ \w+ \w+)", line).groups() for line in warnings]
+    reasons = [
+        re.search(r"checkpoints/(\d+) was not written: (\w+ \w+ \w+)", line).groups()
+        for line in warnings
+    ]
     assert {reason for _, reason in reasons} == {"File too large"}
-    steps = [int(step) for step, _ in reasons]  # each save that failed is tried again, first a step after it is known
+    steps = [
+        int(step) for step, _ in reasons
+    ]  # each save that failed is tried again, first a step after it is known
     assert steps[0] == 5
     assert steps[-2:] == [12, 12]
     assert [line["step"] for line in read_lines(pathlib.Path(run.run.dir))] == list(range(1, 13))

@@ -1,4 +1,6 @@
-"""A run that begins with a model on disk: its numbers, its words, its origin in the checkpoints, its template kept."""
+"""A run that begins with a model on disk: its numbers, its words, its origin in the checkpoints,
+its template kept.
+"""
 
 import functools
 import pathlib
@@ -35,8 +37,12 @@ def arguments(home: pathlib.Path, model: pathlib.Path, **changes) -> list[str]:
     corpus = home / "text"
     if not corpus.exists():
         write_corpus(corpus)
-    config: TrainConfig = tiny_config(home / "run", corpus, run={"steps": 3, "eval_every": 0, **changes},
-                                      optimizer={"learning_rate": 0.0})  # fmt: skip
+    config: TrainConfig = tiny_config(
+        home / "run",
+        corpus,
+        run={"steps": 3, "eval_every": 0, **changes},
+        optimizer={"learning_rate": 0.0},
+    )
     return ["--config", str(write_yaml(home / "tiny.yaml", config)), "--run.init", str(model)]
 
 
@@ -46,7 +52,8 @@ def test_it_begins_with_that_model(run, tiny_directory):
     assert after.config == before.config
     tokens = jnp.arange(24)[None] % 200
     np.testing.assert_array_equal(
-        llama_jax.logits(after.params, tokens, after.config), llama_jax.logits(before.params, tokens, before.config)
+        llama_jax.logits(after.params, tokens, after.config),
+        llama_jax.logits(before.params, tokens, before.config),
     )
 
 
@@ -74,7 +81,9 @@ def test_it_goes_on(run, tiny_directory, capsys, on_devices):
 
 
 def test_adapters_go_on_over_their_own_model_only(tmp_path, tiny_directory, capsys, on_devices):
-    """Moved, with a file more beside it, a model is the same; with one number changed it is another."""
+    """Moved, with a file more beside it, a model is the same; with one number changed it is
+    another.
+    """
     on_devices(1)
     moved, other = (shutil.copytree(tiny_directory, tmp_path / name) for name in ("moved", "other"))
     (moved / "README.md").write_text("moved")
@@ -91,13 +100,21 @@ def test_adapters_go_on_over_their_own_model_only(tmp_path, tiny_directory, caps
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert f"holds adapters over {moved} (" in line
     assert f"but run.init is {other} (" in line
-    assert [line["step"] for line in read_lines(tmp_path / "run") if "event" not in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_lines(tmp_path / "run") if "event" not in line] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    (["--model.layers", "5"], "another architecture than that of run.init"),
-    (["--run.init", "nowhere"], "nowhere: no such file or directory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--model.layers", "5"], "another architecture than that of run.init"),
+        (["--run.init", "nowhere"], "nowhere: no such file or directory"),
+    ],
+)
 def test_what_does_not_fit(tmp_path, tiny_directory, more, words, capsys, on_devices):
     on_devices(1)
     assert run_program(lambda: main([*arguments(tmp_path, tiny_directory), *more])) == 2

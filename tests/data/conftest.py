@@ -13,14 +13,23 @@ def _documents(seed, count) -> list[list[int]]:
 
 
 def _write(path, documents, vocab_size=100) -> TokenFile:
-    return write_tokens(path, documents, vocab_size=vocab_size, bytes_of_text=7, tokenizer_sha256="t", sources_sha256="s")
+    return write_tokens(
+        path,
+        documents,
+        vocab_size=vocab_size,
+        bytes_of_text=7,
+        tokenizer_sha256="t",
+        sources_sha256="s",
+    )
 
 
 @pytest.fixture
 def make_file(tmp_path):
     """Makes a token file of the given documents."""
     numbers = iter(range(10**6))
-    return lambda documents, vocab_size=100: _write(tmp_path / f"{next(numbers)}.tokens", documents, vocab_size)
+    return lambda documents, vocab_size=100: _write(
+        tmp_path / f"{next(numbers)}.tokens", documents, vocab_size
+    )
 
 
 @pytest.fixture

@@ -63,7 +63,10 @@ def test_epoch_of_training_is_all_full_windows_once(make_file, random_documents,
     data = cut_batches(make_file(documents), 1, length, seed)
     assert data.sources[0].packing.count == (sum(map(len, documents)) - 1) // length
     sequences = [content(data.batch(step)) for step in range(data.sources[0].packing.count)]
-    wanted = [content(oracle_batch(documents, [window], length)) for window in range(data.sources[0].packing.count)]
+    wanted = [
+        content(oracle_batch(documents, [window], length))
+        for window in range(data.sources[0].packing.count)
+    ]
     assert sorted(sequences) == sorted(wanted)
 
 
@@ -85,7 +88,9 @@ def test_hosts_together_read_the_global_batch(packed, step, seed, hosts):
 def test_batch_does_not_depend_on_history(packed):
     data = cut_batches(packed, 8, 5, 1)
     forward = [fingerprint(data.batch(step)) for step in range(40)]
-    backward = [fingerprint(cut_batches(packed, 8, 5, 1).batch(step)) for step in reversed(range(40))]
+    backward = [
+        fingerprint(cut_batches(packed, 8, 5, 1).batch(step)) for step in reversed(range(40))
+    ]
     assert forward == backward[::-1]
     assert len(set(forward)) == 40
 
@@ -93,11 +98,15 @@ def test_batch_does_not_depend_on_history(packed):
 def test_epochs_continue_seamlessly_and_differ(packed):
     data = cut_batches(packed, 8, 5, 1)
     assert data.sources[0].packing.count % 8, "the epoch must end inside a batch for this test"
-    sequences = joined([data.batch(step) for step in range(3 * data.sources[0].packing.count // 8 + 1)])
+    sequences = joined(
+        [data.batch(step) for step in range(3 * data.sources[0].packing.count // 8 + 1)]
+    )
     first, second = (
         [
             fingerprint(Batch(*(field[[sequence]] for field in sequences)))
-            for sequence in range(epoch * data.sources[0].packing.count, (epoch + 1) * data.sources[0].packing.count)
+            for sequence in range(
+                epoch * data.sources[0].packing.count, (epoch + 1) * data.sources[0].packing.count
+            )
         ]
         for epoch in range(2)
     )
@@ -124,7 +133,9 @@ def test_fingerprint_sees_every_field_and_the_shape(packed):
 @pytest.mark.parametrize("length", [1, 3, 8, 1000])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_evaluation_counts_each_target_exactly_once(make_file, length, batch_size):
-    documents = [[10 * d + i for i in range(size)] for d, size in enumerate([4, 1, 9, 2, 7])]  # every id is unique
+    documents = [
+        [10 * d + i for i in range(size)] for d, size in enumerate([4, 1, 9, 2, 7])
+    ]  # every id is unique
     file = make_file(documents)
     targets = [
         target
@@ -155,11 +166,16 @@ def test_no_target_comes_from_another_document(packed):
 def test_too_little_text_names_the_numbers(make_file):
     file = make_file([[1] * 41])
     assert cut_batches(file, 4, 10, 0).batch(0).tokens.shape == (4, 10)
-    with pytest.raises(InputError, match="41 tokens are 4 sequences, but its part of a batch needs 5"):
+    with pytest.raises(
+        InputError, match="41 tokens are 4 sequences, but its part of a batch needs 5"
+    ):
         cut_batches(file, 5, 10, 0)
 
 
-@pytest.mark.parametrize(("sequences", "length", "name"), [(0, 4, "at least 1 sequence"), (1, 0, "length"), (-1, 4, "at least 1 sequence")])
+@pytest.mark.parametrize(
+    ("sequences", "length", "name"),
+    [(0, 4, "at least 1 sequence"), (1, 0, "length"), (-1, 4, "at least 1 sequence")],
+)
 def test_senseless_sizes_are_refused(packed, sequences, length, name):
     with pytest.raises(InputError, match=name):
         cut_batches(packed, sequences, length, 0)

@@ -31,8 +31,13 @@ def test_names_do_not_depend_on_where_the_folder_lies(folder, tmp_path):
 
 
 def test_file_named_directly_is_read_if_its_kind_is_known(folder):
-    assert [document.name for document in read_corpus([folder / "b.txt", folder / "a.md"])] == ["b.txt", "a.md"]
-    with pytest.raises(InputError, match=r"image\.png: a file of unknown kind \(\.png\); text \(\.md"):
+    assert [document.name for document in read_corpus([folder / "b.txt", folder / "a.md"])] == [
+        "b.txt",
+        "a.md",
+    ]
+    with pytest.raises(
+        InputError, match=r"image\.png: a file of unknown kind \(\.png\); text \(\.md"
+    ):
         list(read_corpus([folder / "b.txt", folder / "image.png"]))
 
 
@@ -53,8 +58,13 @@ def test_undecodable_file_inside_a_folder_is_not_skipped(folder):
 def test_standard_library_is_sorted_and_without_tests():
     names = [document.name for document in standard_library()]
     assert names == sorted(names)
-    assert {"argparse.py", "asyncio/tasks.py", "unittest/mock.py", "pydoc_data/topics.py"} <= set(names)
-    assert not any({"test", "tests", "idle_test", "lib2to3", "site-packages"} & set(name.split("/")) for name in names)
+    assert {"argparse.py", "asyncio/tasks.py", "unittest/mock.py", "pydoc_data/topics.py"} <= set(
+        names
+    )
+    assert not any(
+        {"test", "tests", "idle_test", "lib2to3", "site-packages"} & set(name.split("/"))
+        for name in names
+    )
     assert not any(sys.platform in name and name.startswith("_sysconfigdata") for name in names)
 
 
@@ -77,7 +87,9 @@ def test_held_out_choice_is_fixed_for_ever():
 
 def test_held_out_share_and_nesting():
     names = [str(number) for number in range(20_000)]
-    small, large = ({name for name in names if is_held_out(name, fraction)} for fraction in (0.05, 0.2))
+    small, large = (
+        {name for name in names if is_held_out(name, fraction)} for fraction in (0.05, 0.2)
+    )
     assert small < large
     assert abs(len(small) / 20_000 - 0.05) < 0.007  # 4.5 standard deviations
     assert not any(is_held_out(name, 0.0) for name in names)

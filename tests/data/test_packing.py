@@ -11,8 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import packing as module
-from llama_jax.data.batches import BLOCK, ROUND, Batches, Source, Steps, block_shares, permute, round_shares, sequential_sequences
-from llama_jax.data.packing import Batch, Cut, Fit, Pairs, best_fit, fingerprint, pack, select_sequences
+from llama_jax.data.batches import (
+    BLOCK,
+    ROUND,
+    Batches,
+    Source,
+    Steps,
+    block_shares,
+    permute,
+    round_shares,
+    sequential_sequences,
+)
+from llama_jax.data.packing import (
+    Batch,
+    Cut,
+    Fit,
+    Pairs,
+    best_fit,
+    fingerprint,
+    pack,
+    select_sequences,
+)
 from llama_jax.data.token_file import TokenFile, token_writer
 from llama_jax.data.tokens import Piece, Tokens, count_tokens
 from llama_jax.errors import InputError
@@ -28,11 +47,20 @@ class Listed:
         self._flat = [token for ids, _ in documents for token in ids]
         self._mask = [flag for ids, mask in documents for flag in (mask or [True] * len(ids))]
         self._begins = [place == 0 for ids, _ in documents for place in range(len(ids))]
-        self.size, self.documents, self.bytes_of_text, self.vocab_size = len(self._flat), len(documents), 1, 1 << 20
+        self.size, self.documents, self.bytes_of_text, self.vocab_size = (
+            len(self._flat),
+            len(documents),
+            1,
+            1 << 20,
+        )
 
     def read(self, first, stop):
         part = slice(first, stop)
-        return Piece(np.array(self._flat[part], np.int32), np.array(self._begins[part], bool), np.array(self._mask[part], bool))
+        return Piece(
+            np.array(self._flat[part], np.int32),
+            np.array(self._begins[part], bool),
+            np.array(self._mask[part], bool),
+        )
 
     def lengths(self):
         return np.array([len(ids) for ids, _ in self._documents], np.int64)
@@ -99,7 +127,11 @@ def test_fit_holds_every_document_once_and_whole(lengths, room, masked):
         padding = numbers == 0
         assert not np.concatenate([tokens[padding], targets[padding], weights[padding]]).any()
     wanted = [
-        (ids[:-1][:room], ids[1:][:room], [float(flag) for flag in (mask or [True] * len(ids))[1:][:room]])
+        (
+            ids[:-1][:room],
+            ids[1:][:room],
+            [float(flag) for flag in (mask or [True] * len(ids))[1:][:room]],
+        )
         for ids, mask in documents
         if len(ids) > 1
     ]
@@ -135,7 +167,11 @@ def test_documents_that_are_too_long(lengths, room, too_long, kind):
         both = [pair for pair in zip(wanted[::2], wanted[1::2]) if None not in pair]
         wanted = [answer for pair in both for answer in pair]
     batch = packing.sequences(np.arange(packing.count))
-    seen = [(int(target), float(weight)) for target, weight in zip(batch.targets.ravel(), batch.weights.ravel()) if target]
+    seen = [
+        (int(target), float(weight))
+        for target, weight in zip(batch.targets.ravel(), batch.weights.ravel())
+        if target
+    ]
     kept = [document for document in wanted if document is not None]
     assert sorted(seen) == sorted(pair for document in kept for pair in document)
     over = sum(len(ids) - 1 > room for ids, _ in documents)
@@ -146,15 +182,17 @@ def test_documents_that_are_too_long(lengths, room, too_long, kind):
         assert packing.counts.dropped + packing.counts.masked == len(documents) - short - len(kept)
         assert packing.counts.dropped == (over if too_long == "drop" else 0)
     else:
-        assert [batch.targets[sequence][batch.targets[sequence] > 0].tolist() for sequence in range(packing.count)] == [
-            [token for token, _ in document] for document in kept
-        ]
+        assert [
+            batch.targets[sequence][batch.targets[sequence] > 0].tolist()
+            for sequence in range(packing.count)
+        ] == [[token for token, _ in document] for document in kept]
 
 
 def test_too_long_can_be_refused_and_depends_on_the_kind():
     documents = [([1, 2, 3, 4, 5], [False, False, False, True, True]), ([6, 7], [False, True])]
     with pytest.raises(
-        InputError, match=r"listed: 1 of 2 documents have more than 3 tokens \(the longest 5\); raise data\.length"
+        InputError,
+        match=r"listed: 1 of 2 documents have more than 3 tokens \(the longest 5\); raise data\.length",
     ):
         pack(Listed(documents, "chat"), 3, "auto", "refuse")
     assert pack(Listed(documents, "chat"), 3, "auto").counts == (2, 1, 1, 0)
@@ -190,8 +228,14 @@ def test_masked_windows_weigh_the_targets_of_the_mask(lengths, length, seed):
 
 def pair_documents(count):
     """Pairs in which the chosen answer has even tokens and the rejected one odd."""
-    return [([100 * pair + 2 * i + side for i in range(2 + pair % 4)], [i > 0 for i in range(2 + pair % 4)])
-            for pair in range(count) for side in (0, 1)]  # fmt: skip
+    return [
+        (
+            [100 * pair + 2 * i + side for i in range(2 + pair % 4)],
+            [i > 0 for i in range(2 + pair % 4)],
+        )
+        for pair in range(count)
+        for side in (0, 1)
+    ]
 
 
 def test_pairs_stay_together_in_every_epoch():
@@ -212,13 +256,18 @@ def test_pairs_stay_together_in_every_epoch():
 
 
 def numbered(count, first):
-    """Tokens whose every window of length 1 is one number, so that a sequence says where it comes from."""
+    """Tokens whose every window of length 1 is one number, so that a sequence says where it comes
+    from.
+    """
     return Listed([(list(range(first, first + count + 1)), None)])
 
 
 def mixture(weights, sequences, seed=0, counts=None):
     counts = counts or [400] * len(weights)
-    sources = [Source(pack(numbered(count, 10_000 * i), 1, "cut"), w) for i, (count, w) in enumerate(zip(counts, weights), 1)]
+    sources = [
+        Source(pack(numbered(count, 10_000 * i), 1, "cut"), w)
+        for i, (count, w) in enumerate(zip(counts, weights), 1)
+    ]
     return Batches(tuple(sources), Steps(sequences), seed)
 
 
@@ -242,7 +291,9 @@ def test_a_share_of_14_in_ten_thousand_is_that():
     of, places = batches._mixed(np.arange(100_000))
     assert abs(np.sum(of == 1) - 140) < 4
     for source in (0, 1):  # every sequence of a source once, none left out
-        np.testing.assert_array_equal(np.sort(places[of == source]), np.arange(np.sum(of == source)))
+        np.testing.assert_array_equal(
+            np.sort(places[of == source]), np.arange(np.sum(of == source))
+        )
     assert batches.shares == [0.9986, 0.0014]
     assert block_shares([0.9986, 0.0014]).sum(axis=0).tolist() == [998_600, 1400]
 
@@ -264,10 +315,14 @@ def test_every_block_has_the_exact_mixture_and_every_source_its_own_epochs(weigh
     counts = collections.Counter((tokens[-BLOCK:] // 10_000).tolist())
     expected = block_shares([float(w) for w in weights])[block].tolist()
     assert [counts[i] for i in range(1, len(weights) + 1)] == expected
-    assert all(abs(count - BLOCK * weight / sum(weights)) <= 2 for count, weight in zip(expected, weights))
+    assert all(
+        abs(count - BLOCK * weight / sum(weights)) <= 2 for count, weight in zip(expected, weights)
+    )
     for source in range(1, len(weights) + 1):
         own = tokens[tokens // 10_000 == source]
-        seen = np.bincount(own - 10_000 * source, minlength=400)  # so many epochs of 400 windows, and a part of one
+        seen = np.bincount(
+            own - 10_000 * source, minlength=400
+        )  # so many epochs of 400 windows, and a part of one
         assert len(seen) == 400
         assert seen.min() == len(own) // 400
         assert seen.max() == -(-len(own) // 400)
@@ -279,10 +334,14 @@ def test_llama1_mixture_is_exact_in_a_block():
 
 
 def test_the_order_of_mixtures_in_thousandths_has_not_changed():
-    """By its definition: slot of a unit in its block, sources one after another, so many sequences a block."""
+    """By its definition: slot of a unit in its block, sources one after another, so many sequences
+    a block.
+    """
     batches = mixture([0.7, 0.25, 0.05], 250, seed=5)
     units = np.arange(2500)
-    slots = np.concatenate([permute(np.arange(1000), 1000, 5 | 1 << 62, block) for block in range(3)])[:2500]
+    slots = np.concatenate(
+        [permute(np.arange(1000), 1000, 5 | 1 << 62, block) for block in range(3)]
+    )[:2500]
     of = np.searchsorted([700, 950], slots, side="right")
     places = units // 1000 * np.array([700, 250, 50])[of] + slots - np.array([0, 700, 950])[of]
     found = batches._mixed(units)
@@ -300,12 +359,20 @@ def test_hosts_together_read_the_mixed_batch(hosts, step, seed):
 
 
 def test_wrong_mixtures_are_refused():
-    with pytest.raises(InputError, match=r"weight 1e-08 is 0.01 of 1,000,000 sequences, 0 would be more than 1 % off"):
+    with pytest.raises(
+        InputError,
+        match=r"weight 1e-08 is 0.01 of 1,000,000 sequences, 0 would be more than 1 % off",
+    ):
         mixture([1, 1e-8], 4)
-    with pytest.raises(InputError, match=r"weight 1.5e-06 is 1.5 of 1,000,000 sequences, . would be more than 1 % off"):
+    with pytest.raises(
+        InputError,
+        match=r"weight 1.5e-06 is 1.5 of 1,000,000 sequences, . would be more than 1 % off",
+    ):
         mixture([1, 1.5e-6], 4)
     assert mixture([1, 1e-5], 4).shares[1] == 1e-5
-    with pytest.raises(InputError, match="listed: 6 tokens are 5 sequences, but its part of a batch needs 8"):
+    with pytest.raises(
+        InputError, match="listed: 6 tokens are 5 sequences, but its part of a batch needs 8"
+    ):
         mixture([1, 1], 16, counts=[400, 5])
     with pytest.raises(InputError, match="above 0"):
         mixture([1, 0], 4)
@@ -315,7 +382,9 @@ def test_wrong_mixtures_are_refused():
 
 
 def sequences_by_hand(steps, count):
-    """For each step the first sequence of the data and the number of sequences, counted up one data step at a time."""
+    """For each step the first sequence of the data and the number of sequences, counted up one data
+    step at a time.
+    """
     dealt, position = [], 0
     for data_step in range(10_000):
         sequences = steps.sequences
@@ -333,7 +402,9 @@ def step_rules(draw):
     borders = sorted(draw(st.sets(st.integers(0, 60), max_size=8)))
     skip = tuple(zip(borders[::2], borders[1::2]))
     starts = sorted(draw(st.sets(st.integers(1, 60), max_size=4)))
-    return Steps(draw(st.integers(1, 9)), tuple((start, draw(st.integers(1, 9))) for start in starts), skip)
+    return Steps(
+        draw(st.integers(1, 9)), tuple((start, draw(st.integers(1, 9))) for start in starts), skip
+    )
 
 
 @many
@@ -341,7 +412,11 @@ def step_rules(draw):
 def test_steps_in_closed_form_equal_counting(steps):
     used = 0
     for step, (position, sequences) in enumerate(sequences_by_hand(steps, 90)):
-        assert (steps.position(step), steps.sequences_at(step), steps.used_before(step)) == (position, sequences, used)
+        assert (steps.position(step), steps.sequences_at(step), steps.used_before(step)) == (
+            position,
+            sequences,
+            used,
+        )
         used += sequences
 
 
@@ -351,23 +426,44 @@ def test_skipping_leaves_out_what_those_steps_would_have_read():
 
     plain, skipping = batches(Steps(4, ((5, 8),))), batches(Steps(4, ((5, 8),), ((3, 6), (9, 9))))
     wanted = [plain.batch(step) for step in (0, 1, 2, 7, 8, 10, 11)]
-    assert [fingerprint(batch) for batch in wanted] == [fingerprint(skipping.batch(step)) for step in range(7)]
+    assert [fingerprint(batch) for batch in wanted] == [
+        fingerprint(skipping.batch(step)) for step in range(7)
+    ]
     assert skipping.tokens_before(7) == sum(batch.tokens.size for batch in wanted)
 
 
-@pytest.mark.parametrize(("ramp", "skip"), [
-    (((0, 4),), ()), (((5, 4), (3, 8)), ()), (((5, 0),), ()),
-    ((), ((4, 3),)), ((), ((1, 5), (5, 6))), ((), ((-2, 3),)), ((), ((1, 5), (7, 6))), ((), ((8, 9), (1, 2))),
-    (((5,),), ()), (((5, 4.0),), ()), ((), ((1, True),)), (((5, 8), (5, 9)), ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ramp", "skip"),
+    [
+        (((0, 4),), ()),
+        (((5, 4), (3, 8)), ()),
+        (((5, 0),), ()),
+        ((), ((4, 3),)),
+        ((), ((1, 5), (5, 6))),
+        ((), ((-2, 3),)),
+        ((), ((1, 5), (7, 6))),
+        ((), ((8, 9), (1, 2))),
+        (((5,),), ()),
+        (((5, 4.0),), ()),
+        ((), ((1, True),)),
+        (((5, 8), (5, 9)), ()),
+    ],
+)
 def test_senseless_steps_are_refused(ramp, skip, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose checks would come before ours
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # whose checks would come before ours
     with pytest.raises(InputError, match=r"data\.(batch_ramp|skip_steps)"):
         Steps(4, ramp, skip)
 
 
 def test_neighbouring_ranges_are_two_ranges():
-    assert [Steps(4, (), ((0, 1), (2, 2), (5, 6))).data_step(step) for step in range(4)] == [3, 4, 7, 8]
+    assert [Steps(4, (), ((0, 1), (2, 2), (5, 6))).data_step(step) for step in range(4)] == [
+        3,
+        4,
+        7,
+        8,
+    ]
     with pytest.raises(InputError, match=r"data\.batch_ramp"):
         Steps(0)
 
@@ -376,7 +472,10 @@ def test_neighbouring_ranges_are_two_ranges():
 
 
 @many
-@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=12), st.integers(0, 60))
+@given(
+    st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=12),
+    st.integers(0, 60),
+)
 def test_masks_come_back_from_disk(tmp_path_factory, masks, first):
     path = tmp_path_factory.mktemp("masks") / "x.tokens"
     with token_writer(path, 100, "chat") as writer:
@@ -389,5 +488,7 @@ def test_masks_come_back_from_disk(tmp_path_factory, masks, first):
     assert file.read(first, first + 17).learned.tolist() == flat[first : first + 17]
     assert file.read(0, file.size).learned.tolist() == flat
     assert isinstance(file, Tokens)
-    assert len(list(sequential_sequences(pack(file, 20, "fit"), 2))) * 2 >= pack(file, 20, "fit").count
+    assert (
+        len(list(sequential_sequences(pack(file, 20, "fit"), 2))) * 2 >= pack(file, 20, "fit").count
+    )
     assert isinstance(pack(file, 3, "cut").sequences(np.arange(1)), Batch)

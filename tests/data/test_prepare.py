@@ -17,12 +17,28 @@ from llama_jax.data.workers import encode_record
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.text.tokenizer import encode_prompt, load_tokenizer
 
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+]
 
 
 def write_text(seed):
     source = random.Random(seed)
-    return "\n".join(" ".join(source.choices(WORDS, k=8)) for _ in range(30)) + f"\nend of {seed} \u00e9\u4e2d\n"
+    return (
+        "\n".join(" ".join(source.choices(WORDS, k=8)) for _ in range(30))
+        + f"\nend of {seed} \u00e9\u4e2d\n"
+    )
 
 
 def make_documents(count):
@@ -36,7 +52,9 @@ def run(directory, documents, held_out_fraction=0.2, **changes):
 
 def read_texts(file, tokenizer):
     """The documents of a token file, decoded."""
-    return [tokenizer.decode(ids.tolist()) for ids in np.split(file.tokens, file.starts[1:].astype(int))]
+    return [
+        tokenizer.decode(ids.tolist()) for ids in np.split(file.tokens, file.starts[1:].astype(int))
+    ]
 
 
 @pytest.fixture
@@ -64,7 +82,9 @@ def test_files_hold_the_documents_of_their_side(tmp_path, documents):
         assert file.header.vocab_size == 320
         assert file.header.tokenizer_sha256 == data.train.header.tokenizer_sha256
         assert set(file.tokens[file.starts]) == {tokenizer.begin_id}
-        assert set(np.append(file.tokens[file.starts[1:] - np.uint64(1)], file.tokens[-1])) == {tokenizer.end_id}
+        assert set(np.append(file.tokens[file.starts[1:] - np.uint64(1)], file.tokens[-1])) == {
+            tokenizer.end_id
+        }
     assert data.tokenizer_path.name == "tokenizer.model"
 
 
@@ -104,15 +124,22 @@ def test_another_recipe_is_stored_beside_it(tmp_path, documents, changes):
 
 def training_name(number):
     """A name on the training side."""
-    return next(name for name in (f"{number} {letter}" for letter in "abcdefgh") if not is_held_out(name, 0.2))
+    return next(
+        name
+        for name in (f"{number} {letter}" for letter in "abcdefgh")
+        if not is_held_out(name, 0.2)
+    )
 
 
-@pytest.mark.parametrize("change", [
-    lambda a, b: (a._replace(text="other text\n"), b),
-    lambda a, b: (a._replace(name=training_name("renamed")), b),
-    lambda a, b: (a._replace(text=a.text + b.text[:5]), b._replace(text=b.text[5:])),
-    lambda a, b: (b, a),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b: (a._replace(text="other text\n"), b),
+        lambda a, b: (a._replace(name=training_name("renamed")), b),
+        lambda a, b: (a._replace(text=a.text + b.text[:5]), b._replace(text=b.text[5:])),
+        lambda a, b: (b, a),
+    ],
+)
 def test_another_text_name_border_or_order_is_stored_beside_it(tmp_path, documents, change):
     pair = [Document(training_name(number), write_text(number)) for number in (100, 200)]
     run(tmp_path, [*documents, *pair])
@@ -213,7 +240,9 @@ def test_begin_and_end_only_where_the_tokenizer_has_them(tmp_path, documents, be
 
 @pytest.mark.parametrize("adds_begin", [False, True])
 def test_documents_begin_as_prompts_do(tmp_path, documents, adds_begin):
-    """Also where a tokenizer has a begin token that prompts of its model do not begin with (`add_bos_token: false`)."""
+    """Also where a tokenizer has a begin token that prompts of its model do not begin with
+    (`add_bos_token: false`).
+    """
     trained = load_tokenizer(run(tmp_path, documents).tokenizer_path)
     tokenizer = dataclasses.replace(trained, adds_begin=adds_begin)
     assert tokenizer.begin_id is not None
@@ -228,8 +257,13 @@ def test_tokenizer_hash_follows_what_defines_it(tmp_path):
         (tmp_path / name).write_text(content)
         return hash_tokenizer(tmp_path)
 
-    hashes = [write("tokenizer.model", "a"), write("tokenizer.model", "b"), write("tokenizer.json", "c"),
-              write("tokenizer_config.json", "d"), write("special_tokens_map.json", "e")]  # fmt: skip
+    hashes = [
+        write("tokenizer.model", "a"),
+        write("tokenizer.model", "b"),
+        write("tokenizer.json", "c"),
+        write("tokenizer_config.json", "d"),
+        write("special_tokens_map.json", "e"),
+    ]
     assert len(set(hashes)) == 5
     assert write("unrelated.json", "f") == hashes[-1] == hash_tokenizer(tmp_path / "tokenizer.json")
 

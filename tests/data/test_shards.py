@@ -42,7 +42,9 @@ def lines(tmp_path):
 
 def prepare(paths, directory, text, on_progress=lambda *call: None, **changes):
     settings = Settings(**{"held_out": 0.2, "shard_tokens": 500, **changes})
-    return prepare_set([paths] if not isinstance(paths, list) else paths, directory, text, settings, on_progress)
+    return prepare_set(
+        [paths] if not isinstance(paths, list) else paths, directory, text, settings, on_progress
+    )
 
 
 def snapshot(directory):
@@ -51,7 +53,9 @@ def snapshot(directory):
 
 def documents_of(part, tokenizer):
     ids = part.read(0, part.size).ids
-    return [tokenizer.decode(piece.tolist()) for piece in np.split(ids, np.cumsum(part.lengths())[:-1])]
+    return [
+        tokenizer.decode(piece.tolist()) for piece in np.split(ids, np.cumsum(part.lengths())[:-1])
+    ]
 
 
 def test_every_record_is_on_one_side_in_its_order(tmp_path, lines, text, tokenizer):
@@ -103,7 +107,11 @@ def test_interrupted_work_goes_on_and_ends_equal(tmp_path, lines, text, after, m
     finished = len(list((tmp_path / "out").glob("*.tokens")))
     encoded = []
     encode = encoding.encode_record
-    monkeypatch.setattr(encoding, "encode_record", lambda record, *rest: encoded.append(record) or encode(record, *rest))
+    monkeypatch.setattr(
+        encoding,
+        "encode_record",
+        lambda record, *rest: encoded.append(record) or encode(record, *rest),
+    )
     assert prepare(lines, tmp_path / "out", text).kept == finished
     assert len(encoded) < 80 or not finished
     prepare(lines, tmp_path / "fresh", text)
@@ -140,8 +148,14 @@ def test_finished_folder_is_not_overwritten_by_other_input(tmp_path, lines, text
 
 def test_conversations_keep_what_the_assistant_says(tmp_path, text, tokenizer):
     talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
-    values = [{"messages": talk * 2}, {"prompt": "And?", "completion": "So."}, {"messages": talk[:1]}]
-    manifest, _ = prepare(write_lines(tmp_path / "c.jsonl", values), tmp_path / "out", text, held_out=0)
+    values = [
+        {"messages": talk * 2},
+        {"prompt": "And?", "completion": "So."},
+        {"messages": talk[:1]},
+    ]
+    manifest, _ = prepare(
+        write_lines(tmp_path / "c.jsonl", values), tmp_path / "out", text, held_out=0
+    )
     assert (manifest.kind, manifest.dropped, manifest.documents) == ("chat", 1, 2)
     part = TokenSet.open(tmp_path / "out").train
     short = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
@@ -154,10 +168,15 @@ def test_conversations_keep_what_the_assistant_says(tmp_path, text, tokenizer):
 
 @pytest.mark.parametrize("form", ["text", "messages"])
 def test_pairs_learn_from_the_last_answer_only(tmp_path, text, tokenizer, form):
-    said = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), ("a", "b", "c"))]
+    said = [
+        {"role": role, "content": word}
+        for role, word in zip(("user", "assistant", "user"), ("a", "b", "c"))
+    ]
     prompt = {"messages": said} if form == "messages" else {"prompt": "c"}
     value = {**prompt, "chosen": "good one", "rejected": "bad"}
-    manifest, _ = prepare(write_lines(tmp_path / "p.jsonl", [value]), tmp_path / "out", text, held_out=0)
+    manifest, _ = prepare(
+        write_lines(tmp_path / "p.jsonl", [value]), tmp_path / "out", text, held_out=0
+    )
     assert (manifest.kind, manifest.documents) == ("pairs", 2)
     part = TokenSet.open(tmp_path / "out").train
     begin = said if form == "messages" else said[2:]
@@ -173,13 +192,22 @@ def test_pairs_learn_from_the_last_answer_only(tmp_path, text, tokenizer, form):
         assert ids[learned][-1] == end
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"text": "x"', "not JSON"), ("[1]", "list given"), ('{"txt": "x"}', "fields txt"), ('{"text": 3}', "text is a int"),
-    ('{"text": "\\ud800"}', "surrogate"), ('{"messages": [3]}', "holds 3"),
-    ('{"messages": [{"role": "user"}]}', "role and content"),
-    ('{"chosen": "a", "rejected": "b"}', "without prompt"), ('{"prompt": "a", "completion": null}', "completion is null"),
-    ('{"prompt": "a", "completion": "b"}', "chat given, but the first record was text"), ("[" * 100_000, "not JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "x"', "not JSON"),
+        ("[1]", "list given"),
+        ('{"txt": "x"}', "fields txt"),
+        ('{"text": 3}', "text is a int"),
+        ('{"text": "\\ud800"}', "surrogate"),
+        ('{"messages": [3]}', "holds 3"),
+        ('{"messages": [{"role": "user"}]}', "role and content"),
+        ('{"chosen": "a", "rejected": "b"}', "without prompt"),
+        ('{"prompt": "a", "completion": null}', "completion is null"),
+        ('{"prompt": "a", "completion": "b"}', "chat given, but the first record was text"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
 def test_bad_line_is_named(tmp_path, text, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n\n' + line + "\n")
@@ -190,7 +218,8 @@ def test_bad_line_is_named(tmp_path, text, line, message):
 
 def test_worker_names_the_record_it_cannot_encode(tmp_path, text):
     path = write_lines(
-        tmp_path / "c.jsonl", [{"messages": [{"role": "assistant", "content": "x"}, {"role": "clown", "content": "y"}]}]
+        tmp_path / "c.jsonl",
+        [{"messages": [{"role": "assistant", "content": "x"}, {"role": "clown", "content": "y"}]}],
     )
     for workers in (1, 2):
         with pytest.raises(InputError, match=r"c\.jsonl:1: messages\[1\]\.role"):
@@ -201,13 +230,17 @@ def test_worker_names_the_record_it_cannot_encode(tmp_path, text):
 
 @pytest.mark.parametrize("named", [False, True], ids=["declared", "named"])
 def test_the_template_is_kept_in_a_file_of_its_own(tmp_path, lines, tiny_directory, named):
-    """Whether `tokenizer_config.json` declared it or it was named: whoever trains on the folder looks for it there."""
+    """Whether `tokenizer_config.json` declared it or it was named: whoever trains on the folder
+    looks for it there.
+    """
     folder = tmp_path / "tokenizer"
     shutil.copytree(tiny_directory, folder)
     declared = template_from_directory(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     values = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"chat_template": declared.source}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(values | {"chat_template": declared.source})
+    )
     wanted = dataclasses.replace(declared, source="{{ messages }}") if named else declared
     prepare(lines, tmp_path / "out", Text(read_tokenizer_files(folder), wanted))
     assert (tmp_path / "out" / "tokenizer" / "chat_template.jinja").read_text() == wanted.source
@@ -221,7 +254,11 @@ def test_folder_of_several_kinds_of_files(tmp_path):
     (tmp_path / "in" / "image.png").write_text("no")
     write_lines(tmp_path / "in" / "sub" / "a.jsonl", [{"text": "one"}, {"text": ""}])
     records = list(read_records(list_files([tmp_path / "in"])))
-    assert [(record.body, record.is_empty) for record in records] == [("plain", False), ("one", False), ("", True)]
+    assert [(record.body, record.is_empty) for record in records] == [
+        ("plain", False),
+        ("one", False),
+        ("", True),
+    ]
     for wrong in ("missing", "in/image.png/x"):
         with pytest.raises(InputError, match="no such file"):
             list_files([tmp_path / wrong])
@@ -237,7 +274,8 @@ def test_parquet_gives_the_records_of_json_lines(tmp_path):
     parquet.write_table(arrow.Table.from_pylist(values), tmp_path / "x.parquet")
     write_lines(tmp_path / "x.jsonl", values)
     from_parquet, from_lines = (
-        [(r.kind, r.key, r.body) for r in read_records(list_files([tmp_path / name]))] for name in ("x.parquet", "x.jsonl")
+        [(r.kind, r.key, r.body) for r in read_records(list_files([tmp_path / name]))]
+        for name in ("x.parquet", "x.jsonl")
     )
     assert from_parquet == from_lines
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")

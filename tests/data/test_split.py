@@ -1,4 +1,6 @@
-"""Which text is held out: whole documents by name, or the end of the last one where there are too few."""
+"""Which text is held out: whole documents by name, or the end of the last one where there are too
+few.
+"""
 
 import pytest
 
@@ -43,7 +45,12 @@ def test_of_a_single_file_the_end_is_held_out(held_out, fraction):
 
 def test_of_few_documents_the_last_one_that_has_text_is_cut():
     names = [name for name in map(str, range(100)) if not is_held_out(name, 0.1)]
-    documents = [Document(names[0], "first\n"), Document(names[1], ""), Document(names[2], LINES), Document(names[3], "")]
+    documents = [
+        Document(names[0], "first\n"),
+        Document(names[1], ""),
+        Document(names[2], LINES),
+        Document(names[3], ""),
+    ]
     train, held_out = map(texts, split(documents))
     assert train[:-1] == ["first\n"]
     assert [train[-1] + held_out[0]] == [LINES]

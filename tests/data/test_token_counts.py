@@ -1,4 +1,6 @@
-"""Counts of tokens: right for every kind of document, kept by `prepare`, and not made again by reading."""
+"""Counts of tokens: right for every kind of document, kept by `prepare`, and not made again by
+reading.
+"""
 
 import json
 import random
@@ -59,9 +61,20 @@ def test_a_file_keeps_them_and_damage_is_noticed(tmp_path):
     write_counts(path, counts, "key")
     kept = read_counts(path, 3, "key")
     assert (kept.targets.tolist(), kept.largest) == ([3, 0, 2**40], 1)
-    assert read_counts(path, 3, "another") is read_counts(path, 4, "key") is read_counts(tmp_path / "none", 3) is None
+    assert (
+        read_counts(path, 3, "another")
+        is read_counts(path, 4, "key")
+        is read_counts(tmp_path / "none", 3)
+        is None
+    )
     good = path.read_text()
-    for bad in (good.replace("[3,", "[4,"), good.replace('"largest": 1', '"largest": 2'), good[:-5], "[]", "[" * 100_000):
+    for bad in (
+        good.replace("[3,", "[4,"),
+        good.replace('"largest": 1', '"largest": 2'),
+        good[:-5],
+        "[]",
+        "[" * 100_000,
+    ):
         path.write_text(bad)
         assert read_counts(path, 3, "key") is None
     assert add_counts(counts, TokenCounts(np.array([1, 1, 0]), 2)).targets.tolist() == [4, 1, 2**40]
@@ -75,13 +88,18 @@ def text(tiny_directory):
 def write_source(path, kind):
     source = random.Random(1)
     texts = ["".join(source.choices("abc def\n", k=source.randint(1, 60))) for _ in range(80)]
-    values = [{"text": text} if kind == "text" else {"prompt": text, "completion": text[::-1] + "!"} for text in texts]
+    values = [
+        {"text": text} if kind == "text" else {"prompt": text, "completion": text[::-1] + "!"}
+        for text in texts
+    ]
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
 
 
 def prepare(source, directory, text, on_progress=lambda *call: None):
-    return prepare_set([source], directory, text, Settings(held_out=0.2, shard_tokens=300), on_progress)
+    return prepare_set(
+        [source], directory, text, Settings(held_out=0.2, shard_tokens=300), on_progress
+    )
 
 
 def sides(directory):
@@ -132,9 +150,13 @@ def test_shards_without_counts_are_counted_on_resume(tmp_path, text, left, monke
     (out / "train_counts.json").unlink()
     if left != "none":
         (out / "train_counts.json").write_bytes(seen[1] if left == "one shard short" else b"{}")
-    monkeypatch.setattr(side, "count_tokens", lambda file: read.append(file.path.name) or count_tokens(file))
+    monkeypatch.setattr(
+        side, "count_tokens", lambda file: read.append(file.path.name) or count_tokens(file)
+    )
     prepare(source, out, text)
-    assert len([name for name in read if name.startswith("train")]) == (1 if left == "one shard short" else 3)
+    assert len([name for name in read if name.startswith("train")]) == (
+        1 if left == "one shard short" else 3
+    )
     for part in sides(out):
         assert_counts(part)
 

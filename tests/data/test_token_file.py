@@ -15,12 +15,19 @@ def test_round_trip(make_file):
     file = make_file(DOCUMENTS)
     assert file.tokens.tolist() == FLAT
     assert file.starts.tolist() == [0, 4, 6, 11]  # the empty document leaves no trace
-    assert (file.header.tokens, file.header.documents, file.header.vocab_size, file.bytes_of_text) == (12, 4, 100, 7)
+    assert (
+        file.header.tokens,
+        file.header.documents,
+        file.header.vocab_size,
+        file.bytes_of_text,
+    ) == (12, 4, 100, 7)
     assert (file.header.tokenizer_sha256, file.header.sources_sha256) == ("t", "s")
     file.verify()
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32"), (128256, "uint32")])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32"), (128256, "uint32")]
+)
 def test_smallest_sufficient_type_holds_the_largest_id(make_file, vocab_size, dtype):
     file = make_file([[vocab_size - 1, 0], [0]], vocab_size)
     assert file.tokens.dtype == file.header.dtype == dtype
@@ -57,7 +64,14 @@ def test_interrupted_write_leaves_the_old_file(make_file):
 
     old = make_file(DOCUMENTS)
     with pytest.raises(KeyboardInterrupt):
-        write_tokens(old.path, interrupted(), vocab_size=100, bytes_of_text=7, tokenizer_sha256="t", sources_sha256="s")
+        write_tokens(
+            old.path,
+            interrupted(),
+            vocab_size=100,
+            bytes_of_text=7,
+            tokenizer_sha256="t",
+            sources_sha256="s",
+        )
     assert TokenFile.open(old.path).tokens.tolist() == FLAT
     assert list(old.path.parent.iterdir()) == [old.path]
 
@@ -106,7 +120,10 @@ def flip(path, position):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("position", "message"), [(0, "not a token file"), (8, "version"), (14, "checksum"), (60, "checksum")])
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [(0, "not a token file"), (8, "version"), (14, "checksum"), (60, "checksum")],
+)
 def test_damaged_header_is_noticed_at_once(make_file, position, message):
     path = make_file(DOCUMENTS).path
     flip(path, position)
@@ -121,7 +138,9 @@ def test_every_flipped_byte_of_the_content_is_noticed(make_file):
     assert tokens_end == starts_begin
     for position in range(4096, len(good)):
         flip(path, position)
-        with pytest.raises(CorruptError, match="tokens is wrong" if position < tokens_end else "starts is wrong"):
+        with pytest.raises(
+            CorruptError, match="tokens is wrong" if position < tokens_end else "starts is wrong"
+        ):
             TokenFile.open(path).verify()
         path.write_bytes(good)
 
@@ -135,7 +154,8 @@ def forge(path, **changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "float8"}, {"tokens": "12"}, {"tokens": -1}, {"documents": 0}, {"tokens": 10**30}]
+    "changes",
+    [{"dtype": "float8"}, {"tokens": "12"}, {"tokens": -1}, {"documents": 0}, {"tokens": 10**30}],
 )
 def test_senseless_header_is_refused(make_file, changes):
     path = make_file(DOCUMENTS).path

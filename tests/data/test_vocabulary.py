@@ -35,7 +35,12 @@ def pieces(processor):
 
 def test_ids_are_those_of_llama(processor):
     assert processor.vocab_size() == 1000
-    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, -1)
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (
+        0,
+        1,
+        2,
+        -1,
+    )
     assert pieces(processor)[:4] == ["<unk>", "<s>", "</s>", "<0x00>"]
     assert all(processor.is_byte(number) for number in range(3, 259))
 
@@ -68,7 +73,9 @@ def test_real_code_comes_back_and_shrinks(processor, sources):
 
 def test_digits_stand_alone(processor):
     assert not [
-        piece for piece in pieces(processor)[259:] if len(piece.strip("\u2581")) > 1 and any(c.isdigit() for c in piece)
+        piece
+        for piece in pieces(processor)[259:]
+        if len(piece.strip("\u2581")) > 1 and any(c.isdigit() for c in piece)
     ]
 
 
@@ -84,7 +91,9 @@ def test_same_documents_and_seed_give_the_same_pieces(sources, tmp_path):
 
 def test_large_corpora_are_sampled_by_seed(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "_SAMPLE", 30_000)
-    found = [pieces(train(tmp_path / f"{run}", sources, seed=seed)) for run, seed in enumerate([0, 0, 1])]
+    found = [
+        pieces(train(tmp_path / f"{run}", sources, seed=seed)) for run, seed in enumerate([0, 0, 1])
+    ]
     assert found[0] == found[1] != found[2]
 
 
@@ -109,7 +118,8 @@ def test_cut_loses_nothing_and_prefers_lines(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "size", "reason"), [("abc def", 4096, "too high .4096.*<= 275"), ("abc def", 200, "200 vs 266")]
+    ("text", "size", "reason"),
+    [("abc def", 4096, "too high .4096.*<= 275"), ("abc def", 200, "200 vs 266")],
 )
 def test_size_that_does_not_fit_the_text_is_explained_in_one_line(tmp_path, text, size, reason):
     with pytest.raises(InputError, match=rf"vocab_size: {size} given.*{reason}") as caught:

@@ -1,12 +1,14 @@
-"""The command line with faults put in from outside: `LLAMA_JAX_FAULT="point:step:action,..." python child.py train ...`.
+"""The command line with faults put in from outside: `LLAMA_JAX_FAULT="point:step:action,..." python
+child.py train ...`.
 
 The product has no hooks: its functions are wrapped before its `main` is called.
 
-A point is `in_data` (the batch of a step is made), `before_update` (it is handed to the update), `before_save` (a save begins),
-`in_async_commit` (all files of a save are written, under their temporary name), `after_commit_before_gc` (they have their name,
-older checkpoints are still there), `in_eval` or `in_eval_batch` (a batch of an evaluation is made). A step counts updates:
-`in_data:1` is the first. `5` is that step, the first time that it comes; `3-5` is each of them every time, `*` every step. An
-action may have a number: `slow=0.5`.
+A point is `in_data` (the batch of a step is made), `before_update` (it is handed to the update),
+`before_save` (a save begins), `in_async_commit` (all files of a save are written, under their
+temporary name), `after_commit_before_gc` (they have their name, older checkpoints are still there),
+`in_eval` or `in_eval_batch` (a batch of an evaluation is made). A step counts updates: `in_data:1`
+is the first. `5` is that step, the first time that it comes; `3-5` is each of them every time, `*`
+every step. An action may have a number: `slow=0.5`.
 """
 
 import ctypes
@@ -23,7 +25,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-POINTS = ("in_data", "before_update", "before_save", "in_async_commit", "after_commit_before_gc", "in_eval", "in_eval_batch")
+POINTS = (
+    "in_data",
+    "before_update",
+    "before_save",
+    "in_async_commit",
+    "after_commit_before_gc",
+    "in_eval",
+    "in_eval_batch",
+)
 _CLONE_NEWNET = 0x40000000  # of Linux's sched.h
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -75,7 +85,9 @@ def _signal(kind: signal.Signals) -> Callable[[float, Any], Any]:
 
 
 def _full(number: float, value: Any) -> Any:
-    """From now on no file may grow beyond so many bytes: what a full disk is to a test without privileges."""
+    """From now on no file may grow beyond so many bytes: what a full disk is to a test without
+    privileges.
+    """
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), UNLIMITED[1]))
     return value
 
@@ -86,7 +98,9 @@ def _space(number: float, value: Any) -> Any:
 
 
 def _settled(number: float, value: Any) -> Any:
-    """Waits until no save is under way, so that what becomes of it is known however slow the machine is."""
+    """Waits until no save is under way, so that what becomes of it is known however slow the
+    machine is.
+    """
     while OPEN[0]._manager.is_saving_in_progress():
         time.sleep(0.01)
     return value
@@ -109,15 +123,30 @@ def _hash(number: float, value: Any) -> Any:
 def _bit_flip(number: float, value: Any) -> Any:
     """Flips a bit in the middle of the largest file of the newest committed checkpoint."""
     directory = pathlib.Path(CHECKPOINTS[0])
-    flip_bit(directory / str(max(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())))
+    flip_bit(
+        directory
+        / str(max(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal()))
+    )
     return value
 
 
 ACTIONS: dict[str, Callable[[float, Any], Any]] = {
-    "kill9": _signal(signal.SIGKILL), "term": _signal(signal.SIGTERM), "int": _signal(signal.SIGINT),
-    "usr1": _signal(signal.SIGUSR1), "stop": _signal(signal.SIGSTOP), "raise": _raise, "enospc": _no_space, "hang": _hang,
-    "slow": _slow, "full": _full, "space": _space, "settled": _settled, "nan": _nan, "hash": _hash, "bitflip": _bit_flip,
-}  # fmt: skip
+    "kill9": _signal(signal.SIGKILL),
+    "term": _signal(signal.SIGTERM),
+    "int": _signal(signal.SIGINT),
+    "usr1": _signal(signal.SIGUSR1),
+    "stop": _signal(signal.SIGSTOP),
+    "raise": _raise,
+    "enospc": _no_space,
+    "hang": _hang,
+    "slow": _slow,
+    "full": _full,
+    "space": _space,
+    "settled": _settled,
+    "nan": _nan,
+    "hash": _hash,
+    "bitflip": _bit_flip,
+}
 CHECKPOINTS: list[str] = []  # the directory of the run's checkpoints, once it is known
 OPEN: list[Any] = []  # its checkpoints
 
@@ -160,7 +189,9 @@ def install(faults: Sequence[Fault]) -> None:
 
     def faulty_program(*given: Any) -> Any:
         program = sharded_step(*given)
-        return lambda state, batch, *more: program(state, at("before_update", now["step"], batch), *more)
+        return lambda state, batch, *more: program(
+            state, at("before_update", now["step"], batch), *more
+        )
 
     def faulty_evaluate(*given: Any, **named: Any) -> Any:
         at("in_eval", now["step"])
@@ -189,7 +220,11 @@ def install(faults: Sequence[Fault]) -> None:
         finalize(self, step)
         at("after_commit_before_gc", step)
 
-    loop.global_batch, loop.sharded_step, loop.evaluate = faulty_batch, faulty_program, faulty_evaluate
+    loop.global_batch, loop.sharded_step, loop.evaluate = (
+        faulty_batch,
+        faulty_program,
+        faulty_evaluate,
+    )
     evaluate_module.placed_sequences = faulty_sequences
     Checkpoints.open, Checkpoints.save = faulty_open, faulty_save  # type: ignore[method-assign]
     AtomicRenameTemporaryPath.finalize = faulty_commit
@@ -197,11 +232,19 @@ def install(faults: Sequence[Fault]) -> None:
 
 
 def forbid_network() -> None:
-    """Takes the network away: from the process where that is allowed (root on Linux), and from Python anyway."""
+    """Takes the network away: from the process where that is allowed (root on Linux), and from
+    Python anyway.
+    """
     isolated = ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0
 
     def refuse(event: str, given: tuple) -> None:
-        if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        if event in (
+            "socket.connect",
+            "socket.bind",
+            "socket.getaddrinfo",
+            "socket.gethostbyname",
+            "socket.sendto",
+        ):
             raise RuntimeError(f"the network was asked for: {event} {given[1:]}")
 
     sys.addaudithook(refuse)
@@ -212,10 +255,14 @@ def main() -> int:
     from llama_jax.cli.main import run_program, run_verb
 
     # Should a test wait for ever, it is seen where.
-    faulthandler.dump_traceback_later(float(os.environ.get("LLAMA_JAX_CHILD_SECONDS", "280")), exit=True)
+    faulthandler.dump_traceback_later(
+        float(os.environ.get("LLAMA_JAX_CHILD_SECONDS", "280")), exit=True
+    )
     if os.environ.get("LLAMA_JAX_NO_NETWORK"):
         forbid_network()
-    faults = [Fault(text) for text in re.split(r"[,\s]+", os.environ.get("LLAMA_JAX_FAULT", "")) if text]
+    faults = [
+        Fault(text) for text in re.split(r"[,\s]+", os.environ.get("LLAMA_JAX_FAULT", "")) if text
+    ]
     if faults:
         install(faults)
     return run_program(lambda: run_verb(sys.argv[1:]))

@@ -1,4 +1,6 @@
-"""Fixtures of the fault tests: a corpus, one undisturbed run for all of them, children that do not outlive their test."""
+"""Fixtures of the fault tests: a corpus, one undisturbed run for all of them, children that do not
+outlive their test.
+"""
 
 import pathlib
 
@@ -12,7 +14,9 @@ def pytest_collection_modifyitems(items):
     """Marks what is in this folder, and what the catalogue names elsewhere."""
     named = {test for tests in ROWS.values() for test in tests}
     for item in items:
-        if item.nodeid.split("[")[0] in named or item.path.is_relative_to(pathlib.Path(__file__).parent):
+        if item.nodeid.split("[")[0] in named or item.path.is_relative_to(
+            pathlib.Path(__file__).parent
+        ):
             item.add_marker(pytest.mark.faults)
 
 

@@ -1,4 +1,6 @@
-"""Processes that are to fail: started with a fault, watched, hit by signals; and whether two runs are the same bit by bit."""
+"""Processes that are to fail: started with a fault, watched, hit by signals; and whether two runs
+are the same bit by bit.
+"""
 
 import contextlib
 import dataclasses
@@ -43,15 +45,21 @@ class Child:
         return self._err.read_text()
 
     def wait_for(self, pattern: str, seconds: float = 300) -> re.Match:
-        """Waits until a line of output or errors matches; a process that ends without one is a failure."""
+        """Waits until a line of output or errors matches; a process that ends without one is a
+        failure.
+        """
         end = time.monotonic() + seconds
         while True:
             ended = self.process.poll() is not None
-            found = re.search(pattern, self.output, re.MULTILINE) or re.search(pattern, self.errors, re.MULTILINE)
+            found = re.search(pattern, self.output, re.MULTILINE) or re.search(
+                pattern, self.errors, re.MULTILINE
+            )
             if found:
                 return found
             if ended or time.monotonic() > end:
-                raise AssertionError(f"{pattern!r} did not come (exit {self.process.poll()})\n{self}")
+                raise AssertionError(
+                    f"{pattern!r} did not come (exit {self.process.poll()})\n{self}"
+                )
             time.sleep(0.02)
 
     def send(self, number: signal.Signals) -> None:
@@ -59,7 +67,9 @@ class Child:
         self.process.send_signal(number)
 
     def signal_at_step(self, number: signal.Signals, step: int) -> None:
-        """Sends a signal as soon as the line of a step is shown; in the step itself is `LLAMA_JAX_FAULT=in_data:N:term`."""
+        """Sends a signal as soon as the line of a step is shown; in the step itself is
+        `LLAMA_JAX_FAULT=in_data:N:term`.
+        """
         self.wait_for(rf"^ *{step}/")
         self.send(number)
 
@@ -98,23 +108,45 @@ class Spawner:
         self._logs = logs
         self._children: list[Child] = []
 
-    def __call__(self, arguments: Sequence[object], fault: str = "", devices: int = 1, **environment: str) -> Child:
-        """Starts `python -m llama_jax ARGUMENTS` with faults; `environment` changes that of the tests."""
+    def __call__(
+        self, arguments: Sequence[object], fault: str = "", devices: int = 1, **environment: str
+    ) -> Child:
+        """Starts `python -m llama_jax ARGUMENTS` with faults; `environment` changes that of the
+        tests.
+        """
         name = f"{len(self._children)}-{arguments[0]}"
         out, err = self._logs / f"{name}.out", self._logs / f"{name}.err"
         command = [sys.executable, str(CHILD), *map(str, arguments)]
-        variables = child_environment(devices) | {"LLAMA_JAX_FAULT": fault, "PYTHONPATH": str(ROOT)} | environment
+        variables = (
+            child_environment(devices)
+            | {"LLAMA_JAX_FAULT": fault, "PYTHONPATH": str(ROOT)}
+            | environment
+        )
         with out.open("w") as output, err.open("w") as errors:
-            process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
-                                       start_new_session=True, text=True)  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,
+                text=True,
+            )
         self._children.append(Child(process, out, err))
         return self._children[-1]
 
     def train(
-        self, config: TrainConfig, fault: str = "", devices: int = 1, more: Sequence[str] = (), **environment: str
+        self,
+        config: TrainConfig,
+        fault: str = "",
+        devices: int = 1,
+        more: Sequence[str] = (),
+        **environment: str,
     ) -> Child:
         """Starts `train` on a run's config (see `make_run`)."""
-        return self(["train", "--config", config_file(config), *more], fault, devices, **environment)
+        return self(
+            ["train", "--config", config_file(config), *more], fault, devices, **environment
+        )
 
     def close(self) -> None:
         """Ends what is left."""
@@ -130,7 +162,9 @@ def free_port() -> int:
 
 
 def wait_for_knocks(port: int, words: set[str], seconds: float = 300) -> None:
-    """Waits in the place of process 0 until others have said who they are, and leaves them: they come again."""
+    """Waits in the place of process 0 until others have said who they are, and leaves them: they
+    come again.
+    """
     with socket.create_server(("127.0.0.1", port)) as server:
         server.settimeout(seconds)
         while words:
@@ -138,10 +172,17 @@ def wait_for_knocks(port: int, words: set[str], seconds: float = 300) -> None:
                 words = words - {connection.recv(200).decode().strip()}
 
 
-def host_words(port: int, process: int, count: int, heartbeat: int = HEARTBEAT, startup: int = 60) -> list[str]:
+def host_words(
+    port: int, process: int, count: int, heartbeat: int = HEARTBEAT, startup: int = 60
+) -> list[str]:
     """What tells a process that it is one of several."""
-    values = {"coordinator": f"127.0.0.1:{port}", "processes": count, "process": process,
-              "heartbeat_seconds": heartbeat, "startup_seconds": startup}  # fmt: skip
+    values = {
+        "coordinator": f"127.0.0.1:{port}",
+        "processes": count,
+        "process": process,
+        "heartbeat_seconds": heartbeat,
+        "startup_seconds": startup,
+    }
     return [word for key, value in values.items() for word in (f"--distributed.{key}", str(value))]
 
 
@@ -150,7 +191,9 @@ def config_file(config: TrainConfig) -> pathlib.Path:
     return pathlib.Path(f"{config.run.dir}.yaml")
 
 
-def make_run(directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig | None = None, **changes: dict) -> TrainConfig:
+def make_run(
+    directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig | None = None, **changes: dict
+) -> TrainConfig:
     """A run of 12 steps with its YAML file beside it; its data are copied from a run that has them.
 
     Args:
@@ -160,7 +203,9 @@ def make_run(directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig | 
       changes: values such as `run={"steps": 3}`, by section.
     """
     basics = {"steps": STEPS, "eval_every": 0, "checkpoint_every": 4}
-    config = tiny_config(directory, corpus, **({"run": basics} | changes | {"run": basics | changes.get("run", {})}))
+    config = tiny_config(
+        directory, corpus, **({"run": basics} | changes | {"run": basics | changes.get("run", {})})
+    )
     if like is not None:
         shutil.copytree(pathlib.Path(like.run.dir) / "data", directory / "data")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -191,11 +236,15 @@ def leaf_hashes(config: TrainConfig, step: int) -> dict[str, str]:
     like = state_shapes(make_recipe(config), mesh)
     with Checkpoints.open(pathlib.Path(config.run.dir) / RUN_CHECKPOINTS, keep=1000) as checkpoints:
         leaves = by_path(checkpoints.restore(step, like))
-    return {path: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for path, leaf in leaves.items()}
+    return {
+        path: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+        for path, leaf in leaves.items()
+    }
 
 
 def assert_bitwise(run: TrainConfig, reference: TrainConfig, losses: bool = True) -> None:
-    """Both runs ended in the same state, bit by bit, by way of the same losses, learning rates and tokens.
+    """Both runs ended in the same state, bit by bit, by way of the same losses, learning rates and
+    tokens.
 
     Args:
       run: the one that was disturbed.
@@ -213,9 +262,16 @@ def assert_bitwise(run: TrainConfig, reference: TrainConfig, losses: bool = True
 
 
 def metrics(config: TrainConfig) -> list[dict]:
-    """Losses, learning rates, gradient norms and tokens of a run, step by step; what was evaluated may differ."""
-    lines = without_speed(line for line in read_lines(pathlib.Path(config.run.dir)) if "event" not in line)
-    return [{name: value for name, value in line.items() if not name.startswith("held_out/")} for line in lines]
+    """Losses, learning rates, gradient norms and tokens of a run, step by step; what was evaluated
+    may differ.
+    """
+    lines = without_speed(
+        line for line in read_lines(pathlib.Path(config.run.dir)) if "event" not in line
+    )
+    return [
+        {name: value for name, value in line.items() if not name.startswith("held_out/")}
+        for line in lines
+    ]
 
 
 @contextlib.contextmanager

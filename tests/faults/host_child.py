@@ -1,6 +1,8 @@
-"""`child.py` as one of several hosts: its own working directory and version, and a record of the sequences that it was given.
+"""`child.py` as one of several hosts: its own working directory and version, and a record of the
+sequences that it was given.
 
-`HOST_DIRECTORY` is where it works, `HOST_VERSION` what it takes itself for, `HOST_ROWS` the file of the sequences: a line `STEP ROW
+`HOST_DIRECTORY` is where it works, `HOST_VERSION` what it takes itself for, `HOST_ROWS` the file of
+  the sequences: a line `STEP ROW
 HASH` for each sequence of each batch that lives on this process.
 """
 
@@ -26,11 +28,17 @@ def record_sequences(path: pathlib.Path) -> None:
         per_micro = batch.tokens.shape[1]
         with path.open("a") as file:
             for parts in zip(*[field.addressable_shards for field in batch]):
-                micro, sequences = (range(*part.indices(size)) for part, size in zip(parts[0].index[:2], batch.tokens.shape[:2]))
+                micro, sequences = (
+                    range(*part.indices(size))
+                    for part, size in zip(parts[0].index[:2], batch.tokens.shape[:2])
+                )
                 for i, m in enumerate(micro):
                     for j, sequence in enumerate(sequences):
                         content = b"".join(np.asarray(part.data)[i, j].tobytes() for part in parts)
-                        file.write(f"{step + 1} {m * per_micro + sequence} {hashlib.sha256(content).hexdigest()[:16]}\n")
+                        file.write(
+                            f"{step + 1} {m * per_micro + sequence} "
+                            f"{hashlib.sha256(content).hexdigest()[:16]}\n"
+                        )
         return batch
 
     loop.global_batch = recorded

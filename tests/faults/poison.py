@@ -1,7 +1,10 @@
-"""Bad data, put in from outside: batches whose loss is not a number, or a hundred times too high; and the program with them.
+"""Bad data, put in from outside: batches whose loss is not a number, or a hundred times too high;
+and the program with them.
 
-`python poison.py WHAT WHERE train ...` is the command line with faults: WHAT is `nan:3-5` (data steps) or `nan-at:3-5` (steps
-of the run, whatever they read), WHERE the moment to be killed at: `before-discard`, `after-discard` or `never`.
+`python poison.py WHAT WHERE train ...` is the command line with faults: WHAT is `nan:3-5` (data
+  steps) or `nan-at:3-5` (steps
+of the run, whatever they read), WHERE the moment to be killed at: `before-discard`, `after-discard`
+or `never`.
 """
 
 import os
@@ -15,7 +18,8 @@ import jax.numpy as jnp
 from llama_jax.training import loop
 from llama_jax.weights.checkpoint import Checkpoints
 
-LOUD = 1000  # added to the numbers of documents of a batch that is to have a loss a hundred times too high
+# added to the numbers of documents of a batch that is to have a loss a hundred times too high
+LOUD = 1000
 
 Patch = Callable[[object, str, object], None]  # as pytest's monkeypatch.setattr
 
@@ -59,7 +63,9 @@ def among(what: str, text: str) -> Callable[[int, int], str]:
     kind, _, numbers = text.partition(":")
     first, _, last = numbers.partition("-")
     wanted = range(int(first), int(last or first) + 1)
-    return lambda step, data_step: what if (step if kind.endswith("-at") else data_step) in wanted else ""
+    return lambda step, data_step: (
+        what if (step if kind.endswith("-at") else data_step) in wanted else ""
+    )
 
 
 def kill_at(where: str) -> None:

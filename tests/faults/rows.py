@@ -1,7 +1,8 @@
-"""The catalogue of faults: which test shows what becomes of each. All of these tests are marked `faults`.
+"""The catalogue of faults: which test shows what becomes of each. All of these tests are marked
+`faults`.
 
-Tests in this folder have the number in their docstring as well; the others stand beside what they are about, and run with
-`make test` too.
+Tests in this folder have the number in their docstring as well; the others stand beside what they
+are about, and run with `make test` too.
 """
 
 CHECKPOINT = "tests/weights/test_checkpoint.py::"
@@ -12,20 +13,28 @@ GUARD = "tests/faults/test_guard_faults.py::"
 HOSTS = "tests/faults/test_hosts_faults.py::"
 
 ROWS: dict[str, tuple[str, ...]] = {
-    "1 stopped and gone on with": ("tests/faults/test_resume.py::test_sigterm_and_the_same_command_again",),
+    "1 stopped and gone on with": (
+        "tests/faults/test_resume.py::test_sigterm_and_the_same_command_again",
+    ),
     "2 the same with accumulation, dropout, bfloat16, skipped data": (
         "tests/faults/test_resume.py::test_with_everything_that_has_a_state",
     ),
     "3 kill -9 at random moments": ("tests/faults/test_resume.py::test_kill_9_at_random_moments",),
-    "4 kill -9 in the middle of a save": ("tests/faults/test_disk.py::test_killed_in_the_middle_of_a_save",),
+    "4 kill -9 in the middle of a save": (
+        "tests/faults/test_disk.py::test_killed_in_the_middle_of_a_save",
+    ),
     "5 SIGTERM": ("tests/faults/test_resume.py::test_sigterm_and_the_same_command_again",),
-    "6 SIGTERM to one of two processes": (HOSTS + "test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on",),
+    "6 SIGTERM to one of two processes": (
+        HOSTS + "test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on",
+    ),
     "7 Ctrl-C, once and twice; SIGUSR1": (
         "tests/faults/test_resume.py::test_ctrl_c_once_and_twice",
         HOSTS + "test_a_signal_to_a_single_process_saves_and_two_go_on",
         HOSTS + "test_a_second_ctrl_c_ends_at_once",
     ),
-    "8 kill -9 of one of two processes": (HOSTS + "test_the_other_one_ends_when_one_is_killed_and_both_go_on",),
+    "8 kill -9 of one of two processes": (
+        HOSTS + "test_the_other_one_ends_when_one_is_killed_and_both_go_on",
+    ),
     "9 a process that is frozen": (HOSTS + "test_the_other_one_ends_when_one_is_frozen",),
     "10 a hang": (
         "tests/faults/test_hang.py::test_data_that_never_comes",
@@ -60,7 +69,9 @@ ROWS: dict[str, tuple[str, ...]] = {
         TRAIN + "test_going_on_with_another_run_is_refused",
         TRAIN + "test_overwrite_starts_anew_on_the_prepared_data",
     ),
-    "18 another shape or dtype, an array too many or too few": (CHECKPOINT + "test_a_state_that_does_not_fit_names_the_path",),
+    "18 another shape or dtype, an array too many or too few": (
+        CHECKPOINT + "test_a_state_that_does_not_fit_names_the_path",
+    ),
     "19 another number of devices, another mesh, another number of processes": (
         "tests/faults/test_resume.py::test_going_on_with_another_mesh",
         HOSTS + "test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on",
@@ -78,8 +89,12 @@ ROWS: dict[str, tuple[str, ...]] = {
         GUARD + "test_no_checkpoint_has_weights_that_are_not_finite",
     ),
     "22 a spike": (GUARD + "test_a_spike_is_skipped_once_and_what_is_usual_stays_so",),
-    "23 killed while it goes back": (GUARD + "test_killed_while_it_goes_back_past_a_saved_bad_step",),
-    "24 devices that disagree": (GUARD + "test_a_copy_that_differs_in_one_bit_is_named_with_its_device",),
+    "23 killed while it goes back": (
+        GUARD + "test_killed_while_it_goes_back_past_a_saved_bad_step",
+    ),
+    "24 devices that disagree": (
+        GUARD + "test_a_copy_that_differs_in_one_bit_is_named_with_its_device",
+    ),
     "25 damaged token files": (
         TOKENS + "test_id_outside_the_vocabulary_is_named_with_its_document",
         TOKENS + "test_no_documents_is_an_error",
@@ -99,7 +114,9 @@ ROWS: dict[str, tuple[str, ...]] = {
         "tests/data/test_batches.py::test_batch_does_not_depend_on_history",
         "tests/data/test_batches.py::test_epochs_continue_seamlessly_and_differ",
     ),
-    "27 ends that fall together": ("tests/faults/test_surroundings.py::test_ends_that_fall_together",),
+    "27 ends that fall together": (
+        "tests/faults/test_surroundings.py::test_ends_that_fall_together",
+    ),
     "36 hostile and mistaken configs": (
         "tests/cli/test_arguments.py::test_a_refusal_is_one_line_that_names_the_key",
         "tests/cli/test_arguments.py::test_a_file_is_refused_in_one_line",
@@ -121,12 +138,26 @@ ROWS: dict[str, tuple[str, ...]] = {
         "tests/training/test_trackers.py::test_an_unwritable_directory_for_tensorboard_is_a_warning",
         "tests/training/test_metrics.py::test_a_full_disk_is_one_warning",
     ),
-    "43 parameters donated while they are saved": (CHECKPOINT + "test_the_state_may_be_donated_at_once",),
+    "43 parameters donated while they are saved": (
+        CHECKPOINT + "test_the_state_may_be_donated_at_once",
+    ),
     "45 one compilation, no array moved unasked": (
         LOOP + "test_the_step_is_traced_once_whatever_else_happens",
         "tests/faults/test_surroundings.py::test_no_array_moves_unasked",
     ),
 }
 
-if __name__ == "__main__":  # the files, for `make test-faults`, which need not look through all others
-    print("tests/faults", *sorted({test.split("::")[0] for tests in ROWS.values() for test in tests if "/faults/" not in test}))
+if (
+    __name__ == "__main__"
+):  # the files, for `make test-faults`, which need not look through all others
+    print(
+        "tests/faults",
+        *sorted(
+            {
+                test.split("::")[0]
+                for tests in ROWS.values()
+                for test in tests
+                if "/faults/" not in test
+            }
+        ),
+    )

@@ -1,6 +1,8 @@
-"""Chaos: one training under a seeded schedule of faults of all kinds, which ends in the bits of one that was left alone.
+"""Chaos: one training under a seeded schedule of faults of all kinds, which ends in the bits of one
+that was left alone.
 
-`LLAMA_JAX_CHAOS=40` asks for so many faults in place of eight, `LLAMA_JAX_CHAOS_SEED=7` for that schedule.
+`LLAMA_JAX_CHAOS=40` asks for so many faults in place of eight, `LLAMA_JAX_CHAOS_SEED=7` for that
+schedule.
 """
 
 import collections
@@ -26,7 +28,14 @@ STEPS = 6 * FAULTS
 PACE = "before_update:*:slow=0.04"  # so that there is something to hit
 
 # What happens to a program, and the exit status that it is to have then.
-KINDS = {"kill -9": -9, "kill -9 in a save": -9, "kill -9 before clean-up": -9, "SIGTERM": 0, "full disk": 5, "bit flip": None}
+KINDS = {
+    "kill -9": -9,
+    "kill -9 in a save": -9,
+    "kill -9 before clean-up": -9,
+    "SIGTERM": 0,
+    "full disk": 5,
+    "bit flip": None,
+}
 
 
 def disturb(kind: str, source: random.Random, spawn: Spawner, run: TrainConfig) -> None:
@@ -58,9 +67,13 @@ def disturb(kind: str, source: random.Random, spawn: Spawner, run: TrainConfig) 
 
 @pytest.mark.timeout(600 + 60 * FAULTS)
 def test_chaos(spawn, tmp_path, corpus, reference, capsys):
-    """Killed, ended, short of disk, damaged, in any order: whatever is listed is whole, and the end is the same bit by bit."""
+    """Killed, ended, short of disk, damaged, in any order: whatever is listed is whole, and the end
+    is the same bit by bit.
+    """
     changes = {"run": {"steps": STEPS, "checkpoint_every": EVERY}}
-    straight, run = (make_run(tmp_path / name, corpus, reference, **changes) for name in ("straight", "run"))
+    straight, run = (
+        make_run(tmp_path / name, corpus, reference, **changes) for name in ("straight", "run")
+    )
     spawn.train(straight).expect(0)
     source = random.Random(SEED)
     kinds = [source.choice([*KINDS]) for _ in range(FAULTS)]
@@ -69,11 +82,19 @@ def test_chaos(spawn, tmp_path, corpus, reference, capsys):
         if checkpoint_steps(run):
             newest = checkpoint_steps(run)[-1]
             found = list(verify_checkpoints(pathlib.Path(run.run.dir) / RUN_CHECKPOINTS))
-            assert all(state.condition == "ok" or (kind == "bit flip" and state.step == newest) for state in found), found
+            assert all(
+                state.condition == "ok" or (kind == "bit flip" and state.step == newest)
+                for state in found
+            ), found
     spawn.train(run).expect(0)
     assert_bitwise(run, straight)
     digest = hashlib.sha256("".join(leaf_hashes(run, STEPS).values()).encode()).hexdigest()[:16]
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(collections.Counter(kinds).items()))
+    counts = ", ".join(
+        f"{count} {kind}" for kind, count in sorted(collections.Counter(kinds).items())
+    )
     with capsys.disabled():
-        print(f"\nchaos: seed {SEED}, {FAULTS} faults ({counts}) over {STEPS} steps: final state {digest}, bit by bit that of "
-              "the undisturbed run")  # fmt: skip
+        print(
+            f"\nchaos: seed {SEED}, {FAULTS} faults ({counts}) over {STEPS} steps: final "
+            f"state {digest}, bit by bit that of "
+            "the undisturbed run"
+        )

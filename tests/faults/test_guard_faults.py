@@ -1,4 +1,6 @@
-"""Bad steps in whole runs: skipped, gone back from, given up; killed in the middle; and devices that disagree."""
+"""Bad steps in whole runs: skipped, gone back from, given up; killed in the middle; and devices
+that disagree.
+"""
 
 import functools
 import json
@@ -12,7 +14,16 @@ import jax
 import numpy as np
 import pytest
 from faults.poison import among, spoil
-from tiny_runs import ROOT, child_environment, read_lines, read_state, tiny_config, without_speed, write_corpus, write_yaml
+from tiny_runs import (
+    ROOT,
+    child_environment,
+    read_lines,
+    read_state,
+    tiny_config,
+    without_speed,
+    write_corpus,
+    write_yaml,
+)
 
 from llama_jax.cli.main import run_program
 from llama_jax.errors import DivergedError
@@ -60,15 +71,25 @@ def corpus(tmp_path_factory):
 
 def make_config(path: pathlib.Path, corpus: pathlib.Path, **changes):
     """A run of 16 steps that may go back after three skipped ones."""
-    run = {"steps": STEPS, "eval_every": 0, "checkpoint_every": 4, "log_every": 1, "keep_checkpoints": 9}
+    run = {
+        "steps": STEPS,
+        "eval_every": 0,
+        "checkpoint_every": 4,
+        "log_every": 1,
+        "keep_checkpoints": 9,
+    }
     guard = {"patience": 3, **changes.pop("guard", {})}
     return tiny_config(path, corpus, run=run | changes.pop("run", {}), guard=guard, **changes)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, corpus):
-    """A run that leaves out the data of steps 5 to 7 from the beginning, by its config; only to be read."""
-    config = make_config(tmp_path_factory.mktemp("reference") / "run", corpus, data={"skip_steps": ((5, 7),)})
+    """A run that leaves out the data of steps 5 to 7 from the beginning, by its config; only to be
+    read.
+    """
+    config = make_config(
+        tmp_path_factory.mktemp("reference") / "run", corpus, data={"skip_steps": ((5, 7),)}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
         spoil(patch.setattr, lambda step, data_step: "")  # the same program
@@ -111,7 +132,14 @@ def saved_steps(config) -> list[int]:
 def numbers(config) -> list[dict]:
     """The metrics of a run without its events, its speed, and what is told of bad steps."""
     lines = without_speed(line for line in read_lines(directory(config)) if "event" not in line)
-    return [{name: value for name, value in line.items() if name not in ("train/skipped", "train/rewinds")} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if name not in ("train/skipped", "train/rewinds")
+        }
+        for line in lines
+    ]
 
 
 def assert_same_weights(config, reference):
@@ -130,12 +158,17 @@ def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(make, monkeypa
     whole, parts = make("whole"), make("parts", run={"checkpoint_every": 1, "keep_checkpoints": 99})
     display, summary = train(whole)
     assert [line for line in display.events if "skipped" in line] == [
-        "warning: step 4 skipped (loss nan, gradient norm nan); nothing was learned there"]  # fmt: skip
+        "warning: step 4 skipped (loss nan, gradient norm nan); nothing was learned there"
+    ]
     assert (summary.skipped, summary.rewinds) == (1, 0)
     lines = read_lines(directory(whole))
     assert [line["step"] for line in lines if line["train/loss"] is None] == [4]
     assert [line.get("train/skipped") for line in lines] == [None] * 3 + [1] * 13
-    assert saved_steps(whole) == [8, 12, 16]  # none of the step that was skipped, which has nothing new
+    assert saved_steps(whole) == [
+        8,
+        12,
+        16,
+    ]  # none of the step that was skipped, which has nothing new
 
     train(parts, 4)
     before, after = (read_state(parts, step) for step in (3, 4))
@@ -152,46 +185,71 @@ def test_bad_data_is_left_out_after_going_back(make, reference, monkeypatch):
     display, summary = train(config)
     assert asked == [*range(8), *range(4, 16)]
     warnings = [line for line in display.events if line.startswith("warning")]
-    assert warnings[-1] == ("warning: 3 steps in a row were skipped: going back to step 4 (1 of 3 times), and on without the "
-                            "data of steps 6 to 8")  # fmt: skip
+    assert warnings[-1] == (
+        "warning: 3 steps in a row were skipped: going back to step 4 (1 of 3 times), "
+        "and on without the "
+        "data of steps 6 to 8"
+    )
     assert (summary.skipped, summary.rewinds) == (0, 1)
     assert_same_weights(config, reference)
     assert numbers(config) == numbers(reference)
     lines = read_lines(directory(config))
     assert [line for line in lines if "event" in line] == [
-        {"step": 4, "event": "rewound", "reason": "3 steps in a row were skipped", "at": 8, "steps": "6 to 8",
-         "data_steps": "5 to 7"}]  # fmt: skip
+        {
+            "step": 4,
+            "event": "rewound",
+            "reason": "3 steps in a row were skipped",
+            "at": 8,
+            "steps": "6 to 8",
+            "data_steps": "5 to 7",
+        }
+    ]
     assert [line.get("train/rewinds") for line in lines if line["step"] > 4] == [1] * 12
 
 
 def test_scattered_bad_data_is_left_out_too(make, monkeypatch):
-    """21: ten of the last two hundred, never two in a row; a batch that grows and a list in the config stay what they are."""
+    """21: ten of the last two hundred, never two in a row; a batch that grows and a list in the
+    config stay what they are.
+    """
     bad = tuple((step, step) for step in range(2, 24, 2) if step != 8)
-    run, data = {"steps": 26, "checkpoint_every": 2}, {"batch_ramp": ((12, 8),), "skip_steps": ((8, 8), (25, 26))}
+    run, data = (
+        {"steps": 26, "checkpoint_every": 2},
+        {"batch_ramp": ((12, 8),), "skip_steps": ((8, 8), (25, 26))},
+    )
     wrong = {first for first, _ in bad}
     spoil(monkeypatch.setattr, lambda step, data_step: "nan" if data_step in wrong else "")
     config = make("run", run=run, data=data)
     _, summary = train(config)
     assert summary.rewinds == 1
     assert json.loads((directory(config) / "rewinds.json").read_text())[0]["to"] == 2
-    reference = make("reference", run=run, data=data | {"skip_steps": tuple(sorted((*bad, *data["skip_steps"])))})
+    reference = make(
+        "reference", run=run, data=data | {"skip_steps": tuple(sorted((*bad, *data["skip_steps"])))}
+    )
     train(reference)
     ours, theirs = (read_state(one, 26) for one in (config, reference))
     assert leaves((ours.params, ours.optimizer)) == leaves((theirs.params, theirs.optimizer))
 
 
 def test_what_does_not_end_ends_the_run_with_a_report(make, monkeypatch):
-    """21: for ever: three times back, then a report; every checkpoint is from before, its weights finite and the same."""
+    """21: for ever: three times back, then a report; every checkpoint is from before, its weights
+    finite and the same.
+    """
     spoil(monkeypatch.setattr, among("nan", "nan-at:6-99"))
     config = make("run")
     display = Recorder()
-    with pytest.raises(DivergedError, match=r"^step 9: 3 steps in a row were skipped \(loss nan, gradient norm nan\) after the "
-                       r"run went back 3 times; .*/postmortem says more; lower optimizer.learning_rate") as caught:  # fmt: skip
+    with pytest.raises(
+        DivergedError,
+        match=r"^step 9: 3 steps in a row were skipped \(loss nan, gradient norm nan\) after the "
+        r"run went back 3 times; .*/postmortem says more; lower optimizer.learning_rate",
+    ) as caught:
         Run(config, display).train()
     assert "\n" not in str(caught.value)
     assert sum("going back to step 4" in line for line in display.events) == 3
     assert saved_steps(config) == [4]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(read_state(config, 4).params)))
+    assert all(
+        np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(jax.device_get(read_state(config, 4).params))
+    )
 
     folder = directory(config) / "postmortem"
     report = json.loads((folder / "report.json").read_text())
@@ -205,7 +263,9 @@ def test_what_does_not_end_ends_the_run_with_a_report(make, monkeypatch):
     assert [one["data_step"] for one in report["skipped"]] == [15, 16, 17]
     sequences = [line.split("\t") for line in (folder / "arrays.tsv").read_text().splitlines()]
     assert sequences[0] == ["path", "norm", "not_finite", "gradient_norm", "gradient_not_finite"]
-    assert {"embedding", "layers/0/attention/wq", "layers/1/attention/wq"} <= {sequence[0] for sequence in sequences}
+    assert {"embedding", "layers/0/attention/wq", "layers/1/attention/wq"} <= {
+        sequence[0] for sequence in sequences
+    }
     embedding = np.asarray(read_state(config, 4).params["embedding"])
     sequence = next(sequence for sequence in sequences if sequence[0] == "embedding")
     assert sequence[2:] == ["0", "nan", str(embedding.size)]
@@ -228,7 +288,9 @@ def test_from_the_first_step_on_there_is_nothing_to_go_back_to_but_the_start(mak
 
 
 def test_no_checkpoint_has_weights_that_are_not_finite(make, monkeypatch):
-    """21: weights that an optimizer has made infinite out of a finite gradient: told, and not saved."""
+    """21: weights that an optimizer has made infinite out of a finite gradient: told, and not
+    saved.
+    """
     real = loop.sharded_step
 
     def broken(*given):
@@ -254,10 +316,14 @@ def test_no_checkpoint_has_weights_that_are_not_finite(make, monkeypatch):
 
 
 def test_a_spike_is_skipped_once_and_what_is_usual_stays_so(make, monkeypatch):
-    """22: a run that is interrupted just after the spike keeps all that it remembers, bit by bit."""
+    """22: a run that is interrupted just after the spike keeps all that it remembers, bit by
+    bit.
+    """
     spoil(monkeypatch.setattr, among("loud", "loud:12"))
     monkeypatch.setattr(guard, "ENOUGH", 8)  # in place of 64 steps
-    whole, parts = (make(name, guard={"spike_skip": True}, run={"log_every": 8}) for name in ("whole", "parts"))
+    whole, parts = (
+        make(name, guard={"spike_skip": True}, run={"log_every": 8}) for name in ("whole", "parts")
+    )
     display, summary = train(whole)
     (line,) = [line for line in display.events if "skipped" in line]
     assert line.startswith("warning: step 13 skipped (loss ")
@@ -287,7 +353,9 @@ def start(config, what: str, where: str, status: int) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("where", ["before-discard", "after-discard"])
 def test_killed_while_it_goes_back_past_a_saved_bad_step(make, reference, monkeypatch, where):
-    """23: a bad step was saved; the run goes back past it and is killed; the next goes on on the good branch."""
+    """23: a bad step was saved; the run goes back past it and is killed; the next goes on on the
+    good branch.
+    """
     config = make("run")
     spoil(monkeypatch.setattr, among("nan", "nan:5-7"))
     train(config, 7)  # in the middle of the bad steps
@@ -304,7 +372,9 @@ def test_killed_while_it_goes_back_past_a_saved_bad_step(make, reference, monkey
 
 def test_a_program_that_gives_up_says_so_in_one_line(make):
     done = start(make("run", guard={"rewinds": 0}), "nan-at:2-99", "never", 4)
-    assert done.stderr.startswith("error: step 5: 3 steps in a row were skipped (loss nan, gradient norm nan) after the run ")
+    assert done.stderr.startswith(
+        "error: step 5: 3 steps in a row were skipped (loss nan, gradient norm nan) after the run "
+    )
     assert done.stderr.count("\n") == 1
     assert "warning: step 3 skipped" in done.stdout
 
@@ -316,9 +386,13 @@ def test_a_program_that_gives_up_says_so_in_one_line(make):
 def state():
     """A state on 4 devices: two copies of two halves, and four copies of the scales."""
     mesh = make_mesh(2, 2, 1, devices=jax.devices()[:4])
-    shapes = state_shapes(setup.make_recipe(tiny_config(pathlib.Path("run"), pathlib.Path("text"))), mesh)
+    shapes = state_shapes(
+        setup.make_recipe(tiny_config(pathlib.Path("run"), pathlib.Path("text"))), mesh
+    )
     rng = np.random.default_rng(0)
-    place = lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)  # noqa: E731
+    place = lambda leaf: jax.device_put(
+        rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding
+    )
     return jax.tree.map(place, shapes), mesh
 
 
@@ -347,7 +421,10 @@ def test_a_copy_that_differs_in_one_bit_is_named_with_its_device(state, number):
     assert (found.path, found.devices) == ("final_norm/scale", (device,))
     assert set(found.others) == set(mesh.devices.flat) - {device}
     attention = params["layers"]["attention"]
-    layers = {**params["layers"], "attention": {**attention, "wo": perturbed(attention["wo"], device)}}
+    layers = {
+        **params["layers"],
+        "attention": {**attention, "wo": perturbed(attention["wo"], device)},
+    }
     (found,) = differing_replicas({**params, "layers": layers}, mesh)
     partner = mesh.devices[1 - number // 2, number % 2, 0, 0]
     assert found.path == "layers/attention/wo"
@@ -375,7 +452,8 @@ def test_a_run_whose_replicas_differ_ends_in_one_line_and_saves_nothing(make, mo
     assert run_program(lambda: Run(config, Recorder()).train() and 0) == 4
     first, second, odd, last = jax.devices()[:4]
     assert capsys.readouterr().err == (
-        f"error: step 4: params/final_norm/scale on {odd} is not what it is on {first}, {second}, {last}: "
+        f"error: step 4: params/final_norm/scale on {odd} is not what it is on {first}, "
+        f"{second}, {last}: "
         "a device or its memory is at fault; go on without it from the last checkpoint\n"
     )
     assert saved_steps(config) == [2]

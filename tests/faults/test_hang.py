@@ -9,13 +9,17 @@ from faults.harness import assert_bitwise, checkpoint_steps, make_run
 
 
 def test_data_that_never_comes(spawn, tmp_path, corpus, reference):
-    """10: all stacks on standard error and in a file, exit 3 within the limit, and the run can be gone on with."""
+    """10: all stacks on standard error and in a file, exit 3 within the limit, and the run can be
+    gone on with.
+    """
     run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 3.0})
     child = spawn.train(run, fault="in_data:6:hang")
     child.wait_for("fault: in_data 6 hang")
     began = time.monotonic()
     child.expect(3)
-    assert time.monotonic() - began > 1  # ten updates of a busy machine may be longer than the limit
+    assert (
+        time.monotonic() - began > 1
+    )  # ten updates of a busy machine may be longer than the limit
     line = r"error: the run has stood still for \d+ s in data \(step 5 was the last; at most \d+ s, run\.hang_seconds 3\)"
     stacks = pathlib.Path(run.run.dir, "hang.txt").read_text()
     for text in (child.errors, stacks):
@@ -33,13 +37,17 @@ def test_data_that_never_comes(spawn, tmp_path, corpus, reference):
 
 
 def test_what_takes_long_is_no_hang(spawn, tmp_path, corpus, reference):
-    """10: the other way round: an evaluation longer than the limit, which has an allowance of its own."""
+    """10: the other way round: an evaluation longer than the limit, which has an allowance of its
+    own.
+    """
     run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 3.0})
     spawn.train(run, fault="in_eval:12:slow=5").expect(0)
 
 
 def test_an_evaluation_longer_than_any_allowance(spawn, tmp_path, corpus, reference):
-    """10: every batch of it comes; the run ends well, with its last checkpoint, which is there before the evaluation is."""
+    """10: every batch of it comes; the run ends well, with its last checkpoint, which is there
+    before the evaluation is.
+    """
     run = make_run(tmp_path / "run", corpus, reference, run={"hang_seconds": 1.0})
     child = spawn.train(run, fault="in_eval_batch:12-12:slow=2.5")
     child.wait_for("fault: in_eval_batch 12 slow")
@@ -50,7 +58,9 @@ def test_an_evaluation_longer_than_any_allowance(spawn, tmp_path, corpus, refere
     assert re.search(r"^held-out  .* nats/token, .* bits/byte", child.output, re.MULTILINE)
 
 
-def test_killed_in_its_evaluation_a_run_has_the_checkpoint_of_that_step(spawn, tmp_path, corpus, reference):
+def test_killed_in_its_evaluation_a_run_has_the_checkpoint_of_that_step(
+    spawn, tmp_path, corpus, reference
+):
     """10: so that it does not begin again before it for ever."""
     run = make_run(tmp_path / "run", corpus, reference, run={"eval_every": 8})
     spawn.train(run, fault="in_eval_batch:8:settled,in_eval_batch:8:kill9").expect(-9)

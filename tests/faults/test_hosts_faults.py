@@ -1,4 +1,6 @@
-"""Several processes over loopback: the same training as one, ended, killed, frozen, unlike each other, not all there."""
+"""Several processes over loopback: the same training as one, ended, killed, frozen, unlike each
+other, not all there.
+"""
 
 import dataclasses
 import json
@@ -32,7 +34,9 @@ from llama_jax.training.config import TrainConfig
 pytestmark = pytest.mark.faults
 
 HEARTBEAT = harness.HEARTBEAT
-NOTICED = 40 * HEARTBEAT  # until the others have ended: time for busy machines, but less than children take to give up
+NOTICED = (
+    40 * HEARTBEAT
+)  # until the others have ended: time for busy machines, but less than children take to give up
 CLOSE = 1e-5
 
 
@@ -43,24 +47,36 @@ def _hosts(monkeypatch):
 
 
 def start(
-    spawn: Spawner, config: TrainConfig, faults: Sequence[str] = ("", ""), more: Sequence[Sequence[str]] = (),
+    spawn: Spawner,
+    config: TrainConfig,
+    faults: Sequence[str] = ("", ""),
+    more: Sequence[Sequence[str]] = (),
     environments: Sequence[dict[str, str]] = (),
-) -> list[Child]:  # fmt: skip
-    """As many processes as there are faults; each with more words and variables of its own, where they are given."""
+) -> list[Child]:
+    """As many processes as there are faults; each with more words and variables of its own, where
+    they are given.
+    """
     port, count = free_port(), len(faults)
     return [
         spawn.train(
-            config, fault, more=[*host_words(port, process, count), *(more[process] if more else [])],
-            HOST_ROWS=f"{config.run.dir}.sequences.{process}", **(environments[process] if environments else {}),
+            config,
+            fault,
+            more=[*host_words(port, process, count), *(more[process] if more else [])],
+            HOST_ROWS=f"{config.run.dir}.sequences.{process}",
+            **(environments[process] if environments else {}),
         )
         for process, fault in enumerate(faults)
-    ]  # fmt: skip
+    ]
 
 
 def sequences(config: TrainConfig) -> dict[tuple[int, int], str]:
-    """The hash of each sequence of each step, of all processes; those who have the same sequence have it alike."""
+    """The hash of each sequence of each step, of all processes; those who have the same sequence
+    have it alike.
+    """
     found: dict[tuple[int, int], str] = {}
-    for path in pathlib.Path(config.run.dir).parent.glob(f"{pathlib.Path(config.run.dir).name}.sequences.*"):
+    for path in pathlib.Path(config.run.dir).parent.glob(
+        f"{pathlib.Path(config.run.dir).name}.sequences.*"
+    ):
         for line in path.read_text().splitlines():
             step, sequence, content = line.split()
             assert found.setdefault((int(step), int(sequence)), content) == content
@@ -68,11 +84,19 @@ def sequences(config: TrainConfig) -> dict[tuple[int, int], str]:
 
 
 def assert_same_training(config: TrainConfig, reference: TrainConfig) -> None:
-    """Losses and parameters agree but for the order of sums; the sequences of all batches are the same."""
+    """Losses and parameters agree but for the order of sums; the sequences of all batches are the
+    same.
+    """
     ours, theirs = metrics(config), metrics(reference)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
+    assert (
+        [line["step"] for line in ours]
+        == [line["step"] for line in theirs]
+        == list(range(1, STEPS + 1))
+    )
     for name in ("train/loss", "train/learning_rate", "train/tokens"):
-        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], abs=CLOSE, rel=CLOSE)
+        assert [line[name] for line in ours] == pytest.approx(
+            [line[name] for line in theirs], abs=CLOSE, rel=CLOSE
+        )
     a, b = (read_state(c, STEPS) for c in (config, reference))
     for left, right in zip(*(jax_leaves(state.params) for state in (a, b))):
         np.testing.assert_allclose(left, right, atol=CLOSE, rtol=CLOSE)
@@ -95,8 +119,12 @@ def alone(tmp_path_factory, corpus, reference) -> TrainConfig:
     return config
 
 
-def host_run(directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig | None) -> TrainConfig:
-    """A run of 12 steps of two micro-batches; Adam's eps is large, as its division by small numbers is ill-conditioned."""
+def host_run(
+    directory: pathlib.Path, corpus: pathlib.Path, like: TrainConfig | None
+) -> TrainConfig:
+    """A run of 12 steps of two micro-batches; Adam's eps is large, as its division by small numbers
+    is ill-conditioned.
+    """
     changes = {"data": {"accumulation": 2}, "optimizer": {"eps": 1e-3}, "run": {"eval_every": 6}}
     return make_run(directory, corpus, like, **changes)
 
@@ -110,15 +138,26 @@ def run(tmp_path, corpus, reference):
 
 
 def test_two_processes_train_as_one_and_only_the_first_writes(run, alone, spawn):
-    shutil.rmtree(pathlib.Path(run.run.dir) / "data")  # so that the text is encoded with two processes there
+    shutil.rmtree(
+        pathlib.Path(run.run.dir) / "data"
+    )  # so that the text is encoded with two processes there
     first, second = [child.expect(0) for child in start(spawn, run)]
     assert_same_training(run, alone)
     assert sequences(run) == sequences(alone)
     assert len(sequences(run)) == STEPS * run.data.batch_size
-    of_each = [pathlib.Path(f"{run.run.dir}.sequences.{process}").read_text().splitlines() for process in range(2)]
+    of_each = [
+        pathlib.Path(f"{run.run.dir}.sequences.{process}").read_text().splitlines()
+        for process in range(2)
+    ]
     assert [len(lines) for lines in of_each] == [STEPS * run.data.batch_size // 2] * 2
-    held_out = [[line["held_out/loss"] for line in read_lines(pathlib.Path(c.run.dir)) if "held_out/loss" in line]
-                for c in (run, alone)]  # fmt: skip
+    held_out = [
+        [
+            line["held_out/loss"]
+            for line in read_lines(pathlib.Path(c.run.dir))
+            if "held_out/loss" in line
+        ]
+        for c in (run, alone)
+    ]
     assert held_out[0] == pytest.approx(held_out[1], rel=CLOSE)
     assert len(held_out[0]) == 2
     assert "2 x cpu (data 2 x" in first.output
@@ -126,15 +165,22 @@ def test_two_processes_train_as_one_and_only_the_first_writes(run, alone, spawn)
     names = {path.name for path in pathlib.Path(run.run.dir).iterdir()}
     assert names == {path.name for path in pathlib.Path(alone.run.dir).iterdir()} | {"hosts.json"}
     assert len(json.loads((pathlib.Path(run.run.dir) / "hosts.json").read_text())["processes"]) == 2
-    assert "distributed:\n  mode: auto\n  coordinator: null" in (pathlib.Path(run.run.dir) / "config.yaml").read_text()
-    assert [int(path.name) for path in sorted((pathlib.Path(run.run.dir) / "checkpoints").iterdir())] == [12, 4, 8]
+    assert (
+        "distributed:\n  mode: auto\n  coordinator: null"
+        in (pathlib.Path(run.run.dir) / "config.yaml").read_text()
+    )
+    assert [
+        int(path.name) for path in sorted((pathlib.Path(run.run.dir) / "checkpoints").iterdir())
+    ] == [12, 4, 8]
 
 
 # Ended
 
 
 @pytest.mark.parametrize(("which", "fault"), [(0, "term"), (1, "usr1")])
-def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(run, alone, spawn, which, fault):
+def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(
+    run, alone, spawn, which, fault
+):
     """6, 19: one step is saved on both; one process or two go on with the same batches."""
     faults = ["", ""]
     faults[which] = f"in_data:6:{fault}"
@@ -147,7 +193,10 @@ def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(run, alo
         for child in start(spawn, run):
             child.expect(0)
     else:
-        assert f"going on from step {stopped}" in spawn.train(run, HOST_ROWS=f"{run.run.dir}.sequences.0").expect(0).output
+        assert (
+            f"going on from step {stopped}"
+            in spawn.train(run, HOST_ROWS=f"{run.run.dir}.sequences.0").expect(0).output
+        )
     assert_same_training(run, alone)
     assert sequences(run) == sequences(alone)
 
@@ -156,7 +205,11 @@ def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(run, alo
 def test_a_signal_to_a_single_process_saves_and_two_go_on(run, alone, spawn, fault):
     """7, 19: SIGUSR1 and Ctrl-C are wishes to stop; two processes go on."""
     child = spawn.train(run, f"in_data:5:{fault}", HOST_ROWS=f"{run.run.dir}.sequences.0").expect(0)
-    assert re.search(r"^SIG(USR1|INT): saving after this step; Ctrl-C within 5 s ends at once$", child.errors, re.MULTILINE)
+    assert re.search(
+        r"^SIG(USR1|INT): saving after this step; Ctrl-C within 5 s ends at once$",
+        child.errors,
+        re.MULTILINE,
+    )
     assert checkpoint_steps(run) == [4, 5]
     if fault == "int":
         return
@@ -201,7 +254,9 @@ def test_the_other_one_ends_when_one_is_killed_and_both_go_on(run, alone, spawn,
     status = children[1 - killed].end(NOTICED)
     assert status in (1, -signal.SIGABRT)
     if status == 1:
-        lines = [line for line in children[1 - killed].errors.splitlines() if line.startswith("error:")]
+        lines = [
+            line for line in children[1 - killed].errors.splitlines() if line.startswith("error:")
+        ]
         assert len(lines) == 1
         assert f"error: process {1 - killed} of 2 lost the others (" in lines[0]
         assert "Traceback" not in children[1 - killed].errors
@@ -240,12 +295,18 @@ def test_four_processes_of_other_config_and_code_are_told_apart(run, spawn):
     more = [["--data.seed", "0"], [], ["--data.seed", "7"], []]
     environments = [{}, {}, {}, {"HOST_VERSION": "0.0.9"}]
     children = start(spawn, run, [""] * 4, more, environments)
-    assert_all_stop(children, run, "process 2 of 4 has config data.seed 7, the others 0",
-                    "process 3 of 4 has llama_jax 0.0.9, the others 0.1.0")  # fmt: skip
+    assert_all_stop(
+        children,
+        run,
+        "process 2 of 4 has config data.seed 7, the others 0",
+        "process 3 of 4 has llama_jax 0.0.9, the others 0.1.0",
+    )
 
 
 @pytest.mark.parametrize("what", ["text", "tokenizer"])
-def test_processes_with_other_files_under_the_same_names_are_told_apart(tmp_path, run, reference, spawn, what):
+def test_processes_with_other_files_under_the_same_names_are_told_apart(
+    tmp_path, run, reference, spawn, what
+):
     (made,) = (pathlib.Path(reference.run.dir) / "data").glob("[!.]*")
     folders = [tmp_path / "one", tmp_path / "two"]
     for number, folder in enumerate(folders):
@@ -258,7 +319,9 @@ def test_processes_with_other_files_under_the_same_names_are_told_apart(tmp_path
     config = dataclasses.replace(run, data=data)
     harness.write_yaml(config_file(config), config)
     shutil.rmtree(pathlib.Path(run.run.dir) / "data")
-    children = start(spawn, config, environments=[{"HOST_DIRECTORY": str(folder)} for folder in folders])
+    children = start(
+        spawn, config, environments=[{"HOST_DIRECTORY": str(folder)} for folder in folders]
+    )
     # The document that is one too many is held out: what is trained on is the same.
     item = {"text": "held-out text (hash)", "tokenizer": "data.tokenizer (hash)"}[what]
     assert_all_stop(children, config, "process 1 of 2 has", f"{item} ", ", the others ")
@@ -294,4 +357,11 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(alone, tmp_path, spawn):
     (checkpoints / "8" / "meta" / "metadata").unlink()
     first, _ = [child.expect(0) for child in start(spawn, config, more=[["--run.steps", "13"]] * 2)]
     assert "going on from step 4" in first.output
-    assert {path.name for path in checkpoints.iterdir()} == {"12.corrupt", "8.corrupt", "4", "12", "8", "13"} - {"4"}
+    assert {path.name for path in checkpoints.iterdir()} == {
+        "12.corrupt",
+        "8.corrupt",
+        "4",
+        "12",
+        "8",
+        "13",
+    } - {"4"}

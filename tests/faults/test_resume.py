@@ -8,7 +8,15 @@ import time
 
 import numpy as np
 import pytest
-from faults.harness import STEPS, Child, assert_bitwise, checkpoint_steps, copy_run, make_run, metrics
+from faults.harness import (
+    STEPS,
+    Child,
+    assert_bitwise,
+    checkpoint_steps,
+    copy_run,
+    make_run,
+    metrics,
+)
 
 from llama_jax.weights.restore import verify_checkpoints
 from llama_jax.weights.run import RUN_CHECKPOINTS
@@ -21,7 +29,9 @@ def assert_whole(config) -> None:
 
 
 def test_sigterm_and_the_same_command_again(spawn, run, reference):
-    """1, 5: SIGTERM in step 6 saves step 6 and exits 0; another process ends in the same bits, losses, rates and tokens."""
+    """1, 5: SIGTERM in step 6 saves step 6 and exits 0; another process ends in the same bits,
+    losses, rates and tokens.
+    """
     child = spawn.train(run, fault="in_data:6:term").expect(0)
     assert "SIGTERM: saving after this step; Ctrl-C within 5 s ends at once" in child.errors
     assert checkpoint_steps(run)[-1] == 6
@@ -46,7 +56,9 @@ def test_with_everything_that_has_a_state(spawn, tmp_path, corpus, reference):
 
 @pytest.mark.timeout(1200)
 def test_kill_9_at_random_moments(spawn, tmp_path, corpus, reference):
-    """3: killed three times while checkpoints are written one after the other: all that are listed are whole."""
+    """3: killed three times while checkpoints are written one after the other: all that are listed
+    are whole.
+    """
     seed = random.randrange(10**6)
     print("seed", seed)
     source = random.Random(seed)
@@ -65,7 +77,9 @@ def test_kill_9_at_random_moments(spawn, tmp_path, corpus, reference):
 
 
 def test_ctrl_c_once_and_twice(spawn, run, reference):
-    """7: the first Ctrl-C saves and exits 0; the second, before that is done, ends at once with 130."""
+    """7: the first Ctrl-C saves and exits 0; the second, before that is done, ends at once with
+    130.
+    """
     twice = spawn.train(run, fault="in_data:5:int,before_update:5:int").expect(130)
     assert "Traceback" not in twice.errors
     assert checkpoint_steps(run) == [4]
@@ -97,10 +111,14 @@ def batches(child: Child) -> list[str]:
 
 @pytest.mark.parametrize(("devices", "mesh"), MESHES, ids=["2-data", "8-all", "8-context"])
 def test_going_on_with_another_mesh(spawn, tmp_path, reference, stopped, devices, mesh):
-    """19: on 2 and 8 devices and other axes of the mesh: the state is verified, batches are the same, losses to 1e-5."""
+    """19: on 2 and 8 devices and other axes of the mesh: the state is verified, batches are the
+    same, losses to 1e-5.
+    """
     config, expected = stopped
     run = copy_run(config, tmp_path / "run")
-    axes = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor", "context"), mesh)]
+    axes = [
+        f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor", "context"), mesh)
+    ]
     child = spawn.train(run, fault="in_data:*:hash", devices=devices, more=axes).expect(0)
     child.wait_for("going on from step 6")
     assert len(expected) == STEPS - 6
@@ -112,7 +130,9 @@ def test_going_on_with_another_mesh(spawn, tmp_path, reference, stopped, devices
 
 
 def test_two_runs_in_a_directory(spawn, run, reference):
-    """20: the second is refused; after kill -9 of the first, nothing holds the directory any more."""
+    """20: the second is refused; after kill -9 of the first, nothing holds the directory any
+    more.
+    """
     first = spawn.train(run, fault="before_update:3:hang")
     first.wait_for(r"^ *2/")
     second = spawn.train(run).expect(2)

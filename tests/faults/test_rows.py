@@ -1,4 +1,6 @@
-"""The catalogue of faults and the contract name tests that exist; the tests of this folder say which of its sequences they are."""
+"""The catalogue of faults and the contract name tests that exist; the tests of this folder say
+which of its sequences they are.
+"""
 
 import ast
 import re
@@ -8,10 +10,16 @@ from faults.rows import ROWS
 from tiny_runs import ROOT
 
 
-@pytest.mark.parametrize(("sequence", "test"), [(sequence, test) for sequence, tests in ROWS.items() for test in tests])
+@pytest.mark.parametrize(
+    ("sequence", "test"), [(sequence, test) for sequence, tests in ROWS.items() for test in tests]
+)
 def test_a_sequence_names_a_test(sequence, test):
     file, _, name = test.partition("::")
-    functions = {node.name: node for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+    functions = {
+        node.name: node
+        for node in ast.parse((ROOT / file).read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
     assert name in functions
     if file.startswith("tests/faults/"):
         numbers = re.match(r"([\d, ]+)[,:]", ast.get_docstring(functions[name]) or "")

@@ -22,7 +22,17 @@ def test_without_a_network(spawn, run, reference):
     """38: training and generating ask for no network: there is none."""
     child = spawn.train(run, LLAMA_JAX_NO_NETWORK="1").expect(0)
     assert_bitwise(run, reference)
-    words = ["infer", "--model", run.run.dir, "--prompt", "<1>", "--max-new-tokens", "4", "--temperature", "0"]
+    words = [
+        "infer",
+        "--model",
+        run.run.dir,
+        "--prompt",
+        "<1>",
+        "--max-new-tokens",
+        "4",
+        "--temperature",
+        "0",
+    ]
     infer = spawn(words, LLAMA_JAX_NO_NETWORK="1").expect(0)
     for one in (child, infer):
         assert "no network" in one.errors
@@ -32,12 +42,22 @@ def test_without_a_network(spawn, run, reference):
 def run_child(config, stdout, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, str(CHILD), "train", "--config", str(config_file(config))]
     variables = child_environment() | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, env=variables, stdout=stdout, stderr=subprocess.PIPE, timeout=300)
+    return subprocess.run(
+        command, env=variables, stdout=stdout, stderr=subprocess.PIPE, timeout=300
+    )
 
 
 def test_a_terminal_of_another_age(run):
     """40: an ASCII locale and twenty columns: nothing that cannot be shown, no control codes."""
-    done = run_child(run, subprocess.PIPE, LC_ALL="C", PYTHONUTF8="0", PYTHONIOENCODING="ascii", TERM="dumb", COLUMNS="20")
+    done = run_child(
+        run,
+        subprocess.PIPE,
+        LC_ALL="C",
+        PYTHONUTF8="0",
+        PYTHONIOENCODING="ascii",
+        TERM="dumb",
+        COLUMNS="20",
+    )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(rb"[\n\x20-\x7e]*", done.stdout)
     assert b"12/12" in done.stdout
@@ -64,12 +84,20 @@ def in_process(config, stop_at: int = 0) -> None:
 
 @pytest.mark.usefixtures("one_device")
 def test_ends_that_fall_together(run, tmp_path, corpus, reference):
-    """27: stopped at the end of an epoch, ended at a step that no interval has: each state is saved once, no sequence is lost."""
-    sequences, batch = Run(run, PlainDisplay(sys.stdout)).batches.sources[0].packing.count, run.data.batch_size
+    """27: stopped at the end of an epoch, ended at a step that no interval has: each state is saved
+    once, no sequence is lost.
+    """
+    sequences, batch = (
+        Run(run, PlainDisplay(sys.stdout)).batches.sources[0].packing.count,
+        run.data.batch_size,
+    )
     epoch = sequences // batch
     steps = epoch + 3
     changes = {"steps": steps, "checkpoint_every": epoch, "keep_checkpoints": 9}
-    runs = [make_run(tmp_path / name, corpus, reference, run=changes) for name in ("straight", "stopped")]
+    runs = [
+        make_run(tmp_path / name, corpus, reference, run=changes)
+        for name in ("straight", "stopped")
+    ]
     in_process(runs[0])
     in_process(runs[1], stop_at=epoch)
     in_process(runs[1])
@@ -84,7 +112,9 @@ def test_ends_that_fall_together(run, tmp_path, corpus, reference):
 
 @pytest.mark.usefixtures("one_device")
 def test_no_array_moves_unasked(run, monkeypatch):
-    """45: between the first and the last step nothing goes to or comes from the device but what the loop says."""
+    """45: between the first and the last step nothing goes to or comes from the device but what the
+    loop says.
+    """
     from llama_jax.training import loop
 
     sharded_step = loop.sharded_step

@@ -1,4 +1,6 @@
-"""Conversations: every answer equals that of the same messages asked from nothing, and only new tokens are run."""
+"""Conversations: every answer equals that of the same messages asked from nothing, and only new
+tokens are run.
+"""
 
 import dataclasses
 
@@ -12,10 +14,12 @@ from llama_jax.text.chat import ChatTemplate
 from llama_jax.weights.assemble import stack
 from llama_jax.weights.load import Pretrained, load
 
-# As templates of reasoning models do: thoughts of earlier turns are left out, and the number of messages is in front.
+# As templates of reasoning models do: thoughts of earlier turns are left out, and the number of
+#   messages is in front.
 REWRITES = (
     "{{ messages | length }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{{ message.content[:3] if message.role == 'assistant' and not loop.last else message.content }}<|im_end|>\n{% endfor %}"
+    "{{ message.content[:3] if message.role == 'assistant' and not loop.last else "
+    "message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -31,7 +35,9 @@ def small(model: Pretrained, context: int) -> Pretrained:
 
 @pytest.fixture
 def run_tokens(monkeypatch):
-    """Counts the tokens that a conversation's generator prefills; call it to read and clear the count."""
+    """Counts the tokens that a conversation's generator prefills; call it to read and clear the
+    count.
+    """
 
     def watch(conversation: Conversation):
         programs, counts = conversation.generator.programs, []
@@ -69,16 +75,23 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def test_a_turn_runs_the_new_tokens_only(tiny, run_tokens):
-    """The second prompt is the first, the answer and the new words: first and answer are in the cache."""
+    """The second prompt is the first, the answer and the new words: first and answer are in the
+    cache.
+    """
     conversation = Conversation(tiny)
     taken = run_tokens(conversation)
-    # Noise of random weights does not survive decoding and encoding; a bias makes the answer letters.
+    # Noise of random weights does not survive decoding and encoding; a bias makes the answer
+    # letters.
     letters = {"max_new_tokens": 12, "logit_bias": {tiny.tokenizer.encode("x")[0]: 1000.0}}
     assert said(conversation, "The cat sat on the mat.", **letters) == "x" * 12
     first = encode_user(tiny, [user("The cat sat on the mat.")], chat=True)
     assert (taken(), conversation.reused) == (len(first), 0)
     said(conversation, "And the dog?", **letters)
-    second = encode_user(tiny, [user("The cat sat on the mat."), assistant("x" * 12), user("And the dog?")], chat=True)
+    second = encode_user(
+        tiny,
+        [user("The cat sat on the mat."), assistant("x" * 12), user("And the dog?")],
+        chat=True,
+    )
     # The last token of an answer has been drawn, not run.
     assert conversation.reused == len(first) + 11
     assert taken() == len(second) - conversation.reused
@@ -86,7 +99,9 @@ def test_a_turn_runs_the_new_tokens_only(tiny, run_tokens):
 
 @pytest.mark.parametrize("template", [None, REWRITES], ids=["appends", "rewrites"])
 def test_answers_are_those_of_the_messages_alone(tiny, template):
-    """Whatever was in the cache: three turns, a system message in between, another temperature each."""
+    """Whatever was in the cache: three turns, a system message in between, another temperature
+    each.
+    """
     model = tiny if template is None else tiny._replace(template=ChatTemplate(template, None, None))
     conversation = Conversation(model)
     for turn, text in enumerate(["The cat", "你好 🎉", "And then?"]):
@@ -119,7 +134,9 @@ class Interruption(Exception):
 
 
 def test_an_interruption_in_the_middle_of_a_step(tiny, monkeypatch):
-    """What came is kept; the cache, which the device may have been writing into, is not used again."""
+    """What came is kept; the cache, which the device may have been writing into, is not used
+    again.
+    """
     conversation = Conversation(tiny)
     pieces = conversation.ask("The cat", max_new_tokens=1000, chunk=3)
     heard = "".join(next(pieces).text for _ in range(4))
@@ -144,11 +161,17 @@ def test_an_answer_that_nobody_read_was_never_given(tiny):
 
 
 def test_one_answer_at_a_time(tiny):
-    """A second question would be asked without the first, and the later of the two answers would take the other's place."""
+    """A second question would be asked without the first, and the later of the two answers would
+    take the other's place.
+    """
     conversation = Conversation(tiny)
     first = conversation.ask("The cat", max_new_tokens=1000, chunk=3)
     busy = "an answer is still being given; read it to its end, or close\\(\\) it"
-    for refused in (lambda: conversation.ask("And the dog?"), conversation.reset, lambda: conversation.system("Brief.")):
+    for refused in (
+        lambda: conversation.ask("And the dog?"),
+        conversation.reset,
+        lambda: conversation.system("Brief."),
+    ):
         with pytest.raises(InputError, match=busy):
             refused()
     heard = next(first).text + next(first).text
@@ -164,11 +187,16 @@ def test_one_answer_at_a_time(tiny):
 
 
 def test_stop_strings_end_a_turn(tiny):
-    """The tokens of the stop string are in the cache, not in the text: the next turn begins before them."""
+    """The tokens of the stop string are in the cache, not in the text: the next turn begins before
+    them.
+    """
     (whole,) = generate(tiny, ["The cat"], max_new_tokens=12, chat=True)
     stop = whole.text[3:5]
     conversation = Conversation(tiny)
-    assert said(conversation, "The cat", max_new_tokens=12, stop=stop) == whole.text[: whole.text.index(stop)]
+    assert (
+        said(conversation, "The cat", max_new_tokens=12, stop=stop)
+        == whole.text[: whole.text.index(stop)]
+    )
     (alone,) = generate(tiny, [[*conversation.messages, user("Go on")]], max_new_tokens=8)
     assert said(conversation, "Go on", max_new_tokens=8) == alone.text
 
@@ -179,7 +207,10 @@ def test_a_conversation_longer_than_the_context(tiny):
     said(conversation, "Hi", max_new_tokens=4)
     before = list(conversation.messages)
     tokens = len(encode_user(model, [*before, user("the " * 50)], chat=True))
-    with pytest.raises(InputError, match=rf"conversation has {tokens} tokens; fewer than 64 \(the model's context\)"):
+    with pytest.raises(
+        InputError,
+        match=rf"conversation has {tokens} tokens; fewer than 64 \(the model's context\)",
+    ):
         conversation.ask("the " * 50)
     assert conversation.messages == before
     assert said(conversation, "Hi", max_new_tokens=4) is not None
@@ -200,19 +231,26 @@ def test_system_and_reset(tiny):
     conversation = Conversation(tiny, [user("a"), assistant("b")])
     conversation.system("One.")
     conversation.system("Two.")
-    assert conversation.messages == [{"role": "system", "content": "Two."}, user("a"), assistant("b")]
+    assert conversation.messages == [
+        {"role": "system", "content": "Two."},
+        user("a"),
+        assistant("b"),
+    ]
     conversation.reset()
     assert conversation.messages == [{"role": "system", "content": "Two."}]
     conversation.system("")
     assert conversation.messages == []
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"temperature": -1.0}, "temperature: -1.0"),
-    ({"max_new_tokens": -1}, "max_new_tokens: -1"),
-    ({"chunk": 0}, "chunk: 0"),
-    ({"samples": 2}, "samples: 2 given; a conversation goes on from 1 answer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1.0}, "temperature: -1.0"),
+        ({"max_new_tokens": -1}, "max_new_tokens: -1"),
+        ({"chunk": 0}, "chunk: 0"),
+        ({"samples": 2}, "samples: 2 given; a conversation goes on from 1 answer"),
+    ],
+)
 def test_wrong_settings_change_nothing(tiny, settings, words):
     conversation = Conversation(tiny)
     with pytest.raises(InputError, match=words):
@@ -221,16 +259,23 @@ def test_wrong_settings_change_nothing(tiny, settings, words):
 
 
 def test_a_model_without_a_template(tiny):
-    with pytest.raises(InputError, match="Hugging Face tiny has no chat template; a conversation needs one"):
+    with pytest.raises(
+        InputError, match="Hugging Face tiny has no chat template; a conversation needs one"
+    ):
         Conversation(tiny._replace(template=None))
 
 
 @pytest.mark.smollm2
 def test_the_real_model_remembers(smollm2_model):
-    """Two turns of the real model, its layers stacked: the second needs the first answer, and costs a few new tokens."""
+    """Two turns of the real model, its layers stacked: the second needs the first answer, and costs
+    a few new tokens.
+    """
     model = smollm2_model._replace(params=stack(smollm2_model.params))
     conversation = Conversation(model)
-    assert said(conversation, "What is the capital of France?", max_new_tokens=48) == "The capital of France is Paris."
+    assert (
+        said(conversation, "What is the capital of France?", max_new_tokens=48)
+        == "The capital of France is Paris."
+    )
     messages = [*conversation.messages, user("Which river flows through it?")]
     (alone,) = generate(model, [messages], max_new_tokens=24)
     *_, last = conversation.ask("Which river flows through it?", max_new_tokens=24)

@@ -1,4 +1,6 @@
-"""Decoding as pure functions: step by step equals all at once, sequences end when they should, and so does the loop."""
+"""Decoding as pure functions: step by step equals all at once, sequences end when they should, and
+so does the loop.
+"""
 
 import dataclasses
 import functools
@@ -33,20 +35,32 @@ NO_STOP = jnp.zeros((4, 0), jnp.int32)
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("variant", "scan"), [
-    ("llama3-factor8", True), ("mqa-tied", False), pytest.param("gqa-untied", True, marks=slow),
-    pytest.param("gqa-untied", False, marks=slow), pytest.param("wide-head", False, marks=slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variant", "scan"),
+    [
+        ("llama3-factor8", True),
+        ("mqa-tied", False),
+        pytest.param("gqa-untied", True, marks=slow),
+        pytest.param("gqa-untied", False, marks=slow),
+        pytest.param("wide-head", False, marks=slow),
+    ],
+)
 def test_decoding_equals_the_full_pass(variant, scan):
     """Logits after a prefill of unequal prompts and after each step, for every sequence."""
     config = dataclasses.replace(VARIANTS[variant], layers=2)
     params = random_parameters(config) if scan else unrolled_parameters(config)
     model = Llama(config, ModelOptions(scan=scan))
-    texts, padding = (np.asarray(random_tokens(config, *how)) for how in (((4, 20 + STEPS),), ((4, 24), 1)))
+    texts, padding = (
+        np.asarray(random_tokens(config, *how)) for how in (((4, 20 + STEPS),), ((4, 24), 1))
+    )
     expected = float64_logits(params, texts, config)
     sequences, lengths = np.arange(4), np.asarray(LENGTHS)
     prompts = np.where(np.arange(24) < lengths[:, None], texts[:, :24], padding)
-    start = jax.jit(lambda params, *prompts: prefill(model, params, *prompts, init_cache(config, 4, 40, scan=scan)))
+    start = jax.jit(
+        lambda params, *prompts: prefill(
+            model, params, *prompts, init_cache(config, 4, 40, scan=scan)
+        )
+    )
     got, cache = start(params, prompts, lengths)
     np.testing.assert_allclose(got, expected[sequences, lengths - 1], atol=1e-4, rtol=0)
     step = jax.jit(functools.partial(decode.decode, model))
@@ -92,8 +106,16 @@ def test_the_loop_ends_with_the_last_sequence(tiny, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(decode, "decode", counted)
-    run = jax.jit(lambda *args: advance(tiny[0], args[0], args[1], make_sampling(4, 1.0), NO_STOP, args[2], room=32))
-    for budget, steps, iterations in (([1, 3, 5, 2], 30, 4), ([1, 1, 1, 1], 30, 0), ([9, 20, 0, 1], 6, 6)):
+    run = jax.jit(
+        lambda *args: advance(
+            tiny[0], args[0], args[1], make_sampling(4, 1.0), NO_STOP, args[2], room=32
+        )
+    )
+    for budget, steps, iterations in (
+        ([1, 3, 5, 2], 30, 4),
+        ([1, 1, 1, 1], 30, 0),
+        ([9, 20, 0, 1], 6, 6),
+    ):
         count.clear()
         progress, first = start(tiny, budget)
         progress, out = run(tiny[1], progress, steps)
@@ -117,7 +139,13 @@ def rollout(model, params, prompts, lengths, sampling, stop_ids, new, samples=1)
 
 def penalised(sequences, seed):
     """With all that a draw looks at."""
-    return make_sampling(sequences, [0.0, 1.0, 0.0, 0.7][:sequences] * (sequences // 4), top_k=20, repetition_penalty=1.3, seed=seed)
+    return make_sampling(
+        sequences,
+        [0.0, 1.0, 0.0, 0.7][:sequences] * (sequences // 4),
+        top_k=20,
+        repetition_penalty=1.3,
+        seed=seed,
+    )
 
 
 def tokens_of(tiny, sampling, stops=(NOTHING,) * 3):
@@ -125,13 +153,20 @@ def tokens_of(tiny, sampling, stops=(NOTHING,) * 3):
 
 
 def test_rows_end_at_their_own_stop_token(tiny):
-    """Each sequence is what it is without stop tokens, cut behind the first of them; the stops in an array or in a list."""
+    """Each sequence is what it is without stop tokens, cut behind the first of them; the stops in
+    an array or in a list.
+    """
     sampling = penalised(4, 0)
     free = tokens_of(tiny, sampling)
     stops = [int(free[0, 3]), int(free[1, 12]), int(free[2, 0])]
-    ends = [next((i + 1 for i, token in enumerate(sequence) if token in stops), NEW) for sequence in free.tolist()]
+    ends = [
+        next((i + 1 for i, token in enumerate(sequence) if token in stops), NEW)
+        for sequence in free.tolist()
+    ]
     assert len(set(ends)) >= 3
-    expected = [sequence[:end] + [NOTHING] * (NEW - end) for sequence, end in zip(free.tolist(), ends)]
+    expected = [
+        sequence[:end] + [NOTHING] * (NEW - end) for sequence, end in zip(free.tolist(), ends)
+    ]
     assert tokens_of(tiny, sampling, stops).tolist() == expected
     in_a_list = jax.jit(lambda *args: generate_tokens(tiny[0], *args, stops, NEW).tokens)
     assert in_a_list(*tiny[1:], sampling).tolist() == expected
@@ -143,7 +178,9 @@ def test_inside_a_larger_program(tiny):
     sampling = penalised(4, 3)
     found, count = rollout(*tiny, sampling, np.full(3, NOTHING, np.int32), NEW)
     lists = [sequence[:length] for sequence, length in zip(prompts.tolist(), lengths.tolist())]
-    expected = [sequence.token_ids for sequence in Generator(params, CONFIG).generate(lists, NEW, sampling)]
+    expected = [
+        sequence.token_ids for sequence in Generator(params, CONFIG).generate(lists, NEW, sampling)
+    ]
     assert found.tokens.tolist() == expected
     assert count == (np.asarray(expected) > 50).sum()
 
@@ -155,7 +192,9 @@ def test_few_new_tokens(tiny):
     assert one.tokens.shape == one.logprobs.shape == (4, 1)
     assert (np.asarray(one.tokens) != NOTHING).all()
     for new in (0, CONFIG.context_length - 20):
-        shapes = jax.eval_shape(lambda *args, new=new: run(tiny[0], *args, new), *tiny[1:], make_sampling(4), NO_STOP)
+        shapes = jax.eval_shape(
+            lambda *args, new=new: run(tiny[0], *args, new), *tiny[1:], make_sampling(4), NO_STOP
+        )
         assert shapes.tokens.shape == shapes.logprobs.shape == (4, new)
 
 
@@ -168,7 +207,10 @@ def test_a_limit_beyond_the_context_is_named(tiny):
     """The shapes tell, so that no rotary angle beyond the context is ever taken."""
     length, context = tiny[2].shape[1], CONFIG.context_length
     run = jax.jit(generate_tokens, static_argnums=(0, 6))
-    with pytest.raises(InputError, match=rf"prompts of {length} tokens with max_new_tokens {context - length + 1} given; 128"):
+    with pytest.raises(
+        InputError,
+        match=rf"prompts of {length} tokens with max_new_tokens {context - length + 1} given; 128",
+    ):
         run(*tiny, make_sampling(4), NO_STOP, context - length + 1)
     with pytest.raises(InputError, match=r"max_new_tokens: 2\.5 given; a whole number expected"):
         run(*tiny, make_sampling(4), NO_STOP, 2.5)
@@ -177,20 +219,28 @@ def test_a_limit_beyond_the_context_is_named(tiny):
 def test_samples_share_a_prefill_and_log_probabilities_are_those_of_the_full_pass(tiny):
     """What each sample is does not depend on the others: the same as prompts given again and again.
 
-    Log-probabilities are of the model itself, whatever the temperature and the limits; 0 behind a sequence's end.
+    Log-probabilities are of the model itself, whatever the temperature and the limits; 0 behind a
+    sequence's end.
     """
     _, params, prompts, lengths = tiny
     seeds = np.arange(12).reshape(4, 3) + 7
-    warm = lambda sequences, seed: make_sampling(sequences, 0.9, top_k=20, repetition_penalty=1.3, seed=seed.tolist())  # noqa: E731
+    warm = lambda sequences, seed: make_sampling(
+        sequences, 0.9, top_k=20, repetition_penalty=1.3, seed=seed.tolist()
+    )
     nothing = np.full(3, NOTHING, np.int32)
-    apart = np.stack([tokens_of(tiny, warm(4, seeds[:, sample])) for sample in range(3)], axis=1).reshape(12, NEW)
+    apart = np.stack(
+        [tokens_of(tiny, warm(4, seeds[:, sample])) for sample in range(3)], axis=1
+    ).reshape(12, NEW)
     assert len({tuple(sequence) for sequence in apart.tolist()}) == 12
     stop = int(apart[0, 4])
     together, _ = rollout(*tiny, warm(12, seeds.ravel()), np.asarray([stop, *nothing[1:]]), NEW, 3)
     ends = [sequence.index(stop) + 1 if stop in sequence else NEW for sequence in apart.tolist()]
     assert ends[0] <= 5
     for sequence, end in enumerate(ends):
-        tokens, logprobs = np.asarray(together.tokens)[sequence], np.asarray(together.logprobs)[sequence]
+        tokens, logprobs = (
+            np.asarray(together.tokens)[sequence],
+            np.asarray(together.logprobs)[sequence],
+        )
         assert tokens.tolist() == apart[sequence, :end].tolist() + [NOTHING] * (NEW - end)
         prompt = np.asarray(prompts)[sequence // 3, : np.asarray(lengths)[sequence // 3]].tolist()
         every = float64_logprobs(params, prompt + tokens[:end].tolist(), CONFIG)

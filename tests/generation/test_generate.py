@@ -20,8 +20,11 @@ from llama_jax.parallel.sharding import TRAINING, tree_shardings
 
 CONFIG = dataclasses.replace(TINY, layers=2, vocab_size=98)  # which meshes divide
 PARAMS = unrolled_parameters(CONFIG)
-# Most tests run these five, with 12 to 24 new tokens, or the first of them, with 12: the same programs.
-PROMPTS = [np.random.default_rng(length).integers(0, 98, length).tolist() for length in (6, 17, 5, 40, 9)]
+# Most tests run these five, with 12 to 24 new tokens, or the first of them, with 12: the same
+#   programs.
+PROMPTS = [
+    np.random.default_rng(length).integers(0, 98, length).tolist() for length in (6, 17, 5, 40, 9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def ids(tokens: list[Tokens]) -> list[list[int]]:
 
 
 def of_context(context: int, layers: int = 2) -> Generator:
-    """Weights of fewer layers, or the same, under another limit; another config also means programs of its own."""
+    """Weights of fewer layers, or the same, under another limit; another config also means programs
+    of its own.
+    """
     config = dataclasses.replace(CONFIG, context_length=context, layers=layers)
     return Generator(PARAMS if layers == 2 else unrolled_parameters(config), config)
 
@@ -52,7 +57,9 @@ def test_greedy_is_the_most_probable_token_of_the_full_pass(generator):
 def test_each_sequence_has_its_own_limit(generator):
     whole = ids(generator.generate(PROMPTS, 12))
     for limits in ([1, 12, 0, 5, 12], np.asarray([1, 12, 0, 5, 12])):
-        assert ids(generator.generate(PROMPTS, limits)) == [sequence[:limit] for sequence, limit in zip(whole, limits)]
+        assert ids(generator.generate(PROMPTS, limits)) == [
+            sequence[:limit] for sequence, limit in zip(whole, limits)
+        ]
     for bad, words in (
         ([1, 2], "2 values given for 5 sequences; one for all or one a sequence expected"),
         ([1, 2, 3, 4, -1], "-1 given"),
@@ -63,13 +70,17 @@ def test_each_sequence_has_its_own_limit(generator):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_a_sequence_does_not_depend_on_its_neighbours(generator, temperature):
-    """Nor on its place among them, on how far their prompts make its own be padded, or on sequences that only fill up."""
+    """Nor on its place among them, on how far their prompts make its own be padded, or on sequences
+    that only fill up.
+    """
     seeds = [11, 5, 11, 2, 0]
     together = ids(generator.generate(PROMPTS, 12, make_sampling(5, temperature, seed=seeds)))
     for i in (0, 2, 4):
         alone = generator.generate([PROMPTS[i]], 12, make_sampling(1, temperature, seed=seeds[i]))
         assert ids(alone) == [together[i]]
-    back = ids(generator.generate(PROMPTS[::-1], 12, make_sampling(5, temperature, seed=seeds[::-1])))
+    back = ids(
+        generator.generate(PROMPTS[::-1], 12, make_sampling(5, temperature, seed=seeds[::-1]))
+    )
     assert back == together[::-1]
     assert len({tuple(tokens) for tokens in together}) == 5
 
@@ -80,7 +91,10 @@ def test_a_sequence_does_not_depend_on_slots_or_chunks(generator):
     (long,) = ids(generator.generate(PROMPTS[:1], 60, sampling))
     assert long[:12] == short
     for chunk in (1, 5, 100):
-        pieces = [sequence.token_ids for (sequence,) in generator.stream(PROMPTS[:1], 60, sampling, chunk=chunk)]
+        pieces = [
+            sequence.token_ids
+            for (sequence,) in generator.stream(PROMPTS[:1], 60, sampling, chunk=chunk)
+        ]
         assert list(itertools.chain(*pieces)) == long
         assert max(map(len, pieces)) == min(chunk, 32)
 
@@ -98,19 +112,29 @@ def test_rows_stop_on_their_own(generator):
 
 
 def test_work_ends_with_the_last_sequence(generator):
-    """Sixty tokens asked for, a stop token drawn soon: one chunk is under way by then, no other begins."""
+    """Sixty tokens asked for, a stop token drawn soon: one chunk is under way by then, no other
+    begins.
+    """
     (free,) = ids(generator.generate(PROMPTS[:1], 60, make_sampling(1, 1.0, seed=3)))
     end = free.index(free[8])
-    pieces = list(generator.stream(PROMPTS[:1], 60, make_sampling(1, 1.0, seed=3), stop_ids=[free[8]], chunk=1))
+    pieces = list(
+        generator.stream(
+            PROMPTS[:1], 60, make_sampling(1, 1.0, seed=3), stop_ids=[free[8]], chunk=1
+        )
+    )
     assert pieces == [[TokenChunk([token])] for token in free[: end + 1]] + [[TokenChunk([])]]
 
 
 def test_few_programs_a_bucket():
-    """One prefill and one decoding loop for each size; what does not depend on the size is compiled once."""
+    """One prefill and one decoding loop for each size; what does not depend on the size is compiled
+    once.
+    """
     generator = of_context(200, layers=1)
     counts = []
     for lengths, new in [([5], 10), ([9], 7), ([17], 3), ([20], 4), ([5, 5], 10), ([2, 12], 4)]:
-        generator.generate([[1] * length for length in lengths], new, make_sampling(len(lengths), 0.5, top_k=new))
+        generator.generate(
+            [[1] * length for length in lengths], new, make_sampling(len(lengths), 0.5, top_k=new)
+        )
         compiled = generator.programs.compilations
         counts.append((compiled["prefill"], compiled["decode"], compiled["begin"]))
     assert counts == [(1, 1, 1), (1, 1, 1), (2, 2, 1), (2, 2, 1), (3, 3, 2), (3, 3, 2)]
@@ -135,7 +159,9 @@ def test_buckets_hold_what_they_should_and_little_more():
 
 
 def test_the_cache_is_donated(generator):
-    """Two caches in memory at one time would halve the longest text; a donation that fails makes JAX warn."""
+    """Two caches in memory at one time would halve the longest text; a donation that fails makes
+    JAX warn.
+    """
     session = generator.start(PROMPTS[:1], 12)
     cache, progress = session._progress.cache, session._progress
     with warnings.catch_warnings():
@@ -175,7 +201,9 @@ def test_long_prompts_are_prefilled_in_pieces(monkeypatch):
     for prompt, tokens in zip(prompts, ids(generator.generate(prompts, 12))):
         assert len(tokens) == 12
         assert is_greedy(prompt, tokens)
-    assert generator.programs.compilations["prefill"] == 3  # the first piece, one in the middle, the last
+    assert (
+        generator.programs.compilations["prefill"] == 3
+    )  # the first piece, one in the middle, the last
 
 
 def test_a_prefix_is_not_run_again(generator, monkeypatch):
@@ -186,7 +214,11 @@ def test_a_prefix_is_not_run_again(generator, monkeypatch):
     assert [prefix.shared(prompt) for prompt in prompts] == [30, 12, 0, 29, 3]
     seen = []
     real = generator.programs.prefill
-    monkeypatch.setattr(generator.programs, "prefill", lambda *args, **how: seen.append(args[2].tolist()) or real(*args, **how))
+    monkeypatch.setattr(
+        generator.programs,
+        "prefill",
+        lambda *args, **how: seen.append(args[2].tolist()) or real(*args, **how),
+    )
     for prompt, tokens in zip(prompts, ids(generator.generate(prompts, 12, prefix=prefix))):
         assert len(tokens) == 12
         assert is_greedy(prompt, tokens)
@@ -219,7 +251,9 @@ def test_the_context_ends_the_text_and_a_full_one_is_a_prefix_too():
     assert {sequence.stop_reason for sequence in got} == {"length"}
     assert all(is_greedy(prompt, sequence.token_ids) for prompt, sequence in zip(prompts, got))
     prefix = session.prefix(1)
-    assert len(prefix.token_ids) == len(session.prefix(2).token_ids) == 31  # of a full sequence the last slot is not its own
+    assert (
+        len(prefix.token_ids) == len(session.prefix(2).token_ids) == 31
+    )  # of a full sequence the last slot is not its own
     question = [*prefix.token_ids[:20], 1]
     (answer,) = ids(generator.generate([question], 8, prefix=prefix))
     assert len(answer) == 8
@@ -239,10 +273,19 @@ def test_stop_tokens_of_a_sequence(generator):
     (free, *_) = ids(generator.generate(prompts, 20))
     stops = [[free[3]], [], [free[9], 96, 97], [], []]
     got = generator.generate(prompts, 20, stop_ids=stops)
-    ends = [min((free.index(token) + 1 for token in sequence if token in free), default=20) for sequence in stops]
+    ends = [
+        min((free.index(token) + 1 for token in sequence if token in free), default=20)
+        for sequence in stops
+    ]
     assert len(set(ends)) == 3
     assert [sequence.token_ids for sequence in got] == [free[:end] for end in ends]
-    assert [sequence.stop_reason for sequence in got] == ["stop", "length", "stop", "length", "length"]
+    assert [sequence.stop_reason for sequence in got] == [
+        "stop",
+        "length",
+        "stop",
+        "length",
+        "length",
+    ]
     with pytest.raises(InputError, match="stop_ids: 2 lists given for 3 sequences"):
         generator.generate([PROMPTS[0]] * 3, 20, stop_ids=[[1], [2]])
 
@@ -252,10 +295,16 @@ def test_log_probabilities(generator):
     sampling = make_sampling(5, 0.9, seed=5)
     plain = generator.generate(PROMPTS, 24, sampling)
     assert plain[0].logprobs is None
-    for prompt, sequence, expected in zip(PROMPTS, generator.generate(PROMPTS, 24, sampling, logprobs=3), plain):
+    for prompt, sequence, expected in zip(
+        PROMPTS, generator.generate(PROMPTS, 24, sampling, logprobs=3), plain
+    ):
         assert sequence.token_ids == expected.token_ids
         every = float64_logprobs(PARAMS, prompt + sequence.token_ids, CONFIG)[len(prompt) - 1 :]
-        np.testing.assert_allclose(sequence.logprobs, [line[token] for line, token in zip(every, sequence.token_ids)], atol=1e-4)
+        np.testing.assert_allclose(
+            sequence.logprobs,
+            [line[token] for line, token in zip(every, sequence.token_ids)],
+            atol=1e-4,
+        )
         assert len(sequence.logprobs) == len(sequence.top_logprobs) == 24
         for line, best in zip(every, sequence.top_logprobs):
             assert [token for token, _ in best] == np.argsort(-line)[:3].tolist()
@@ -270,11 +319,14 @@ def test_log_probabilities_of_the_drawn_or_of_a_whole_vocabulary(generator):
     assert sorted(token for token, _ in sequence.top_logprobs[0]) == list(range(98))
 
 
-@pytest.mark.parametrize(("scan", "fsdp", "context"), [
-    pytest.param(True, 2, 1, marks=pytest.mark.slow), (False, 2, 1), (True, 1, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scan", "fsdp", "context"),
+    [pytest.param(True, 2, 1, marks=pytest.mark.slow), (False, 2, 1), (True, 1, 2)],
+)
 def test_a_mesh_changes_nothing(generator, scan, fsdp, context):
-    """The parameters as training leaves them on 8 devices, sequences over data and fsdp, heads over tensor; sequences stay whole."""
+    """The parameters as training leaves them on 8 devices, sequences over data and fsdp, heads over
+    tensor; sequences stay whole.
+    """
     sampling = make_sampling(5, [0.0, 1.0, 0.0, 0.7, 1.0], top_p=0.9, seed=3)
     alone = generator.generate(PROMPTS, 12, sampling)
     mesh = make_mesh(data=2, fsdp=fsdp, tensor=2, context=context)
@@ -283,21 +335,28 @@ def test_a_mesh_changes_nothing(generator, scan, fsdp, context):
     over_mesh = Generator(sharded, CONFIG, mesh=mesh)
     session = over_mesh.start(PROMPTS, 12, sampling)
     keys = jax.tree.leaves(session._progress.cache.layers)[0]
-    assert keys.sharding.shard_shape(keys.shape)[-4:-1] == (4 // fsdp, 1, session._progress.cache.slots)
+    assert keys.sharding.shard_shape(keys.shape)[-4:-1] == (
+        4 // fsdp,
+        1,
+        session._progress.cache.slots,
+    )
     list(session.stream(32))
     assert [session.tokens(sequence) for sequence in range(5)] == alone
     prefix = over_mesh.prefix(PROMPTS[3][:30])
     assert over_mesh.generate(PROMPTS, 12, sampling, prefix=prefix) == alone
 
 
-@pytest.mark.parametrize(("prompts", "new", "words"), [
-    ([[]], 5, ("prompt 1", "0 tokens", "128")),
-    ([[1], []], 5, ("prompt 2", "0 tokens")),
-    ([[1] * 129], 5, ("prompt 1", "129 tokens", "128")),
-    ([[1, 98, 3]], 5, ("prompt 1", "98", "97")),
-    ([[1], [5, -1, 3]], 5, ("prompt 2", "-1", "97")),
-    ([[1]], -1, ("max_new_tokens", "-1", "0 or more")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "new", "words"),
+    [
+        ([[]], 5, ("prompt 1", "0 tokens", "128")),
+        ([[1], []], 5, ("prompt 2", "0 tokens")),
+        ([[1] * 129], 5, ("prompt 1", "129 tokens", "128")),
+        ([[1, 98, 3]], 5, ("prompt 1", "98", "97")),
+        ([[1], [5, -1, 3]], 5, ("prompt 2", "-1", "97")),
+        ([[1]], -1, ("max_new_tokens", "-1", "0 or more")),
+    ],
+)
 def test_what_a_model_cannot_take(generator, prompts, new, words):
     with pytest.raises(InputError) as refused:
         generator.generate(prompts, new)
@@ -305,29 +364,54 @@ def test_what_a_model_cannot_take(generator, prompts, new, words):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("prompts", "settings", "words"), [
-    ([[1, 2.5]], {}, "prompt 1 holds 2.5; token ids, whole numbers, expected"),
-    (["ab"], {}, "prompt 1 is 'ab'; a list of token ids expected"),
-    ([1, 2], {}, "prompt 1 is 1; a list of token ids expected"),
-    ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
-    ([[1]], {"max_new_tokens": [3.5]}, "max_new_tokens: 3.5 given; a whole number expected"),
-    ([[1]], {"samples": 1.5}, "samples: 1.5 given; a whole number expected"),
-    ([[1]], {"logprobs": 99}, "logprobs: 99 given; 0 to 98 expected, or none"),
-    ([[1]], {"logprobs": True}, "logprobs: True given; a whole number expected"),
-    ([[1]], {"stop_ids": ["a"]}, "stop_ids: .* given; token ids for all sequences, or one list a sequence expected"),
-    ([[1]], {"stop_ids": [1 << 40]}, "stop_ids: 1099511627776 given; token ids from 0 to 2147483647 expected"),
-    ([[1]], {"stop_ids": [[-3]]}, "stop_ids: -3 given"),
-    ([[1]], {"speculation": 3}, r"speculation: a int given; Speculation\(tokens\) expected"),
-    ([[1]], {"prefix": [1, 2]}, r"prefix: a list given; one from this generator's prefix\(\) expected"),
-    ([[1]], {"sampling": make_sampling(1, logit_bias={10**6: 5})}, "logit_bias: token 1000000 given; .* from 0 to 97"),
-    ([[1]], {"stop_ids": [[2.5]]}, "stop_ids: .* given; token ids for all sequences, or one list a sequence expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "settings", "words"),
+    [
+        ([[1, 2.5]], {}, "prompt 1 holds 2.5; token ids, whole numbers, expected"),
+        (["ab"], {}, "prompt 1 is 'ab'; a list of token ids expected"),
+        ([1, 2], {}, "prompt 1 is 1; a list of token ids expected"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
+        ([[1]], {"max_new_tokens": [3.5]}, "max_new_tokens: 3.5 given; a whole number expected"),
+        ([[1]], {"samples": 1.5}, "samples: 1.5 given; a whole number expected"),
+        ([[1]], {"logprobs": 99}, "logprobs: 99 given; 0 to 98 expected, or none"),
+        ([[1]], {"logprobs": True}, "logprobs: True given; a whole number expected"),
+        (
+            [[1]],
+            {"stop_ids": ["a"]},
+            "stop_ids: .* given; token ids for all sequences, or one list a sequence expected",
+        ),
+        (
+            [[1]],
+            {"stop_ids": [1 << 40]},
+            "stop_ids: 1099511627776 given; token ids from 0 to 2147483647 expected",
+        ),
+        ([[1]], {"stop_ids": [[-3]]}, "stop_ids: -3 given"),
+        ([[1]], {"speculation": 3}, r"speculation: a int given; Speculation\(tokens\) expected"),
+        (
+            [[1]],
+            {"prefix": [1, 2]},
+            r"prefix: a list given; one from this generator's prefix\(\) expected",
+        ),
+        (
+            [[1]],
+            {"sampling": make_sampling(1, logit_bias={10**6: 5})},
+            "logit_bias: token 1000000 given; .* from 0 to 97",
+        ),
+        (
+            [[1]],
+            {"stop_ids": [[2.5]]},
+            "stop_ids: .* given; token ids for all sequences, or one list a sequence expected",
+        ),
+    ],
+)
 def test_what_is_of_another_kind(generator, prompts, settings, words):
     with pytest.raises(InputError, match=words):
         generator.generate(prompts, **{"max_new_tokens": 3, **settings})
 
 
-@pytest.mark.parametrize("kind", [np.array, jnp.array, lambda sequences: [np.array(sequence) for sequence in sequences]])
+@pytest.mark.parametrize(
+    "kind", [np.array, jnp.array, lambda sequences: [np.array(sequence) for sequence in sequences]]
+)
 def test_arrays_are_prompts_and_stops(generator, kind):
     sequences = np.random.default_rng(1).integers(0, 98, (5, 40)).tolist()
     expected = generator.generate(sequences, 12)
@@ -340,17 +424,23 @@ def test_arrays_are_prompts_and_stops(generator, kind):
 def test_a_prefix_of_another_model_is_refused(generator):
     """Same shapes, other numbers: nothing would go wrong but the text."""
     strangers = [
-        Generator(unrolled_parameters(CONFIG, seed=1), CONFIG), of_context(200, layers=1),
+        Generator(unrolled_parameters(CONFIG, seed=1), CONFIG),
+        of_context(200, layers=1),
         Generator(PARAMS, CONFIG, cache_dtype="int8"),
-    ]  # fmt: skip
+    ]
     prefixes = [stranger.prefix(PROMPTS[0]) for stranger in strangers]
     session = strangers[0].start(PROMPTS[:1], 12)
     list(session.stream(8))
     for prefix in (*prefixes, session.prefix()):
-        with pytest.raises(InputError, match="prefix: one of another model, other parameters or other options given"):
+        with pytest.raises(
+            InputError,
+            match="prefix: one of another model, other parameters or other options given",
+        ):
             generator.generate(PROMPTS[:1], 12, prefix=prefix)
     again = Generator(generator.params, CONFIG)
-    assert again.generate(PROMPTS[:1], 12, prefix=generator.prefix(PROMPTS[0])) == generator.generate(PROMPTS[:1], 12)
+    assert again.generate(
+        PROMPTS[:1], 12, prefix=generator.prefix(PROMPTS[0])
+    ) == generator.generate(PROMPTS[:1], 12)
 
 
 def test_settings_that_do_not_fit(generator):
@@ -374,7 +464,9 @@ def test_few_new_tokens(generator, new):
 
 def test_stop_reason():
     assert stop_reason([4, 2], (2, 3)) == "stop"
-    assert stop_reason([2, 4], (2, 3)) == stop_reason([], (2, 3)) == stop_reason([4], ()) == "length"
+    assert (
+        stop_reason([2, 4], (2, 3)) == stop_reason([], (2, 3)) == stop_reason([4], ()) == "length"
+    )
 
 
 def test_a_chunk_is_a_number(generator):
@@ -384,4 +476,6 @@ def test_a_chunk_is_a_number(generator):
 
 def test_parameters_may_be_arrays_of_numpy_and_stacked(generator):
     stacked = jax.tree.map(np.asarray, random_parameters(CONFIG))
-    assert Generator(stacked, CONFIG).generate(PROMPTS[:1], 12) == generator.generate(PROMPTS[:1], 12)
+    assert Generator(stacked, CONFIG).generate(PROMPTS[:1], 12) == generator.generate(
+        PROMPTS[:1], 12
+    )

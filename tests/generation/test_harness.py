@@ -1,4 +1,6 @@
-"""Under lm-evaluation-harness: the methods it calls, without it; and, where it is installed, a local task end to end."""
+"""Under lm-evaluation-harness: the methods it calls, without it; and, where it is installed, a
+local task end to end.
+"""
 
 import json
 import types
@@ -47,7 +49,9 @@ def test_loglikelihood_is_the_score(tiny, methods):
     expected = score(tiny, *zip(*pairs))
     got = methods.loglikelihood(requests(*pairs))
     assert [greedy for _, greedy in got] == [result.greedy for result in expected]
-    assert [value for value, _ in got] == pytest.approx([result.logprob for result in expected], abs=1e-4)
+    assert [value for value, _ in got] == pytest.approx(
+        [result.logprob for result in expected], abs=1e-4
+    )
 
 
 def shortened(model, context: int) -> HarnessMethods:
@@ -61,7 +65,9 @@ def logprobs(model, ids: list[int]) -> np.ndarray:
 
 
 def test_long_contexts_lose_their_beginning(tiny):
-    """16 tokens are run: the last of the continuation is only predicted, so 17 of the text are left."""
+    """16 tokens are run: the last of the continuation is only predicted, so 17 of the text are
+    left.
+    """
     prompt, following = "the cat sat on the mat and" * 9, " dog sat"
     ids, tail = tiny.tokenizer.encode(prompt + following), tiny.tokenizer.encode(following)
     assert ids[-len(tail) :] == tail
@@ -70,7 +76,9 @@ def test_long_contexts_lose_their_beginning(tiny):
 
 
 def test_rolling_predicts_every_token_once(tiny):
-    """Windows of 16: [end] then 16 tokens, the next 16 after one token of past, the last 5 after 12: the harness's own rule."""
+    """Windows of 16: [end] then 16 tokens, the next 16 after one token of past, the last 5 after
+    12: the harness's own rule.
+    """
     text = "The cat saw the dog sit, a quick brown fox jumps over the log. The cat sat."
     ids = [tiny.tokenizer.end_id, *tiny.tokenizer.encode(text)]
     count, total = len(ids) - 1, 0.0
@@ -94,11 +102,22 @@ def test_generate_until(tiny, methods):
     stop = plain[0][2:4]
     (cut,) = methods.generate_until(requests((prompts[0], {"until": stop})))
     assert cut == plain[0][: plain[0].index(stop)]
-    mixed = methods.generate_until(requests((prompts[1], {"max_gen_toks": 8}), (prompts[0], {"max_gen_toks": 2})))
+    mixed = methods.generate_until(
+        requests((prompts[1], {"max_gen_toks": 8}), (prompts[0], {"max_gen_toks": 2}))
+    )
     assert mixed == [plain[1], generate(tiny, prompts[:1], max_new_tokens=2)[0].text]
-    by_name = [{"max_new_tokens": 2}, {"max_tokens": 2, "num_beams": 1}, {"max_gen_toks": 2, "max_tokens": 7}]
-    assert methods.generate_until(requests(*[(prompts[0], names) for names in by_name])) == [mixed[1]] * 3
-    assert methods.generate_until(requests((prompts[0], {"stop": [stop], "until": ["zzz"]}))) == [cut]
+    by_name = [
+        {"max_new_tokens": 2},
+        {"max_tokens": 2, "num_beams": 1},
+        {"max_gen_toks": 2, "max_tokens": 7},
+    ]
+    assert (
+        methods.generate_until(requests(*[(prompts[0], names) for names in by_name]))
+        == [mixed[1]] * 3
+    )
+    assert methods.generate_until(requests((prompts[0], {"stop": [stop], "until": ["zzz"]}))) == [
+        cut
+    ]
     for bad, words in (
         ({"num_beams": 4}, "num_beams: 4 given; 1 expected"),
         ({"length_penalty": 1.0}, "'length_penalty' is unknown"),
@@ -108,16 +127,28 @@ def test_generate_until(tiny, methods):
 
 
 PAIRS = [
-    ("The cat", " sat"), ("The cat ", "sat"), ("The cat  ", " sat"), ("Answer:\n", "yes"), ("Answer:\n\n", "\nyes"),
+    ("The cat", " sat"),
+    ("The cat ", "sat"),
+    ("The cat  ", " sat"),
+    ("Answer:\n", "yes"),
+    ("Answer:\n\n", "\nyes"),
     ("The c", "at"),
-    ("a\t ", "b"), ("The quick bro", "wn fox"), (" ", "dog"), ("th", "e"), ("x\n", "  y"), ("The cat. ", ""), ("你", "好"),
-]  # fmt: skip
+    ("a\t ", "b"),
+    ("The quick bro", "wn fox"),
+    (" ", "dog"),
+    ("th", "e"),
+    ("x\n", "  y"),
+    ("The cat. ", ""),
+    ("你", "好"),
+]
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", ["begin token", "plain"])
 def test_pairs_are_those_of_the_harness(tiny, tiny_directory, kind):
-    """As lm-evaluation-harness 0.4.9 to 0.4.13 encodes pairs (`TemplateLM._encode_pair`), with transformers' tokenizer."""
+    """As lm-evaluation-harness 0.4.9 to 0.4.13 encodes pairs (`TemplateLM._encode_pair`), with
+    transformers' tokenizer.
+    """
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -130,7 +161,10 @@ def test_pairs_are_those_of_the_harness(tiny, tiny_directory, kind):
     for context, continuation in PAIRS:
         kept = context.rstrip()
         whole, alone = theirs.encode(context + continuation), theirs.encode(kept)
-        assert ours._pair(context, continuation) == (alone or [0], whole[len(alone) :]), (context, continuation)
+        assert ours._pair(context, continuation) == (alone or [0], whole[len(alone) :]), (
+            context,
+            continuation,
+        )
     assert ours._pair("", " dog") == ([0], theirs.encode(" dog", add_special_tokens=False))
     assert ours._windows("The cat") == [([0], theirs.encode("The cat"))]
 
@@ -149,7 +183,9 @@ class BeginsTexts:
 
 def test_white_space_that_ends_a_template_belongs_to_the_answer(tiny, methods):
     """ChatML ends with `assistant` and a line feed: what is scored begins with the line feed."""
-    prompt, following = methods._pair(methods.apply_chat_template([{"role": "user", "content": "Hi"}]), "Yes")
+    prompt, following = methods._pair(
+        methods.apply_chat_template([{"role": "user", "content": "Hi"}]), "Yes"
+    )
     whole = tiny.tokenizer.encode_after_special("assistant\nYes")
     alone = tiny.tokenizer.encode_after_special("assistant")
     assert prompt[-len(alone) - 1 :] == [tiny.tokenizer.special_tokens["<|im_start|>"], *alone]
@@ -162,7 +198,9 @@ def test_a_conversation_goes_through_the_template(tiny, methods):
     (got,) = methods.generate_until(requests((context, {})))
     assert got == generate(tiny, [messages], max_new_tokens=8)[0].text
     text = "<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
-    assert methods._pair(context, "Yes")[0] != tiny.tokenizer.encode(text)  # special words of the template are special
+    assert methods._pair(context, "Yes")[0] != tiny.tokenizer.encode(
+        text
+    )  # special words of the template are special
     assert methods._pair(context, "Yes")[0][0] == tiny.tokenizer.special_tokens["<|im_start|>"]
     with pytest.raises(InputError, match="gen_prefix"):
         methods.apply_chat_template(messages, add_generation_prompt=False)
@@ -182,17 +220,32 @@ def test_a_local_task(tiny, tmp_path, monkeypatch):
     from llama_jax.generation.score import Question, evaluate_choices
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    words = ["the cat", "a dog", "on the mat", "log", "brown fox jumps", "sat", "quick", "saw the dog sit"]
+    words = [
+        "the cat",
+        "a dog",
+        "on the mat",
+        "log",
+        "brown fox jumps",
+        "sat",
+        "quick",
+        "saw the dog sit",
+    ]
     rng = np.random.default_rng(0)
     asked = [
-        Question(f"The {words[i % 8]} sat on", [str(w) for w in rng.choice(words, 3, replace=False)], int(rng.integers(3)))
+        Question(
+            f"The {words[i % 8]} sat on",
+            [str(w) for w in rng.choice(words, 3, replace=False)],
+            int(rng.integers(3)),
+        )
         for i in range(12)
     ]
     data = tmp_path / "q.jsonl"
     data.write_text("".join(json.dumps(question._asdict()) + "\n" for question in asked))
     (tmp_path / "local_animals.yaml").write_text(TASK.format(path=data))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    results = lm_eval.simple_evaluate(harness_model(tiny), tasks=["local_animals"], task_manager=manager, bootstrap_iters=0)
+    results = lm_eval.simple_evaluate(
+        harness_model(tiny), tasks=["local_animals"], task_manager=manager, bootstrap_iters=0
+    )
     found, ours = results["results"]["local_animals"], evaluate_choices(tiny, asked)
     assert found["acc,none"] == pytest.approx(ours.acc)
     assert found["acc_norm,none"] == pytest.approx(ours.acc_norm)

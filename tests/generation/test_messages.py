@@ -1,4 +1,6 @@
-"""What a caller of the library gets wrong is answered in one sentence: what was given, what was expected, what to do."""
+"""What a caller of the library gets wrong is answered in one sentence: what was given, what was
+expected, what to do.
+"""
 
 import dataclasses
 
@@ -31,23 +33,68 @@ def to_nnx():
 
 
 CASES = [
-    (lambda: llama_jax.quantize(combine(STACKED, ADAPTERS, 1.0)), "parameters with adapters over them given"),
-    (lambda: combine(UNROLLED, ADAPTERS, 1.0), "adapters of layers/attention/wq given .*; both stacked"),
-    (lambda: merge(UNROLLED, ADAPTERS, 1.0), "adapters of layers/attention/wq given .*; both stacked"),
-    (lambda: MODULE.apply({"params": UNROLLED}, TOKENS), r"unrolled parameters given .* llama_jax.stack\(params\)"),
-    (lambda: llama_jax.logits(STACKED, [[1, 2]], CONFIG), r"inputs: a list given; an array of token ids"),
-    (lambda: llama_jax.logits(STACKED, TOKENS[0], CONFIG), r"inputs: int32 of shape \[4\] .*inputs\[None\]"),
-    (lambda: llama_jax.logits(STACKED, jnp.zeros((4, 48)), CONFIG), r"inputs: float32 of shape \[4, 48\] .*\[B, T, D\]"),
-    (lambda: llama_jax.hidden_states(STACKED, np.zeros(4, int), CONFIG), r"inputs: int64 of shape \[4\] given"),
+    (
+        lambda: llama_jax.quantize(combine(STACKED, ADAPTERS, 1.0)),
+        "parameters with adapters over them given",
+    ),
+    (
+        lambda: combine(UNROLLED, ADAPTERS, 1.0),
+        "adapters of layers/attention/wq given .*; both stacked",
+    ),
+    (
+        lambda: merge(UNROLLED, ADAPTERS, 1.0),
+        "adapters of layers/attention/wq given .*; both stacked",
+    ),
+    (
+        lambda: MODULE.apply({"params": UNROLLED}, TOKENS),
+        r"unrolled parameters given .* llama_jax.stack\(params\)",
+    ),
+    (
+        lambda: llama_jax.logits(STACKED, [[1, 2]], CONFIG),
+        r"inputs: a list given; an array of token ids",
+    ),
+    (
+        lambda: llama_jax.logits(STACKED, TOKENS[0], CONFIG),
+        r"inputs: int32 of shape \[4\] .*inputs\[None\]",
+    ),
+    (
+        lambda: llama_jax.logits(STACKED, jnp.zeros((4, 48)), CONFIG),
+        r"inputs: float32 of shape \[4, 48\] .*\[B, T, D\]",
+    ),
+    (
+        lambda: llama_jax.hidden_states(STACKED, np.zeros(4, int), CONFIG),
+        r"inputs: int64 of shape \[4\] given",
+    ),
     (lambda: llama_jax.mean_loss(STACKED, [[1, 2]], CONFIG), "inputs: a list given"),
-    (lambda: llama_jax.mean_loss(STACKED, jnp.zeros((1, 4, 48)), CONFIG), "tokens: float32 given; token ids"),
-    (lambda: llama_jax.logits(STACKED, TOKENS, CONFIG, dtyp="bfloat16"), "option 'dtyp' is unknown; the nearest is dtype"),
-    (lambda: llama_jax.Generator(STACKED, CONFIG, scan=True), "option scan given; stacked or unrolled parameters say it"),
-    (lambda: llama_jax.logits({"params": STACKED}, TOKENS, CONFIG), "params: a tree of params given; .* load"),
-    (lambda: to_nnx()(TOKENS), r"no parameters given; .* after ToNNX\(...\) first .lazy_init\(tokens\)"),
-    (lambda: rollout(llama_jax.make_sampling(1)), r"sampling for 1 sequences given .* make_sampling\(2, ...\)"),
-    (lambda: rollout(llama_jax.make_sampling(2), jnp.asarray([4, 4])), r"lengths of shape \[2\] given for 1 prompts"),
-]  # fmt: skip
+    (
+        lambda: llama_jax.mean_loss(STACKED, jnp.zeros((1, 4, 48)), CONFIG),
+        "tokens: float32 given; token ids",
+    ),
+    (
+        lambda: llama_jax.logits(STACKED, TOKENS, CONFIG, dtyp="bfloat16"),
+        "option 'dtyp' is unknown; the nearest is dtype",
+    ),
+    (
+        lambda: llama_jax.Generator(STACKED, CONFIG, scan=True),
+        "option scan given; stacked or unrolled parameters say it",
+    ),
+    (
+        lambda: llama_jax.logits({"params": STACKED}, TOKENS, CONFIG),
+        "params: a tree of params given; .* load",
+    ),
+    (
+        lambda: to_nnx()(TOKENS),
+        r"no parameters given; .* after ToNNX\(...\) first .lazy_init\(tokens\)",
+    ),
+    (
+        lambda: rollout(llama_jax.make_sampling(1)),
+        r"sampling for 1 sequences given .* make_sampling\(2, ...\)",
+    ),
+    (
+        lambda: rollout(llama_jax.make_sampling(2), jnp.asarray([4, 4])),
+        r"lengths of shape \[2\] given for 1 prompts",
+    ),
+]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -65,10 +112,15 @@ def test_rollouts_on_a_mesh_with_context():
     mesh = llama_jax.make_mesh(fsdp=1, context=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
         placed = jax.device_put(STACKED, tree_shardings(STACKED, mesh, TRAINING))
-        assert run(MODULE, placed, TOKENS, LENGTHS, sampling, (), 3, 2).tokens.tolist() == expected.tokens.tolist()
+        assert (
+            run(MODULE, placed, TOKENS, LENGTHS, sampling, (), 3, 2).tokens.tolist()
+            == expected.tokens.tolist()
+        )
 
 
 def test_decoding_that_gathers_every_weight_is_said():
     mesh = llama_jax.make_mesh(fsdp=2, devices=jax.devices()[:2])
-    with pytest.warns(UserWarning, match="a mesh with fsdp 2 given: every decoding step gathers every weight"):
+    with pytest.warns(
+        UserWarning, match="a mesh with fsdp 2 given: every decoding step gathers every weight"
+    ):
         llama_jax.Generator(STACKED, CONFIG, mesh)

@@ -1,4 +1,6 @@
-"""Logits that are NaN or infinite end in an error that names the sequence and the token, and nothing is sampled from them."""
+"""Logits that are NaN or infinite end in an error that names the sequence and the token, and
+nothing is sampled from them.
+"""
 
 import dataclasses
 import functools
@@ -22,7 +24,10 @@ from llama_jax.weights.load import load
 
 CONFIG = dataclasses.replace(TINY, layers=1)
 BAD = 96  # a token whose embedding is NaN: a sequence is sound until it comes
-MESSAGE = "sequence {}: logits that are NaN or infinite computed for new token {}, finite numbers expected; check the weights"
+MESSAGE = (
+    "sequence {}: logits that are NaN or infinite computed for new token {}, finite numbers "
+    "expected; check the weights"
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +75,18 @@ def test_tokens_before_it_are_given(damaged, speculation):
 def test_a_sequence_that_had_ended_is_no_error(damaged):
     session = damaged.start([[1, 2], [3, 4]], 5, towards_bad())
     session.finish(1)
-    assert [len(session.tokens(sequence).token_ids) for _ in session.stream(4) for sequence in (0,)][-1] == 5
+    assert [
+        len(session.tokens(sequence).token_ids) for _ in session.stream(4) for sequence in (0,)
+    ][-1] == 5
 
 
 def test_inside_of_a_larger_program(damaged):
     """No error can be raised there: the token says it, and the log-probability is NaN."""
     model = Llama(CONFIG, ModelOptions(scan=False))
     run = jax.jit(functools.partial(generate_tokens, model, stop_ids=(), max_new_tokens=4))
-    tokens, logprobs = run(damaged.params, np.asarray([[1, 2], [3, 4]]), np.asarray([2, 2]), towards_bad())
+    tokens, logprobs = run(
+        damaged.params, np.asarray([[1, 2], [3, 4]]), np.asarray([2, 2]), towards_bad()
+    )
     assert (tokens[0] >= 0).all()
     assert np.isfinite(logprobs[0]).all()
     assert tokens[1].tolist() == [BAD, BROKEN, NOTHING, NOTHING]

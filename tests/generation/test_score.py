@@ -1,4 +1,6 @@
-"""Scores of continuations: against the full pass, against transformers, and split as the tokenizer splits."""
+"""Scores of continuations: against the full pass, against transformers, and split as the tokenizer
+splits.
+"""
 
 import dataclasses
 
@@ -14,7 +16,10 @@ from llama_jax.weights.load import load
 CONFIG = dataclasses.replace(TINY, layers=2)
 PARAMS = unrolled_parameters(CONFIG)
 RNG = np.random.default_rng(4)
-PAIRS = [(RNG.integers(0, 97, a).tolist(), RNG.integers(0, 97, b).tolist()) for a, b in [(5, 3), (40, 1), (1, 60), (9, 9)]]
+PAIRS = [
+    (RNG.integers(0, 97, a).tolist(), RNG.integers(0, 97, b).tolist())
+    for a, b in [(5, 3), (40, 1), (1, 60), (9, 9)]
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +53,17 @@ def test_what_greedy_decoding_writes_is_greedy(generator):
     assert not any(result.greedy for result in score_tokens(generator, prompts, other))
 
 
-@pytest.mark.parametrize(("prompts", "continuations", "words"), [
-    ([[1]], [], "1 prompts and 0 continuations"), ([[1]], [[]], "pair 1: no tokens"),
-    ([[1], []], [[1], [2]], "pair 2: no tokens"),
-    ([[1] * 100], [[2] * 30], "129 tokens; 1 to 128"), ([[1]], [[97]], "token 97"), ([[-1]], [[5]], "token -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "continuations", "words"),
+    [
+        ([[1]], [], "1 prompts and 0 continuations"),
+        ([[1]], [[]], "pair 1: no tokens"),
+        ([[1], []], [[1], [2]], "pair 2: no tokens"),
+        ([[1] * 100], [[2] * 30], "129 tokens; 1 to 128"),
+        ([[1]], [[97]], "token 97"),
+        ([[-1]], [[5]], "token -1"),
+    ],
+)
 def test_what_cannot_be_scored(generator, prompts, continuations, words):
     with pytest.raises(InputError, match=words):
         score_tokens(generator, prompts, continuations)
@@ -66,8 +77,16 @@ def test_the_last_token_may_lie_behind_the_context(generator):
 @pytest.mark.smollm2
 def test_pairs_are_split_where_the_tokenizer_splits(smollm2_model):
     tokenizer = smollm2_model.tokenizer
-    pairs = [("The cat", " sat"), ("The cat ", "sat"), ("1+1=", "2"), ("", "Hello"), ("A\n\n", "B"),
-             ("The ca", "t sat on the mat"), ("Hello wor", "ld, hello"), ("A house by the se", "a")]  # fmt: skip
+    pairs = [
+        ("The cat", " sat"),
+        ("The cat ", "sat"),
+        ("1+1=", "2"),
+        ("", "Hello"),
+        ("A\n\n", "B"),
+        ("The ca", "t sat on the mat"),
+        ("Hello wor", "ld, hello"),
+        ("A house by the se", "a"),
+    ]
     for prompt, continuation in pairs:
         before, after = encode_pair(tokenizer, prompt, continuation)
         assert tokenizer.decode(before) + tokenizer.decode(after) == prompt + continuation
@@ -101,9 +120,15 @@ def test_scores_equal_transformers(smollm2_model, smollm2_torch):
     assert results[0].greedy
 
 
-@pytest.mark.parametrize(("prompts", "continuations", "name"), [
-    ("abc", "def", "prompts"), (["abc"], "d", "continuations"), (["a"], [1], "continuations"), (None, ["a"], "prompts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompts", "continuations", "name"),
+    [
+        ("abc", "def", "prompts"),
+        (["abc"], "d", "continuations"),
+        (["a"], [1], "continuations"),
+        (None, ["a"], "prompts"),
+    ],
+)
 def test_lists_of_texts_are_expected(tiny, prompts, continuations, name):
     with pytest.raises(InputError, match=f"{name}: .* given; a list of texts expected"):
         score(tiny, prompts, continuations)

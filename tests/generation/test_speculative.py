@@ -6,7 +6,14 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from support import TINY, float64_logits, float64_logprobs, greedy_continues, random_parameters, unrolled_parameters
+from support import (
+    TINY,
+    float64_logits,
+    float64_logprobs,
+    greedy_continues,
+    random_parameters,
+    unrolled_parameters,
+)
 
 from llama_jax.errors import InputError
 from llama_jax.generation.generate import Generator, Speculation
@@ -15,7 +22,9 @@ from llama_jax.generation.speculative import Draft, judge, look_up
 
 CONFIG = dataclasses.replace(TINY, layers=2, context_length=320)
 PARAMS = random_parameters(CONFIG)
-PROMPTS = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in (6, 17, 40)] + [[3, 4, 5] * 8]
+PROMPTS = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in (6, 17, 40)] + [
+    [3, 4, 5] * 8
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +37,28 @@ def drafts():
     near = jax.tree.map(lambda x: np.asarray(x) * np.float32(1.02), PARAMS)
     other = dataclasses.replace(CONFIG, layers=1, dim=24, context_length=64)
     stranger = Generator(unrolled_parameters(other, seed=8), other)
-    return {"look-up": None, "stranger": stranger, "near": Generator(near, CONFIG), "itself": Generator(PARAMS, CONFIG)}
+    return {
+        "look-up": None,
+        "stranger": stranger,
+        "near": Generator(near, CONFIG),
+        "itself": Generator(PARAMS, CONFIG),
+    }
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [
-    pytest.param("look-up", 1, marks=pytest.mark.slow), ("look-up", 4), ("stranger", 3), ("near", 4), ("itself", 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [
+        pytest.param("look-up", 1, marks=pytest.mark.slow),
+        ("look-up", 4),
+        ("stranger", 3),
+        ("near", 4),
+        ("itself", 4),
+    ],
+)
 def test_greedy_text_is_the_same(generator, kind, tokens):
-    """With stop tokens of two sequences, limits and log-probabilities; at temperature 0 exactly. Good proposals save passes."""
+    """With stop tokens of two sequences, limits and log-probabilities; at temperature 0 exactly.
+    Good proposals save passes.
+    """
     stops = [[60], [77], [], []]
     speculation = Speculation(tokens, drafts()[kind])
     session = generator.start(PROMPTS, 70, stop_ids=stops, logprobs=2, speculation=speculation)
@@ -47,9 +70,14 @@ def test_greedy_text_is_the_same(generator, kind, tokens):
         every = float64_logprobs(PARAMS, prompt + sequence.token_ids, CONFIG)[len(prompt) - 1 : -1]
         assert sequence.token_ids == every.argmax(-1).tolist()
         assert not set(stop) & set(sequence.token_ids[:-1])
-        np.testing.assert_allclose(sequence.logprobs, every[np.arange(len(every)), sequence.token_ids], atol=1e-4)
-        assert [[token for token, _ in best] for best in sequence.top_logprobs] == np.argsort(-every)[:, :2].tolist()
-    # Without speculation a pass a token, and one to see that all is done; the model itself is never wrong about the next five.
+        np.testing.assert_allclose(
+            sequence.logprobs, every[np.arange(len(every)), sequence.token_ids], atol=1e-4
+        )
+        assert [[token for token, _ in best] for best in sequence.top_logprobs] == np.argsort(
+            -every
+        )[:, :2].tolist()
+    # Without speculation a pass a token, and one to see that all is done; the model itself is never
+    # wrong about the next five.
     assert steps <= (70 / 5 + 3 if kind == "itself" else 71)
 
 
@@ -69,10 +97,14 @@ V = 12
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 4, 1.0), (1.3, 0, 0.8)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 4, 1.0), (1.3, 0, 0.8)]
+)
 @pytest.mark.parametrize("kind", ["drawn", "one"])
 def test_the_first_token_is_distributed_as_without(kind, temperature, top_k, top_p):
-    """DraftState from another distribution, or always the same: the frequencies of what is drawn are the model's own."""
+    """DraftState from another distribution, or always the same: the frequencies of what is drawn
+    are the model's own.
+    """
     draws = 20_000
     logits, guess = RNG.normal(0, 1.5, (2, V)), RNG.normal(0, 1.5, V)
     sampling = make_sampling(draws, temperature, top_k, top_p, seed=list(range(draws)))
@@ -84,21 +116,32 @@ def test_the_first_token_is_distributed_as_without(kind, temperature, top_k, top
     p[order[before >= top_p]] = 0
     p /= p.sum()
     q = np.exp(guess) / np.exp(guess).sum()
-    proposed = RNG.choice(V, size=(draws, 1), p=q) if kind == "drawn" else np.full((draws, 1), order[0])
-    probabilities = np.broadcast_to(q.astype(np.float32), (draws, 1, V)) if kind == "drawn" else None
+    proposed = (
+        RNG.choice(V, size=(draws, 1), p=q) if kind == "drawn" else np.full((draws, 1), order[0])
+    )
+    probabilities = (
+        np.broadcast_to(q.astype(np.float32), (draws, 1, V)) if kind == "drawn" else None
+    )
     every = np.broadcast_to(logits.astype(np.float32), (draws, 2, V))
     tokens, count = jax.jit(judge)(
-        every, Draft(proposed.astype(np.int32), probabilities), sampling, np.full(draws, 5, np.int32)
+        every,
+        Draft(proposed.astype(np.int32), probabilities),
+        sampling,
+        np.full(draws, 5, np.int32),
     )
     first = np.bincount(np.asarray(tokens)[:, 0], minlength=V) / draws
     assert (np.abs(first - p) <= 4 * np.sqrt(p * (1 - p) / draws) + 1e-12).all()
     kept = np.asarray(count) == 2
     overlap = np.minimum(p, q).sum() if kind == "drawn" else p[order[0]]
-    assert abs(kept.mean() - overlap) <= 4 * np.sqrt(0.25 / draws)  # as many as any scheme can keep (arXiv:2211.17192)
+    assert abs(kept.mean() - overlap) <= 4 * np.sqrt(
+        0.25 / draws
+    )  # as many as any scheme can keep (arXiv:2211.17192)
 
 
 def test_texts_are_distributed_as_without():
-    """Four tokens of the real loop at temperature 1, with a draft that is near: how often each triple, by its probability."""
+    """Four tokens of the real loop at temperature 1, with a draft that is near: how often each
+    triple, by its probability.
+    """
     config, sequences = dataclasses.replace(CONFIG, vocab_size=5, layers=1), 2000
     params = unrolled_parameters(config, std=0.4)
     texts = np.asarray(list(itertools.product(range(5), repeat=4)))
@@ -111,18 +154,35 @@ def test_texts_are_distributed_as_without():
     near = Generator(jax.tree.map(lambda x: np.asarray(x) * np.float32(0.9), params), config)
     model = Generator(params, config)
     for seed, speculation in ((5000, Speculation(2, near)), (9000, Speculation(2))):
-        texts = model.generate([[1, 2]], 4, make_sampling(sequences, 1.0, seed=seed), samples=sequences, speculation=speculation)
+        texts = model.generate(
+            [[1, 2]],
+            4,
+            make_sampling(sequences, 1.0, seed=seed),
+            samples=sequences,
+            speculation=speculation,
+        )
         last = np.asarray([sequence.token_ids for sequence in texts])
-        found = np.bincount(last[:, 1] * 25 + last[:, 2] * 5 + last[:, 3], minlength=125) / sequences
+        found = (
+            np.bincount(last[:, 1] * 25 + last[:, 2] * 5 + last[:, 3], minlength=125) / sequences
+        )
         assert (np.abs(found - p) <= 4.5 * np.sqrt(p / sequences) + 2 / sequences).all()
         assert np.abs(found - p).sum() < 0.25
 
 
 def test_look_up():
-    """The latest of the longest matches; a repetition goes on; nothing found proposes something all the same."""
-    sequences = [[1, 2, 3, 9, 1, 2, 3, 0, 0, 0], [7, 7, 7, 0, 0, 0, 0, 0, 0, 0], [1, 2, 1, 2, 1, 0, 0, 0, 0, 0],
-            [5, 1, 2, 8, 3, 2, 4, 1, 2, 0], [1, 2, 3, 4, 5, 6, 0, 0, 0, 0]]  # fmt: skip
-    found = jax.jit(look_up, static_argnums=2)(np.asarray(sequences), np.asarray([6, 2, 4, 8, 5]), 4)
+    """The latest of the longest matches; a repetition goes on; nothing found proposes something all
+    the same.
+    """
+    sequences = [
+        [1, 2, 3, 9, 1, 2, 3, 0, 0, 0],
+        [7, 7, 7, 0, 0, 0, 0, 0, 0, 0],
+        [1, 2, 1, 2, 1, 0, 0, 0, 0, 0],
+        [5, 1, 2, 8, 3, 2, 4, 1, 2, 0],
+        [1, 2, 3, 4, 5, 6, 0, 0, 0, 0],
+    ]
+    found = jax.jit(look_up, static_argnums=2)(
+        np.asarray(sequences), np.asarray([6, 2, 4, 8, 5]), 4
+    )
     assert found[:4].tolist() == [[9, 1, 2, 3], [7, 7, 7, 7], [2, 1, 2, 1], [8, 3, 2, 4]]
 
 
@@ -130,7 +190,11 @@ def test_what_cannot_be_done(generator):
     with pytest.raises(InputError, match=r"speculation.tokens: 0 given; 1 or more expected"):
         generator.generate([[1]], 3, speculation=Speculation(0))
     with pytest.raises(InputError, match="penalties given together with speculation"):
-        generator.generate([[1]], 3, make_sampling(1, repetition_penalty=1.2), speculation=Speculation(3))
+        generator.generate(
+            [[1]], 3, make_sampling(1, repetition_penalty=1.2), speculation=Speculation(3)
+        )
     other = dataclasses.replace(CONFIG, vocab_size=50)
     with pytest.raises(InputError, match="the draft model has 50 tokens and the model 97"):
-        generator.generate([[1]], 3, speculation=Speculation(3, Generator(random_parameters(other), other)))
+        generator.generate(
+            [[1]], 3, speculation=Speculation(3, Generator(random_parameters(other), other))
+        )

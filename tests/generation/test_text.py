@@ -1,4 +1,6 @@
-"""Text in, text out, with a model of random weights: its text is noise, broken characters included."""
+"""Text in, text out, with a model of random weights: its text is noise, broken characters
+included.
+"""
 
 import dataclasses
 import itertools
@@ -33,12 +35,21 @@ def completions(tiny) -> list[Completion]:
 
 def test_completions_are_the_decoded_ids(tiny, completions):
     prompts = [tiny.tokenizer.encode(prompt) for prompt in PROMPTS]
-    expected = Generator(tiny.params, tiny.config).generate(prompts, 30, make_sampling(3, 1.0, seed=4), tiny.stop_ids)
+    expected = Generator(tiny.params, tiny.config).generate(
+        prompts, 30, make_sampling(3, 1.0, seed=4), tiny.stop_ids
+    )
     for completion, text, prompt, sequence in zip(completions, PROMPTS, prompts, expected):
         assert completion == Completion(
-            text, tiny.tokenizer.decode(sequence.token_ids), sequence.token_ids, sequence.stop_reason, len(prompt), len(sequence.token_ids)
+            text,
+            tiny.tokenizer.decode(sequence.token_ids),
+            sequence.token_ids,
+            sequence.stop_reason,
+            len(prompt),
+            len(sequence.token_ids),
         )
-    assert any("\ufffd" in completion.text for completion in completions)  # noise: some bytes are no characters
+    assert any(
+        "\ufffd" in completion.text for completion in completions
+    )  # noise: some bytes are no characters
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
@@ -49,23 +60,37 @@ def test_pieces_make_up_the_completions(tiny, completions, chunk):
         assert [piece.completion for piece in own] == [None] * (len(own) - 1) + [completion]
         assert "".join(piece.text for piece in own) == completion.text
         assert sum(piece.tokens for piece in own) == completion.new_tokens
-        assert max(piece.tokens for piece in own) == min(chunk, completion.new_tokens - 1)  # the first token comes alone
+        assert max(piece.tokens for piece in own) == min(
+            chunk, completion.new_tokens - 1
+        )  # the first token comes alone
 
 
 def test_settings_per_prompt(tiny, completions):
     """A sequence's settings and seed are its own."""
-    settings = {"temperature": [0.0, 1.0, 1.0], "top_k": [0, 0, 1], "seed": sequence_keys(4, 3)[np.array([2, 1, 0])]}
+    settings = {
+        "temperature": [0.0, 1.0, 1.0],
+        "top_k": [0, 0, 1],
+        "seed": sequence_keys(4, 3)[np.array([2, 1, 0])],
+    }
     got = generate(tiny, PROMPTS, max_new_tokens=30, **settings)
     greedy = generate(tiny, PROMPTS, max_new_tokens=30)
-    assert [sequence.token_ids for sequence in got] == [greedy[0].token_ids, completions[1].token_ids, greedy[2].token_ids]
+    assert [sequence.token_ids for sequence in got] == [
+        greedy[0].token_ids,
+        completions[1].token_ids,
+        greedy[2].token_ids,
+    ]
     assert greedy[1].token_ids != completions[1].token_ids
 
 
 def test_each_sequence_has_its_own_limit(tiny, completions):
     """Samples of a prompt too, and beside a limit that the context sets."""
     got = generate(tiny, PROMPTS, max_new_tokens=[4, 30, 0], temperature=1.0, seed=4)
-    assert [sequence.token_ids for sequence in got] == [sequence.token_ids[:limit] for sequence, limit in zip(completions, (4, 30, 0))]
-    assert [sequence.new_tokens for sequence in generate(tiny, ["a"], samples=2, max_new_tokens=[2, 1])] == [2, 1]
+    assert [sequence.token_ids for sequence in got] == [
+        sequence.token_ids[:limit] for sequence, limit in zip(completions, (4, 30, 0))
+    ]
+    assert [
+        sequence.new_tokens for sequence in generate(tiny, ["a"], samples=2, max_new_tokens=[2, 1])
+    ] == [2, 1]
 
 
 def test_chat_goes_through_the_template(tiny):
@@ -83,34 +108,47 @@ def test_a_prompt_that_fills_the_context(tiny):
     assert full[1].new_tokens == 3
 
 
-@pytest.mark.parametrize(("prompt", "settings", "words"), [
-    ("", {}, "prompt 1 has 0 tokens; 1 to 64"),
-    (" the" * 65, {}, "prompt 1 has 65 tokens; 1 to 64"),
-    ("a", {"max_new_tokens": -1}, "max_new_tokens: -1"),
-    ("a", {"temperature": -1.0}, "temperature: -1.0"),
-    ("a", {"top_k": -1}, "top_k: -1"),
-    ("a", {"top_p": 2.0}, "top_p: 2.0"),
-    ("a", {"seed": -1}, "seed: -1"),
-    ("a", {"temperature": [1.0, 1.0]}, "temperature: 2 values given for 1 sequences"),
-    ("a\udc80", {}, "surrogate"),
-    ("a", {"dtype": "int8"}, "dtype 'int8'"),
-    ("a", {"attention": "flash"}, "attention backend 'flash'"),
-    ("a", {"tempreature": 1}, "setting 'tempreature' is unknown; the nearest is temperature"),
-    ("a", {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
-    ("a", {"max_new_tokens": [3, 4]}, "max_new_tokens: 2 values given for 1 sequences; one for all or one a sequence expected"),
-    ("a", {"stop": 3}, "stop: 3 given; texts that end an answer expected"),
-    ("a", {"stop": [["a", 3]]}, "stop: .* one list a sequence expected"),
-    ("a", {"logprobs": 1000}, "logprobs: 1000 given; 0 to 100 expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [
+        ("", {}, "prompt 1 has 0 tokens; 1 to 64"),
+        (" the" * 65, {}, "prompt 1 has 65 tokens; 1 to 64"),
+        ("a", {"max_new_tokens": -1}, "max_new_tokens: -1"),
+        ("a", {"temperature": -1.0}, "temperature: -1.0"),
+        ("a", {"top_k": -1}, "top_k: -1"),
+        ("a", {"top_p": 2.0}, "top_p: 2.0"),
+        ("a", {"seed": -1}, "seed: -1"),
+        ("a", {"temperature": [1.0, 1.0]}, "temperature: 2 values given for 1 sequences"),
+        ("a\udc80", {}, "surrogate"),
+        ("a", {"dtype": "int8"}, "dtype 'int8'"),
+        ("a", {"attention": "flash"}, "attention backend 'flash'"),
+        ("a", {"tempreature": 1}, "setting 'tempreature' is unknown; the nearest is temperature"),
+        ("a", {"max_new_tokens": 2.5}, "max_new_tokens: 2.5 given; a whole number expected"),
+        (
+            "a",
+            {"max_new_tokens": [3, 4]},
+            "max_new_tokens: 2 values given for 1 sequences; one for all or one a "
+            "sequence expected",
+        ),
+        ("a", {"stop": 3}, "stop: 3 given; texts that end an answer expected"),
+        ("a", {"stop": [["a", 3]]}, "stop: .* one list a sequence expected"),
+        ("a", {"logprobs": 1000}, "logprobs: 1000 given; 0 to 100 expected"),
+    ],
+)
 def test_what_cannot_be_done(tiny, prompt, settings, words):
     with pytest.raises(InputError, match=words):
         generate(tiny, [prompt], **settings)
 
 
 def test_prompts_that_are_one(tiny):
-    with pytest.raises(InputError, match=r"prompts: the text 'abc' given; a list of texts expected, such as \[text\]"):
+    with pytest.raises(
+        InputError,
+        match=r"prompts: the text 'abc' given; a list of texts expected, such as \[text\]",
+    ):
         generate(tiny, "abc")
-    with pytest.raises(InputError, match="prompt 1 is one message; a list of conversations expected"):
+    with pytest.raises(
+        InputError, match="prompt 1 is one message; a list of conversations expected"
+    ):
         check_texts([{"role": "user", "content": "Hi"}])
 
 
@@ -119,7 +157,11 @@ def test_no_stops_and_stops_in_arrays(tiny):
     assert generate(tiny, ["The cat"], max_new_tokens=8, stop=None, stop_ids=None) == [plain]
     stop = plain.token_ids[2]
     expected = generate(tiny, ["The cat"], max_new_tokens=8, stop_ids=[stop])
-    assert generate(tiny, ["The cat"], max_new_tokens=8, stop_ids=np.array([stop])) == expected != [plain]
+    assert (
+        generate(tiny, ["The cat"], max_new_tokens=8, stop_ids=np.array([stop]))
+        == expected
+        != [plain]
+    )
 
 
 def test_a_model_without_tokenizer_or_template(tiny):

@@ -10,4 +10,6 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; `make test-gpu` runs it on one"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs an NVIDIA GPU; `make test-gpu` runs it on one")
+            )

@@ -1,4 +1,6 @@
-"""cuDNN's attention on a GPU against float64 written out, forward and backward: whole sequences, documents, prompts of a cache."""
+"""cuDNN's attention on a GPU against float64 written out, forward and backward: whole sequences,
+documents, prompts of a cache.
+"""
 
 import dataclasses
 
@@ -22,7 +24,10 @@ _ERROR = 1e-2  # of the norm: bfloat16 has 8 bits
 def draw(length, width, heads=8, kv_heads=2, batch=2, seed=0):
     """q, k, v and the gradient of the output, bfloat16."""
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(batch, n, length, width)), jnp.bfloat16) for n in (heads, kv_heads, kv_heads, heads)]
+    return [
+        jnp.asarray(rng.normal(size=(batch, n, length, width)), jnp.bfloat16)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
 
 
 def documents(kind, batch, length, rng=None):
@@ -31,11 +36,15 @@ def documents(kind, batch, length, rng=None):
     if kind == "one":
         return np.ones((batch, length), np.int32)
     if kind == "two places":  # a document goes on behind another
-        return np.tile(np.repeat([1, 2, 1], [length // 4, length // 4, length - length // 2]), (batch, 1)).astype(np.int32)
+        return np.tile(
+            np.repeat([1, 2, 1], [length // 4, length // 4, length - length // 2]), (batch, 1)
+        ).astype(np.int32)
     count = {"few": 5, "uneven": 2, "too many": length // 4}[kind]
     sequences = [np.sort(rng.integers(1, count + 1, length)) for _ in range(batch)]
     sequences = np.stack(sequences).astype(np.int32)
-    if kind == "uneven":  # sequences with one document and with many, and padding behind the last one
+    if (
+        kind == "uneven"
+    ):  # sequences with one document and with many, and padding behind the last one
         sequences[0] = 1
         sequences[1, -7:] = 0
     return sequences
@@ -55,7 +64,11 @@ def check(run, arrays, seen):
 @pytest.mark.parametrize(("length", "width"), [(512, 64), (1024, 128), (1000, 64)])
 def test_whole_sequences_equal_float64(length, width):
     arrays = draw(length, width)
-    check(lambda q, k, v: cudnn_attention(q, k, v, None, TRAINING), arrays, seen_by(np.arange(length), None))
+    check(
+        lambda q, k, v: cudnn_attention(q, k, v, None, TRAINING),
+        arrays,
+        seen_by(np.arange(length), None),
+    )
 
 
 @pytest.mark.parametrize("kind", ["one", "few", "uneven", "too many", "two places"])
@@ -72,11 +85,17 @@ def test_the_sequence_of_the_table_is_right(mask):
     assert ROWS["cudnn"][MASKS.index(mask)] == EQUAL
     arrays, numbers = draw(LENGTH, 128), documents_of(mask)
     given = None if numbers is None else jnp.asarray(numbers)
-    check(lambda q, k, v: cudnn_attention(q, k, v, given, TRAINING), arrays, seen_by(np.arange(LENGTH), numbers))
+    check(
+        lambda q, k, v: cudnn_attention(q, k, v, given, TRAINING),
+        arrays,
+        seen_by(np.arange(LENGTH), numbers),
+    )
 
 
 def test_prompts_and_new_tokens_equal_the_forward_pass_of_the_whole():
-    """The kernel fills the cache, sums read it: logits as from one pass over prompt and answer without any of them."""
+    """The kernel fills the cache, sums read it: logits as from one pass over prompt and answer
+    without any of them.
+    """
     config = dataclasses.replace(TINY, head_dim=64, context_length=1024)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_parameters(config))
     prompts = random_tokens(config, (2, 700)).tolist()
@@ -84,6 +103,10 @@ def test_prompts_and_new_tokens_equal_the_forward_pass_of_the_whole():
     assert generator.programs.model.options.attention == "cudnn"
     for prompt, answer in zip(prompts, generator.generate(prompts, 5, logprobs=0)):
         whole = jnp.asarray([prompt + answer.token_ids])
-        expected = jax.nn.log_softmax(logits(params, whole, config, dtype="bfloat16", attention="reference"))[0, 699:-1]
-        theirs = np.take_along_axis(np.asarray(expected), np.asarray(answer.token_ids)[:, None], 1)[:, 0]
+        expected = jax.nn.log_softmax(
+            logits(params, whole, config, dtype="bfloat16", attention="reference")
+        )[0, 699:-1]
+        theirs = np.take_along_axis(np.asarray(expected), np.asarray(answer.token_ids)[:, None], 1)[
+            :, 0
+        ]
         np.testing.assert_allclose(answer.logprobs, theirs, atol=0.05)

@@ -21,7 +21,9 @@ def test_product_equals_float64(form, axis, rows):
     matrix = jnp.asarray(rng.normal(size=(1024, 512) if axis == 0 else (512, 1024)), jnp.bfloat16)
     held, numbers = matrix, np.asarray(matrix, np.float64)
     if form != "bfloat16":
-        (held,) = quantize({"embedding" if axis else "wq": matrix}, int(form.removeprefix("int"))).values()
+        (held,) = quantize(
+            {"embedding" if axis else "wq": matrix}, int(form.removeprefix("int"))
+        ).values()
         numbers = np.asarray(dequantize(held), np.float64)
         numbers = numbers if axis else numbers.T
     x = jnp.asarray(rng.normal(size=(rows, 1, 1024)), jnp.bfloat16)

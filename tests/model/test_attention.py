@@ -1,4 +1,6 @@
-"""Backends against float64 attention written out, with every mask, forward and backward; memory of the chunked form."""
+"""Backends against float64 attention written out, with every mask, forward and backward; memory of
+the chunked form.
+"""
 
 import functools
 import itertools
@@ -14,7 +16,11 @@ from llama_jax.errors import InputError
 from llama_jax.model.attention import BACKENDS, Mask, attend, choose_backend
 from llama_jax.model.blockwise import blockwise_attention
 
-HEADS = [pytest.param((4, 4), id="mha"), pytest.param((6, 2), id="gqa"), pytest.param((4, 1), id="mqa")]
+HEADS = [
+    pytest.param((4, 4), id="mha"),
+    pytest.param((6, 2), id="gqa"),
+    pytest.param((4, 1), id="mqa"),
+]
 
 
 def draw(heads, queries, keys, seed=0, width=8, batch=2):
@@ -25,7 +31,8 @@ def draw(heads, queries, keys, seed=0, width=8, batch=2):
 
 
 def masks(queries, keys):
-    """Combinations of start, lengths and documents that make sense for these sizes; all of them in `make test-all`.
+    """Combinations of start, lengths and documents that make sense for these sizes; all of them in
+    `make test-all`.
 
     Of fields of two programs: those with all that there is, and those with as little as possible.
     """
@@ -33,7 +40,9 @@ def masks(queries, keys):
     lengths = [None, np.asarray([keys, keys // 3], np.int32), np.asarray([0, keys - 1], np.int32)]
     documents = [None]
     if queries == keys:
-        documents.append(np.sort(np.random.default_rng(5).integers(1, 4, (2, keys)), axis=1).astype(np.int32))
+        documents.append(
+            np.sort(np.random.default_rng(5).integers(1, 4, (2, keys)), axis=1).astype(np.int32)
+        )
     every = [Mask(*fields) for fields in itertools.product(starts, lengths, documents)]
     return every if ALL or len(documents) == 1 else [every[0], every[3], every[5]]
 
@@ -81,7 +90,9 @@ def test_backends_equal_float64(heads, sizes, causal):
 def test_chunked_equals_reference_at_block_size_and_in_bfloat16():
     wide = draw((4, 2), 700, 700, width=16, batch=1)
     narrow = [x.astype(jnp.bfloat16) for x in wide]
-    chunked, reference = (jax.jit(functools.partial(attend, backend=backend)) for backend in ("chunked", "reference"))
+    chunked, reference = (
+        jax.jit(functools.partial(attend, backend=backend)) for backend in ("chunked", "reference")
+    )
     got = chunked(*narrow)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(chunked(*wide), reference(*wide), atol=2e-6)
@@ -93,8 +104,12 @@ def test_no_information_from_later_tokens_or_other_documents():
     q, k, v = draw((2, 1), 24, 24, batch=1)
     documents = np.asarray([[1] * 10 + [2] * 14], np.int32)
     for run in (BACKENDS["reference"], run_chunked):
-        summed = lambda v, run=run: run(q, k, v, Mask(documents=jnp.asarray(documents)), True).sum(axis=(0, 1, 3))  # noqa: E731
-        seen = np.abs(np.asarray(jax.jit(jax.jacobian(summed))(v))).sum(axis=(1, 2, 4)) > 0  # [T, S]
+        summed = lambda v, run=run: run(q, k, v, Mask(documents=jnp.asarray(documents)), True).sum(
+            axis=(0, 1, 3)
+        )
+        seen = (
+            np.abs(np.asarray(jax.jit(jax.jacobian(summed))(v))).sum(axis=(1, 2, 4)) > 0
+        )  # [T, S]
         allowed = np.tril(np.ones((24, 24), bool)) & (documents[0][:, None] == documents[0][None])
         np.testing.assert_array_equal(seen, allowed)
 

@@ -1,4 +1,6 @@
-"""The cache: growing, taking sequences, and 8-bit keys and values against their dequantised selves."""
+"""The cache: growing, taking sequences, and 8-bit keys and values against their dequantised
+selves.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +14,16 @@ from support import TINY, float64_logits, random_parameters, random_tokens, unro
 from llama_jax.errors import InputError
 from llama_jax.generation.decode import decode, prefill
 from llama_jax.model.attention import Mask, Scales, attend
-from llama_jax.model.cache import Cache, _write_at_once, _write_in_turn, append, grow, init_cache, quantise_heads, take_sequences
+from llama_jax.model.cache import (
+    Cache,
+    _write_at_once,
+    _write_in_turn,
+    append,
+    grow,
+    init_cache,
+    quantise_heads,
+    take_sequences,
+)
 from llama_jax.model.llama import model_for
 from llama_jax.model.options import ModelOptions
 
@@ -26,7 +37,11 @@ def filled(dtype, scan, slots=16):
     params = random_parameters(CONFIG) if scan else unrolled_parameters(CONFIG)
     model = model_for(params, CONFIG)
     tokens, lengths = random_tokens(CONFIG, (3, 9)), jnp.asarray(LENGTHS)
-    run = jax.jit(lambda params: prefill(model, params, tokens, lengths, init_cache(CONFIG, 3, slots, dtype, scan)))
+    run = jax.jit(
+        lambda params: prefill(
+            model, params, tokens, lengths, init_cache(CONFIG, 3, slots, dtype, scan)
+        )
+    )
     return model, params, run(params)[1]
 
 
@@ -48,7 +63,9 @@ def layer(cache: Cache, i: int):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_rows_are_taken_and_slots_added(dtype, scan):
     cache = any_cache(dtype, scan)
-    wide = jax.jit(lambda cache, sequences: take_sequences(grow(cache, 20), sequences))(cache, np.asarray([2, 1, 1, 0]))
+    wide = jax.jit(lambda cache, sequences: take_sequences(grow(cache, 20), sequences))(
+        cache, np.asarray([2, 1, 1, 0])
+    )
     assert wide.slots == 20
     assert wide.lengths.tolist() == [1, 9, 9, 5]
     assert jax.tree.structure(wide) == jax.tree.structure(cache)
@@ -92,20 +109,37 @@ def test_integer_attention_equals_attention_on_dequantised_keys_and_values(backe
     rng = np.random.default_rng(1)
     q = rng.normal(size=(3, 6, queries, 16)).astype(np.float32)
     narrow = jax.jit(quantise_heads)
-    (k, k_scale), (v, v_scale) = (narrow(rng.normal(size=(3, 2, 24, 16)).astype(np.float32)) for _ in "kv")
-    run = jax.jit(lambda q, k, v, scales: attend(q, k, v, Mask(start=jnp.asarray(LENGTHS)), backend=backend, scales=scales))
+    (k, k_scale), (v, v_scale) = (
+        narrow(rng.normal(size=(3, 2, 24, 16)).astype(np.float32)) for _ in "kv"
+    )
+    run = jax.jit(
+        lambda q, k, v, scales: attend(
+            q, k, v, Mask(start=jnp.asarray(LENGTHS)), backend=backend, scales=scales
+        )
+    )
     got = run(q, k, v, Scales(k_scale, v_scale))
-    wide = [np.asarray(x, np.float64) * np.asarray(s)[..., None] for x, s in ((k, k_scale), (v, v_scale))]
+    wide = [
+        np.asarray(x, np.float64) * np.asarray(s)[..., None]
+        for x, s in ((k, k_scale), (v, v_scale))
+    ]
     keys, values = (np.repeat(x, 3, axis=1) for x in wide)
     scores = np.einsum("bnth,bnsh->bnts", np.asarray(q, np.float64), keys) / 4
-    seen = np.arange(24)[None, None] <= (np.asarray(LENGTHS)[:, None] + np.arange(queries))[:, :, None]
+    seen = (
+        np.arange(24)[None, None] <= (np.asarray(LENGTHS)[:, None] + np.arange(queries))[:, :, None]
+    )
     weights = np.where(seen[:, None], np.exp(scores), 0)
-    np.testing.assert_allclose(got, np.einsum("bnts,bnsh->bnth", weights / weights.sum(-1, keepdims=True), values), atol=2e-6)
+    np.testing.assert_allclose(
+        got,
+        np.einsum("bnts,bnsh->bnth", weights / weights.sum(-1, keepdims=True), values),
+        atol=2e-6,
+    )
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["stacked", "unrolled"])
 def test_ragged_decoding_with_an_integer_cache(scan):
-    """Rows of unequal length, token by token: near the logits of whole sequences without a cache, in float64."""
+    """Rows of unequal length, token by token: near the logits of whole sequences without a cache,
+    in float64.
+    """
     model, params, cache = filled("int8", scan)
     tokens, more = (np.asarray(random_tokens(CONFIG, *how)) for how in (((3, 9),), ((3, 4), 7)))
     step = jax.jit(lambda token, cache: decode(model, params, token, cache))
@@ -115,15 +149,28 @@ def test_ragged_decoding_with_an_integer_cache(scan):
         whole = np.concatenate([tokens[sequence, :length], more[sequence]])[None]
         expected = float64_logits(params, whole, CONFIG)[0, -1]
         # More than float32 would be off, or there were no integers.
-        assert 1e-4 * np.abs(expected).max() < np.abs(np.asarray(got)[sequence] - expected).max() < 0.02 * np.abs(expected).max()
+        assert (
+            1e-4 * np.abs(expected).max()
+            < np.abs(np.asarray(got)[sequence] - expected).max()
+            < 0.02 * np.abs(expected).max()
+        )
 
 
 def test_bytes_of_the_cache():
     shape = 3 * TINY.kv_heads * 12 * TINY.layers * 2  # vectors of a head, keys and values
-    for dtype, each in (("float32", 4 * TINY.head_dim), ("bfloat16", 2 * TINY.head_dim), ("int8", TINY.head_dim + 4)):
+    for dtype, each in (
+        ("float32", 4 * TINY.head_dim),
+        ("bfloat16", 2 * TINY.head_dim),
+        ("int8", TINY.head_dim + 4),
+    ):
         for scan in (True, False):
-            layers = jax.eval_shape(lambda dtype=dtype, scan=scan: init_cache(TINY, 3, 12, dtype, scan)).layers
-            assert sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(layers)) == shape * each
+            layers = jax.eval_shape(
+                lambda dtype=dtype, scan=scan: init_cache(TINY, 3, 12, dtype, scan)
+            ).layers
+            assert (
+                sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(layers))
+                == shape * each
+            )
 
 
 def test_appending_touches_the_new_slots_only():
@@ -148,10 +195,15 @@ def test_cache_dtype_follows_the_activations_unless_named():
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_the_two_ways_to_write_sequences_write_the_same(dtype):
-    """GPUs write all sequences at once, others in turn; sequences of unequal length, several tokens."""
-    cache, rng = jax.eval_shape(lambda: init_cache(TINY, 3, 12, dtype)).layers[0], np.random.default_rng(0)
+    """GPUs write all sequences at once, others in turn; sequences of unequal length, several
+    tokens.
+    """
+    cache, rng = (
+        jax.eval_shape(lambda: init_cache(TINY, 3, 12, dtype)).layers[0],
+        np.random.default_rng(0),
+    )
     lengths = np.asarray([0, 5, 9], np.int32)
-    draw = lambda shape, dtype: rng.integers(-9, 9, shape).astype(dtype)  # noqa: E731
+    draw = lambda shape, dtype: rng.integers(-9, 9, shape).astype(dtype)
     new = jax.tree.map(lambda x: draw((*x.shape[:2], 3, *x.shape[3:]), x.dtype), cache)
     cache = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), cache)
     ways = jax.jit(lambda *x: (_write_at_once(*x), _write_in_turn(2, *x)))(cache, new, lengths)

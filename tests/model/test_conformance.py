@@ -1,6 +1,8 @@
-"""Backends of attention against float64, mask by mask, forward and backward; docs/performance.md shows the same table.
+"""Backends of attention against float64, mask by mask, forward and backward; docs/performance.md
+shows the same table.
 
-`python tests/model/test_conformance.py` prints the table. Its sequence of GPUs is checked on one by tests/gpu/test_gpu_attention.py.
+`python tests/model/test_conformance.py` prints the table. Its sequence of GPUs is checked on one by
+tests/gpu/test_gpu_attention.py.
 """
 
 import functools
@@ -23,7 +25,14 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, balanced_positions
 
 BATCH, HEADS, KV_HEADS, LENGTH, WIDTH = 2, 4, 2, 512, 64
-MASKS = ("whole sequences", "documents", "padding behind", "document in two places", "cache, sequences of unequal length", "8-bit cache")
+MASKS = (
+    "whole sequences",
+    "documents",
+    "padding behind",
+    "document in two places",
+    "cache, sequences of unequal length",
+    "8-bit cache",
+)
 EQUAL, REFUSED, AUTO = "equal", "refused", "as auto"
 ROWS = {
     "reference": [EQUAL] * 6,
@@ -37,14 +46,21 @@ ROWS = {
 WHERE = {
     "splash": "CPU, the kernel's program step by step; compiled for TPUs, not run on one",
     "splash over 2 devices": "CPU, the kernel's program step by step",
-    "cudnn": "one NVIDIA H200, jax 0.11.2 (`make test-gpu`); lowered for GPUs in every run of the tests",
+    "cudnn": "one NVIDIA H200, jax 0.11.2 (`make test-gpu`); lowered for GPUs in every run of the "
+    "tests",
 }
 
 
 def table() -> str:
     head = ["backend", *MASKS, "where"]
     sequences = [[name, *cells, WHERE.get(name, "CPU")] for name, cells in ROWS.items()]
-    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *[f"| {' | '.join(sequence)} |" for sequence in sequences]])
+    return "\n".join(
+        [
+            f"| {' | '.join(head)} |",
+            f"|{'---|' * len(head)}",
+            *[f"| {' | '.join(sequence)} |" for sequence in sequences],
+        ]
+    )
 
 
 def documents_of(mask: str) -> np.ndarray | None:
@@ -54,7 +70,11 @@ def documents_of(mask: str) -> np.ndarray | None:
         "padding behind": [1] * third + [2] * third + [0] * (LENGTH - 2 * third),
         "document in two places": [1] * third + [2] * third + [1] * (LENGTH - 2 * third),
     }.get(mask)
-    return None if numbers is None else np.stack([np.array(numbers), np.roll(numbers, 7)]).astype(np.int32)
+    return (
+        None
+        if numbers is None
+        else np.stack([np.array(numbers), np.roll(numbers, 7)]).astype(np.int32)
+    )
 
 
 @functools.cache
@@ -79,7 +99,9 @@ def over_devices(**options):
     def run(q, k, v, documents):
         """In the order of the sequence."""
         places, numbers = jnp.asarray(order), None if documents is None else documents[:, order]
-        mask = Mask(documents=numbers, positions=places, key_positions=places, key_documents=numbers)
+        mask = Mask(
+            documents=numbers, positions=places, key_positions=places, key_documents=numbers
+        )
         moved = [x[:, :, order] for x in (q, k, v)]
         if options.get("attention") == "splash":
             return splash_attention(*moved, mask.documents, TRAINING, interpret=True)[:, :, back]
@@ -89,11 +111,17 @@ def over_devices(**options):
 
 
 RUNS = {
-    "reference": lambda q, k, v, documents: attend(q, k, v, Mask(documents=documents), backend="reference"),
-    "chunked": lambda q, k, v, documents: attend(q, k, v, Mask(documents=documents), backend="chunked"),
+    "reference": lambda q, k, v, documents: attend(
+        q, k, v, Mask(documents=documents), backend="reference"
+    ),
+    "chunked": lambda q, k, v, documents: attend(
+        q, k, v, Mask(documents=documents), backend="chunked"
+    ),
     "gathered over 2 devices": over_devices(context_attention="gathered"),
     "ring over 2 devices": over_devices(context_attention="ring"),
-    "splash": lambda q, k, v, documents: splash_attention(q, k, v, documents, TRAINING, interpret=True),
+    "splash": lambda q, k, v, documents: splash_attention(
+        q, k, v, documents, TRAINING, interpret=True
+    ),
     "splash over 2 devices": over_devices(attention="splash"),
 }
 
@@ -141,12 +169,18 @@ def test_tokens_behind_a_cache_equal_float64(backend, mask):
     run = jax.jit(lambda *x: attend_over_mesh(*x[:3], Mask(start=x[3]), options, x[4]))
     out = run(q, keys, values, starts, scales)
     seen = np.arange(LENGTH)[None, None] <= starts[:, None, None] + np.arange(few)[None, :, None]
-    np.testing.assert_allclose(out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5)
-    assert ROWS[backend][MASKS.index(mask)] == (EQUAL if backend in ("reference", "chunked") else AUTO)
+    np.testing.assert_allclose(
+        out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5
+    )
+    assert ROWS[backend][MASKS.index(mask)] == (
+        EQUAL if backend in ("reference", "chunked") else AUTO
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{"context_attention": "gathered"}, {"context_attention": "ring"}, {"attention": "splash"}], ids=str
+    "options",
+    [{"context_attention": "gathered"}, {"context_attention": "ring"}, {"attention": "splash"}],
+    ids=str,
 )
 def test_a_cache_on_devices_that_share_sequences_is_refused(options):
     q, k, v, _ = drawn()
@@ -154,7 +188,11 @@ def test_a_cache_on_devices_that_share_sequences_is_refused(options):
         jax.set_mesh(make_mesh(fsdp=1, context=2, devices=jax.devices()[:2])),
         pytest.raises(InputError, match="a cache was given"),
     ):
-        attend_over_mesh(*map(jnp.asarray, (q, k, v)), Mask(start=jnp.zeros(BATCH, jnp.int32)), ModelOptions(**options))
+        attend_over_mesh(
+            *map(jnp.asarray, (q, k, v)),
+            Mask(start=jnp.zeros(BATCH, jnp.int32)),
+            ModelOptions(**options),
+        )
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
@@ -162,11 +200,15 @@ def test_tokens_in_another_order_go_the_way_of_auto(kernel):
     q, k, v, _ = drawn()
     order = np.random.default_rng(0).permutation(LENGTH).astype(np.int32)
     run = jax.jit(
-        lambda q, k, v, at: attend_over_mesh(q, k, v, Mask(positions=at, key_positions=at), ModelOptions(attention=kernel))
+        lambda q, k, v, at: attend_over_mesh(
+            q, k, v, Mask(positions=at, key_positions=at), ModelOptions(attention=kernel)
+        )
     )
     out = run(q, k, v, order)
     seen = np.broadcast_to(order[None, :] <= order[:, None], (BATCH, LENGTH, LENGTH))
-    np.testing.assert_allclose(out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5
+    )
 
 
 def test_the_table_is_shown():

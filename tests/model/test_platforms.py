@@ -1,4 +1,6 @@
-"""`attention="auto"` reaches the kernel of the platform that a program is compiled for, wherever it is called from."""
+"""`attention="auto"` reaches the kernel of the platform that a program is compiled for, wherever it
+is called from.
+"""
 
 import dataclasses
 import functools
@@ -20,7 +22,11 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training.loss import mean_loss
 
 CONFIG = dataclasses.replace(TINY, layers=2, heads=4, kv_heads=2, head_dim=64, context_length=512)
-KERNELS = {"tpu": "tpu_custom_call", "cuda": "__cudnn$fmhaSoftmax", "cpu": "custom_call_target=none"}
+KERNELS = {
+    "tpu": "tpu_custom_call",
+    "cuda": "__cudnn$fmhaSoftmax",
+    "cpu": "custom_call_target=none",
+}
 TOKENS = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
 
@@ -39,13 +45,19 @@ def cudnn_present():
 
 @functools.cache
 def narrow(stacked: bool = True):
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), (random_parameters if stacked else unrolled_parameters)(CONFIG))
+    return jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16),
+        (random_parameters if stacked else unrolled_parameters)(CONFIG),
+    )
 
 
 def kernels(function, *args) -> dict[str, int]:
     """Calls of each platform's kernel in a program lowered for it, and of any in one for a CPU."""
     traced = jax.jit(function).trace(*args)
-    texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cuda", "cpu")}
+    texts = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("tpu", "cuda", "cpu")
+    }
     assert not any(kernel in texts["cpu"] for kernel in KERNELS.values())
     return {platform: texts[platform].count(KERNELS[platform]) for platform in ("tpu", "cuda")}
 
@@ -54,14 +66,18 @@ FUNCTIONS = {
     "logits": lambda params, tokens: logits(params, tokens, CONFIG),
     "mean_loss": lambda params, tokens: mean_loss(params, tokens, CONFIG),
     "hidden_states": lambda params, tokens: hidden_states(params, tokens, CONFIG),
-    "module": lambda params, tokens: Llama(CONFIG, ModelOptions("bfloat16")).apply({"params": params}, tokens),
+    "module": lambda params, tokens: Llama(CONFIG, ModelOptions("bfloat16")).apply(
+        {"params": params}, tokens
+    ),
     "packed": lambda params, tokens: logits(params, tokens, CONFIG, tokens),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_forward(name):
-    ways = 2 if name == "packed" else 1  # cuDNN has one for sequences of one document and one for several
+    ways = (
+        2 if name == "packed" else 1
+    )  # cuDNN has one for sequences of one document and one for several
     assert kernels(FUNCTIONS[name], narrow(), TOKENS) == {"tpu": 1, "cuda": ways}
 
 
@@ -85,33 +101,59 @@ def test_prefill_and_rollouts():
     # Tokens behind a cache see more than themselves: no kernel takes them.
     behind = programs.prefill.__wrapped__.__wrapped__
     assert kernels(behind, narrow(stacked=False), TOKENS, lengths, cache) == {"tpu": 0, "cuda": 0}
-    rollout = functools.partial(generate_tokens, model, sampling=make_sampling(2), stop_ids=(), max_new_tokens=3)
+    rollout = functools.partial(
+        generate_tokens, model, sampling=make_sampling(2), stop_ids=(), max_new_tokens=3
+    )
     assert kernels(rollout, narrow(stacked=False), TOKENS, lengths) == {"tpu": 1, "cuda": 1}
 
 
 def test_on_a_mesh():
-    """Rows and heads over devices; heads that the mesh does not divide and sequences over devices go another way."""
+    """Rows and heads over devices; heads that the mesh does not divide and sequences over devices
+    go another way.
+    """
     for sizes, expected in (({"fsdp": 2, "tensor": 2}, 1), ({"tensor": 4}, 0), ({"context": 2}, 0)):
-        mesh = make_mesh(**{"fsdp": 1, **sizes}, devices=jax.devices()[: np.prod(list(sizes.values()))])
+        mesh = make_mesh(
+            **{"fsdp": 1, **sizes}, devices=jax.devices()[: np.prod(list(sizes.values()))]
+        )
         with jax.set_mesh(mesh):
-            assert kernels(FUNCTIONS["mean_loss"], narrow(), TOKENS) == {"tpu": expected, "cuda": expected}
+            assert kernels(FUNCTIONS["mean_loss"], narrow(), TOKENS) == {
+                "tpu": expected,
+                "cuda": expected,
+            }
 
 
-@pytest.mark.parametrize(("length", "dtype", "expected"), [
-    (255, "bfloat16", {"tpu": 0, "cuda": 0}), (250, "bfloat16", {"tpu": 0, "cuda": 1}), (256, "float32", {"tpu": 1, "cuda": 0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "dtype", "expected"),
+    [
+        (255, "bfloat16", {"tpu": 0, "cuda": 0}),
+        (250, "bfloat16", {"tpu": 0, "cuda": 1}),
+        (256, "float32", {"tpu": 1, "cuda": 0}),
+    ],
+)
 def test_sizes_that_a_kernel_does_not_take(length, dtype, expected):
     tokens = jax.ShapeDtypeStruct((2, length), jnp.int32)
-    assert kernels(lambda params, tokens: logits(params, tokens, CONFIG, dtype=dtype), narrow(), tokens) == expected
+    assert (
+        kernels(
+            lambda params, tokens: logits(params, tokens, CONFIG, dtype=dtype), narrow(), tokens
+        )
+        == expected
+    )
 
 
 def test_what_is_asked_for_by_name_stays():
     for name in ("reference", "chunked"):
-        run = lambda params, tokens, name=name: logits(params, tokens, CONFIG, attention=name)  # noqa: E731
+        run = lambda params, tokens, name=name: logits(params, tokens, CONFIG, attention=name)
         assert kernels(run, narrow(), TOKENS) == {"tpu": 0, "cuda": 0}
 
 
 def test_here_it_computes_what_it_did():
     config = dataclasses.replace(CONFIG, layers=1)
-    params, tokens = random_parameters(config), np.random.default_rng(0).integers(0, config.vocab_size, (1, 128))
-    np.testing.assert_allclose(logits(params, jnp.asarray(tokens), config), float64_logits(params, tokens, config), atol=2e-5)
+    params, tokens = (
+        random_parameters(config),
+        np.random.default_rng(0).integers(0, config.vocab_size, (1, 128)),
+    )
+    np.testing.assert_allclose(
+        logits(params, jnp.asarray(tokens), config),
+        float64_logits(params, tokens, config),
+        atol=2e-5,
+    )

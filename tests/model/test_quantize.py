@@ -1,4 +1,6 @@
-"""Quantised weights: error bounds in closed form, both forms of the tree, meshes, bytes, and a real model."""
+"""Quantised weights: error bounds in closed form, both forms of the tree, meshes, bytes, and a real
+model.
+"""
 
 import dataclasses
 import functools
@@ -8,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrix import matrix as every_pair
-from support import TINY, VARIANTS, float64_logits, float64_states, greedy_continues, random_parameters, random_tokens
+from support import (
+    TINY,
+    VARIANTS,
+    float64_logits,
+    float64_states,
+    greedy_continues,
+    random_parameters,
+    random_tokens,
+)
 
 from llama_jax.errors import InputError
 from llama_jax.generation.generate import Generator
@@ -44,7 +54,9 @@ def dequantised(params):
     def plain(path, leaf):
         if not is_quantized(leaf):
             return leaf
-        return dequantize(leaf) if path[-1].key == "embedding" else dequantize(leaf).swapaxes(-1, -2)
+        return (
+            dequantize(leaf) if path[-1].key == "embedding" else dequantize(leaf).swapaxes(-1, -2)
+        )
 
     return jax.tree_util.tree_map_with_path(plain, params, is_leaf=is_quantized)
 
@@ -55,7 +67,9 @@ def matrix(*shape: int, seed: int = 0):
 
 @pytest.mark.parametrize(("name", "axis"), [("wq", 0), ("embedding", 1)])
 def test_eight_bits_are_within_half_a_scale(name, axis):
-    wide = matrix(32, 20) * np.logspace(-3, 3, 20 if axis == 0 else 32).reshape((1, -1) if axis == 0 else (-1, 1))
+    wide = matrix(32, 20) * np.logspace(-3, 3, 20 if axis == 0 else 32).reshape(
+        (1, -1) if axis == 0 else (-1, 1)
+    )
     wide[(slice(None), 3) if axis == 0 else (3,)] = 0
     held = jax.jit(quantize)({name: wide})[name]
     scale = np.abs(wide).max(axis, keepdims=True) / 127
@@ -73,12 +87,18 @@ def test_four_bits_take_the_best_multiplier():
         scale = np.abs(wide[:, column]).max() / 105
         for group in np.arange(24).reshape(3, 8):
             grids = [m * scale * np.arange(-8, 8) for m in range(-15, 16) if m]
-            errors = [np.sum(np.min((wide[group, column, None] - grid) ** 2, axis=1)) for grid in grids]
-            np.testing.assert_allclose(np.sum((got - wide)[group, column] ** 2), min(errors), rtol=1e-4, atol=1e-10)
+            errors = [
+                np.sum(np.min((wide[group, column, None] - grid) ** 2, axis=1)) for grid in grids
+            ]
+            np.testing.assert_allclose(
+                np.sum((got - wide)[group, column] ** 2), min(errors), rtol=1e-4, atol=1e-10
+            )
 
 
 def rounding_noise(params, seed: int = 11):
-    """The parameters with an error drawn evenly from half an 8-bit step to both sides: what rounding does, without rounding."""
+    """The parameters with an error drawn evenly from half an 8-bit step to both sides: what
+    rounding does, without rounding.
+    """
     rng = np.random.default_rng(seed)
 
     def disturb(path, leaf):
@@ -91,31 +111,54 @@ def rounding_noise(params, seed: int = 11):
     return jax.tree_util.tree_map_with_path(disturb, params)
 
 
-@pytest.mark.parametrize(("bits", "variant"), [
-    (8, "gqa-untied"), (4, "gqa-tied-theta5e5"), pytest.param(8, "gqa-tied-theta5e5", marks=pytest.mark.slow),
-    pytest.param(4, "gqa-untied", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "variant"),
+    [
+        (8, "gqa-untied"),
+        (4, "gqa-tied-theta5e5"),
+        pytest.param(8, "gqa-tied-theta5e5", marks=pytest.mark.slow),
+        pytest.param(4, "gqa-untied", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_those_of_the_dequantised_weights(bits, variant):
-    """To rounding those of plain matrices with the same numbers; as far from the weights before as rounding must go."""
+    """To rounding those of plain matrices with the same numbers; as far from the weights before as
+    rounding must go.
+    """
     config = dataclasses.replace(VARIANTS[variant], layers=2)
-    params, tokens, narrow = random_parameters(config), random_tokens(config, (2, 20)), quantised(config, bits)
-    exact, plain, noisy = (float64_logits(p, tokens, config) for p in (params, dequantised(narrow), rounding_noise(params)))
+    params, tokens, narrow = (
+        random_parameters(config),
+        random_tokens(config, (2, 20)),
+        quantised(config, bits),
+    )
+    exact, plain, noisy = (
+        float64_logits(p, tokens, config)
+        for p in (params, dequantised(narrow), rounding_noise(params))
+    )
     for form in (narrow, unrolled(narrow)):
-        np.testing.assert_allclose(logits(form, tokens, config), plain, atol=1e-5 * np.abs(exact).max())
+        np.testing.assert_allclose(
+            logits(form, tokens, config), plain, atol=1e-5 * np.abs(exact).max()
+        )
     half = np.asarray(logits(narrow, tokens, config, dtype="bfloat16"))
     assert np.abs(half - plain).max() < 0.05 * np.abs(exact).max()
-    # A 4-bit step is at most 127 / 8 times an 8-bit step: 8 steps hold the largest weight of a group, not 127 of a channel.
+    # A 4-bit step is at most 127 / 8 times an 8-bit step: 8 steps hold the largest weight of a
+    # group, not 127 of a channel.
     factor = 1 if bits == 8 else 127 / 8
     assert 0 < np.std(plain - exact) < 1.5 * factor * np.std(noisy - exact)
 
 
 def test_a_quantised_tree_is_a_tree_of_parameters():
-    """Other uses of parameters take it: embeddings, the residual stream, the loss's head, generation."""
+    """Other uses of parameters take it: embeddings, the residual stream, the loss's head,
+    generation.
+    """
     params, tokens = quantised(SMALL, 8), np.asarray(random_tokens(SMALL, (2, 6)))
     plain = jax.tree.map(np.asarray, dequantised(params))
-    np.testing.assert_allclose(jax.jit(embed)(params, tokens), plain["embedding"][tokens], rtol=1e-6)
     np.testing.assert_allclose(
-        hidden_states(params, jnp.asarray(tokens), SMALL), float64_states(plain, tokens, SMALL), atol=1e-4
+        jax.jit(embed)(params, tokens), plain["embedding"][tokens], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        hidden_states(params, jnp.asarray(tokens), SMALL),
+        float64_states(plain, tokens, SMALL),
+        atol=1e-4,
     )
     prompts = [[5, 6, 7], [9]]
     for prompt, row in zip(prompts, Generator(unrolled(params), SMALL).generate(prompts, 6)):
@@ -126,7 +169,11 @@ def test_a_quantised_tree_is_a_tree_of_parameters():
 ON_MESH = dataclasses.replace(SMALL, vocab_size=98, tied_head=True)
 
 
-@every_pair(bits=[8, 4], scan=[True, False], shape=[{"tensor": 2, "data": 2, "fsdp": 2}, {"tensor": 2, "data": 4}])
+@every_pair(
+    bits=[8, 4],
+    scan=[True, False],
+    shape=[{"tensor": 2, "data": 2, "fsdp": 2}, {"tensor": 2, "data": 4}],
+)
 def test_a_mesh_computes_the_same(bits, scan, shape):
     params = quantised(ON_MESH, bits)
     expected = float64_logits(dequantised(params), random_tokens(ON_MESH, (4, 8)), ON_MESH)
@@ -140,7 +187,9 @@ def test_a_mesh_computes_the_same(bits, scan, shape):
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
     layer = placed["layers"] if scan else placed["layers_0"]
     gate = layer["feed_forward"]["gate"].values
-    assert gate.addressable_shards[0].data.size * 2 * shape.get("fsdp", 1) == gate.size  # really cut
+    assert (
+        gate.addressable_shards[0].data.size * 2 * shape.get("fsdp", 1) == gate.size
+    )  # really cut
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -156,7 +205,11 @@ def test_bytes(bits):
 
 def test_refusals_are_named():
     params = random_parameters(SMALL)
-    for arguments, word in (((params, 3), "bits: 3"), ((params, 4, 5), "group: 5"), ((params, 4, 32), "the 48 inputs of wk"),
-                            ((quantised(SMALL, 8),), "already")):  # fmt: skip
+    for arguments, word in (
+        ((params, 3), "bits: 3"),
+        ((params, 4, 5), "group: 5"),
+        ((params, 4, 32), "the 48 inputs of wk"),
+        ((quantised(SMALL, 8),), "already"),
+    ):
         with pytest.raises(InputError, match=word):
             quantize(*arguments)

@@ -1,4 +1,6 @@
-"""The TPU kernel for attention, its program run step by step on the CPU, against float64 written out, forward and backward."""
+"""The TPU kernel for attention, its program run step by step on the CPU, against float64 written
+out, forward and backward.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -37,35 +39,54 @@ def check(run, arrays, seen):
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("length", "width", "packed"), [
-    (256, 64, True), (384, 128, False), pytest.param(256, 64, False, marks=slow), pytest.param(384, 128, True, marks=slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "width", "packed"),
+    [
+        (256, 64, True),
+        (384, 128, False),
+        pytest.param(256, 64, False, marks=slow),
+        pytest.param(384, 128, True, marks=slow),
+    ],
+)
 def test_equals_float64(length, width, packed):
     arrays, documents = draw(length, width, batch=1)
     documents = jnp.asarray(documents) if packed else None
-    run = lambda q, k, v: splash_attention(q, k, v, documents, TRAINING, interpret=True)  # noqa: E731
+    run = lambda q, k, v: splash_attention(q, k, v, documents, TRAINING, interpret=True)
     check(run, arrays, seen_by(np.arange(length), documents))
 
 
-@pytest.mark.parametrize("sizes", [
-    pytest.param({"fsdp": 2, "tensor": 2}, marks=slow), {"fsdp": 1, "context": 2, "tensor": 2}, {"fsdp": 2, "context": 2},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 2, "tensor": 2}, marks=slow),
+        {"fsdp": 1, "context": 2, "tensor": 2},
+        {"fsdp": 2, "context": 2},
+    ],
+    ids=str,
+)
 def test_equals_float64_on_a_mesh(sizes):
-    """Rows over `fsdp`, heads over `tensor`, tokens over `context` in the order of balanced work."""
+    """Rows over `fsdp`, heads over `tensor`, tokens over `context` in the order of balanced
+    work.
+    """
     length, parts = 512, sizes.get("context", 1)
     arrays, documents = draw(length, 64)
     order = balanced_positions(length, parts) if parts > 1 else np.arange(length)
     moved, placed = [x[:, :, order] for x in arrays], documents[:, order]
     mesh = make_mesh(**sizes, devices=jax.devices()[: np.prod(list(sizes.values()))])
     with jax.set_mesh(mesh):
-        run = lambda q, k, v: splash_attention(q, k, v, jnp.asarray(placed), TRAINING, interpret=True)  # noqa: E731
+        run = lambda q, k, v: splash_attention(
+            q, k, v, jnp.asarray(placed), TRAINING, interpret=True
+        )
         check(run, moved, seen_by(order, placed))
 
 
 def test_what_the_kernel_does_not_take_is_refused():
     (q, k, v, _), _ = draw(200, 64)
     q, k, v = map(jnp.asarray, (q, k, v))
-    with pytest.raises(InputError, match="200 tokens a sequence in 1 parts and heads of 64 given; a multiple of 128"):
+    with pytest.raises(
+        InputError,
+        match="200 tokens a sequence in 1 parts and heads of 64 given; a multiple of 128",
+    ):
         splash_attention(q, k, v, None, TRAINING)
 
 
@@ -79,7 +100,11 @@ def test_tokens_behind_a_cache_go_the_way_of_auto():
 
 def test_auto_takes_it_for_training_on_tpus_only():
     assert choose_backend("auto", 8192, 8192, "tpu", 128) == "splash"
-    assert choose_backend("auto", 8192, 8192, "tpu", 80) == choose_backend("auto", 8000, 8000, "tpu", 128) == "chunked"
+    assert (
+        choose_backend("auto", 8192, 8192, "tpu", 80)
+        == choose_backend("auto", 8000, 8000, "tpu", 128)
+        == "chunked"
+    )
     assert choose_backend("auto", 8192, 8192, "cpu", 128) == "chunked"
     assert fits_splash(8192, 64, 32)
     assert not fits_splash(8192, 64, 64)  # chunks of 64 tokens

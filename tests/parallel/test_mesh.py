@@ -1,4 +1,6 @@
-"""Meshes over chips that are described and not there: every slice, several of them, and each config for pods."""
+"""Meshes over chips that are described and not there: every slice, several of them, and each config
+for pods.
+"""
 
 import dataclasses
 import itertools
@@ -19,7 +21,9 @@ PODS = pathlib.Path(__file__).parents[2] / "configs" / "pods"
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # each is itself: a mesh compares them with other devices
+@dataclasses.dataclass(
+    frozen=True, eq=False
+)  # each is itself: a mesh compares them with other devices
 class Chip:
     """A device as far as a mesh looks at it; checks of types take it for one."""
 
@@ -66,16 +70,28 @@ def test_the_mesh_of_each_config_for_pods_can_be_laid_out(name):
 
 
 @pytest.mark.parametrize(
-    ("text", "tensor"), [("v5e:4x4", 8), ("v5e:16x16", 8), ("v6e:16x16", 4), ("v5p:4x8x8", 2), ("v5p:4x8x8", 4), ("v6e:8x8", 2)]
+    ("text", "tensor"),
+    [
+        ("v5e:4x4", 8),
+        ("v5e:16x16", 8),
+        ("v6e:16x16", 4),
+        ("v5p:4x8x8", 2),
+        ("v5p:4x8x8", 4),
+        ("v6e:8x8", 2),
+    ],
 )
 def test_an_axis_that_is_no_axis_of_the_slice_is_a_block_of_it(text, tensor):
-    """All chips of a group are near: the longest way inside of one is that of a block of its size."""
+    """All chips of a group are near: the longest way inside of one is that of a block of its
+    size.
+    """
     for group in arranged(text, tensor=tensor).reshape(-1, tensor):
         sides = [max(axis) - min(axis) + 1 for axis in zip(*(chip.coords for chip in group))]
         assert math.prod(sides) == tensor
 
 
-@pytest.mark.parametrize(("text", "sizes"), [("2xv5e:4x4", (2, 16)), ("4xv5e:2x2", (8, 2)), ("2xv5p:4x4x4", (2, 16, 4))])
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("2xv5e:4x4", (2, 16)), ("4xv5e:2x2", (8, 2)), ("2xv5p:4x4x4", (2, 16, 4))]
+)
 def test_data_goes_across_slices(text, sizes):
     found = arranged(text, *sizes)
     slices = parse_topology(text).slices
@@ -86,19 +102,26 @@ def test_data_goes_across_slices(text, sizes):
 
 def test_slices_keep_the_order_that_one_of_them_has():
     one, two = arranged("v5e:4x4", 1, 16), arranged("2xv5e:4x4", 2, 16)
-    assert [[chip.coords for chip in part.flat] for part in two] == [[chip.coords for chip in one.flat]] * 2
+    assert [[chip.coords for chip in part.flat] for part in two] == [
+        [chip.coords for chip in one.flat]
+    ] * 2
 
 
 def test_fsdp_goes_across_slices_where_data_does_not():
     found = arranged("4xv5e:2x2", 2, 8)
-    assert [[chip.slice_index for chip in part.flat] for part in found] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
+    assert [[chip.slice_index for chip in part.flat] for part in found] == [
+        [0] * 4 + [1] * 4,
+        [2] * 4 + [3] * 4,
+    ]
 
 
 def test_axes_are_cut_from_the_outside_in():
     assert across_slices((2, 8, 1, 4), 2) == (2, 1, 1, 1)
     assert across_slices((6, 8, 1, 4), 4) == (2, 2, 1, 1)
     assert across_slices((1, 8, 2, 1), 16) == (1, 8, 2, 1)
-    with pytest.raises(InputError, match=r"data 3 \* fsdp 8 .* 5 slices; set mesh.data to 5 or a multiple"):
+    with pytest.raises(
+        InputError, match=r"data 3 \* fsdp 8 .* 5 slices; set mesh.data to 5 or a multiple"
+    ):
         across_slices((3, 8, 1, 1), 5)
 
 

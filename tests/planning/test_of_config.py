@@ -1,4 +1,6 @@
-"""Jobs of configs, what `compute.remat: auto` stands for, and that what a plan prints is what `train.py` takes."""
+"""Jobs of configs, what `compute.remat: auto` stands for, and that what a plan prints is what
+`train.py` takes.
+"""
 
 import dataclasses
 import pathlib
@@ -43,21 +45,33 @@ def test_every_choice_of_a_job_has_a_key_of_the_config():
     assert tuple(str(getattr(job, field)) for field in TRAIN_KEYS) == values
 
 
-@pytest.mark.parametrize(("model", "name", "sequences"), [
-    ("llama3.1-70b", "v5p:4x4x8", 4), ("llama3.1-8b", "h100:8", 8), ("llama3.2-1b", "h100:1", 4),
-    pytest.param("llama3.1-8b", "v5e:4x4", 4, marks=pytest.mark.slow),
-    pytest.param("llama3.1-70b", "v6e:16x16", 4, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "name", "sequences"),
+    [
+        ("llama3.1-70b", "v5p:4x4x8", 4),
+        ("llama3.1-8b", "h100:8", 8),
+        ("llama3.2-1b", "h100:1", 4),
+        pytest.param("llama3.1-8b", "v5e:4x4", 4, marks=pytest.mark.slow),
+        pytest.param("llama3.1-70b", "v6e:16x16", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_every_printed_flag_is_taken_by_the_training(model, name, sequences):
-    """Each remedy, read by the config's own parser on top of the job it is for, is the job that was promised."""
+    """Each remedy, read by the config's own parser on top of the job it is for, is the job that was
+    promised.
+    """
     plan = make_plan(job_on(name, model, sequences, remat="none"))
     around = outlook(plan)
     found = around.remedies + ([around.faster] if around.faster else [])
     assert found
     for remedy in found:
         job = plan.job
-        base = {"data.length": job.length, "data.batch_size": job.sequences, "compute.loss_chunk": job.loss_chunk,
-                "compute.remat": job.remat, "data.accumulation": 1}  # fmt: skip
+        base = {
+            "data.length": job.length,
+            "data.batch_size": job.sequences,
+            "compute.loss_chunk": job.loss_chunk,
+            "compute.remat": job.remat,
+            "data.accumulation": 1,
+        }
         base |= {f"mesh.{axis}": size for axis, size in job.mesh._asdict().items()}
         typed = [f"--{key}={value}" for key, value in base.items()] + flags(remedy, job).split()
         config = parse_train(["--config", str(BASE), "--model", model, *typed], NOWHERE)
@@ -68,7 +82,10 @@ def test_every_printed_flag_is_taken_by_the_training(model, name, sequences):
 def test_the_first_rung_that_fits_is_the_highest():
     job = job_on("v5p:4x4x4", sequences=4)
     chosen = first_fitting_remat(job)
-    above, at = REMAT_POLICIES[: REMAT_POLICIES.index(chosen)], dataclasses.replace(job, remat=chosen)
+    above, at = (
+        REMAT_POLICIES[: REMAT_POLICIES.index(chosen)],
+        dataclasses.replace(job, remat=chosen),
+    )
     assert above
     limit = 0.95 * job.topology.chip.memory
     assert make_plan(at, limit).fits
@@ -78,22 +95,32 @@ def test_the_first_rung_that_fits_is_the_highest():
 
 
 def test_auto_is_what_was_before_then_every_rung_that_may_fit():
-    """The compiler is asked of those alone that the closed form does not refuse; `full` is what is left."""
+    """The compiler is asked of those alone that the closed form does not refuse; `full` is what is
+    left.
+    """
     job = job_on("v5p:4x4x4", sequences=4)
-    possible = tuple(remat for remat in REMAT_POLICIES if make_plan(dataclasses.replace(job, remat=remat)).fits)
+    possible = tuple(
+        remat for remat in REMAT_POLICIES if make_plan(dataclasses.replace(job, remat=remat)).fits
+    )
     assert remat_candidates(job) == possible
     assert 1 < len(possible) < len(REMAT_POLICIES)
     assert possible[-1] == "full"
     assert remat_candidates(job, before="none") == possible  # too large
     assert remat_candidates(job, before="q+k") == ("q+k", *possible)
-    assert remat_candidates(job, before="full") == ("full",)  # nothing behind it could fit where it does not
+    assert remat_candidates(job, before="full") == (
+        "full",
+    )  # nothing behind it could fit where it does not
     assert remat_candidates(job, memory=1e9) == ("full",)
     assert remat_candidates(job, memory=1e12) == REMAT_POLICIES
 
 
 def test_a_kind_of_device_that_is_not_known_keeps_least():
-    config = TrainConfig(model=preset("llama3.2-1b"), compute=ComputeConfig(remat="auto"), mesh=MeshConfig(1, -1),
-                         data=DataConfig(length=4096, batch_size=8))  # fmt: skip
+    config = TrainConfig(
+        model=preset("llama3.2-1b"),
+        compute=ComputeConfig(remat="auto"),
+        mesh=MeshConfig(1, -1),
+        data=DataConfig(length=4096, batch_size=8),
+    )
     job = job_of(config, devices_of("a device of next year", 8))
     assert job.remat == "full"
     assert remat_candidates(job) == ("full",)

@@ -1,6 +1,8 @@
-"""Configs for pods: each is read by `train.py`, alone and on top of its recipe, and fits the chips of its first comment.
+"""Configs for pods: each is read by `train.py`, alone and on top of its recipe, and fits the chips
+of its first comment.
 
-The topology stands in the comment alone, in the command of the plan; what it says of the plan is compared with the plan.
+The topology stands in the comment alone, in the command of the plan; what it says of the plan is
+compared with the plan.
 """
 
 import pathlib
@@ -16,7 +18,9 @@ from llama_jax.planning.plan import Plan, job_of, make_plan
 from llama_jax.training.config import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
-FILES = sorted(path.relative_to(CONFIGS / "pods").as_posix() for path in (CONFIGS / "pods").glob("*.yaml"))
+FILES = sorted(
+    path.relative_to(CONFIGS / "pods").as_posix() for path in (CONFIGS / "pods").glob("*.yaml")
+)
 MODELS = {"llama3.1-8b", "llama3.1-70b", "llama-7b", "llama2-13b", "llama2-70b", "llama-65b"}
 
 
@@ -32,7 +36,9 @@ def pod(name: str) -> Pod:
     path = CONFIGS / "pods" / name
     comment = path.read_text("utf8").partition("\n\n")[0]
     found = re.search(
-        rf"^#   python -m llama_jax plan --config configs/pods/{re.escape(name)} --topology (\S+)$", comment, re.M
+        rf"^#   python -m llama_jax plan --config configs/pods/{re.escape(name)} --topology (\S+)$",
+        comment,
+        re.M,
     )
     assert found, "the first comment has the command of the plan"
     return Pod(path, comment, parse_topology(found[1]))
@@ -50,7 +56,8 @@ def verdict(plan: Plan) -> str:
     return (
         f"# Plan: {gb:.1f} of {plan.limit / 1e9:.1f} GB/chip, remat {plan.job.remat}; "
         f"{plan.job.tokens:,} tokens an update, {seconds}; "
-        f"{speed.tokens_per_second:,.0f} tokens/s, causal MFU {speed.mfu:.0%}: expected by closed form, not measured."
+        f"{speed.tokens_per_second:,.0f} tokens/s, causal MFU {speed.mfu:.0%}: expected "
+        "by closed form, not measured."
     )
 
 
@@ -71,10 +78,16 @@ def test_its_command_names_itself_and_what_it_goes_on_top_of(name):
     files = re.findall(r"--config (\S+)", commands[0])
     assert files[-1] == f"configs/pods/{name}"
     whole, alone = read(*[CONFIGS.parent / file for file in files]), read(path)
-    assert job_of(whole, topology) == job_of(alone, topology)  # the machine's part is in the pod's file, all of it
+    assert job_of(whole, topology) == job_of(
+        alone, topology
+    )  # the machine's part is in the pod's file, all of it
     assert whole.optimizer.name == alone.optimizer.name
 
 
 def test_the_published_sizes_have_their_pods():
-    of_tpus = {(name.rpartition("-")[0].rpartition("-")[0], pod(name).topology.chip.name) for name in FILES}
-    assert of_tpus >= {(model, chip) for model in MODELS for chip in ("v5e", "v5p", "v6e")} | {("llama3.1-405b", "v5p")}
+    of_tpus = {
+        (name.rpartition("-")[0].rpartition("-")[0], pod(name).topology.chip.name) for name in FILES
+    }
+    assert of_tpus >= {(model, chip) for model in MODELS for chip in ("v5e", "v5p", "v6e")} | {
+        ("llama3.1-405b", "v5p")
+    }

@@ -1,4 +1,6 @@
-"""The table of rungs in `docs/performance.md` against the functions of the plan, of two architectures; its figures of 8B."""
+"""The table of rungs in `docs/performance.md` against the functions of the plan, of two
+architectures; its figures of 8B.
+"""
 
 import dataclasses
 import math
@@ -9,26 +11,45 @@ import pytest
 
 from llama_jax.accounting import training_flops_per_token
 from llama_jax.config import LlamaConfig
-from llama_jax.model.remat import REMAT_POLICIES, NAMES, saved_names
+from llama_jax.model.remat import NAMES, REMAT_POLICIES, saved_names
 from llama_jax.planning.memory import recomputed_flops, saved_bytes
 from llama_jax.presets import preset
 
 PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "performance.md"
 LENGTH = 8192
 EIGHT = preset("llama3.1-8b")
-UNEVEN = dataclasses.replace(EIGHT, dim=1152, heads=9, kv_heads=3, head_dim=64, ffn_dim=2000, layers=5)
+UNEVEN = dataclasses.replace(
+    EIGHT, dim=1152, heads=9, kv_heads=3, head_dim=64, ffn_dim=2000, layers=5
+)
 
 
 def sequences() -> dict[str, list[str]]:
     """The cells after the name, by rung."""
-    cells = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in PAGE.read_text("utf8").splitlines()]
-    return {sequence[0].strip("`"): sequence[1:] for sequence in cells if len(sequence) == 6 and sequence[0].strip("`") in REMAT_POLICIES}
+    cells = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in PAGE.read_text("utf8").splitlines()
+    ]
+    return {
+        sequence[0].strip("`"): sequence[1:]
+        for sequence in cells
+        if len(sequence) == 6 and sequence[0].strip("`") in REMAT_POLICIES
+    }
 
 
 def value(text: str, config: LlamaConfig) -> int:
     """Of a sum of products such as `2·N·H + F`."""
-    letters = {"D": config.dim, "N": config.heads, "K": config.kv_heads, "H": config.head_dim, "F": config.ffn_dim, "T": LENGTH}
-    factors = [[int(word) if word.isdecimal() else letters[word] for word in term.split("·")] for term in text.split(" + ")]
+    letters = {
+        "D": config.dim,
+        "N": config.heads,
+        "K": config.kv_heads,
+        "H": config.head_dim,
+        "F": config.ffn_dim,
+        "T": LENGTH,
+    }
+    factors = [
+        [int(word) if word.isdecimal() else letters[word] for word in term.split("·")]
+        for term in text.split(" + ")
+    ]
     return sum(math.prod(term) for term in factors)
 
 
@@ -45,7 +66,9 @@ def test_a_sequence_is_what_the_plan_reckons_with(rung, config):
     assert saved_bytes(config, rung, 2) == 2 * value(numbers, config) + beside
     assert recomputed_flops(config, rung, LENGTH) == config.layers * value(again, config)
     if rung != "none":
-        assert [word for word in re.findall(r"\w+", kept) if word != "input"] == [n for n in NAMES if n in saved_names(rung)]
+        assert [word for word in re.findall(r"\w+", kept) if word != "input"] == [
+            n for n in NAMES if n in saved_names(rung)
+        ]
     if config is EIGHT:
         assert kilobytes == f"{saved_bytes(config, rung, 2) / 1e3:.1f}"
         again_8b = recomputed_flops(config, rung, LENGTH) / training_flops_per_token(config, LENGTH)

@@ -42,7 +42,10 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
 
 def fused(name: str, milliseconds: float) -> str:
     cycles = int(milliseconds * MILLISECOND)
-    return f'  %{name} = f32[8]{{0}} fusion(%b), kind=kLoop, calls=%f, backend_config={{"estimated_cycles":"{cycles}"}}'
+    return (
+        f"  %{name} = f32[8]{{0}} fusion(%b), kind=kLoop, calls=%f, "
+        f'backend_config={{"estimated_cycles":"{cycles}"}}'
+    )
 
 
 def ms(seconds: float) -> float:
@@ -54,7 +57,9 @@ def test_loops_count_as_often_as_they_run():
     assert (found.compute, found.simulated, found.unknown_loops) == (ms(35), ms(35), 0)
 
 
-@pytest.mark.parametrize(("kind", "stride", "rounds"), [("s32", 2, 5), ("u32", 4, 3), ("s32", 1, 10)])
+@pytest.mark.parametrize(
+    ("kind", "stride", "rounds"), [("s32", 2, 5), ("u32", 4, 3), ("s32", 1, 10)]
+)
 def test_a_loop_may_count_in_strides(kind, stride, rounds):
     """As those that add up a gradient around a ring of chips, two pieces a round."""
     counted = f"  %by = {kind}[] constant({stride})\n  %i = {kind}[] add(%before, %by)"
@@ -70,54 +75,81 @@ def test_a_loop_of_unknown_length_is_told():
 
 
 def test_a_synchronous_gather_is_waited_for():
-    gather = f"  %g = bf16[{GATHERED // 2}]{{0}} all-gather(%x), replica_groups=[1,64]<=[64], dimensions={{0}}"
+    gather = (
+        f"  %g = bf16[{GATHERED // 2}]{{0}} all-gather(%x), replica_groups=[1,64]<=[64], "
+        "dimensions={0}"
+    )
     found = predict(program(f"{fused('x', 3)}\n{gather}"), V5P, 0.0)
     assert (found.compute, found.exposed, found.simulated) == (ms(30), ms(10), ms(40))
     assert found.collectives == {"synchronous all-gather": 10}
     assert found.moved["synchronous all-gather"] == pytest.approx(10 * GATHERED, rel=1e-6)
-    whole = predict(program(f"{fused('x', 3)}\n{gather.replace('all-gather', 'all-reduce')}"), V5P, 0.0)
+    whole = predict(
+        program(f"{fused('x', 3)}\n{gather.replace('all-gather', 'all-reduce')}"), V5P, 0.0
+    )
     assert whole.exposed == ms(20)  # a sum goes round twice
 
 
 @pytest.mark.parametrize(("beside", "waited"), [(3, 0), (0.25, 0.75)])
 def test_an_asynchronous_gather_hides_behind_products(beside, waited):
-    started = f"  %s = ((bf16[8]{{0}}), bf16[{GATHERED // 2}]{{0}}) call-start(%x), to_apply=%sparse"
+    started = (
+        f"  %s = ((bf16[8]{{0}}), bf16[{GATHERED // 2}]{{0}}) call-start(%x), to_apply=%sparse"
+    )
     updated = "  %u = u32[] call-update(%s)"
     done = f"  %d = bf16[{GATHERED // 2}]{{0}} call-done(%u)"
     found = predict(program("\n".join([started, updated, fused("x", beside), done])), V5P, 0.0)
-    assert (found.compute, found.exposed, found.simulated) == (ms(10 * beside), 0, ms(10 * (beside + waited)))
+    assert (found.compute, found.exposed, found.simulated) == (
+        ms(10 * beside),
+        0,
+        ms(10 * (beside + waited)),
+    )
 
 
 @pytest.mark.parametrize(("beside", "waited"), [(3, 0), (0.25, 0.75)])
 def test_a_gather_that_goes_on_inside_of_products_hides_behind_them(beside, waited):
-    """As on TPUs without a core for transfers: begun, gone on with in a product, awaited, with the gather in each of them."""
+    """As on TPUs without a core for transfers: begun, gone on with in a product, awaited, with the
+    gather in each of them.
+    """
     gather = (
-        f'  %g = bf16[{GATHERED // 2}]{{0}} all-gather(%p), replica_groups=[1,64]<=[64], frontend_attributes={{chain_id="3"}}'
+        f"  %g = bf16[{GATHERED // 2}]{{0}} all-gather(%p), replica_groups=[1,64]<=[64], "
+        'frontend_attributes={chain_id="3"}'
     )
     inside = {
         "begin": '  ROOT %c = (bf16[8]) custom-call(%g), custom_call_target="AsyncCollectiveStart"',
         "go_on": "  ROOT %c = (f32[8], bf16[8]) tuple(%convolution, %g)",
         "end": '  ROOT %c = bf16[8] custom-call(%g), custom_call_target="AsyncCollectiveDone"',
     }
-    called = "\n".join(f"%{name} (p: bf16[8]) -> bf16[8] {{\n{gather}\n{root}\n}}\n" for name, root in inside.items())
+    called = "\n".join(
+        f"%{name} (p: bf16[8]) -> bf16[8] {{\n{gather}\n{root}\n}}\n"
+        for name, root in inside.items()
+    )
     lines = [
         "  %s = (bf16[8]{0}, u32[]) fusion(%x), kind=kCustom, calls=%begin",
         fused("y", beside).replace("calls=%f", "calls=%go_on"),
         "  %d = bf16[8]{0} fusion(%get-tuple-element.1), kind=kCustom, calls=%end",
     ]
     found = predict(f"{called}\n{program(chr(10).join(lines))}", V5P, 0.0)
-    assert (found.compute, found.exposed, found.simulated) == (ms(10 * beside), 0, ms(10 * (beside + waited)))
+    assert (found.compute, found.exposed, found.simulated) == (
+        ms(10 * beside),
+        0,
+        ms(10 * (beside + waited)),
+    )
     assert found.collectives == {"asynchronous all-gather": 10}
 
 
 @pytest.mark.parametrize(("beside", "waited"), [(0, 4), (3, 1), (5, 0)])
 def test_slices_add_up_beside_the_products(beside, waited):
-    """Of two slices each sends its part once there and once back; the network has no time for anything else meanwhile."""
+    """Of two slices each sends its part once there and once back; the network has no time for
+    anything else meanwhile.
+    """
     pod = parse_topology("2xv5p:4x4x4")
     size = int(2 * pod.chip.network / 1000)
     meeting = 'frontend_attributes={_xla_host_transfer_rendezvous="sum"}'
     lines = [
-        *[f"  %s{i} = (bf16[{size // 2}]{{0}}, u32[], token[]) send(%a, %t), {meeting.replace('sum', f'{i}')}" for i in (1, 2)],
+        *[
+            f"  %s{i} = (bf16[{size // 2}]{{0}}, u32[], token[]) send(%a, %t), "
+            f"{meeting.replace('sum', f'{i}')}"
+            for i in (1, 2)
+        ],
         f"  %r = (bf16[{size // 2}]{{0}}, u32[], token[]) recv(%t), {meeting.replace('sum', '2')}",
         fused("beside", beside),
         "  %d = (bf16[8]{0}, token[]) recv-done(%r), channel_id=1",
@@ -131,10 +163,15 @@ def test_slices_add_up_beside_the_products(beside, waited):
 def test_one_branch_of_a_conditional_counts_in_one_round_of_the_loop():
     branches = "\n".join(f"%b{i} (c: f32[8]) -> f32[8] {{\n{fused('y', i)}\n}}\n" for i in (1, 4))
     condition = "  %c = (f32[8]{0}) conditional(%p, %x, %x), branch_computations={%b1, %b4}"
-    text = program(f"{fused('x', 3)}\n{condition}", fused("after", 7)).replace("%body (", f"{branches}\n%body (", 1)
+    text = program(f"{fused('x', 3)}\n{condition}", fused("after", 7)).replace(
+        "%body (", f"{branches}\n%body (", 1
+    )
     assert predict(text, V5P, 0.0).compute == ms(77)
     rounds = [predict_round(text, V5P, longest) for longest in (False, True)]
-    assert [(found.compute, found.simulated) for found in rounds] == [(ms(4), ms(4)), (ms(7), ms(7))]
+    assert [(found.compute, found.simulated) for found in rounds] == [
+        (ms(4), ms(4)),
+        (ms(7), ms(7)),
+    ]
 
 
 @pytest.mark.parametrize(("beside", "seconds"), [(1, 6), (8, 8)])
@@ -142,9 +179,13 @@ def test_what_is_brought_on_ahead_takes_turns_on_the_memory(beside, seconds):
     size = int(3 * V5P.chip.bandwidth / 1000)
     fetches = [
         f"  %c1 = (s8[{size}]{{0:S(1)}}, s8[{size}]{{0}}, u32[]) copy-start(%x)",
-        f"  %c2 = ((s8[{4 * size}]{{0}}), s8[{size}]{{0:S(1)}}, s32[]) slice-start(%x), slice={{[0:1]}}",
+        f"  %c2 = ((s8[{4 * size}]{{0}}), s8[{size}]{{0:S(1)}}, s32[]) slice-start(%x), "
+        "slice={[0:1]}",
         fused("y", beside),
-        *[f"  %d{i} = s8[{size}]{{0:S(1)}} {kind}-done(%c{i})" for i, kind in ((1, "copy"), (2, "slice"))],
+        *[
+            f"  %d{i} = s8[{size}]{{0:S(1)}} {kind}-done(%c{i})"
+            for i, kind in ((1, "copy"), (2, "slice"))
+        ],
     ]
     text = program("\n".join(fetches))
     assert predict_round(text, V5P).simulated == ms(seconds)
@@ -156,14 +197,18 @@ def test_kernels_of_attention_are_priced_by_their_products():
         f'  %splash_{kind}.1 = bf16[8]{{0}} custom-call(%x), custom_call_target="tpu_custom_call"'
         for kind in ("mha_fwd_residuals", "mha_dq", "mha_dkv")
     ]
-    found = predict(program("\n".join(kernels)), V5P, attention_product=V5P.chip.peak * 0.6)  # a second for each product
+    found = predict(
+        program("\n".join(kernels)), V5P, attention_product=V5P.chip.peak * 0.6
+    )  # a second for each product
     assert (found.forward_kernels, found.backward_kernels) == (10, 10)
     assert found.attention == found.simulated == pytest.approx(7)
 
 
 def test_large_copies_in_loops_are_listed():
     copy = "  %copy.7 = bf16[1048576]{0} copy(%x)"
-    assert predict(program(copy, copy.replace(".7", ".8")), V5P, 0.0).copies == {"copy bf16[1048576]{0}": 10}
+    assert predict(program(copy, copy.replace(".7", ".8")), V5P, 0.0).copies == {
+        "copy bf16[1048576]{0}": 10
+    }
     assert not predict(program(copy.replace("1048576", "1024")), V5P, 0.0).copies
 
 
@@ -175,9 +220,11 @@ def test_shares_are_of_the_peak():
 def test_text_is_read():
     assert sizes("(f32[2,3]{1,0:T(8,128)}, bf16[], s4[10]{0})") == [24, 2, 5]
     groups = [
-        ("replica_groups=[4,16]<=[64]", 16), ("replica_groups={{0,1,2},{3,4,5}}", 3), ("no groups", 0),
+        ("replica_groups=[4,16]<=[64]", 16),
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("no groups", 0),
         ("replica_groups=mesh['fsdp'=32,'tensor'=2] {'fsdp'}", 32),
-    ]  # fmt: skip
+    ]
     for words, size in groups:
         text = f"ENTRY %e (a: f32[8]) -> f32[8] {{\n  %r = f32[8]{{0}} all-reduce(%a), {words}\n}}"
         assert Program(text).computations["e"][0].group == size, words

@@ -19,9 +19,9 @@ from llama_jax.planning.plan import (
     flags,
     is_out_of_memory,
     job_of,
-    remat_plans,
     make_plan,
     outlook,
+    remat_plans,
     remedies,
     wanted_bytes,
 )
@@ -30,15 +30,20 @@ from llama_jax.training.config import ComputeConfig, MeshConfig, TrainConfig
 from llama_jax.training.config_sections import DataConfig, OptimizerConfig
 
 CASES = [
-    ("llama3.1-70b", "v5p:4x4x8", 4, "none"), ("llama3.1-8b", "v5e:4x4", 4, "none"), ("llama3.1-405b", "v5p:8x8x8", 1, "none"),
-    ("llama3.1-8b", "h100:8", 8, "none"), ("llama3.2-1b", "h100:1", 32, "all"),
-]  # fmt: skip
+    ("llama3.1-70b", "v5p:4x4x8", 4, "none"),
+    ("llama3.1-8b", "v5e:4x4", 4, "none"),
+    ("llama3.1-405b", "v5p:8x8x8", 1, "none"),
+    ("llama3.1-8b", "h100:8", 8, "none"),
+    ("llama3.2-1b", "h100:1", 32, "all"),
+]
 
 
 def plan_of(model: str, name: str, sequences: int, remat: str):
     topology = parse_topology(name)
     mesh = parse_mesh(None, topology)
-    return make_plan(Job(preset(model), topology, mesh, 8192, sequences * mesh.sequences, remat=remat))
+    return make_plan(
+        Job(preset(model), topology, mesh, 8192, sequences * mesh.sequences, remat=remat)
+    )
 
 
 QUICK = [CASES[0], CASES[3], CASES[4]]
@@ -46,7 +51,12 @@ QUICK = [CASES[0], CASES[3], CASES[4]]
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES],
+    [
+        pytest.param(
+            case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * (case not in QUICK)
+        )
+        for case in CASES
+    ],
 )
 def test_remedies_fit_and_are_as_small_as_can_be(case):
     plan = plan_of(*case)
@@ -82,12 +92,18 @@ def test_a_job_that_fits_has_no_remedies_but_may_be_faster():
 
 
 def test_another_optimizer_is_a_last_resort():
-    """1B on one v5e: with AdamW's 12 bytes a parameter it is full. With bfloat16 moments in the config, those go too."""
+    """1B on one v5e: with AdamW's 12 bytes a parameter it is full. With bfloat16 moments in the
+    config, those go too.
+    """
     plan = plan_of("llama3.2-1b", "v5e:1x1", 1, "full")
     assert [flags(remedy, plan.job) for remedy in remedies(plan)] == ["--optimizer.name adafactor"]
     narrow = make_plan(dataclasses.replace(plan.job, moment_dtype="bfloat16"))
     assert [change.name for change in remedies(narrow)[0].changes] == ["optimizer", "moment_dtype"]
-    assert all(change.name != "optimizer" for remedy in remedies(plan_of(*CASES[0])) for change in remedy.changes)
+    assert all(
+        change.name != "optimizer"
+        for remedy in remedies(plan_of(*CASES[0]))
+        for change in remedy.changes
+    )
 
 
 def test_where_nothing_helps_more_chips_are_named():
@@ -104,16 +120,20 @@ def test_where_nothing_helps_more_chips_are_named():
 def test_flags_are_keys_of_the_config():
     plan = plan_of("llama3.1-8b", "h100:8", 8, "none")
     mesh = MeshSizes(fsdp=4, tensor=2)
-    remedy = Remedy((Change("remat", "full"), Change("microbatches", 4), Change("mesh", mesh)), plan)
+    remedy = Remedy(
+        (Change("remat", "full"), Change("microbatches", 4), Change("mesh", mesh)), plan
+    )
     typed = "--compute.remat full --data.accumulation 4 --mesh.fsdp 4 --mesh.tensor 2"
     assert flags(remedy, plan.job) == typed
 
 
 CONFIG = TrainConfig(
-    model=preset("llama3.1-8b"), compute=ComputeConfig(remat="none", loss_chunk=16384), mesh=MeshConfig(data=1, fsdp=-1),
+    model=preset("llama3.1-8b"),
+    compute=ComputeConfig(remat="none", loss_chunk=16384),
+    mesh=MeshConfig(data=1, fsdp=-1),
     data=DataConfig(length=8192, batch_size=32, accumulation=2),
     optimizer=OptimizerConfig(name="lion", moments_dtype="bfloat16"),
-)  # fmt: skip
+)
 
 
 def test_the_job_of_a_config():
@@ -134,18 +154,30 @@ def test_advice_is_a_few_lines_with_keys_of_the_config(kind):
 
 
 def test_advice_where_there_is_none():
-    small = dataclasses.replace(CONFIG, compute=ComputeConfig(remat="full"), data=DataConfig(length=64, batch_size=1))
+    small = dataclasses.replace(
+        CONFIG, compute=ComputeConfig(remat="full"), data=DataConfig(length=64, batch_size=1)
+    )
     lines = advice(job_of(small, devices_of("NVIDIA H100 80GB HBM3", 1)), memory=8e9)
     assert len(lines) == 2
     assert "use more devices, adapters" in lines[1]
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4294967296 bytes.", 4294967296),
-    ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.50GiB (1610612736B) on device ordinal 0", None),
-    ("RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 2.00G.", None),
-    ("RESOURCE_EXHAUSTED: Out of memory allocating 1,024 bytes.", 1024),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4294967296 bytes.",
+            4294967296,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Failed to allocate request for 1.50GiB (1610612736B) on "
+            "device ordinal 0",
+            None,
+        ),
+        ("RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 2.00G.", None),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1,024 bytes.", 1024),
+    ],
+)
 def test_errors_of_the_runtime_are_understood(text, wanted):
     assert is_out_of_memory(text)
     assert wanted is None or wanted_bytes(text) == wanted

@@ -15,19 +15,38 @@ from llama_jax.training.config_sections import AdapterConfig, DataConfig, Prefer
 
 REMAT = "all"
 
-# GFLOP a token by 6 matmul parameters + 6 layers heads head_dim length, at 2,048, 4,096 and 8,192 tokens, worked out by hand.
+# GFLOP a token by 6 matmul parameters + 6 layers heads head_dim length, at 2,048, 4,096 and 8,192
+# tokens, worked out by hand.
 PUBLISHED = {
-    "llama3.2-1b": (7.82, 8.22, 9.03), "llama3.2-3b": (20.33, 21.39, 23.50), "llama2-7b": (41.25, 42.86, None),
-    "llama3.1-8b": (46.64, 48.25, 51.47), "llama2-70b": (420, 428, None), "llama3.1-70b": (425, 433, 449),
+    "llama3.2-1b": (7.82, 8.22, 9.03),
+    "llama3.2-3b": (20.33, 21.39, 23.50),
+    "llama2-7b": (41.25, 42.86, None),
+    "llama3.1-8b": (46.64, 48.25, 51.47),
+    "llama2-70b": (420, 428, None),
+    "llama3.1-70b": (425, 433, 449),
     "llama3.1-405b": (2448, 2473, 2524),
-}  # fmt: skip
+}
 
 
-def job(model: str, name: str, length: int = 8192, sequences: int = 1, mesh: str | None = None, **changes) -> Job:
+def job(
+    model: str,
+    name: str,
+    length: int = 8192,
+    sequences: int = 1,
+    mesh: str | None = None,
+    **changes,
+) -> Job:
     """So many sequences for each chip along `data` and `fsdp`."""
     topology = parse_topology(name)
     sizes = parse_mesh(mesh, topology)
-    return Job(preset(model), topology, sizes, length, sequences * sizes.sequences, **{"remat": REMAT, **changes})
+    return Job(
+        preset(model),
+        topology,
+        sizes,
+        length,
+        sequences * sizes.sequences,
+        **{"remat": REMAT, **changes},
+    )
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -39,33 +58,63 @@ def test_flops_a_token_are_the_published_ones(model):
 
 
 def test_flops_under_adapters():
-    """8B at 4,096 tokens: four products with each matrix and attention are 33.2 GFLOP; rank 1 adds next to nothing."""
-    assert flops_per_token(job("llama3.1-8b", "h100:1", 4096, rank=1)) / 1e9 == pytest.approx(33.2, abs=0.1)
+    """8B at 4,096 tokens: four products with each matrix and attention are 33.2 GFLOP; rank 1 adds
+    next to nothing.
+    """
+    assert flops_per_token(job("llama3.1-8b", "h100:1", 4096, rank=1)) / 1e9 == pytest.approx(
+        33.2, abs=0.1
+    )
 
 
 @pytest.mark.parametrize("targets", [LAYER_MATRICES, ("wq", "wv")])
 def test_mfu_of_a_run_and_of_its_plan_have_one_formula(targets):
-    """8B at 4,096 with rank 16; by hand: 2 + 2 a parameter of frozen matrices, 6 a parameter of adapters, causal attention."""
+    """8B at 4,096 with rank 16; by hand: 2 + 2 a parameter of frozen matrices, 6 a parameter of
+    adapters, causal attention.
+    """
     config = preset("llama3.1-8b")
-    run = TrainConfig(run=RunConfig(init="base"), model=config, data=DataConfig(length=4096),
-                      adapter=AdapterConfig(rank=16, targets=targets))  # fmt: skip
-    widths = {"wq": 4096 + 4096, "wk": 4096 + 1024, "wv": 4096 + 1024, "wo": 4096 + 4096,
-              "gate": 4096 + 14336, "up": 4096 + 14336, "down": 14336 + 4096}  # fmt: skip
+    run = TrainConfig(
+        run=RunConfig(init="base"),
+        model=config,
+        data=DataConfig(length=4096),
+        adapter=AdapterConfig(rank=16, targets=targets),
+    )
+    widths = {
+        "wq": 4096 + 4096,
+        "wk": 4096 + 1024,
+        "wv": 4096 + 1024,
+        "wo": 4096 + 4096,
+        "gate": 4096 + 14336,
+        "up": 4096 + 14336,
+        "down": 14336 + 4096,
+    }
     products, attention = 8_030_261_248 - 128_256 * 4096 - 65 * 4096, 32 * 32 * 128 * 4096
     adapters = 32 * 16 * sum(widths[name] for name in targets)
     assert step_log.flops_per_token(run) == 4 * products + 6 * attention + 6 * adapters
     if targets == LAYER_MATRICES:
-        assert step_log.flops_per_token(run) == flops_per_token(job("llama3.1-8b", "h100:1", 4096, rank=16))
+        assert step_log.flops_per_token(run) == flops_per_token(
+            job("llama3.1-8b", "h100:1", 4096, rank=16)
+        )
         whole = dataclasses.replace(run, adapter=AdapterConfig())
-        assert step_log.flops_per_token(whole) / step_log.flops_per_token(run) == pytest.approx(1.44, abs=0.02)
-    pairs = dataclasses.replace(run, preference=PreferenceConfig(0.1))  # and the bare model forward beside it
-    assert step_log.flops_per_token(pairs) - step_log.flops_per_token(run) == 2 * products + 2 * attention
+        assert step_log.flops_per_token(whole) / step_log.flops_per_token(run) == pytest.approx(
+            1.44, abs=0.02
+        )
+    pairs = dataclasses.replace(
+        run, preference=PreferenceConfig(0.1)
+    )  # and the bare model forward beside it
+    assert (
+        step_log.flops_per_token(pairs) - step_log.flops_per_token(run)
+        == 2 * products + 2 * attention
+    )
 
 
-@pytest.mark.parametrize(("model", "name", "gigabytes"), [
-    ("llama3.1-8b", "v5p:4x4x4", 30.0 + 14.0 + 2.1), ("llama3.1-70b", "v5p:4x4x8", 278.0 + 136.9 + 4.2),
-    ("llama3.1-405b", "v5p:8x8x8", 1615.0 + 803.3 + 8.4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "name", "gigabytes"),
+    [
+        ("llama3.1-8b", "v5p:4x4x4", 30.0 + 14.0 + 2.1),
+        ("llama3.1-70b", "v5p:4x4x8", 278.0 + 136.9 + 4.2),
+        ("llama3.1-405b", "v5p:8x8x8", 1615.0 + 803.3 + 8.4),
+    ],
+)
 def test_links_carry_what_compiled_steps_carry(model, name, gigabytes):
     """Gathers, scatters and sums of steps compiled for TPUs, fsdp over all chips."""
     near, far = traffic(job(model, name))
@@ -76,16 +125,25 @@ def test_links_carry_what_compiled_steps_carry(model, name, gigabytes):
 def test_what_leaves_a_slice_goes_over_the_network():
     near, far = traffic(job("llama3.1-8b", "2xv5p:4x4x4"))
     assert near == traffic(job("llama3.1-8b", "v5p:4x4x4"))[0]
-    assert far == pytest.approx(2 * 8.03e9 / 64 / 2 * 2, rel=0.01)  # bfloat16 gradients of a shard, there and back
-    assert traffic(job("llama3.1-8b", "h100:16"))[0] == 0  # fsdp over two nodes is no faster than the network
-    assert traffic(job("llama3.1-8b", "h100:16", mesh="data=2"))[1] < traffic(job("llama3.1-8b", "h100:16"))[1]
+    assert far == pytest.approx(
+        2 * 8.03e9 / 64 / 2 * 2, rel=0.01
+    )  # bfloat16 gradients of a shard, there and back
+    assert (
+        traffic(job("llama3.1-8b", "h100:16"))[0] == 0
+    )  # fsdp over two nodes is no faster than the network
+    assert (
+        traffic(job("llama3.1-8b", "h100:16", mesh="data=2"))[1]
+        < traffic(job("llama3.1-8b", "h100:16"))[1]
+    )
 
 
 def test_a_step_is_the_slowest_of_its_parts():
     speed = training_speed(job("llama3.1-70b", "v5p:4x4x8"))
     assert speed.bound == "compute"
     assert speed.step == speed.expected_compute
-    assert speed.mfu == pytest.approx(0.646)  # nothing is computed again, so the share of the peak is the MFU
+    assert speed.mfu == pytest.approx(
+        0.646
+    )  # nothing is computed again, so the share of the peak is the MFU
     assert speed.compute == pytest.approx(449.2e9 * 8192 / 459e12, rel=0.001)
     assert speed.tokens_per_second / 128 == pytest.approx(0.646 * 459e12 / 449.2e9, rel=0.001)
     full = training_speed(job("llama3.1-70b", "v5p:4x4x8", remat="full"))
@@ -94,7 +152,9 @@ def test_a_step_is_the_slowest_of_its_parts():
 
 
 def test_products_wait_for_what_comes_over_tensor():
-    """8B over 4 chips: of the stream of 8,192 tokens 3/4, in and out, five times a layer (four in all and one again)."""
+    """8B over 4 chips: of the stream of 8,192 tokens 3/4, in and out, five times a layer (four in
+    all and one again).
+    """
     whole, cut = (
         training_speed(job("llama3.1-8b", "v5p:4x4x4")),
         training_speed(job("llama3.1-8b", "v5p:4x4x4", mesh="tensor=4")),
@@ -105,7 +165,9 @@ def test_products_wait_for_what_comes_over_tensor():
     assert cut.step == cut.expected_compute + cut.streams
     assert cut.bound == "compute"
     line = training_speed(job("llama3.1-8b", "v5e:16x16", mesh="tensor=4"))
-    assert line.streams == pytest.approx(bytes_in / 45e9, rel=0.01)  # four of sixteen in a row: one way
+    assert line.streams == pytest.approx(
+        bytes_in / 45e9, rel=0.01
+    )  # four of sixteen in a row: one way
 
 
 def test_narrow_chunks_of_the_loss_are_bound_by_memory():
@@ -128,19 +190,29 @@ def test_more_ways_cost_more_transfers():
     assert for_a_token(sequences=2, microbatches=2) == for_a_token()
 
 
-# Tokens a second that memory alone allows an H100 (3.35 TB/s), worked out by hand: 8B and 1B, bfloat16 and int8 weights.
-@pytest.mark.parametrize(("model", "batch", "length", "dtype", "tokens"), [
-    ("llama3.1-8b", 8, 1024, "bfloat16", 1666), ("llama3.1-8b", 8, 2048, "bfloat16", 1562),
-    ("llama3.1-8b", 64, 1024, "bfloat16", 9085), ("llama3.1-8b", 64, 2048, "bfloat16", 6661),
-    ("llama3.1-8b", 1, 1, "bfloat16", 223), ("llama3.1-8b", 1, 1, "int8", 446), ("llama3.2-1b", 1, 1, "bfloat16", 1355),
-])  # fmt: skip
+# Tokens a second that memory alone allows an H100 (3.35 TB/s), worked out by hand: 8B and 1B,
+# bfloat16 and int8 weights.
+@pytest.mark.parametrize(
+    ("model", "batch", "length", "dtype", "tokens"),
+    [
+        ("llama3.1-8b", 8, 1024, "bfloat16", 1666),
+        ("llama3.1-8b", 8, 2048, "bfloat16", 1562),
+        ("llama3.1-8b", 64, 1024, "bfloat16", 9085),
+        ("llama3.1-8b", 64, 2048, "bfloat16", 6661),
+        ("llama3.1-8b", 1, 1, "bfloat16", 223),
+        ("llama3.1-8b", 1, 1, "int8", 446),
+        ("llama3.2-1b", 1, 1, "bfloat16", 1355),
+    ],
+)
 def test_decoding_is_limited_by_memory_as_published(model, batch, length, dtype, tokens):
     plan = make_decode_plan(preset(model), parse_topology("h100:1"), batch, length, dtype)
     assert plan.tokens_per_second == pytest.approx(tokens, rel=0.003)
 
 
 def test_a_cache_takes_the_published_bytes():
-    """128 KiB a token of 8B in bfloat16; int8 halves it and adds a float32 scale a vector of 128."""
+    """128 KiB a token of 8B in bfloat16; int8 halves it and adds a float32 scale a vector of
+    128.
+    """
     given = preset("llama3.1-8b"), parse_topology("h100:1"), 4, 1000
     plan = make_decode_plan(*given)
     assert plan.cache == 4 * 1000 * 131072

@@ -19,19 +19,54 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.weights.gguf_read import GgufFile
 
 TRICKY = [
-    "", " ", "  ", "\n", "\t\tx", " leading", "trailing ", "a  b   c", "\r\n\r\n", "\u00a0x\u3000y",
-    "def f(x):\n    return x**2  # 12345\n", "2024-01-31 12:00:07.123", "in 1999, 7 of 10", "x=0b1010, 1e-5",
-    "你好，世界！", "日本語のテキスト 123", "नमस्ते", "👩‍👩‍👧‍👦 🎉🏽", "e\u0301 é ﬁ Ⅷ ½", "русский ТЕКСТ",
-    "<s>", "</s>", "<unk>", "<0x41>", "▁under", "<|im_end|>", "<|im_start|>user\n", "<|endoftext|> x", "<|eot_id|>",
-    "I'LL we're they'Ve 's", "don't!!!???", "a\u200bb", "\x00\x01\x7f", "���", "𝒜𝓑", "ＡＢＣ１２３", "...\n\n\n...",
-]  # fmt: skip
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t\tx",
+    " leading",
+    "trailing ",
+    "a  b   c",
+    "\r\n\r\n",
+    "\u00a0x\u3000y",
+    "def f(x):\n    return x**2  # 12345\n",
+    "2024-01-31 12:00:07.123",
+    "in 1999, 7 of 10",
+    "x=0b1010, 1e-5",
+    "你好，世界！",
+    "日本語のテキスト 123",
+    "नमस्ते",
+    "👩‍👩‍👧‍👦 🎉🏽",
+    "e\u0301 é ﬁ Ⅷ ½",
+    "русский ТЕКСТ",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x41>",
+    "▁under",
+    "<|im_end|>",
+    "<|im_start|>user\n",
+    "<|endoftext|> x",
+    "<|eot_id|>",
+    "I'LL we're they'Ve 's",
+    "don't!!!???",
+    "a\u200bb",
+    "\x00\x01\x7f",
+    "���",
+    "𝒜𝓑",
+    "ＡＢＣ１２３",
+    "...\n\n\n...",
+]
 
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """More than 200 texts: tricky ones, slices of prose, random characters."""
     rng = random.Random(0)
-    slices = [PROSE[start : start + rng.randrange(1, 120)] for start in (rng.randrange(len(PROSE)) for _ in range(150))]
+    slices = [
+        PROSE[start : start + rng.randrange(1, 120)]
+        for start in (rng.randrange(len(PROSE)) for _ in range(150))
+    ]
     alphabet = "ab Z  09\n\t.,'s-_<|>é你🎉\u0301▁"
     noise = ["".join(rng.choices(alphabet, k=rng.randrange(1, 40))) for _ in range(100)]
     return TRICKY + slices + noise
@@ -39,13 +74,24 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def sentence_piece_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A byte-pair SentencePiece model with byte fallback and one more control symbol, in the manner of LLaMA 1 and 2."""
+    """A byte-pair SentencePiece model with byte fallback and one more control symbol, in the manner
+    of LLaMA 1 and 2.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PROSE.splitlines()), model_writer=model, vocab_size=500, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, num_threads=1,
-        allow_whitespace_only_pieces=True, control_symbols=["<|im_end|>"], minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(PROSE.splitlines()),
+        model_writer=model,
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        num_threads=1,
+        allow_whitespace_only_pieces=True,
+        control_symbols=["<|im_end|>"],
+        minloglevel=2,
+    )
     path = tmp_path_factory.mktemp("sentence_piece") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
@@ -53,8 +99,14 @@ def sentence_piece_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pat
 
 @pytest.fixture(scope="session")
 def smollm2_metadata(smollm2_gguf: pathlib.Path) -> dict[str, object]:
-    """The tokenizer's part of the real file's metadata; that the gguf package reads the same is tested with the weights."""
-    return {key: value for key, value in GgufFile.open(smollm2_gguf).metadata.items() if key.startswith("tokenizer.")}
+    """The tokenizer's part of the real file's metadata; that the gguf package reads the same is
+    tested with the weights.
+    """
+    return {
+        key: value
+        for key, value in GgufFile.open(smollm2_gguf).metadata.items()
+        if key.startswith("tokenizer.")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +132,9 @@ def llama3_files(llama3: Llama3Tokenizer) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def llama3_read(llama3_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def llama3_read(
+    llama3_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
     """What our reader makes of them."""
     directory = tmp_path_factory.mktemp("llama3")
     for name, content in llama3_files.items():

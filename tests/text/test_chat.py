@@ -1,4 +1,6 @@
-"""Conversations against transformers' apply_chat_template, Meta's published formats, and users who write special tokens."""
+"""Conversations against transformers' apply_chat_template, Meta's published formats, and users who
+write special tokens.
+"""
 
 import json
 import pathlib
@@ -12,7 +14,13 @@ from trained import byte_level
 
 from llama_jax.errors import InputError
 from llama_jax.text.byte_pair import BytePairTokenizer
-from llama_jax.text.chat import ChatTemplate, encode_chat, template_from_directory, template_from_gguf, template_names
+from llama_jax.text.chat import (
+    ChatTemplate,
+    encode_chat,
+    template_from_directory,
+    template_from_gguf,
+    template_names,
+)
 from llama_jax.text.sentencepiece import SentencePieceTokenizer
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -28,7 +36,13 @@ def smollm2_template(smollm2_metadata: dict[str, object]) -> ChatTemplate:
 def llama3() -> BytePairTokenizer:
     """A small vocabulary with Llama 3's special tokens."""
     tokenizer = byte_level()
-    names = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    names = (
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    )
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
     return BytePairTokenizer(tokenizer, begin_id=600, end_id=601, adds_begin=True)
 
@@ -38,7 +52,10 @@ def oracle(tokenizer: Tokenizer, template: ChatTemplate) -> transformers.PreTrai
     assert isinstance(tokenizer, BytePairTokenizer)
     copy = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=copy, chat_template=template.source, bos_token=template.begin_token, eos_token=template.end_token
+        tokenizer_object=copy,
+        chat_template=template.source,
+        bos_token=template.begin_token,
+        eos_token=template.end_token,
     )
 
 
@@ -47,12 +64,16 @@ def applied(theirs: transformers.PreTrainedTokenizerFast, messages: Messages) ->
 
 
 @pytest.fixture(scope="module")
-def smollm2_oracle(smollm2: Tokenizer, smollm2_template: ChatTemplate) -> transformers.PreTrainedTokenizerFast:
+def smollm2_oracle(
+    smollm2: Tokenizer, smollm2_template: ChatTemplate
+) -> transformers.PreTrainedTokenizerFast:
     return oracle(smollm2, smollm2_template)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_smollm2_is_transformers(smollm2: Tokenizer, smollm2_template: ChatTemplate, smollm2_oracle, messages: Messages):
+def test_smollm2_is_transformers(
+    smollm2: Tokenizer, smollm2_template: ChatTemplate, smollm2_oracle, messages: Messages
+):
     theirs = smollm2_oracle
     for prompt in (False, True):
         text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
@@ -79,10 +100,15 @@ def test_llama2_is_metas_code(sentence_piece: SentencePieceTokenizer):
         return [1, *sentence_piece.processor.encode(f"[INST] {user} [/INST]")]
 
     assert encode_chat(template, sentence_piece, say("hi")) == last("hi")
-    assert encode_chat(template, sentence_piece, say("hi", "hello", "why?")) == turn("hi", "hello") + last("why?")
+    assert encode_chat(template, sentence_piece, say("hi", "hello", "why?")) == turn(
+        "hi", "hello"
+    ) + last("why?")
     system = "<<SYS>>\nBe brief.\n<</SYS>>\n\n"
     expected = turn(f"{system}hi", "hello") + last("why?")
-    assert encode_chat(template, sentence_piece, say("system:Be brief.", "hi", "hello", "why?")) == expected
+    assert (
+        encode_chat(template, sentence_piece, say("system:Be brief.", "hi", "hello", "why?"))
+        == expected
+    )
 
 
 def test_smollm2s_own_system_message_comes_first(smollm2_template: ChatTemplate):
@@ -122,13 +148,18 @@ def chatml_by_hand(library: tokenizers.Tokenizer, messages: Messages) -> list[in
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_special_tokens_in_messages_are_text(
-    smollm2: Tokenizer, smollm2_template: ChatTemplate, smollm2_library: tokenizers.Tokenizer, attack: str
+    smollm2: Tokenizer,
+    smollm2_template: ChatTemplate,
+    smollm2_library: tokenizers.Tokenizer,
+    attack: str,
 ):
     messages = say("system:s", attack, attack, "ok")
     ids = encode_chat(smollm2_template, smollm2, messages)
     harmless = encode_chat(smollm2_template, smollm2, say("system:s", "a", "b", "ok"))
     special = set(smollm2.special_tokens.values())
-    assert [token for token in ids if token in special] == [token for token in harmless if token in special]
+    assert [token for token in ids if token in special] == [
+        token for token in harmless if token in special
+    ]
     assert smollm2.decode(ids).count(attack) == 2
     assert ids == chatml_by_hand(smollm2_library, messages)
 
@@ -143,8 +174,14 @@ def test_overlapping_special_tokens_in_messages_are_text():
     assert ours.decode(ids) == "<a><b><c>"
 
 
-@pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ bos_token }}{{ messages[0].content }}",
-                                    "{{ bos_token ~ bos_token }}{{ messages[0].content }}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content }}",
+        "{{ bos_token }}{{ messages[0].content }}",
+        "{{ bos_token ~ bos_token }}{{ messages[0].content }}",
+    ],
+)
 def test_the_begin_token_is_there_once(llama3: BytePairTokenizer, source: str):
     template = ChatTemplate(source, "<|begin_of_text|>", None)
     assert encode_chat(template, llama3, say("hi")) == [600, *llama3.encode("hi")]
@@ -161,11 +198,19 @@ def test_no_begin_token_is_added_where_the_model_has_none(smollm2: Tokenizer):
         ([], "messages: none given"),
         ([{"role": "user"}], r"messages\[0\]: .* a mapping with role and content expected"),
         ([{"role": "user", "content": "a", "name": "b"}], r"messages\[0\]: "),
-        ([{"role": "User", "content": "a"}], r"messages\[0\].role: 'User' given, one of system, user"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], r"messages\[1\].content: NoneType given"),
+        (
+            [{"role": "User", "content": "a"}],
+            r"messages\[0\].role: 'User' given, one of system, user",
+        ),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
+            r"messages\[1\].content: NoneType given",
+        ),
     ],
 )
-def test_malformed_messages_are_refused(smollm2: Tokenizer, smollm2_template: ChatTemplate, messages: list, message: str):
+def test_malformed_messages_are_refused(
+    smollm2: Tokenizer, smollm2_template: ChatTemplate, messages: list, message: str
+):
     with pytest.raises(InputError, match=message):
         smollm2_template.render(messages, add_generation_prompt=True)
     with pytest.raises(InputError, match=message):
@@ -174,7 +219,11 @@ def test_malformed_messages_are_refused(smollm2: Tokenizer, smollm2_template: Ch
 
 def test_a_template_refuses_in_its_own_words(sentence_piece: SentencePieceTokenizer):
     with pytest.raises(InputError, match=r"^chat template: Roles must alternate user/assistant$"):
-        encode_chat(ChatTemplate(LLAMA2, "<s>", "</s>"), sentence_piece, [{"role": "assistant", "content": "hi"}])
+        encode_chat(
+            ChatTemplate(LLAMA2, "<s>", "</s>"),
+            sentence_piece,
+            [{"role": "assistant", "content": "hi"}],
+        )
 
 
 def test_templates_of_a_directory(tmp_path: pathlib.Path):
@@ -182,7 +231,9 @@ def test_templates_of_a_directory(tmp_path: pathlib.Path):
     assert template_from_directory(tmp_path) is None
     config.write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
     assert template_from_directory(tmp_path) is None
-    config.write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "A"}))
+    config.write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "A"})
+    )
     assert template_from_directory(tmp_path) == ChatTemplate("A", "<s>", "</s>")
     named = [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]
     config.write_text(json.dumps({"chat_template": named}))
@@ -191,10 +242,15 @@ def test_templates_of_a_directory(tmp_path: pathlib.Path):
     assert template_from_directory(tmp_path) == ChatTemplate("J ü", None, None)
 
 
-@pytest.mark.parametrize("declared", [7, [{"name": "rag", "template": 3}], ["x"], [{"name": ["a"], "template": "R"}]])
+@pytest.mark.parametrize(
+    "declared", [7, [{"name": "rag", "template": 3}], ["x"], [{"name": ["a"], "template": "R"}]]
+)
 def test_templates_that_are_none_are_refused(tmp_path: pathlib.Path, declared: object):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": declared}))
-    with pytest.raises(InputError, match="chat_template should be text, or a list of objects with name and template"):
+    with pytest.raises(
+        InputError,
+        match="chat_template should be text, or a list of objects with name and template",
+    ):
         template_from_directory(tmp_path)
 
 
@@ -204,7 +260,9 @@ def test_of_templates_without_a_default_none_is_taken(tmp_path: pathlib.Path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": declared}))
         assert template_from_directory(tmp_path) is None
         assert template_names(tmp_path) == tuple(entry["name"] for entry in declared)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"rag": "R", "default": "D"}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": {"rag": "R", "default": "D"}})
+    )
     assert template_from_directory(tmp_path) == ChatTemplate("D", None, None)
 
 
@@ -215,7 +273,10 @@ def test_a_template_file_beyond_measure_is_refused(tmp_path: pathlib.Path):
 
 
 def test_templates_of_gguf(smollm2_template: ChatTemplate):
-    assert (smollm2_template.begin_token, smollm2_template.end_token) == ("<|im_start|>", "<|im_end|>")
+    assert (smollm2_template.begin_token, smollm2_template.end_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+    )
     assert template_from_gguf({}) is None
     assert template_from_gguf({"tokenizer.chat_template": "x"}) == ChatTemplate("x", None, None)
     with pytest.raises(InputError, match=r"tokenizer.chat_template: int given"):

@@ -1,4 +1,6 @@
-"""Tokenizers written as a Hugging Face directory, read by transformers; as GGUF metadata, read back."""
+"""Tokenizers written as a Hugging Face directory, read by transformers; as GGUF metadata, read
+back.
+"""
 
 import io
 import json
@@ -28,7 +30,9 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 
 
 def llama3_like() -> tokenizers.Tokenizer:
-    """A small tokenizer.json in the form of Llama 3's: its pattern, whole words first, special tokens at the end."""
+    """A small tokenizer.json in the form of Llama 3's: its pattern, whole words first, special
+    tokens at the end.
+    """
     trained = json.loads(byte_level().to_str())
     trained["model"]["ignore_merges"] = True
     trained["added_tokens"] = []
@@ -38,11 +42,18 @@ def llama3_like() -> tokenizers.Tokenizer:
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in ("<|begin_of_text|>", "<|eot_id|>", "<pad>")]
+        [
+            AddedToken(token, normalized=False)
+            for token in ("<|begin_of_text|>", "<|eot_id|>", "<pad>")
+        ]
     )
     tokenizer.add_tokens(["<tool é>"])
-    begin = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 600)])
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    begin = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 600)]
+    )
+    tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), begin]
+    )
     return tokenizer
 
 
@@ -65,18 +76,30 @@ def ranks(llama3: Llama3Tokenizer) -> Llama3Tokenizer:
     return Llama3Tokenizer(llama3.tokens[:8000])
 
 
-# In `make test` the whole of Llama 3 is left to the tests of its merges and of its chat format in Meta's words.
-KINDS = ["sentence_piece", "without_begin", "byte_pair", "smollm2", "tokenizer_json", "ranks",
-         pytest.param("llama3", marks=pytest.mark.slow)]  # fmt: skip
+# In `make test` the whole of Llama 3 is left to the tests of its merges and of its chat format in
+# Meta's words.
+KINDS = [
+    "sentence_piece",
+    "without_begin",
+    "byte_pair",
+    "smollm2",
+    "tokenizer_json",
+    "ranks",
+    pytest.param("llama3", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("name", ["sentence_piece", "without_begin"])
 def test_tokenizer_json_of_llama2s_kind_goes_to_gguf(
     name: str, texts: list[str], tmp_path: pathlib.Path, request: pytest.FixtureRequest
 ):
-    """By way of `tokenizer.json` alone, scores and all, against the library on the original model."""
+    """By way of `tokenizer.json` alone, scores and all, against the library on the original
+    model.
+    """
     original = request.getfixturevalue(name)
-    (tmp_path / "tokenizer.json").write_bytes(write(tmp_path, original).joinpath("tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes(
+        write(tmp_path, original).joinpath("tokenizer.json").read_bytes()
+    )
     (tmp_path / "tokenizer.model").unlink()
     read = load_tokenizer(tmp_path)
     assert isinstance(read, BytePairTokenizer)
@@ -93,13 +116,24 @@ def test_tokenizer_json_of_llama2s_kind_goes_to_gguf(
 
 def test_scores_follow_the_merges_of_a_tokenizer_trained_as_one(texts: list[str]):
     """The list names one pair for each piece, and not every pair of pieces that make one up."""
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    library.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     library.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False, max_token_length=8)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, show_progress=False, max_token_length=8
+    )
     library.train_from_iterator(PROSE.splitlines(), trainer)
     state = json.loads(library.to_str())
     state["added_tokens"] = state["added_tokens"][:3]
@@ -109,22 +143,39 @@ def test_scores_follow_the_merges_of_a_tokenizer_trained_as_one(texts: list[str]
     )
     assert len(state["model"]["merges"]) > 200
     for text in texts:
-        assert scored.encode(text) == tokenizer.tokenizer.encode(text, add_special_tokens=False).ids, text
+        assert (
+            scored.encode(text) == tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+        ), text
     state["model"]["merges"].pop(len(state["model"]["merges"]) // 2)
-    with pytest.raises(InputError, match="do not merge; scores, which GGUF has here, cannot say so"):
-        gguf_metadata(BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), 1, 2, True))
+    with pytest.raises(
+        InputError, match="do not merge; scores, which GGUF has here, cannot say so"
+    ):
+        gguf_metadata(
+            BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), 1, 2, True)
+        )
 
 
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
-    [("model", {"ignore_merges": True}, "whole words first"), ("model", {"unk_token": None}, "without <unk>"),
-     ("pre_tokenizer", {"type": "Digits", "individual_digits": True}, "byte fallback after .*Digits")],
-)  # fmt: skip
-def test_byte_fallback_that_scores_cannot_repeat_is_refused(part, changes, message, sentence_piece: SentencePieceTokenizer):
+    [
+        ("model", {"ignore_merges": True}, "whole words first"),
+        ("model", {"unk_token": None}, "without <unk>"),
+        (
+            "pre_tokenizer",
+            {"type": "Digits", "individual_digits": True},
+            "byte fallback after .*Digits",
+        ),
+    ],
+)
+def test_byte_fallback_that_scores_cannot_repeat_is_refused(
+    part, changes, message, sentence_piece: SentencePieceTokenizer
+):
     state = json.loads(hugging_face_files(sentence_piece)["tokenizer.json"])
     state[part] = (state[part] or {}) | changes
     with pytest.raises(InputError, match=message):
-        gguf_metadata(BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), 1, 2, True))
+        gguf_metadata(
+            BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), 1, 2, True)
+        )
 
 
 @pytest.fixture(params=KINDS, scope="module")
@@ -132,7 +183,9 @@ def kind(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-def write(directory: pathlib.Path, tokenizer: Tokenizer, template: str | None = None) -> pathlib.Path:
+def write(
+    directory: pathlib.Path, tokenizer: Tokenizer, template: str | None = None
+) -> pathlib.Path:
     for name, content in hugging_face_files(tokenizer, template).items():
         (directory / name).write_bytes(content)
     return directory
@@ -172,7 +225,9 @@ def test_transformers_gives_the_same_ids(kind: Tokenizer, theirs, texts: list[st
 
 
 @pytest.mark.parametrize("name", ["sentence_piece", "without_begin", "tokenizer_json"])
-def test_transformers_needs_no_config_json(name: str, texts: list[str], tmp_path: pathlib.Path, request: pytest.FixtureRequest):
+def test_transformers_needs_no_config_json(
+    name: str, texts: list[str], tmp_path: pathlib.Path, request: pytest.FixtureRequest
+):
     tokenizer = request.getfixturevalue(name)
     theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, tokenizer))
     for text in plain(texts, tokenizer):
@@ -186,10 +241,16 @@ def test_special_tokens_stay_special_in_transformers(kind: Tokenizer, theirs):
         assert theirs.decode([number], skip_special_tokens=True) == ""
 
 
-def test_our_reader_gives_the_same_tokenizer(kind: Tokenizer, directory: pathlib.Path, texts: list[str]):
+def test_our_reader_gives_the_same_tokenizer(
+    kind: Tokenizer, directory: pathlib.Path, texts: list[str]
+):
     ours = load_tokenizer(directory)
     assert isinstance(ours, BytePairTokenizer)
-    assert (ours.begin_id, ours.end_id, ours.adds_begin) == (kind.begin_id, kind.end_id, kind.adds_begin)
+    assert (ours.begin_id, ours.end_id, ours.adds_begin) == (
+        kind.begin_id,
+        kind.end_id,
+        kind.adds_begin,
+    )
     assert ours.vocab_size == kind.vocab_size
     assert ours.special_tokens.items() >= kind.special_tokens.items()
     for text in texts:  # special tokens in text stay text
@@ -215,7 +276,10 @@ def metadata(kind: Tokenizer) -> dict[str, object]:
 
 
 def test_the_original_of_a_sentence_piece_model_goes_along(
-    sentence_piece: SentencePieceTokenizer, sentence_piece_path: pathlib.Path, texts: list[str], tmp_path: pathlib.Path
+    sentence_piece: SentencePieceTokenizer,
+    sentence_piece_path: pathlib.Path,
+    texts: list[str],
+    tmp_path: pathlib.Path,
 ):
     write(tmp_path, sentence_piece)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -223,14 +287,20 @@ def test_the_original_of_a_sentence_piece_model_goes_along(
     assert theirs.encode(texts) == original.encode(texts)
 
 
-def test_llama3_merges_as_meta_does(llama3: Llama3Tokenizer, llama3_files: dict[str, bytes], meta_llama3):
+def test_llama3_merges_as_meta_does(
+    llama3: Llama3Tokenizer, llama3_files: dict[str, bytes], meta_llama3
+):
     """Long words, in which thousands of pairs compete."""
     written, rng = llama3_files["tokenizer.json"].decode(), random.Random(8)
-    assert len(json.loads(written)["model"]["merges"]) == 280_147  # as many as in Meta's tokenizer.json of Llama 3
+    assert (
+        len(json.loads(written)["model"]["merges"]) == 280_147
+    )  # as many as in Meta's tokenizer.json of Llama 3
     library = tokenizers.Tokenizer.from_str(written)
     for alphabet in ("ab", "aA", "=-", "的一是", "\u0430\u0431\u0432", "xyzzy'", "ααβ"):
         text = "".join(rng.choices(alphabet, k=2000))
-        assert library.encode(text, add_special_tokens=False).ids == meta_llama3.encode(text, bos=False, eos=False)
+        assert library.encode(text, add_special_tokens=False).ids == meta_llama3.encode(
+            text, bos=False, eos=False
+        )
     # Some tokens come from no merge: a word that is such a token is found whole.
     words = [token.decode(errors="ignore") for token in llama3.tokens[:: 3 if ALL else 30]]
     for word, encoding in zip(words, library.encode_batch(words, add_special_tokens=False)):
@@ -240,27 +310,44 @@ def test_llama3_merges_as_meta_does(llama3: Llama3Tokenizer, llama3_files: dict[
 def same_ids(read: Tokenizer, tokenizer: Tokenizer, texts: list[str]) -> None:
     for text in texts:
         assert read.encode(text) == tokenizer.encode(text)
-    assert (read.begin_id, read.end_id, read.adds_begin) == (tokenizer.begin_id, tokenizer.end_id, tokenizer.adds_begin)
+    assert (read.begin_id, read.end_id, read.adds_begin) == (
+        tokenizer.begin_id,
+        tokenizer.end_id,
+        tokenizer.adds_begin,
+    )
     assert read.special_tokens == tokenizer.special_tokens
     assert read.token_bytes == tokenizer.token_bytes
 
 
-def test_gguf_reads_back_as_the_same(kind: Tokenizer, metadata: dict[str, object], texts: list[str]):
+def test_gguf_reads_back_as_the_same(
+    kind: Tokenizer, metadata: dict[str, object], texts: list[str]
+):
     read = tokenizer_from_gguf(metadata)
     same_ids(read, kind, texts)
     assert gguf_metadata(read) == metadata
 
 
 WRITERS = {
-    "tokens": "token_list", "token_type": "token_types", "scores": "token_scores", "merges": "token_merges",
-    "model": "tokenizer_model", "pre": "tokenizer_pre", "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id",
-    "padding_token_id": "pad_token_id", "unknown_token_id": "unk_token_id", "add_bos_token": "add_bos_token",
-    "add_eos_token": "add_eos_token", "add_space_prefix": "add_space_prefix",
-}  # fmt: skip
+    "tokens": "token_list",
+    "token_type": "token_types",
+    "scores": "token_scores",
+    "merges": "token_merges",
+    "model": "tokenizer_model",
+    "pre": "tokenizer_pre",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "padding_token_id": "pad_token_id",
+    "unknown_token_id": "unk_token_id",
+    "add_bos_token": "add_bos_token",
+    "add_eos_token": "add_eos_token",
+    "add_space_prefix": "add_space_prefix",
+}
 
 
 def test_gguf_package_writes_every_value(metadata: dict[str, object], tmp_path: pathlib.Path):
-    """Names and types are those of the reference writer: nothing is lost on the way through a file."""
+    """Names and types are those of the reference writer: nothing is lost on the way through a
+    file.
+    """
     writer = gguf.GGUFWriter(tmp_path / "vocab.gguf", "llama")
     for key, value in metadata.items():
         getattr(writer, "add_" + WRITERS[key.removeprefix("tokenizer.ggml.")])(value)
@@ -273,7 +360,16 @@ def test_gguf_package_writes_every_value(metadata: dict[str, object], tmp_path: 
 
 def test_what_came_from_gguf_goes_back_unchanged(smollm2_metadata: dict[str, object]):
     written = gguf_metadata(tokenizer_from_gguf(smollm2_metadata))
-    for name in ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token"):
+    for name in (
+        "model",
+        "pre",
+        "tokens",
+        "token_type",
+        "merges",
+        "bos_token_id",
+        "eos_token_id",
+        "add_bos_token",
+    ):
         key = f"tokenizer.ggml.{name}"
         assert written[key] == smollm2_metadata.get(key, written[key]), name
 
@@ -295,7 +391,10 @@ def test_ids_without_a_token_are_filled(tmp_path: pathlib.Path):
     state["model"]["vocab"]["zzzz"] = 605
     tokenizer = BytePairTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), None, 2, False)
     metadata = gguf_metadata(tokenizer)
-    assert metadata["tokenizer.ggml.tokens"][600:] == [*(f"[PAD{number}]" for number in range(600, 605)), "zzzz"]
+    assert metadata["tokenizer.ggml.tokens"][600:] == [
+        *(f"[PAD{number}]" for number in range(600, 605)),
+        "zzzz",
+    ]
     assert metadata["tokenizer.ggml.token_type"][600:] == [5] * 5 + [1]
     assert gguf_metadata(tokenizer_from_gguf(metadata)) == metadata
 
@@ -303,10 +402,19 @@ def test_ids_without_a_token_are_filled(tmp_path: pathlib.Path):
 def trained_model(**options: object) -> SentencePieceTokenizer:
     """A SentencePiece model of another kind than LLaMA's."""
     model = io.BytesIO()
-    defaults = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-                "remove_extra_whitespaces": False}  # fmt: skip
+    defaults = {
+        "vocab_size": 400,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(PROSE.splitlines()), model_writer=model, minloglevel=2, num_threads=1, **(defaults | options)
+        sentence_iterator=iter(PROSE.splitlines()),
+        model_writer=model,
+        minloglevel=2,
+        num_threads=1,
+        **(defaults | options),
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return SentencePieceTokenizer(processor, 1, 2, True)
@@ -316,7 +424,10 @@ def trained_model(**options: object) -> SentencePieceTokenizer:
     ("options", "message"),
     [
         ({"model_type": "unigram"}, "unigram, word or character model given"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "it changes characters or spaces before encoding"),
+        (
+            {"normalization_rule_name": "nmt_nfkc"},
+            "it changes characters or spaces before encoding",
+        ),
         ({"remove_extra_whitespaces": True}, "it changes characters or spaces before encoding"),
         ({"treat_whitespace_as_suffix": True}, "it changes characters or spaces before encoding"),
     ],
@@ -331,10 +442,14 @@ def test_models_unlike_llamas_are_refused(options: dict[str, object], message: s
 
 def test_user_defined_pieces_become_added_tokens(texts: list[str]):
     tokenizer = trained_model(user_defined_symbols=["<sep>"])
-    same_ids(tokenizer_from_gguf(gguf_metadata(tokenizer)), tokenizer, [*texts, "a<sep>b", "<sep> "])
+    same_ids(
+        tokenizer_from_gguf(gguf_metadata(tokenizer)), tokenizer, [*texts, "a<sep>b", "<sep> "]
+    )
     written = json.loads(hugging_face_files(tokenizer)["tokenizer.json"])
     number = tokenizer.processor.piece_to_id("<sep>")
-    assert [(t["content"], t["special"]) for t in written["added_tokens"] if t["id"] == number] == [("<sep>", False)]
+    assert [(t["content"], t["special"]) for t in written["added_tokens"] if t["id"] == number] == [
+        ("<sep>", False)
+    ]
     library = tokenizers.Tokenizer.from_str(json.dumps(written))
     for text in plain(texts, tokenizer):
         assert library.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), text
@@ -349,9 +464,17 @@ def test_padded_vocabularies_come_back_out_of_gguf(
 ):
     """As `write_gguf` fills up a vocabulary that is smaller than the model's."""
     metadata, size = gguf_metadata(sentence_piece), sentence_piece.vocab_size
-    filler = {"tokens": [f"[PAD{size}]", f"[PAD{size + 1}]"], "token_type": [5, 5], "scores": [-10000.0] * 2}
-    padded = metadata | {f"tokenizer.ggml.{k}": metadata[f"tokenizer.ggml.{k}"] + more for k, more in filler.items()}
-    theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, tokenizer_from_gguf(padded)))
+    filler = {
+        "tokens": [f"[PAD{size}]", f"[PAD{size + 1}]"],
+        "token_type": [5, 5],
+        "scores": [-10000.0] * 2,
+    }
+    padded = metadata | {
+        f"tokenizer.ggml.{k}": metadata[f"tokenizer.ggml.{k}"] + more for k, more in filler.items()
+    }
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        write(tmp_path, tokenizer_from_gguf(padded))
+    )
     assert len(theirs) == size + 2
     for text in [*plain(texts, sentence_piece), f"[PAD{size}]"]:
         assert theirs.encode(text, add_special_tokens=False) == sentence_piece.encode(text)
@@ -388,9 +511,13 @@ def test_a_rank_that_spells_a_special_token_is_refused():
 
 
 def test_what_a_post_processor_adds_is_what_ours_adds(tmp_path: pathlib.Path):
-    """A file whose post-processor says one thing and whose add_bos_token says another is written to say the same."""
+    """A file whose post-processor says one thing and whose add_bos_token says another is written to
+    say the same.
+    """
     (tmp_path / "tokenizer.json").write_text(llama3_like().to_str())
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>", "add_bos_token": false}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"bos_token": "<|begin_of_text|>", "add_bos_token": false}'
+    )
     tokenizer = load_byte_pair(tmp_path / "tokenizer.json")
     theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, tokenizer))
     assert tokenizer.adds_begin

@@ -23,7 +23,9 @@ def test_what_has_no_end(tmp_path, kind):
     path = pathlib.Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
     if kind == "pipe":
         os.mkfifo(path)
-    with pytest.raises(InputError, match=f"{path}: a device or a pipe given, a regular file expected"):
+    with pytest.raises(
+        InputError, match=f"{path}: a device or a pipe given, a regular file expected"
+    ):
         read_text(path, 1000)
 
 

@@ -1,4 +1,6 @@
-"""Templates of attackers, by hand and by chance: text or one line of refusal, quickly, in little memory, nothing executed."""
+"""Templates of attackers, by hand and by chance: text or one line of refusal, quickly, in little
+memory, nothing executed.
+"""
 
 import json
 import subprocess
@@ -18,12 +20,18 @@ from llama_jax.text.sandbox import LARGEST_OUTPUT, render
 DOUBLED = "{% set x = ('a', 'a') %}" + "{% set x = (x, x) %}" * 40
 LAZY = "{% set g = g|map('title') %}" * 400 + "{{ g|list|length }}"
 PATH = "'0.' * 200000 ~ '0'"
-DEEP = "{% set ns = namespace(g=('a',)) %}{% for i in range(20000) %}{% set ns.g = GROWN %}{% endfor %}"
+DEEP = (
+    "{% set ns = namespace(g=('a',)) %}{% for i in range(20000) %}{% set ns.g = GROWN %}{% "
+    "endfor %}"
+)
 
 # Ways out: Python's internals by attribute, by filter, by formatting, by the engine's own objects.
 ESCAPES = {
-    "subclasses": "{% for c in [].__class__.__base__.__subclasses__() %}{% if 'warning' in c.__name__ %}"
-                  "{{ c()._module.__builtins__['__import__']('os').popen('touch /tmp/x').read() }}{% endif %}{% endfor %}",
+    "subclasses": "{% for c in [].__class__.__base__.__subclasses__() %}{% if 'warning' in "
+    "c.__name__ "
+    "%}"
+    "{{ c()._module.__builtins__['__import__']('os').popen('touch /tmp/x').read() }}{% "
+    "endif %}{% endfor %}",
     "base": "{{ ().__class__.__bases__[0].__subclasses__()[40]('/etc/passwd').read() }}",
     "by key": "{{ ''['__class__']['__mro__'] }}{{ ''['__class__'].mro() }}",
     "by spelled key": "{{ ''['\\x5f\\x5fclass\\x5f\\x5f']['\\x5f\\x5fmro\\x5f\\x5f'][1] }}",
@@ -48,7 +56,8 @@ ESCAPES = {
     "format filter": "{{ '%(a)s'|format(a=raise_exception.__globals__) }}",
     "self": "{{ self.__init__.__globals__ }}",
     "self's context": "{{ self._TemplateReference__context.environment }}",
-    "macro": "{% macro m() %}{% endmacro %}{{ m._func.__globals__ }}{{ m._environment.filters.clear() }}",
+    "macro": "{% macro m() %}{% endmacro %}{{ m._func.__globals__ }}{{ "
+    "m._environment.filters.clear() }}",
     "caller": "{% macro m() %}{{ caller._func.__code__ }}{% endmacro %}{% call m() %}{% endcall %}",
     "loop": "{% for a in [1] %}{{ loop._iterator.gi_frame.f_globals }}{% endfor %}",
     "loop's class": "{% for a in [1] %}{{ loop.__class__.__init__.__globals__ }}{% endfor %}",
@@ -66,11 +75,13 @@ ESCAPES = {
     "debug": "{% debug %}",
     "environment": "{{ environment }}{{ _meter.x }}{{ context.x }}",
     "own filter": "{{ ''|_joined.__globals__ }}",
-}  # fmt: skip
+}
 
 # Ways to cost: each is one step to the eye, and minutes or gigabytes if nobody counts.
 BOMBS = {
-    "a list of a namespace": "{% set ns = namespace(x=['a']) %}" + "{% set ns.x = [ns.x, ns.x] %}" * 40 + "{{ [ns] }}",
+    "a list of a namespace": "{% set ns = namespace(x=['a']) %}"
+    + "{% set ns.x = [ns.x, ns.x] %}" * 40
+    + "{{ [ns] }}",
     "a namespace in itself": "{% set ns = namespace() %}{% set ns.a = ns %}{{ [ns] }}",
     "a key to be hashed": DOUBLED + "{{ {x: 1} }}",
     "a key to be looked up": DOUBLED + "{% set d = {'a': 1} %}{{ d[x] }}",
@@ -80,16 +91,22 @@ BOMBS = {
     "characters to strip": "{{ ('a' * 800000).strip('b' * 800000 ~ 'a') }}",
     "characters to trim": "{{ ('a' * 800000)|trim('b' * 800000 ~ 'a') }}",
     "a test for each": "{{ (['a'] * 40000)|select('in', ['b'] * 40000)|list|length }}",
-    "a test for each attribute": "{{ ([{'a': 1}] * 30000)|selectattr('a', 'in', [2] * 30000)|list|length }}",
-    "a filter for each": "{% set b = ['a ' * 500000] * 4 %}{{ b|map('title')|map('upper')|map('title')|list|length }}",
+    "a test for each attribute": "{{ ([{'a': 1}] * 30000)|selectattr('a', 'in', [2] * "
+    "30000)|list|length "
+    "}}",
+    "a filter for each": "{% set b = ['a ' * 500000] * 4 %}{{ "
+    "b|map('title')|map('upper')|map('title')|list|length }}",
     "a path for each": "{{ (['a'] * 40000)|map(attribute=" + PATH + ")|list|length }}",
     "a path to sort by": "{{ (['a'] * 40000)|sort(attribute=" + PATH + ")|length }}",
     "a path by unpacking": "{{ (['a'] * 40000)|map(**{'attribute': " + PATH + "})|list|length }}",
     "lazy filters": "{% set g = ['a b ' * 200000] * 4 %}" + LAZY,
-    "lazy attributes": "{% set g = ['a'] * 60000 %}" + "{% set g = g|map(attribute=0) %}" * 400 + "{{ g|list|length }}",
+    "lazy attributes": "{% set g = ['a'] * 60000 %}"
+    + "{% set g = g|map(attribute=0) %}" * 400
+    + "{{ g|list|length }}",
     "title": "{{ ('a b ' * 1000000)|title|length }}",
     "upper": "{% set x = 'ΐ' * 1000000 %}" + "{{ x|upper|length }}" * 12,
-    "views": "{% set i = dict(range(999)|map('string')|map('list')|map('join', '-')|list) %}{{ i.items()|max }}",
+    "views": "{% set i = dict(range(999)|map('string')|map('list')|map('join', '-')|list) %}{{ "
+    "i.items()|max }}",
     "lists in lists": DEEP.replace("GROWN", "[ns.g]") + "{{ ns.g }}",
     "lists in lists as JSON": DEEP.replace("GROWN", "[ns.g]") + "{{ ns.g|tojson }}",
     "lists in lists, compared": DEEP.replace("GROWN", "[ns.g]") + "{{ [ns.g] == [ns.g] }}",
@@ -109,9 +126,10 @@ BOMBS = {
     "translate": "{{ ('a' * 9000).translate({97: 'b' * 900000}) }}",
     "encode": "{{ 'a'.encode('idna') }}",
     "product": "{{ ([0] * 10 ** 5) * 10 ** 5 }}",
-}  # fmt: skip
+}
 
-# In a process of its own: no type checks of the test run that slow it down, little memory, and a bound on its time.
+# In a process of its own: no type checks of the test run that slow it down, little memory, and a
+#   bound on its time.
 RUNNER = """
 import json, random, re, resource, sys, time
 from llama_jax.errors import InputError
@@ -158,21 +176,31 @@ json.dump(list(outcomes([*sources, *(mutated() for _ in range(count))])), sys.st
 def outcomes(sources: list[str], seeds: list[str], count: int) -> list[dict[str, Any]]:
     """What becomes of templates, and of mutations of others."""
     handed = json.dumps([sources, seeds, count])
-    done = subprocess.run([sys.executable, "-c", RUNNER], input=handed, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=handed, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
 def bounded(outcome: dict[str, Any]) -> bool:
-    """Whether a template did no harm: text or one line, little output, little time, no memory error, messages untouched."""
+    """Whether a template did no harm: text or one line, little output, little time, no memory
+    error, messages untouched.
+    """
     refusal = outcome["refusal"] or ""
-    in_words = outcome["refusal"] is None or (refusal.startswith("chat template: ") and "\n" not in refusal)
-    in_bounds = outcome["size"] <= LARGEST_OUTPUT and outcome["seconds"] < 3 and "emory" not in refusal
+    in_words = outcome["refusal"] is None or (
+        refusal.startswith("chat template: ") and "\n" not in refusal
+    )
+    in_bounds = (
+        outcome["size"] <= LARGEST_OUTPUT and outcome["seconds"] < 3 and "emory" not in refusal
+    )
     return in_words and in_bounds and not outcome["changed"]
 
 
 MUTATIONS = rounds(400, 2200)
-linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to its address space")
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux holds a process to its address space"
+)
 
 
 @pytest.mark.parametrize("name", ESCAPES)
@@ -191,7 +219,11 @@ def test_nothing_costs_more_than_it_may():
 @linux
 def test_mutations_of_templates():
     formats = [make("<s>", "</s>").source for make in FORMATS.values()]
-    hostile = [source for source in [*HOSTILE.values(), *ESCAPES.values(), *BOMBS.values()] if len(source) < 400]
+    hostile = [
+        source
+        for source in [*HOSTILE.values(), *ESCAPES.values(), *BOMBS.values()]
+        if len(source) < 400
+    ]
     found = outcomes([], [*[*formats, LLAMA2, LLAMA3] * 8, *ORDINARY * 4, *hostile], MUTATIONS)
     assert [outcome for outcome in found if not bounded(outcome)] == []
     still_mean_something = sum(outcome["refusal"] is None for outcome in found)
@@ -204,7 +236,8 @@ def test_values_too_deep_for_the_stack_are_refused():
 
 
 LAZINESS = (
-    "{% set few = messages|selectattr('role', 'equalto', 'nobody') %}{{ 'true' if few }}{{ few|list }}"
+    "{% set few = messages|selectattr('role', 'equalto', 'nobody') %}{{ 'true' if few "
+    "}}{{ few|list }}"
     "{% set all = messages|map(attribute='role') %}{{ all|first }}{{ all|list }}{{ all|list }}"
 )
 

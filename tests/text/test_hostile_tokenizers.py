@@ -1,4 +1,6 @@
-"""Tokenizer files that nobody vouches for: damaged, or made to hang, to fill the memory or to bring the library down."""
+"""Tokenizer files that nobody vouches for: damaged, or made to hang, to fill the memory or to bring
+the library down.
+"""
 
 import base64
 import copy
@@ -39,7 +41,9 @@ def use(tokenizer: Tokenizer) -> None:
 
 
 def survives(load: Callable[[], Tokenizer]) -> bool:
-    """Whether a tokenizer was read (else: refused in one line), in bounded time and memory either way."""
+    """Whether a tokenizer was read (else: refused in one line), in bounded time and memory either
+    way.
+    """
     start, size = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     complaint = ""
     try:
@@ -70,12 +74,39 @@ def damaged(good: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-VALUES = [None, True, 0, -1, 1 << 31, (1 << 32) - 1, 1 << 64, 1e308, -0.5, "", "x", "▁", "a b", "<unk>", "\ud800", "\0",
-          "y" * 5000, "(a+)+$", [], {}, [[]], [1, 2], {"type": "Sequence"}, {"String": ""}, {"Regex": "(a|a)*$"}]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 64,
+    1e308,
+    -0.5,
+    "",
+    "x",
+    "▁",
+    "a b",
+    "<unk>",
+    "\ud800",
+    "\0",
+    "y" * 5000,
+    "(a+)+$",
+    [],
+    {},
+    [[]],
+    [1, 2],
+    {"type": "Sequence"},
+    {"String": ""},
+    {"Regex": "(a|a)*$"},
+]
 
 
 def changed(value: Any, rng: random.Random) -> Any:
-    """A JSON value with one part of it, at any depth, replaced by something it was not meant to be."""
+    """A JSON value with one part of it, at any depth, replaced by something it was not meant to
+    be.
+    """
     if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
         return copy.deepcopy(rng.choice(VALUES))
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -103,25 +134,53 @@ def small() -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Digits(), characters])
     tokenizer.add_tokens(["<tool>"])
     ids = [("<|im_start|>", 1)]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=ids)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=ids
+    )
     return tokenizer
 
 
 def spaced() -> tokenizers.Tokenizer:
     """A small tokenizer in the manner of Llama 2's tokenizer.json."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"forxinage", "in", "▁f", "or", "▁for"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"forxinage",
+        "in",
+        "▁f",
+        "or",
+        "▁for",
+    ]
     merges = [("i", "n"), ("▁", "f"), ("o", "r"), ("▁f", "or")]
-    model = models.BPE({p: n for n, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    model = models.BPE(
+        {p: n for n, p in enumerate(pieces)},
+        merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
     tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tokenizer
 
 
 @pytest.mark.parametrize("make", [small, spaced])
-def test_tokenizer_json_with_changed_values(tmp_path: pathlib.Path, make: Callable[[], tokenizers.Tokenizer]):
+def test_tokenizer_json_with_changed_values(
+    tmp_path: pathlib.Path, make: Callable[[], tokenizers.Tokenizer]
+):
     state, rng, read = json.loads(make().to_str()), random.Random(11), 0
     path = tmp_path / "tokenizer.json"
     for _ in range(ROUNDS):
@@ -142,7 +201,11 @@ def test_what_lies_beside_a_tokenizer_json(tmp_path: pathlib.Path):
     small().save(str(tmp_path / "tokenizer.json"))
     rng, config = (
         random.Random(13),
-        {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "add_bos_token": True},
+        {
+            "bos_token": {"content": "<|im_start|>"},
+            "eos_token": "<|im_end|>",
+            "add_bos_token": True,
+        },
     )
     for _ in range(rounds(60, 200)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed(config, rng)))
@@ -166,10 +229,17 @@ def small_model() -> bytes:
     """A SentencePiece model with a normalizer table."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["for x in range of all the lines there are"] * 9), model_writer=model, vocab_size=300,
-        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, user_defined_symbols=["<sep>"], minloglevel=2,
-        normalization_rule_name="nfkc", num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(["for x in range of all the lines there are"] * 9),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<sep>"],
+        minloglevel=2,
+        normalization_rule_name="nfkc",
+        num_threads=1,
+    )
     return model.getvalue()
 
 
@@ -183,23 +253,60 @@ def test_sentence_piece_models(tmp_path: pathlib.Path, small_model: bytes):
 
 def test_added_tokens_beside_a_sentence_piece_model(tmp_path: pathlib.Path, small_model: bytes):
     (tmp_path / "tokenizer.model").write_bytes(small_model)
-    for content in ('{"\\ud800": 1}', '{"' + "x" * 100_000 + '": 1}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
+    for content in (
+        '{"\\ud800": 1}',
+        '{"' + "x" * 100_000 + '": 1}',
+        "[" * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+    ):
         (tmp_path / "added_tokens.json").write_text(content)
         assert not survives(lambda: load_tokenizer(tmp_path))
 
 
 def gguf_values() -> list[dict[str, object]]:
     """GGUF metadata of both kinds."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"forxinage", "in", "▁f", "or", "▁for"]
-    scores, kinds = [-float(n) for n in range(len(pieces))], [2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)]
-    llama = {"model": "llama", "tokens": pieces, "scores": scores, "token_type": kinds, "bos_token_id": 1, "eos_token_id": 2,
-             "add_bos_token": True, "add_space_prefix": True}  # fmt: skip
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"forxinage",
+        "in",
+        "▁f",
+        "or",
+        "▁for",
+    ]
+    scores, kinds = (
+        [-float(n) for n in range(len(pieces))],
+        [2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)],
+    )
+    llama = {
+        "model": "llama",
+        "tokens": pieces,
+        "scores": scores,
+        "token_type": kinds,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "add_bos_token": True,
+        "add_space_prefix": True,
+    }
     library = small()
     vocabulary = sorted(library.get_vocab().items(), key=lambda entry: entry[1])
     merges = [" ".join(pair) for pair in json.loads(library.to_str())["model"]["merges"]]
-    gpt2 = {"model": "gpt2", "pre": "llama-bpe", "tokens": [piece for piece, _ in vocabulary], "merges": merges,
-            "token_type": [3] * 3 + [1] * (len(vocabulary) - 4) + [4], "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-    return [{f"tokenizer.ggml.{name}": value for name, value in values.items()} for values in (llama, gpt2)]
+    gpt2 = {
+        "model": "gpt2",
+        "pre": "llama-bpe",
+        "tokens": [piece for piece, _ in vocabulary],
+        "merges": merges,
+        "token_type": [3] * 3 + [1] * (len(vocabulary) - 4) + [4],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return [
+        {f"tokenizer.ggml.{name}": value for name, value in values.items()}
+        for values in (llama, gpt2)
+    ]
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["llama", "gpt2"])
@@ -207,7 +314,9 @@ def test_gguf_metadata(kind: int):
     metadata, rng, read = gguf_values()[kind], random.Random(16), 0
     for _ in range(ROUNDS):
         values = changed(metadata, rng)
-        read += isinstance(values, dict) and survives(lambda values=values: tokenizer_from_gguf(values))
+        read += isinstance(values, dict) and survives(
+            lambda values=values: tokenizer_from_gguf(values)
+        )
     assert SOME < read < ROUNDS - SOME // 2
 
 
@@ -218,7 +327,9 @@ SCORES = [float("nan"), float("inf"), 1e300]
 def test_scores_that_are_no_float32_are_refused(score: float):
     metadata = gguf_values()[0]
     with pytest.raises(InputError, match=r"tokenizer.ggml.scores: finite numbers expected"):
-        tokenizer_from_gguf(metadata | {"tokenizer.ggml.scores": [score] * len(metadata["tokenizer.ggml.tokens"])})
+        tokenizer_from_gguf(
+            metadata | {"tokenizer.ggml.scores": [score] * len(metadata["tokenizer.ggml.tokens"])}
+        )
 
 
 def sequence(kind: str, *steps: dict) -> dict:
@@ -247,24 +358,56 @@ BEGIN = {"SpecialToken": {"id": "a", "type_id": 0}}
 TRAPS = {
     "catastrophic pattern": {"pre_tokenizer": split(r"(a|a|b)+$")},
     "quadratic pattern": {"pre_tokenizer": split(r"a*a*a*b")},
-    "pattern that explodes when compiled": {"pre_tokenizer": split(r"((((a{999}){999}){999}){999})")},
-    "pattern inside a sequence": {"pre_tokenizer": sequence("pretokenizers", BYTES, split(r"(a+)+$"))},
-    "sequence inside a sequence": {"pre_tokenizer": sequence("pretokenizers", sequence("pretokenizers", split("(a+)+$")))},
+    "pattern that explodes when compiled": {
+        "pre_tokenizer": split(r"((((a{999}){999}){999}){999})")
+    },
+    "pattern inside a sequence": {
+        "pre_tokenizer": sequence("pretokenizers", BYTES, split(r"(a+)+$"))
+    },
+    "sequence inside a sequence": {
+        "pre_tokenizer": sequence("pretokenizers", sequence("pretokenizers", split("(a+)+$")))
+    },
     "text that doubles with each step": {"pre_tokenizer": sequence("pretokenizers", *[BYTES] * 16)},
-    "replacement that grows": {"normalizer": sequence("normalizers", *[replace({"String": "a"}, "aa")] * 16)},
+    "replacement that grows": {
+        "normalizer": sequence("normalizers", *[replace({"String": "a"}, "aa")] * 16)
+    },
     "replacement by pattern": {"normalizer": replace({"Regex": "(a+)+$"}, "")},
     "replacement of nothing": {"normalizer": replace({"String": ""}, "a")},
     "replacement in two spellings": {"normalizer": replace({"String": "a", "Regex": "(a+)+$"}, "")},
     "long prefix": {"normalizer": {"type": "Prepend", "prepend": "a" * 1_000_000}},
     "table that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-    "replacement on the way out": {"decoder": sequence("decoders", replace({"String": "a"}, "a" * 99), {"type": "ByteFallback"},
-                                                       {"type": "Fuse"})},
-    "many tokens before a text": {"post_processor": {"type": "TemplateProcessing", "single": [BEGIN] * 10_000, "pair": [],
-                                  "special_tokens": {"a": {"id": "a", "ids": [1] * 10_000, "tokens": ["a"] * 10_000}}}},
-    "template with a token that it lacks": {"post_processor": {"type": "TemplateProcessing", "single": [BEGIN], "pair": [],
-                                                               "special_tokens": {}}},
-    "template with an id that is none": {"post_processor": {"type": "TemplateProcessing", "single": [BEGIN], "pair": [],
-                                         "special_tokens": {"a": {"id": "a", "ids": [1 << 30], "tokens": ["a"]}}}},
+    "replacement on the way out": {
+        "decoder": sequence(
+            "decoders",
+            replace({"String": "a"}, "a" * 99),
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        )
+    },
+    "many tokens before a text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [BEGIN] * 10_000,
+            "pair": [],
+            "special_tokens": {"a": {"id": "a", "ids": [1] * 10_000, "tokens": ["a"] * 10_000}},
+        }
+    },
+    "template with a token that it lacks": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [BEGIN],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
+    "template with an id that is none": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [BEGIN],
+            "pair": [],
+            "special_tokens": {"a": {"id": "a", "ids": [1 << 30], "tokens": ["a"]}},
+        }
+    },
     "an id that fills the memory": {"model": {"vocab": {"a": (1 << 32) - 1}, "merges": []}},
     "one id for two pieces": {"model": {"vocab": {"a": 0, "b": 0}, "merges": []}},
     "piece without end": {"model": {"vocab": {"a" * 100_000: 0}, "merges": []}},
@@ -274,8 +417,10 @@ TRAPS = {
     "unknown token that is unknown": {"model": {"unk_token": "<nowhere>"}},
     "too many added tokens": {"added_tokens": [TOKEN] * 70_000},
     "added token without end": {"added_tokens": [TOKEN | {"content": "x" * 100_000}]},
-    "kind by its fields alone": {"pre_tokenizer": {"pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}},
-}  # fmt: skip
+    "kind by its fields alone": {
+        "pre_tokenizer": {"pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    },
+}
 
 
 @pytest.mark.parametrize("name", TRAPS)
@@ -298,8 +443,14 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: pathlib.Path):
 
 def test_padding_of_a_file_is_not_tried(tmp_path: pathlib.Path):
     state = json.loads(small().to_str())
-    state["padding"] = {"strategy": {"Fixed": (1 << 32) - 1}, "direction": "Right", "pad_to_multiple_of": None,
-                        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|im_end|>"}  # fmt: skip
+    state["padding"] = {
+        "strategy": {"Fixed": (1 << 32) - 1},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|im_end|>",
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     assert survives(lambda: load_tokenizer(tmp_path))
 
@@ -326,8 +477,26 @@ BOUNDED = [
     r"\d",
     " ?a+|b",
 ]
-UNBOUNDED = [r"(a+)+$", r"(?:a|a)*b", r"a*a*b", r"a+b", r"a{99}{99}", r"[[:alpha:]]+", r"(?=x)", r"(a)\1", r"\s+\s+",
-             r"[a&&[b]]+", "a?" * 20 + "a" * 20, r"a{1,999}", "", "|", "a" * 3000, r"\X+", r"^a", r"(?<=a)b"]  # fmt: skip
+UNBOUNDED = [
+    r"(a+)+$",
+    r"(?:a|a)*b",
+    r"a*a*b",
+    r"a+b",
+    r"a{99}{99}",
+    r"[[:alpha:]]+",
+    r"(?=x)",
+    r"(a)\1",
+    r"\s+\s+",
+    r"[a&&[b]]+",
+    "a?" * 20 + "a" * 20,
+    r"a{1,999}",
+    "",
+    "|",
+    "a" * 3000,
+    r"\X+",
+    r"^a",
+    r"(?<=a)b",
+]
 
 
 def test_patterns_are_told_apart():
@@ -349,10 +518,22 @@ def test_a_table_that_makes_text_grow_is_refused(tmp_path: pathlib.Path):
     rule.write_text("61\t" + " ".join(["62"] * 5000) + "\n")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["b c d e f"] * 9), model_writer=model, vocab_size=270, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, normalization_rule_tsv=str(rule), minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    assert len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).normalize("aaa")) > 15_000
+        sentence_iterator=iter(["b c d e f"] * 9),
+        model_writer=model,
+        vocab_size=270,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_tsv=str(rule),
+        minloglevel=2,
+        num_threads=1,
+    )
+    assert (
+        len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).normalize("aaa"))
+        > 15_000
+    )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    with pytest.raises(InputError, match="a replacement of 5000 bytes given, at most 1024 and 256 expected"):
+    with pytest.raises(
+        InputError, match="a replacement of 5000 bytes given, at most 1024 and 256 expected"
+    ):
         load_tokenizer(tmp_path)

@@ -1,4 +1,6 @@
-"""What chat templates may do: the same as in transformers; and what hostile ones may not: anything large, long or outside."""
+"""What chat templates may do: the same as in transformers; and what hostile ones may not: anything
+large, long or outside.
+"""
 
 import json
 import subprocess
@@ -19,47 +21,63 @@ MESSAGES = [
 ]
 
 ORDINARY = [
-    "{% for m in messages %}\n  {% if not loop.first %}, {% endif %}\n{{ m.role ~ ': ' ~ m['content']|trim }}\n{% endfor %}\n",
-    "{{ messages|length }} {{ messages[1:]|length }} {{ messages[::-1][0].content }} {{ messages[-1]['content'][0] }}",
+    "{% for m in messages %}\n  {% if not loop.first %}, {% endif %}\n{{ m.role ~ ': ' ~ "
+    "m['content']|trim }}\n{% endfor %}\n",
+    "{{ messages|length }} {{ messages[1:]|length }} {{ messages[::-1][0].content }} {{ "
+    "messages[-1]['content'][0] }}",
     "{% set ns = namespace(n=0, text='') %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
     "{% set ns.text = ns.text + m.role %}{% endfor %}{{ ns.n * 2 - 1 }}{{ ns.text }}",
-    "{{ messages|tojson }}{{ {'b': 1, 'a': [true, none, 1.5]}|tojson(indent=4) }}{{ [1]|tojson(separators=(',', ':')) }}",
+    "{{ messages|tojson }}{{ {'b': 1, 'a': [true, none, 1.5]}|tojson(indent=4) }}{{ "
+    "[1]|tojson(separators=(',', ':')) }}",
     "{% macro turn(m, end='!') %}<{{ m.role }}>{{ m.content }}{{ end }}{% endmacro %}"
     "{{ turn(messages[0]) }}{{ turn(messages[1], end='?') }}",
-    "{{ messages|map(attribute='role')|join('/') }} {{ messages|selectattr('role', 'equalto', 'user')|list|length }}",
+    "{{ messages|map(attribute='role')|join('/') }} {{ messages|selectattr('role', "
+    "'equalto', 'user')|list|length }}",
     "{{ messages|rejectattr('role', 'in', ['user'])|map(attribute='content')|map('upper')|list }}",
-    "{{ messages[2].content.split('</think>')[-1].lstrip('\n') }} {{ ', '.join(['a', 'b']) }} {{ 'aXa'.replace('a', 'b') }}",
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% break %}{% endif %}{% if loop.first %}{% continue %}{% endif %}"
+    "{{ messages[2].content.split('</think>')[-1].lstrip('\n') }} {{ ', '.join(['a', "
+    "'b']) }} {{ 'aXa'.replace('a', 'b') }}",
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% break %}{% endif %}{% if "
+    "loop.first %}{% continue %}{% endif %}"
     "{{ loop.index }}{{ loop.index0 }}{{ loop.length }}{{ loop.last }}{{ loop.previtem.role }}"
     "{{ loop.nextitem.role }}{% endfor %}",
-    "{{ tools is defined }}{{ tools is none }}{{ nothing is defined }}{{ nothing }}{{ nothing|default('d') }}"
+    "{{ tools is defined }}{{ tools is none }}{{ nothing is defined }}{{ nothing }}{{ "
+    "nothing|default('d') }}"
     "{{ 'a' if nothing }}",
     "{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}",
     "{% generation %}words{% endgeneration %}{% filter upper|trim %} loud {% endfilter %}"
     "{% set t %}[{{ 1 }}]{% endset %}{{ t }}",
-    "{% set a, b = 1, 2 %}{{ a }}{{ (b, a) }}{{ [a, b] + [3] }}{{ 'ab' * 3 }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 2 ** 5 }}"
+    "{% set a, b = 1, 2 %}{{ a }}{{ (b, a) }}{{ [a, b] + [3] }}{{ 'ab' * 3 }}{{ 7 // 2 "
+    "}}{{ 7 % 4 }}{{ 2 ** 5 }}"
     "{{ -a }}{{ 7 / 2 }}",
     "{{ 'content' in messages[0] }}{{ 'hi' in messages[1].content }}{{ messages[0].get('x', 'y') }}"
     "{{ 'ab'[::-1] }}{{ 1 < 2 < 3 }}",
-    "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ dict(a=1) }}{{ range(3)|list }}{{ 'A'|lower }}",
-    "{{ messages[0].content is string }}{{ messages is iterable }}{{ messages[0] is mapping }}{{ 3 is odd }}{{ '7'|int + 1 }}",
-    "{{ (messages|first).role }}{{ (messages|last).role }}{{ messages|map(attribute='role')|unique|sort|join(',') }}",
+    "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ dict(a=1) }}{{ "
+    "range(3)|list }}{{ 'A'|lower }}",
+    "{{ messages[0].content is string }}{{ messages is iterable }}{{ messages[0] is "
+    "mapping }}{{ 3 is odd }}{{ '7'|int + 1 }}",
+    "{{ (messages|first).role }}{{ (messages|last).role }}{{ "
+    "messages|map(attribute='role')|unique|sort|join(',') }}",
     "x\n    {%- if true %}\n  y  {{- ' z ' -}}  \n{% endif %}\n\n{# gone #}\nend\n",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("source", ORDINARY)
 def test_templates_mean_what_they_mean_in_transformers(source: str):
     (expected,), _ = render_jinja_template([MESSAGES], chat_template=source, tools=None)
     ours = render(source, {"messages": MESSAGES, "tools": None, "add_generation_prompt": False})
-    if "tools" not in source:  # what no tools are differs between versions of transformers: None or an empty list
+    if (
+        "tools" not in source
+    ):  # what no tools are differs between versions of transformers: None or an empty list
         assert ours == expected
     else:
         assert ours == "TrueTrueFalsed"
 
 
 def test_now_is_the_date():
-    assert render("{{ strftime_now('%Y') }}", {}) in {time.strftime("%Y"), str(int(time.strftime("%Y")) - 1)}
+    assert render("{{ strftime_now('%Y') }}", {}) in {
+        time.strftime("%Y"),
+        str(int(time.strftime("%Y")) - 1),
+    }
 
 
 def nested(start: str, step: str, end: str) -> str:
@@ -67,7 +85,9 @@ def nested(start: str, step: str, end: str) -> str:
     return start + step * 40 + end
 
 
-MACROS = "".join(f"{{% macro m{n + 1}() %}}{{{{ m{n}() }}}}{{{{ m{n}() }}}}{{% endmacro %}}" for n in range(40))
+MACROS = "".join(
+    f"{{% macro m{n + 1}() %}}{{{{ m{n}() }}}}{{{{ m{n}() }}}}{{% endmacro %}}" for n in range(40)
+)
 LONG = "{% set b = 'a' * 900000 %}{% set many = [" + "b," * 9000 + "] %}"
 PAIR = "{% set x = ['a'] %}{% set y = ['a'] %}"
 
@@ -89,12 +109,16 @@ HOSTILE = {
     "long number": "{{ 0x" + "f" * 60_000 + " // 3 }}",
     "concatenation": nested("{% set x = 'a' %}", "{% set x = x ~ x %}", "{{ x|length }}"),
     "sum": nested("{% set x = 'a' %}", "{% set x = x + x %}", "{{ x|length }}"),
-    "captured": nested("{% set x = 'a' %}", "{% set x %}{{ x }}{{ x }}{% endset %}", "{{ x|length }}"),
+    "captured": nested(
+        "{% set x = 'a' %}", "{% set x %}{{ x }}{{ x }}{% endset %}", "{{ x|length }}"
+    ),
     "macros": "{% macro m0() %}aaaa{% endmacro %}" + MACROS + "{{ m40()|length }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "recursive loop": "{% for i in [range(9)] recursive %}{{ loop(i) }}{% endfor %}",
     "loops": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
-    "text in a loop": "{% set x %}{% for a in range(99999) %}" + "z" * 60_000 + "{% endfor %}{% endset %}",
+    "text in a loop": "{% set x %}{% for a in range(99999) %}"
+    + "z" * 60_000
+    + "{% endfor %}{% endset %}",
     "output": "{% for i in range(99999) %}" + "y" * 60 + "{% endfor %}",
     "nesting": nested(PAIR, "{% set x = [x, x] %}", "{{ x }}"),
     "tuples": nested(PAIR, "{% set x = (x, x) %}", "{{ x|string }}"),
@@ -114,10 +138,13 @@ HOSTILE = {
     "join": "{{ ('a'*1000000).join(range(90000)|map('string')|list)|length }}",
     "join filter": "{{ range(90000)|join('a'*1000000)|length }}",
     "indentation": "{{ [1]|tojson(indent=999999999) }}",
-    "slices": "{% set x = 'a' * 900000 %}" + "".join(f"{{% set a{n} = x[1:] %}}" for n in range(2000)),
+    "slices": "{% set x = 'a' * 900000 %}"
+    + "".join(f"{{% set a{n} = x[1:] %}}" for n in range(2000)),
     "map": LONG + "{{ many|map('upper')|list|length }}",
     "sort": LONG + "{{ many|sort|length }}",
-    "membership": "{% set a = 'a' * 900000 + 'x' %}{% set b = 'a' * 900000 + 'y' %}{{ a in [b] * 90000 }}",
+    "membership": "{% set a = 'a' * 900000 + 'x' %}{% set b = 'a' * 900000 + 'y' %}{{ a in [b] * "
+    "90000 "
+    "}}",
     "long output": "{{ 'a' * 1048577 }}",
     "parentheses": "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
     "long sum": "{{ " + "1+" * 20_000 + "1 }}",
@@ -126,8 +153,9 @@ HOSTILE = {
 }
 
 
-# In a process of its own, where no type checks of the test run slow it down, with an address space too small for a
-# template that makes something large: the refusal would then be a MemoryError, and say so.
+# In a process of its own, where no type checks of the test run slow it down, with an address space
+# too small for a template that makes something large: the refusal would then be a MemoryError, and
+#   say so.
 PROBE = """
 import json, resource, sys, time
 from llama_jax.errors import InputError
@@ -148,23 +176,46 @@ json.dump(refusals, sys.stdout)
 """
 
 
-SPOT = ("globals", "mutation", "range", "repetition", "recursion", "%", "join", "parentheses", "source")
+SPOT = (
+    "globals",
+    "mutation",
+    "range",
+    "repetition",
+    "recursion",
+    "%",
+    "join",
+    "parentheses",
+    "source",
+)
 
 
-@pytest.mark.parametrize("name", [name if name in SPOT else pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in SPOT else pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE],
+)
 def test_hostile_templates_are_refused(name: str):
-    """Here as well, whatever the platform; those that use up their whole budget are in the process of their own."""
+    """Here as well, whatever the platform; those that use up their whole budget are in the process
+    of their own.
+    """
     with pytest.raises(InputError, match=r"^chat template: ") as refusal:
         render(HOSTILE[name], {"messages": MESSAGES})
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to its address space")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux holds a process to its address space"
+)
 def test_hostile_templates_are_refused_quickly_and_in_little_memory():
     given = json.dumps([list(HOSTILE.values()), MESSAGES])
-    done = subprocess.run([sys.executable, "-c", PROBE], input=given, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], input=given, capture_output=True, text=True, check=True
+    )
     found = dict(zip(HOSTILE, json.loads(done.stdout), strict=True))
-    assert {name: words for name, (_, words) in found.items() if not words.startswith("chat template: ") or "\n" in words} == {}
+    assert {
+        name: words
+        for name, (_, words) in found.items()
+        if not words.startswith("chat template: ") or "\n" in words
+    } == {}
     assert {name: seconds for name, (seconds, _) in found.items() if seconds >= 2} == {}
     assert {name: words for name, (_, words) in found.items() if "emory" in words} == {}
 

@@ -17,7 +17,9 @@ def library(sentence_piece_path: pathlib.Path) -> sentencepiece.SentencePiecePro
     return sentencepiece.SentencePieceProcessor(model_file=str(sentence_piece_path))
 
 
-def test_ids_and_text_are_the_librarys(sentence_piece: SentencePieceTokenizer, library, texts: list[str]):
+def test_ids_and_text_are_the_librarys(
+    sentence_piece: SentencePieceTokenizer, library, texts: list[str]
+):
     for text in texts:
         ids = sentence_piece.encode(text)
         assert ids == library.encode(text)
@@ -37,7 +39,11 @@ def test_random_ids_read_as_the_library_reads_them(sentence_piece: SentencePiece
 
 
 def test_begin_and_end_come_from_the_file(sentence_piece: SentencePieceTokenizer):
-    assert (sentence_piece.begin_id, sentence_piece.end_id, sentence_piece.adds_begin) == (1, 2, True)
+    assert (sentence_piece.begin_id, sentence_piece.end_id, sentence_piece.adds_begin) == (
+        1,
+        2,
+        True,
+    )
     assert sentence_piece.special_tokens == {"<s>": 1, "</s>": 2, "<|im_end|>": 3}
     assert sentence_piece.vocab_size == 500
     assert encode_prompt(sentence_piece, "x") == [1, *sentence_piece.encode("x")]
@@ -45,9 +51,15 @@ def test_begin_and_end_come_from_the_file(sentence_piece: SentencePieceTokenizer
 
 def test_without_begin_a_prompt_has_none(tmp_path: pathlib.Path):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d e"]), model_prefix=str(tmp_path / "m"), vocab_size=300, model_type="bpe",
-        byte_fallback=True, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["a b c d e"]),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     tokenizer = load_sentence_piece(tmp_path / "m.model")
     assert (tokenizer.begin_id, tokenizer.adds_begin) == (None, False)
     assert encode_prompt(tokenizer, "a b") == tokenizer.encode("a b")
@@ -70,7 +82,9 @@ def test_half_a_character_is_refused(sentence_piece: SentencePieceTokenizer):
 
 
 @pytest.mark.parametrize("token", [-1, 500])
-def test_an_id_outside_the_vocabulary_is_refused(sentence_piece: SentencePieceTokenizer, token: int):
+def test_an_id_outside_the_vocabulary_is_refused(
+    sentence_piece: SentencePieceTokenizer, token: int
+):
     with pytest.raises(InputError, match="the tokenizer has 500 tokens"):
         sentence_piece.decode([token])
 
@@ -83,7 +97,9 @@ def test_a_damaged_model_is_refused(tmp_path: pathlib.Path, content: bytes):
         load_sentence_piece(path)
 
 
-def test_mutated_models_load_or_are_refused(sentence_piece_path: pathlib.Path, tmp_path: pathlib.Path):
+def test_mutated_models_load_or_are_refused(
+    sentence_piece_path: pathlib.Path, tmp_path: pathlib.Path
+):
     rng, good = random.Random(2), sentence_piece_path.read_bytes()
     path = tmp_path / "tokenizer.model"
     for _ in range(100):

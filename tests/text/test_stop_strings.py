@@ -1,4 +1,6 @@
-"""Stop strings in a text that comes in pieces: found wherever the pieces end, and never a character lost."""
+"""Stop strings in a text that comes in pieces: found wherever the pieces end, and never a character
+lost.
+"""
 
 import random
 
@@ -7,12 +9,18 @@ import pytest
 from llama_jax.text.stops import StopStrings
 
 CASES = [
-    ("abcdef", ["cd"], "ab", True), ("abcdef", ["x"], "abcdef", False), ("aab", ["ab"], "a", True),
+    ("abcdef", ["cd"], "ab", True),
+    ("abcdef", ["x"], "abcdef", False),
+    ("aab", ["ab"], "a", True),
     ("aaa", ["aab"], "aaa", False),
-    ("abab!", ["ababc", "b!"], "aba", True), ("one\n\ntwo", ["\n\n", "\n"], "one", True), ("abc", [], "abc", False),
-    ("abc", [""], "abc", False), ("xSTO", ["STOP"], "xSTO", False), ("你好吗", ["好"], "你", True),
+    ("abab!", ["ababc", "b!"], "aba", True),
+    ("one\n\ntwo", ["\n\n", "\n"], "one", True),
+    ("abc", [], "abc", False),
+    ("abc", [""], "abc", False),
+    ("xSTO", ["STOP"], "xSTO", False),
+    ("你好吗", ["好"], "你", True),
     ("abcd", ["cd", "bc"], "a", True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "stops", "expected", "found"), CASES)
@@ -29,4 +37,11 @@ def test_however_the_text_is_cut(text, stops, expected, found):
 
 def test_only_what_may_become_a_stop_string_is_held_back():
     watch = StopStrings(["</s>"])
-    assert [watch.push(piece) for piece in ("ab", "c<", "/", "d", "<", "x")] == ["ab", "c", "", "</d", "", "<x"]
+    assert [watch.push(piece) for piece in ("ab", "c<", "/", "d", "<", "x")] == [
+        "ab",
+        "c",
+        "",
+        "</d",
+        "",
+        "<x",
+    ]

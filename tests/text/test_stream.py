@@ -1,4 +1,6 @@
-"""Decoding token by token gives what decoding at once gives, and nothing that would have to be taken back."""
+"""Decoding token by token gives what decoding at once gives, and nothing that would have to be
+taken back.
+"""
 
 import time
 
@@ -8,7 +10,9 @@ from hypothesis import strategies
 
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 
-PROPERTY = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+PROPERTY = hypothesis.settings(
+    max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
 
 
 def pushed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
@@ -18,7 +22,9 @@ def pushed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
 
 
 @PROPERTY
-@hypothesis.given(fractions=strategies.lists(strategies.floats(0, 1, exclude_max=True), max_size=30))
+@hypothesis.given(
+    fractions=strategies.lists(strategies.floats(0, 1, exclude_max=True), max_size=30)
+)
 def test_random_ids(tokenizer: Tokenizer, fractions: list[float]):
     tokens = [int(fraction * tokenizer.vocab_size) for fraction in fractions]
     assert "".join(pushed(tokenizer, tokens)) == tokenizer.decode(tokens)
@@ -26,7 +32,9 @@ def test_random_ids(tokenizer: Tokenizer, fractions: list[float]):
 
 @pytest.fixture
 def single(tokenizer: Tokenizer) -> set[bytes]:
-    """The bytes that are a piece of the vocabulary (SmolLM2's lacks 0xF1, for planes of Unicode not in use)."""
+    """The bytes that are a piece of the vocabulary (SmolLM2's lacks 0xF1, for planes of Unicode not
+    in use).
+    """
     return {piece for piece in tokenizer.token_bytes.pieces if len(piece) == 1}
 
 
@@ -35,14 +43,19 @@ def single(tokenizer: Tokenizer) -> set[bytes]:
 def test_any_text_comes_back(tokenizer: Tokenizer, single: set[bytes], text: str):
     parts = pushed(tokenizer, tokenizer.encode(text))
     assert "".join(parts) == tokenizer.decode(tokenizer.encode(text))
-    if "▁" not in text and all(bytes([byte]) in single for byte in text.encode()):  # ▁ is SentencePiece's space
+    if "▁" not in text and all(
+        bytes([byte]) in single for byte in text.encode()
+    ):  # ▁ is SentencePiece's space
         assert "".join(parts) == text
         assert sum(part.count("\ufffd") for part in parts) == text.count("\ufffd")
 
 
 def test_real_texts(tokenizer: Tokenizer, texts: list[str]):
     for text in texts:
-        assert "".join(pushed(tokenizer, tokenizer.encode(text))) == text.replace("▁", " ") or "▁" in text
+        assert (
+            "".join(pushed(tokenizer, tokenizer.encode(text))) == text.replace("▁", " ")
+            or "▁" in text
+        )
 
 
 def test_a_character_is_held_back_until_whole(byte_pair: Tokenizer):

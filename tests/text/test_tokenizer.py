@@ -51,12 +51,19 @@ def added(number: int, text: str, special: bool) -> dict:
 
 @pytest.fixture
 def with_config(tmp_path: pathlib.Path, sentence_piece_path: pathlib.Path):
-    """Writes a directory with a SentencePiece model and what `tokenizer_config.json` says beside it."""
+    """Writes a directory with a SentencePiece model and what `tokenizer_config.json` says beside
+    it.
+    """
     shutil.copy(sentence_piece_path, tmp_path / "tokenizer.model")
 
     def write(**values: object) -> pathlib.Path:
         """The directory."""
-        named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        named = {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        }
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | values))
         return tmp_path
 
@@ -67,7 +74,9 @@ def with_config(tmp_path: pathlib.Path, sentence_piece_path: pathlib.Path):
 @pytest.mark.parametrize("legacy", [None, False, True])
 @pytest.mark.parametrize("file", ["added_tokens.json", "added_tokens_decoder"])
 def test_added_tokens_beside_a_sentence_piece_model(with_config, legacy: bool | None, file: str):
-    """Against transformers 5: ids of texts with tokens that only the files beside the model know."""
+    """Against transformers 5: ids of texts with tokens that only the files beside the model
+    know.
+    """
     transformers = pytest.importorskip("transformers")
     size = load_tokenizer(with_config()).vocab_size
     own = {} if legacy is None else {"legacy": legacy}
@@ -75,14 +84,21 @@ def test_added_tokens_beside_a_sentence_piece_model(with_config, legacy: bool | 
         directory = with_config(add_bos_token=True, pad_token="<pad>", **own)
         (directory / file).write_text(json.dumps({"<sep>": size + 1, "<pad>": size}))
     else:
-        decoder = added(size, "<pad>", True) | added(size + 1, "<sep>", False) | added(1, "<s>", True)
+        decoder = (
+            added(size, "<pad>", True) | added(size + 1, "<sep>", False) | added(1, "<s>", True)
+        )
         directory = with_config(add_bos_token=True, added_tokens_decoder=decoder, **own)
-    tokenizer, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(str(directory))
+    tokenizer, theirs = (
+        load_tokenizer(directory),
+        transformers.AutoTokenizer.from_pretrained(str(directory)),
+    )
     assert (tokenizer.vocab_size, tokenizer.special_tokens["<pad>"]) == (size + 2, size)
     assert "<sep>" not in tokenizer.special_tokens
     for text in ("", "a", "in the<sep>and <sep> of", "<sep>the", "  and\n<sep>\n", "ünd 中<sep>"):
         assert encode_prompt(tokenizer, text) == theirs(text).input_ids
-        assert tokenizer.decode(theirs(text).input_ids) == theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+        assert tokenizer.decode(theirs(text).input_ids) == theirs.decode(
+            theirs(text).input_ids, skip_special_tokens=True
+        )
     assert size not in tokenizer.encode("a <pad> in a text stays text")
 
 
@@ -91,7 +107,11 @@ def test_added_tokens_that_cannot_be_are_refused(with_config):
     size = load_tokenizer(directory).vocab_size
     (directory / "added_tokens.json").write_text('{"<s>": 1}')
     assert isinstance(load_tokenizer(directory), SentencePieceTokenizer)
-    for content, words in (({"<a>": size + 1}, "ids"), ({"<a>": "7"}, "its id expected"), ({"": size}, "its id expected")):
+    for content, words in (
+        ({"<a>": size + 1}, "ids"),
+        ({"<a>": "7"}, "its id expected"),
+        ({"": size}, "its id expected"),
+    ):
         (directory / "added_tokens.json").write_text(json.dumps(content))
         with pytest.raises(InputError, match=words):
             load_tokenizer(directory)
@@ -125,7 +145,9 @@ def write_eos(directory: pathlib.Path, generation: object, config: object) -> No
     (directory / "config.json").write_text(json.dumps({"eos_token_id": config}))
 
 
-def test_stop_ids_are_those_of_all_files_and_known_names(tmp_path: pathlib.Path, byte_pair: BytePairTokenizer):
+def test_stop_ids_are_those_of_all_files_and_known_names(
+    tmp_path: pathlib.Path, byte_pair: BytePairTokenizer
+):
     assert stop_ids(byte_pair) == (0, 2)  # <|endoftext|> and <|im_end|>, by name
     assert declared_stop_ids(tmp_path) == ()
     write_eos(tmp_path, [7, 9], 8)
@@ -136,13 +158,19 @@ def test_stop_ids_are_those_of_all_files_and_known_names(tmp_path: pathlib.Path,
 
 def test_stop_ids_of_gguf(smollm2: Tokenizer, smollm2_metadata: dict[str, object]):
     assert stop_ids(smollm2, declared_stop_ids_from_gguf(smollm2_metadata)) == (0, 2)
-    assert declared_stop_ids_from_gguf({"tokenizer.ggml.eos_token_id": 5, "tokenizer.ggml.eot_token_id": 6}) == (5, 6)
+    assert declared_stop_ids_from_gguf(
+        {"tokenizer.ggml.eos_token_id": 5, "tokenizer.ggml.eot_token_id": 6}
+    ) == (5, 6)
 
 
-def test_stop_ids_that_are_none_are_refused(tmp_path: pathlib.Path, sentence_piece: SentencePieceTokenizer):
+def test_stop_ids_that_are_none_are_refused(
+    tmp_path: pathlib.Path, sentence_piece: SentencePieceTokenizer
+):
     assert stop_ids(sentence_piece) == (2, 3)
     with pytest.raises(InputError, match="eos_token_id 500: the tokenizer has 500 tokens"):
         stop_ids(sentence_piece, [500])
     write_eos(tmp_path, "</s>", None)
-    with pytest.raises(InputError, match=r"generation_config.json: eos_token_id: '</s>' given, a token id"):
+    with pytest.raises(
+        InputError, match=r"generation_config.json: eos_token_id: '</s>' given, a token id"
+    ):
         declared_stop_ids(tmp_path)

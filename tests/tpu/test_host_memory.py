@@ -1,4 +1,6 @@
-"""Activations kept by the host, compiled for four chips of v5e: what leaves the memory of a chip is in that of the host."""
+"""Activations kept by the host, compiled for four chips of v5e: what leaves the memory of a chip is
+in that of the host.
+"""
 
 import dataclasses
 
@@ -15,12 +17,28 @@ pytestmark = [pytest.mark.tpu, pytest.mark.timeout(1800)]  # minutes where cores
 
 
 def test_what_the_host_keeps_leaves_the_chip():
-    small = {"dim": 512, "heads": 8, "kv_heads": 8, "ffn_dim": 4096, "vocab_size": 1024, "layers": 8}
+    small = {
+        "dim": 512,
+        "heads": 8,
+        "kv_heads": 8,
+        "ffn_dim": 4096,
+        "vocab_size": 1024,
+        "layers": 8,
+    }
     config = dataclasses.replace(preset("llama3.2-1b"), **small)
-    job = Job(config, parse_topology("v5e:2x2"), MeshSizes(fsdp=4), 8192, 4, remat="q+k+v+context+middle+gate+up")
+    job = Job(
+        config,
+        parse_topology("v5e:2x2"),
+        MeshSizes(fsdp=4),
+        8192,
+        4,
+        remat="q+k+v+context+middle+gate+up",
+    )
     hosted = "q+k+v+context+middle+gate@host+up@host"
     here, there = compile_training(job), compile_training(dataclasses.replace(job, remat=hosted))
     moved = job.chip_tokens * hosted_bytes(config, hosted, 2)
     assert here.hosted == 0
     assert moved <= there.hosted <= 1.1 * moved
-    assert here.temporaries - there.temporaries > moved * (config.layers - 2) / config.layers  # two layers' are on their way
+    assert (
+        here.temporaries - there.temporaries > moved * (config.layers - 2) / config.layers
+    )  # two layers' are on their way

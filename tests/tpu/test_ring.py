@@ -1,4 +1,6 @@
-"""Keys that go round four chips of v5e, compiled: each round's transfer is under way while the block at hand is worked on."""
+"""Keys that go round four chips of v5e, compiled: each round's transfer is under way while the
+block at hand is worked on.
+"""
 
 import re
 
@@ -25,9 +27,15 @@ def program() -> str:
     """Forward and backward of attention in a ring."""
     mesh = make_mesh(1, 1, 1, topology_devices(parse_topology("v5e:2x2")), 4)
     positions = jnp.asarray(balanced_positions(LENGTH, 4))
-    mask, options = Mask(positions=positions, key_positions=positions), ModelOptions("bfloat16", context_attention="ring")
+    mask, options = (
+        Mask(positions=positions, key_positions=positions),
+        ModelOptions("bfloat16", context_attention="ring"),
+    )
     place = NamedSharding(mesh, PartitionSpec(None, None, "context"))
-    shapes = [jax.ShapeDtypeStruct((1, heads, LENGTH, 128), jnp.bfloat16, sharding=place) for heads in (8, 2, 2)]
+    shapes = [
+        jax.ShapeDtypeStruct((1, heads, LENGTH, 128), jnp.bfloat16, sharding=place)
+        for heads in (8, 2, 2)
+    ]
 
     def loss(q, k, v):
         """A number to differentiate."""
@@ -38,10 +46,14 @@ def program() -> str:
 
 
 def test_transfers_are_under_way_while_a_block_is_worked_on(program):
-    """In the two loops over rounds, forward and backward: the keys' transfers begin, a loop over blocks runs, they end."""
+    """In the two loops over rounds, forward and backward: the keys' transfers begin, a loop over
+    blocks runs, they end.
+    """
     rounds = 0
     for computation in re.split(r"\n(?=\S)", program):
-        events = re.findall(r"%(collective-permute-start|collective-permute-done|while)[.\w]* = ", computation)
+        events = re.findall(
+            r"%(collective-permute-start|collective-permute-done|while)[.\w]* = ", computation
+        )
         if (
             {"collective-permute-start", "while"} <= set(events)
             and "ROOT %tuple" in computation

@@ -1,6 +1,8 @@
-"""The training step of Llama 3 8B as the compiler for TPUs leaves it, for 64 chips of v5p: what it moves, copies and holds.
+"""The training step of Llama 3 8B as the compiler for TPUs leaves it, for 64 chips of v5p: what it
+moves, copies and holds.
 
-Compiled ahead of time on the CPU, never run. The shapes are those of the whole model with two of its 32 layers, all alike.
+Compiled ahead of time on the CPU, never run. The shapes are those of the whole model with two of
+its 32 layers, all alike.
 """
 
 import dataclasses
@@ -20,8 +22,17 @@ pytest.importorskip("libtpu", reason="the compiler for TPUs; `make test-tpu` ins
 pytestmark = pytest.mark.tpu
 
 CONFIG = dataclasses.replace(preset("llama3-8b"), layers=2)
-JOB = Job(CONFIG, parse_topology("v5p:4x4x4"), MeshSizes(fsdp=64), 8192, 64, remat="q+k+v+context+middle+gate+up")
-LAYER = 4 * (2 * CONFIG.dim * (CONFIG.dim + 1024) + 3 * CONFIG.dim * CONFIG.ffn_dim) / 2  # bytes of a layer's weights, bfloat16
+JOB = Job(
+    CONFIG,
+    parse_topology("v5p:4x4x4"),
+    MeshSizes(fsdp=64),
+    8192,
+    64,
+    remat="q+k+v+context+middle+gate+up",
+)
+LAYER = (
+    4 * (2 * CONFIG.dim * (CONFIG.dim + 1024) + 3 * CONFIG.dim * CONFIG.ffn_dim) / 2
+)  # bytes of a layer's weights, bfloat16
 
 
 @functools.cache
@@ -34,7 +45,9 @@ def test_state_is_updated_in_place():
 
 
 def test_memory_is_as_planned():
-    """The closed form is never more than 2 % below what the compiler has, and at most 15 % above."""
+    """The closed form is never more than 2 % below what the compiler has, and at most 15 %
+    above.
+    """
     total = compiled().arguments + compiled().temporaries
     assert -0.02 < make_plan(JOB).memory.total / total - 1 < 0.15
 
@@ -61,8 +74,15 @@ def copied() -> list[tuple[int, ...]]:
     assert times is not None
     found = [(what, count) for what, count in times.copies.items()]
     assert all(" bf16[" in what for what, _ in found), found
-    sides = [(re.findall(r"\d+", what.partition("[")[2].partition("]")[0]), count) for what, count in found]
-    return [tuple(int(side) for side in shape if side != "1") for shape, count in sides for _ in range(count)]
+    sides = [
+        (re.findall(r"\d+", what.partition("[")[2].partition("]")[0]), count)
+        for what, count in found
+    ]
+    return [
+        tuple(int(side) for side in shape if side != "1")
+        for shape, count in sides
+        for _ in range(count)
+    ]
 
 
 def test_neither_stream_nor_weights_are_copied_in_the_loop_over_layers():
@@ -73,7 +93,9 @@ def test_neither_stream_nor_weights_are_copied_in_the_loop_over_layers():
 
 
 def test_heads_are_copied_only_for_the_gradients_of_weights():
-    """The output of attention and the gradients of q, k and v, which those products sum over all tokens."""
+    """The output of attention and the gradients of q, k and v, which those products sum over all
+    tokens.
+    """
     heads = [(count, CONFIG.head_dim, JOB.length) for count in (CONFIG.heads, CONFIG.kv_heads)]
     assert sorted(copied()) == sorted(2 * CONFIG.layers * heads)
 

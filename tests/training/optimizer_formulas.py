@@ -1,4 +1,6 @@
-"""The optimizers in NumPy and float64, one matrix (or vector) at a time, from their papers; and a step with given gradients."""
+"""The optimizers in NumPy and float64, one matrix (or vector) at a time, from their papers; and a
+step with given gradients.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -12,7 +14,8 @@ from llama_jax.training.loss import Objective
 from llama_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from llama_jax.training.step import Recipe
 
-# From gradients in order of time and the parameter as it is at each, to the update for a learning rate of 1, before decay.
+# From gradients in order of time and the parameter as it is at each, to the update for a learning
+# rate of 1, before decay.
 Direction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -27,7 +30,10 @@ def adamw(config: OptimizerConfig) -> Direction:
     def direction(g, p):
         nonlocal m, v, t
         t += 1
-        m, v = config.beta1 * m + (1 - config.beta1) * g, config.beta2 * v + (1 - config.beta2) * g * g
+        m, v = (
+            config.beta1 * m + (1 - config.beta1) * g,
+            config.beta2 * v + (1 - config.beta2) * g * g,
+        )
         return m / (1 - config.beta1**t) / (np.sqrt(v / (1 - config.beta2**t)) + config.eps)
 
     return direction
@@ -47,9 +53,11 @@ def lion(config: OptimizerConfig) -> Direction:
 
 
 def adafactor(config: OptimizerConfig) -> Direction:
-    """arXiv:1804.04235, algorithms 4 and 5: decay 1 - t^-0.8, clipped at 1, times the size of the parameter but at least 1e-3.
+    """arXiv:1804.04235, algorithms 4 and 5: decay 1 - t^-0.8, clipped at 1, times the size of the
+    parameter but at least 1e-3.
 
-    As in all implementations, small matrices and vectors (here a side below 128) keep the square of every entry.
+    As in all implementations, small matrices and vectors (here a side below 128) keep the square of
+    every entry.
     """
     sequences, columns, v, t = 0.0, 0.0, 0.0, 0
 
@@ -71,8 +79,9 @@ def adafactor(config: OptimizerConfig) -> Direction:
 
 
 def muon(config: OptimizerConfig) -> Direction:
-    """kellerjordan.github.io/posts/muon, five steps of its quintic, with a Nesterov momentum of 0.95 that is corrected for
-    its start as in NAdam (Dozat, 2016); scaled by 0.2 sqrt(longer side), arXiv:2502.16982."""
+    """kellerjordan.github.io/posts/muon, five steps of its quintic, with a Nesterov momentum of
+    0.95 that is corrected for its start as in NAdam (Dozat, 2016); scaled by 0.2 sqrt(longer side),
+    arXiv:2502.16982."""
     m, t = 0.0, 0
 
     def direction(g, p):
@@ -100,7 +109,9 @@ FORMULAS = {"adamw": adamw, "adafactor": adafactor, "lion": lion, "muon": muon}
 
 
 def formula_of(config: OptimizerConfig, path: tuple[str, ...]) -> Direction:
-    """What a parameter is moved by; Muon has only the matrices of the layers, which are not norms."""
+    """What a parameter is moved by; Muon has only the matrices of the layers, which are not
+    norms.
+    """
     in_layer = path[0].startswith("layers") and "scale" not in path
     name = "adamw" if config.name == "muon" and not in_layer else config.name
     return FORMULAS[name](config)
@@ -116,7 +127,9 @@ def names_of(path: tuple) -> tuple[str, ...]:
 
 
 def trained_by_formula(config: OptimizerConfig, steps: int, params, gradients):
-    """Parameters after one step for each entry on the leading axis of the gradients, by the formulas; float64."""
+    """Parameters after one step for each entry on the leading axis of the gradients, by the
+    formulas; float64.
+    """
     rates = np.asarray(learning_rate_schedule(config, steps)(np.arange(steps)), np.float64)
 
     def train(path, leaf, given):
@@ -135,7 +148,9 @@ def trained_by_formula(config: OptimizerConfig, steps: int, params, gradients):
 
 
 def given_recipe(config: OptimizerConfig, steps: int, params) -> Recipe:
-    """A recipe that begins with those parameters; its gradient is what the step is given as frozen."""
+    """A recipe that begins with those parameters; its gradient is what the step is given as
+    frozen.
+    """
 
     def loss(model, pair, batch, chunk):
         """Linear in what is trained."""
@@ -143,10 +158,14 @@ def given_recipe(config: OptimizerConfig, steps: int, params) -> Recipe:
         return sum(jax.tree.leaves(products)), {}
 
     return Recipe(
-        None, make_optimizer(config), learning_rate_schedule(config, steps), 1,  # type: ignore[arg-type]
-        Objective(loss, lambda batch: jnp.float32(1)), init=lambda model, key: params,
+        None,
+        make_optimizer(config),
+        learning_rate_schedule(config, steps),
+        1,  # type: ignore[arg-type]
+        Objective(loss, lambda batch: jnp.float32(1)),
+        init=lambda model, key: params,
         parameters=lambda trained, gradient, draw: (trained, gradient),
-    )  # fmt: skip
+    )
 
 
 def any_batch() -> Batch:

@@ -60,7 +60,9 @@ def test_what_is_unclaimed_is_compiling():
 
 
 def test_goodput_over_a_crash(tmp_path):
-    """80 s of updates, 30 of them lost to a crash, 10 s of saving, 10 s down, 100 s in all: half was of use."""
+    """80 s of updates, 30 of them lost to a crash, 10 s of saving, 10 s down, 100 s in all: half
+    was of use.
+    """
     path, watch = tmp_path / "goodput.jsonl", Watch()
     log = GoodputLog(path, 0, no_warning, watch)
     watch.pass_by(60)
@@ -76,7 +78,11 @@ def test_goodput_over_a_crash(tmp_path):
     assert again.add(20, {"step": 30.0}) == pytest.approx(80 / 130)
     assert read_goodput(path) == again.goodput
     words = again.goodput.lines()
-    assert words["goodput"] == "61.5%: 1m 20s in updates that were kept, of 2m 10s since the start of the run (2 starts)"
+    assert (
+        words["goodput"]
+        == "61.5%: 1m 20s in updates that were kept, of 2m 10s since the start of the run "
+        "(2 starts)"
+    )
     assert words["other time"] == "save 7.7%, redone 23.1%, start-up and down 7.7%"
 
 
@@ -91,11 +97,14 @@ def test_a_clock_set_back_makes_no_share_above_one(tmp_path):
 def test_torn_and_foreign_lines(tmp_path):
     path = tmp_path / "goodput.jsonl"
     path.write_text(
-        '{"time": 5, "event": "start", "step": 0}\n[1]\n{"time": "x", "step": 1}\n{"time": 9, "step": 1, "seconds": {"step": 4'
+        '{"time": 5, "event": "start", "step": 0}\n[1]\n{"time": "x", "step": '
+        '1}\n{"time": 9, "step": 1, "seconds": {"step": 4'
     )
     log = GoodputLog(path, 0, no_warning, lambda: 10.0)
     assert log.goodput == Goodput(5, 0, 0, {}, 5, 2)
-    assert json.loads(path.read_text().splitlines()[-1])["event"] == "start"  # not glued to the torn line
+    assert (
+        json.loads(path.read_text().splitlines()[-1])["event"] == "start"
+    )  # not glued to the torn line
 
 
 def test_a_disk_that_fails_is_told_of_once(tmp_path):
@@ -109,11 +118,23 @@ def test_a_disk_that_fails_is_told_of_once(tmp_path):
     assert Goodput().lines() == {}
 
 
-@pytest.mark.parametrize(("kind", "tera"), [
-    ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.5), ("NVIDIA A100-SXM4-40GB", 312),
-    ("NVIDIA A100 80GB PCIe", 312), ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459),
-    ("TPU v6 lite", 918), ("TPU7x", 2307 / 2), ("TPU v3", 61.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 2307 / 2),
+        ("TPU v3", 61.5),
+    ],
+)
 def test_published_peaks(kind, tera):
     assert peak_flops(kind) == pytest.approx(tera * 1e12)
 
@@ -155,7 +176,9 @@ def test_records_tell_the_time_split_and_the_goodput(tmp_path):
     watch = Watch()
     clock = Clock(watch)
     goodput = GoodputLog(tmp_path / "goodput.jsonl", 0, no_warning, watch)
-    log = StepLog(tiny_config(tmp_path, tmp_path), lambda step: step * 128, clock=clock, goodput=goodput)
+    log = StepLog(
+        tiny_config(tmp_path, tmp_path), lambda step: step * 128, clock=clock, goodput=goodput
+    )
     watch.pass_by(20)
     log.add(figures())
     watch.pass_by(8)
@@ -170,4 +193,6 @@ def test_records_tell_the_time_split_and_the_goodput(tmp_path):
         watch.pass_by(6)
     watch.pass_by(4)
     log.close(2)
-    assert goodput.goodput == Goodput(40, 8, 0, {"compile": 20, "data": 2, "eval": 6, "save": 4}, 0, 1)
+    assert goodput.goodput == Goodput(
+        40, 8, 0, {"compile": 20, "data": 2, "eval": 6, "save": 4}, 0, 1
+    )

@@ -56,17 +56,28 @@ def folders(tmp_path_factory, tiny_directory):
     text = Text(read_tokenizer_files(tiny_directory), template_from_directory(tiny_directory))
     talks = [{"prompt": f"what is {i}?", "completion": "it is " + "x" * (i % 7)} for i in range(60)]
     (root / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    inputs = {"a": write_corpus(root / "text a", 12), "b": write_corpus(root / "text b", 30), "chat": root / "talks.jsonl"}
+    inputs = {
+        "a": write_corpus(root / "text a", 12),
+        "b": write_corpus(root / "text b", 30),
+        "chat": root / "talks.jsonl",
+    }
     for name, path in inputs.items():
-        prepare_set([path], root / name, text, Settings(held_out=0.2, shard_tokens=3000), lambda *call: None)
+        prepare_set(
+            [path], root / name, text, Settings(held_out=0.2, shard_tokens=3000), lambda *call: None
+        )
     return root
 
 
 @pytest.fixture
 def config(tmp_path, folders, tiny_directory):
-    made = tiny_config(tmp_path / "run", tmp_path, run={"steps": 3, "eval_every": 0, "checkpoint_every": 100})
+    made = tiny_config(
+        tmp_path / "run", tmp_path, run={"steps": 3, "eval_every": 0, "checkpoint_every": 100}
+    )
     size = json.loads((tiny_directory / "config.json").read_text())["vocab_size"]
-    sources = (SourceConfig(str(folders / "a"), 3.0), SourceConfig(str(folders / "b"), 1.0, "second"))
+    sources = (
+        SourceConfig(str(folders / "a"), 3.0),
+        SourceConfig(str(folders / "b"), 1.0, "second"),
+    )
     data = DataConfig(sources=sources, length=32, batch_size=4)
     return dataclasses.replace(made, data=data, model=dataclasses.replace(MODEL, vocab_size=size))
 
@@ -86,19 +97,34 @@ def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
     parts = run.data.held_out
     assert list(parts) == ["a", "second"]
     targets = {name: part.size - part.documents for name, part in parts.items()}
-    mean = sum(last[f"held_out/{name}/loss"] * count for name, count in targets.items()) / sum(targets.values())
+    mean = sum(last[f"held_out/{name}/loss"] * count for name, count in targets.items()) / sum(
+        targets.values()
+    )
     assert last["held_out/loss"] == pytest.approx(mean, rel=1e-6)
     assert summary.evaluation.tokens == sum(targets.values())
     assert [line["train/tokens"] for line in lines] == [128, 128 + 256, 128 + 512]
     more = dataclasses.replace(config.run, steps=4)
-    Run(dataclasses.replace(config, run=more, data=dataclasses.replace(data, skip_steps=((9, 9),))), Quiet())
-    for changes in ({"sources": data.sources[::-1]}, {"sources": data.sources[:1]}, {"packing": "fit"}, {"batch_ramp": ()}):
+    Run(
+        dataclasses.replace(config, run=more, data=dataclasses.replace(data, skip_steps=((9, 9),))),
+        Quiet(),
+    )
+    for changes in (
+        {"sources": data.sources[::-1]},
+        {"sources": data.sources[:1]},
+        {"packing": "fit"},
+        {"batch_ramp": ()},
+    ):
         with pytest.raises(InputError, match="holds a run with"):
-            Run(dataclasses.replace(config, run=more, data=dataclasses.replace(data, **changes)), Quiet())
+            Run(
+                dataclasses.replace(config, run=more, data=dataclasses.replace(data, **changes)),
+                Quiet(),
+            )
 
 
 def test_conversations_are_fitted_whole(config, folders):
-    data = dataclasses.replace(config.data, sources=(SourceConfig(str(folders / "chat")),), packing="fit", length=128)
+    data = dataclasses.replace(
+        config.data, sources=(SourceConfig(str(folders / "chat")),), packing="fit", length=128
+    )
     model = dataclasses.replace(config.model, context_length=128)
     opened = open_data(dataclasses.replace(config, data=data, model=model))
     batches = make_batches(opened, data)
@@ -124,27 +150,47 @@ def test_conversations_that_are_too_long_are_told(config, folders, tmp_path):
     made = chat_run(config, folders, tmp_path, length=length)
     display = Heading()
     Run(made, display).train()
-    line = f"{over} of {len(lengths)} examples have more than data.length {length} tokens: {over} dropped (data.too_long)"
+    line = (
+        f"{over} of {len(lengths)} examples have more than data.length {length} tokens: "
+        f"{over} dropped (data.too_long)"
+    )
     assert any(line in text for text in display.lines)
     events = read_events(pathlib.Path(made.run.dir) / "metrics.jsonl")
-    assert {"step": 0, "event": "packing", "documents": len(lengths), "too_long": over, "dropped": over, "masked": 0} in events
+    assert {
+        "step": 0,
+        "event": "packing",
+        "documents": len(lengths),
+        "too_long": over,
+        "dropped": over,
+        "masked": 0,
+    } in events
     longer = dataclasses.replace(made.run, steps=2)
     for changes in ({"too_long": "cut_end"}, {"packing": "cut"}):
         with pytest.raises(InputError, match="holds a run with"):
-            Run(dataclasses.replace(made, run=longer, data=dataclasses.replace(made.data, **changes)), Quiet())
+            Run(
+                dataclasses.replace(
+                    made, run=longer, data=dataclasses.replace(made.data, **changes)
+                ),
+                Quiet(),
+            )
 
 
 def test_conversations_without_an_answer_in_reach_are_refused(config, folders, tmp_path):
     for changes in ({"length": 4}, {"length": 4, "too_long": "cut_end"}):
         made = chat_run(config, folders, tmp_path, **changes)
         with pytest.raises(
-            InputError, match=r"chat: no example with an answer fits into data\.length 4 \(\d+ of \d+ are longer"
+            InputError,
+            match=r"chat: no example with an answer fits into data\.length 4 \(\d+ of \d+ are longer",
         ):
             make_batches(open_data(made), made.data)
-        with pytest.raises(InputError, match=r"nothing that is held out can be scored within data\.length 4"):
+        with pytest.raises(
+            InputError, match=r"nothing that is held out can be scored within data\.length 4"
+        ):
             choose_held_out(open_data(made).held_out, 4, "auto", 0, 0, made.data.too_long)
     cut = chat_run(config, folders, tmp_path, length=2, batch_size=1, packing="cut")
-    with pytest.raises(InputError, match=r"data\.packing cut: \d+ of \d+ sequences of 2 tokens hold no answer"):
+    with pytest.raises(
+        InputError, match=r"data\.packing cut: \d+ of \d+ sequences of 2 tokens hold no answer"
+    ):
         make_batches(open_data(cut), cut.data)
     cut = chat_run(config, folders, tmp_path, length=32, packing="cut")
     (line,) = packing_lines(make_batches(open_data(cut), cut.data))
@@ -156,7 +202,9 @@ def test_what_checkpoints_say_of_packing(folders):
         sources = (SourceConfig(str(folders / name)),) if name else ()
         return packing_identity(DataConfig(sources=sources, **changes))
 
-    assert told(None) == told("a") == told("a", too_long="drop") == {"packing": "cut"}  # as runs of before have it
+    assert (
+        told(None) == told("a") == told("a", too_long="drop") == {"packing": "cut"}
+    )  # as runs of before have it
     assert told("chat", packing="fit", too_long="cut_end") == {"packing": "fit"}
     assert told("chat") == {"packing": "fit", "too_long": "auto"}
 
@@ -169,25 +217,32 @@ def test_tokens_that_the_model_lacks_are_refused(config):
 
 def test_sources_must_fit_together(config, folders, tmp_path, tiny_directory):
     def opened(*sources):
-        return open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources)))
+        return open_data(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+        )
 
     with pytest.raises(InputError, match="two are called 'a'"):
         opened(SourceConfig(str(folders / "a")), SourceConfig(str(folders / "b"), name="a"))
     files = read_tokenizer_files(tiny_directory)
     other = Text({**files, "tokenizer_config.json": b"{}"}, None)
-    prepare_set([folders / "text a"], tmp_path / "other", other, Settings(held_out=0), lambda *call: None)
+    prepare_set(
+        [folders / "text a"], tmp_path / "other", other, Settings(held_out=0), lambda *call: None
+    )
     with pytest.raises(InputError, match="is not of the tokenizer of"):
         opened(SourceConfig(str(folders / "a")), SourceConfig(str(tmp_path / "other")))
     with pytest.raises(InputError, match=r"manifest\.json"):
         opened(SourceConfig(str(tmp_path)))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"batch_ramp": ((5, 3),)}, "data.batch_ramp"),
-    ({"skip_steps": ((5, 3),)}, "data.skip_steps"),
-    ({"sources": (SourceConfig("x"),), "paths": ("y",)}, "data.paths"),
-    ({"sources": (SourceConfig("x"),), "tokenizer": "t"}, "data.tokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_ramp": ((5, 3),)}, "data.batch_ramp"),
+        ({"skip_steps": ((5, 3),)}, "data.skip_steps"),
+        ({"sources": (SourceConfig("x"),), "paths": ("y",)}, "data.paths"),
+        ({"sources": (SourceConfig("x"),), "tokenizer": "t"}, "data.tokenizer"),
+    ],
+)
 def test_contradictions_in_the_config_are_named(changes, message):
     with pytest.raises(InputError, match=message):
         DataConfig(batch_size=8, accumulation=4, **changes)
@@ -196,7 +251,13 @@ def test_contradictions_in_the_config_are_named(changes, message):
 
 
 def test_evaluations_together_weigh_every_token():
-    both = together([Evaluation(10, 2.0, 0.0, 100), Evaluation(30, 4.0, 0.0, 20), Evaluation(0, math.nan, math.nan, 0)])
+    both = together(
+        [
+            Evaluation(10, 2.0, 0.0, 100),
+            Evaluation(30, 4.0, 0.0, 20),
+            Evaluation(0, math.nan, math.nan, 0),
+        ]
+    )
     assert (both.tokens, both.nats_per_token) == (40, 3.5)
     assert both.bits_per_byte == pytest.approx(140 / np.log(2) / 120)
 
@@ -208,18 +269,28 @@ def test_evaluations_together_weigh_every_token():
 def numbers(tmp_path_factory):
     path = tmp_path_factory.mktemp("numbers") / "x.tokens"
     documents = [list(range(first, first + 17)) for first in range(0, 3000, 17)]
-    return write_tokens(path, documents, vocab_size=4000, bytes_of_text=1, tokenizer_sha256="", sources_sha256="")
+    return write_tokens(
+        path, documents, vocab_size=4000, bytes_of_text=1, tokenizer_sha256="", sources_sha256=""
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 16])
-@pytest.mark.parametrize("spec", [(None, ("data", "fsdp")), (None, "data"), (None, "data", "fsdp"), ()])
-def test_global_batch_equals_the_whole_batch_put_on_the_devices(numbers, spec, micro_batch_size, monkeypatch):
+@pytest.mark.parametrize(
+    "spec", [(None, ("data", "fsdp")), (None, "data"), (None, "data", "fsdp"), ()]
+)
+def test_global_batch_equals_the_whole_batch_put_on_the_devices(
+    numbers, spec, micro_batch_size, monkeypatch
+):
     batches = Batches((Source(pack(numbers, 8, "cut"), 1.0),), Steps(16), 3)
     sharding = NamedSharding(make_mesh(4, 2, 1), PartitionSpec(*spec))
     wanted = jax.device_put(micro_batches(batches.batch(5), 16 // micro_batch_size), sharding)
     read = []
     chosen = Batches.chosen_sequences
-    monkeypatch.setattr(Batches, "chosen_sequences", lambda self, step, sequences: read.append(len(sequences)) or chosen(self, step, sequences))
+    monkeypatch.setattr(
+        Batches,
+        "chosen_sequences",
+        lambda self, step, sequences: read.append(len(sequences)) or chosen(self, step, sequences),
+    )
     got = global_batch(batches, 5, micro_batch_size, sharding)
     for ours, theirs in zip(got, wanted):
         assert ours.sharding == theirs.sharding

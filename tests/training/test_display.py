@@ -7,7 +7,16 @@ import re
 import pytest
 from rich.console import Console
 
-from llama_jax.training.display import LiveDisplay, bar, duration, glyphs_of, open_display, pack, si, sparkline
+from llama_jax.training.display import (
+    LiveDisplay,
+    bar,
+    duration,
+    glyphs_of,
+    open_display,
+    pack,
+    si,
+    sparkline,
+)
 from llama_jax.training.metrics import StepRecord
 
 UNICODE, ASCII = glyphs_of("utf-8"), glyphs_of("ascii")
@@ -121,27 +130,60 @@ def test_before_the_first_step():
     assert "compiling" in stream.getvalue()
 
 
-@pytest.mark.parametrize(("values", "expected"), [
-    ([], ""), ([1.0], "▁"), ([2.0, 2.0], "▁▁"), ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"), ([7, 0], "█▁"),
-    ([1.0, math.nan, 3.0, math.inf], "▁!█!"), ([math.nan], "!"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], ""),
+        ([1.0], "▁"),
+        ([2.0, 2.0], "▁▁"),
+        ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"),
+        ([7, 0], "█▁"),
+        ([1.0, math.nan, 3.0, math.inf], "▁!█!"),
+        ([math.nan], "!"),
+    ],
+)
 def test_sparkline(values, expected):
     assert sparkline(values, UNICODE) == expected
     assert sparkline(values, ASCII).isascii()
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [
-    (0, "0 ms"), (0.0123, "12.3 ms"), (0.9994, "999 ms"), (0.9996, "1 s"), (3.456, "3.46 s"), (59.9, "59.9 s"),
-    (59.97, "1m 00s"), (245, "4m 05s"), (3599.7, "1h 00m"), (11520, "3h 12m"), (86399, "23h 59m"), (86400, "1d 00h"),
-    (302400, "3d 12h"), (math.nan, "?"), (math.inf, "?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0, "0 ms"),
+        (0.0123, "12.3 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1 s"),
+        (3.456, "3.46 s"),
+        (59.9, "59.9 s"),
+        (59.97, "1m 00s"),
+        (245, "4m 05s"),
+        (3599.7, "1h 00m"),
+        (11520, "3h 12m"),
+        (86399, "23h 59m"),
+        (86400, "1d 00h"),
+        (302400, "3d 12h"),
+        (math.nan, "?"),
+        (math.inf, "?"),
+    ],
+)
 def test_duration(seconds, expected):
     assert duration(seconds) == expected
 
 
-@pytest.mark.parametrize(("number", "expected"), [
-    (0, "0"), (999.4, "999"), (999.6, "1k"), (12345, "12.3k"), (1.21e6, "1.21M"), (4e9, "4G"), (15e12, "15T"), (math.nan, "?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (0, "0"),
+        (999.4, "999"),
+        (999.6, "1k"),
+        (12345, "12.3k"),
+        (1.21e6, "1.21M"),
+        (4e9, "4G"),
+        (15e12, "15T"),
+        (math.nan, "?"),
+    ],
+)
 def test_si(number, expected):
     assert si(number) == expected
 

@@ -1,4 +1,6 @@
-"""The guard inside the update: what is skipped, that nothing else changes, what it remembers, what it costs."""
+"""The guard inside the update: what is skipped, that nothing else changes, what it remembers, what
+it costs.
+"""
 
 import dataclasses
 import functools
@@ -42,7 +44,12 @@ CONSTANT = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_fraction=1.
 
 def random_batch(seed: int, sequences: int = 8, length: int = 16) -> Batch:
     tokens = np.asarray(random_tokens(CONFIG, (sequences, length + 1), seed))
-    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((sequences, length), np.float32), np.ones((sequences, length), np.int32))
+    return Batch(
+        tokens[:, :-1],
+        tokens[:, 1:],
+        np.ones((sequences, length), np.float32),
+        np.ones((sequences, length), np.int32),
+    )
 
 
 def spoilt(batch: Batch) -> Batch:
@@ -53,10 +60,13 @@ def spoilt(batch: Batch) -> Batch:
 
 
 def make_recipe(**more) -> Recipe:
-    return Recipe(Llama(CONFIG), make_optimizer(CONSTANT), optax.constant_schedule(1e-2), 64, **more)
+    return Recipe(
+        Llama(CONFIG), make_optimizer(CONSTANT), optax.constant_schedule(1e-2), 64, **more
+    )
 
 
-# Numbers of a batch's documents that ask for a loss and a gradient 100 times as high, and for a slope that overflows.
+# Numbers of a batch's documents that ask for a loss and a gradient 100 times as high, and for a
+# slope that overflows.
 LOUD, STEEP = 2, 3
 
 
@@ -90,17 +100,25 @@ def leaves(*trees) -> list[bytes]:
 
 
 def train(recipe: Recipe, *runs: list[Batch], sizes=(1, 1, 1), accumulation=1, frozen=None):
-    """For each list of batches, by one program: the states before and after each update, on the host, and the metrics."""
+    """For each list of batches, by one program: the states before and after each update, on the
+    host, and the metrics.
+    """
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     found = []
     with jax.set_mesh(mesh):
-        fixed = () if frozen is None else (frozen_parameters(frozen, AdapterConfig(rank=4), recipe.model, mesh),)
+        fixed = (
+            ()
+            if frozen is None
+            else (frozen_parameters(frozen, AdapterConfig(rank=4), recipe.model, mesh),)
+        )
         init, step = (programs if frozen is None else programs.__wrapped__)(recipe, sizes, *fixed)
         for batches in runs:
             state, states, figures = init(jax.random.key(0)), [], []
             states.append(jax.tree.map(np.copy, jax.device_get(state)))
             for batch in batches:
-                placed = jax.device_put(micro_batches(batch, accumulation), batch_sharding(recipe, mesh))
+                placed = jax.device_put(
+                    micro_batches(batch, accumulation), batch_sharding(recipe, mesh)
+                )
                 state, metrics = step(state, placed, *fixed)
                 states.append(jax.tree.map(np.copy, jax.device_get(state)))
                 figures.append(jax.device_get(metrics))
@@ -110,8 +128,14 @@ def train(recipe: Recipe, *runs: list[Batch], sizes=(1, 1, 1), accumulation=1, f
 
 def adapter_case():
     data = DataConfig(length=16, tokenizer="base")
-    config = TrainConfig(run=RunConfig(init="base"), model=CONFIG, data=data, adapter=AdapterConfig(rank=4))
-    return {"recipe": adapter_recipe(make_recipe(), config), "frozen": random_parameters(CONFIG), "sizes": (1, 2, 2)}
+    config = TrainConfig(
+        run=RunConfig(init="base"), model=CONFIG, data=data, adapter=AdapterConfig(rank=4)
+    )
+    return {
+        "recipe": adapter_recipe(make_recipe(), config),
+        "frozen": random_parameters(CONFIG),
+        "sizes": (1, 2, 2),
+    }
 
 
 CASES = {
@@ -126,11 +150,15 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(case):
     good, bad, next_one = random_batch(0), spoilt(random_batch(1)), random_batch(2)
     arguments = CASES[case]()
     recipe = arguments.pop("recipe")
-    (states, figures), (without, _) = train(recipe, [good, bad, bad, next_one], [good, next_one], **arguments)
+    (states, figures), (without, _) = train(
+        recipe, [good, bad, bad, next_one], [good, next_one], **arguments
+    )
     assert [bool(f.skipped) for f in figures] == [False, True, True, False]
     assert [int(state.step) for state in states] == [0, 1, 2, 3, 4]
     for state in states[2:4]:
-        assert leaves(state.params, state.optimizer) == leaves(states[1].params, states[1].optimizer)
+        assert leaves(state.params, state.optimizer) == leaves(
+            states[1].params, states[1].optimizer
+        )
     assert leaves(states[1].params) != leaves(states[0].params) != leaves(states[4].params)
     guard = states[4].guard
     assert (int(guard.good), int(guard.skipped), int(guard.streak)) == (2, 2, 0)
@@ -138,8 +166,11 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(case):
     assert np.flatnonzero(guard.recent).tolist() == [1, 2]
     np.testing.assert_array_equal(guard.losses[:3], [figures[0].loss, figures[3].loss, 0])
     np.testing.assert_array_equal(guard.norms[:3], [figures[0].grad_norm, figures[3].grad_norm, 0])
-    # As if the bad batches had never come: the rate is constant here, and nothing else knows of them.
-    assert leaves(states[4].params, states[4].optimizer) == leaves(without[2].params, without[2].optimizer)
+    # As if the bad batches had never come: the rate is constant here, and nothing else knows of
+    #   them.
+    assert leaves(states[4].params, states[4].optimizer) == leaves(
+        without[2].params, without[2].optimizer
+    )
 
 
 def test_a_gradient_that_overflows_is_skipped_though_the_loss_is_finite():
@@ -168,10 +199,18 @@ def test_a_spike_is_what_stands_out_of_the_last_good_ones(count):
     guard = guard_of(losses, norms)
     latest = slice(max(0, count - RING), count)
     np.testing.assert_array_equal(
-        np.sort(np.asarray(guard.losses)[: min(count, RING)]), np.sort(losses[latest].astype(np.float32))
+        np.sort(np.asarray(guard.losses)[: min(count, RING)]),
+        np.sort(losses[latest].astype(np.float32)),
     )
-    limits = [float(np.mean(x[latest]) + 6 * np.std(x[latest])) for x in (losses, norms)]  # in float64
-    cases = [(1 - 1e-4, 1 - 1e-4, True), (1 + 1e-4, 0.5, count < ENOUGH), (0.5, 1 + 1e-4, count < ENOUGH), (-5, 0, True)]
+    limits = [
+        float(np.mean(x[latest]) + 6 * np.std(x[latest])) for x in (losses, norms)
+    ]  # in float64
+    cases = [
+        (1 - 1e-4, 1 - 1e-4, True),
+        (1 + 1e-4, 0.5, count < ENOUGH),
+        (0.5, 1 + 1e-4, count < ENOUGH),
+        (-5, 0, True),
+    ]
     for of_loss, of_norm, expected in cases:
         figures = np.float32(limits[0] * of_loss), np.float32(limits[1] * of_norm)
         assert bool(accepted(guard, *figures, 6.0)) is expected, (of_loss, of_norm)
@@ -184,7 +223,9 @@ def test_a_spike_is_what_stands_out_of_the_last_good_ones(count):
 def test_what_was_skipped_leaves_no_trace_in_what_is_usual():
     guard = guard_of(np.full(RING + 3, 2.0), np.ones(RING + 3))
     after = put(guard, np.int32(RING + 3), np.bool_(False), np.float32(np.nan), np.float32(1e9))
-    assert leaves(after.losses, after.norms, after.good) == leaves(guard.losses, guard.norms, guard.good)
+    assert leaves(after.losses, after.norms, after.good) == leaves(
+        guard.losses, guard.norms, guard.good
+    )
     assert (int(after.skipped), int(after.streak)) == (1, 1)
     again = after
     for step in range(RING + 4, RING + 4 + WINDOW):  # it is forgotten after so many steps
@@ -208,13 +249,19 @@ def test_all_finite():
 
 
 _COPIES = (
-    "on a mesh XLA's CPU compiler holds copies beside the guard's choice: 5.5 % of the parameters here, more in larger models"
+    "on a mesh XLA's CPU compiler holds copies beside the guard's choice: 5.5 % of the "
+    "parameters here, more in larger models"
 )
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 1, 1), pytest.param((2, 2, 2), marks=[pytest.mark.slow, pytest.mark.xfail(reason=_COPIES, strict=False)])],
+    [
+        (1, 1, 1),
+        pytest.param(
+            (2, 2, 2), marks=[pytest.mark.slow, pytest.mark.xfail(reason=_COPIES, strict=False)]
+        ),
+    ],
     ids=str,
 )
 def test_it_costs_hardly_any_memory_and_the_state_stays_where_it_is(sizes, monkeypatch):
@@ -225,15 +272,27 @@ def test_it_costs_hardly_any_memory_and_the_state_stays_where_it_is(sizes, monke
 
     def compiled():
         with jax.set_mesh(mesh):
-            return sharded_step(recipe, mesh).lower(state_shapes(recipe, mesh), batch).compile().memory_analysis()
+            return (
+                sharded_step(recipe, mesh)
+                .lower(state_shapes(recipe, mesh), batch)
+                .compile()
+                .memory_analysis()
+            )
 
     guarded = compiled()
     monkeypatch.setattr(step_module, "kept_unless", lambda ok, new, old: new)
     plain = compiled()
     state = state_shapes(recipe, mesh)
-    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    print(f"state {held / 2**20:.2f} MiB a device; temporaries {guarded.temp_size_in_bytes / 2**20:.2f} MiB with the guard, "
-          f"{plain.temp_size_in_bytes / 2**20:.2f} without; in place {guarded.alias_size_in_bytes / 2**20:.2f}")  # fmt: skip
+    held = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    print(
+        f"state {held / 2**20:.2f} MiB a device; temporaries "
+        f"{guarded.temp_size_in_bytes / 2**20:.2f} MiB with the guard, "
+        f"{plain.temp_size_in_bytes / 2**20:.2f} without; in place "
+        f"{guarded.alias_size_in_bytes / 2**20:.2f}"
+    )
     assert guarded.alias_size_in_bytes >= held
     assert guarded.temp_size_in_bytes <= plain.temp_size_in_bytes + 0.05 * parameter_bytes(
         state.params
@@ -241,8 +300,13 @@ def test_it_costs_hardly_any_memory_and_the_state_stays_where_it_is(sizes, monke
 
 
 def test_the_watch_of_spikes_is_off_by_default():
-    """Without `spike_sigma` a high loss is learned from, with it skipped: the same batch, after enough quiet ones."""
-    batches = [random_batch(seed) for seed in range(ENOUGH)] + [asking(random_batch(1), LOUD), random_batch(5)]
+    """Without `spike_sigma` a high loss is learned from, with it skipped: the same batch, after
+    enough quiet ones.
+    """
+    batches = [random_batch(seed) for seed in range(ENOUGH)] + [
+        asking(random_batch(1), LOUD),
+        random_batch(5),
+    ]
     skipped = {}
     for sigma in (None, 6.0):
         ((states, figures),) = train(obedient_recipe(sigma), batches)

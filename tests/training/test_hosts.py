@@ -1,4 +1,6 @@
-"""Hosts: what the devices of each one read is together the batch of the step, whatever their number; after a resume too."""
+"""Hosts: what the devices of each one read is together the batch of the step, whatever their
+number; after a resume too.
+"""
 
 import collections
 import dataclasses
@@ -26,7 +28,9 @@ MESHES = [(8, 1, 1), (2, 4, 1), (4, 1, 2), (1, 2, 4)]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
-    """A run with all that moves sequences about: accumulation, a growing batch, skipped steps, epochs that end inside a batch."""
+    """A run with all that moves sequences about: accumulation, a growing batch, skipped steps,
+    epochs that end inside a batch.
+    """
     root = tmp_path_factory.mktemp("hosts")
     data = {"batch_size": 16, "accumulation": 2, "batch_ramp": ((5, 32),), "skip_steps": ((1, 2),)}
     return tiny_config(root / "run", write_corpus(root / "text", 12), data=data)
@@ -40,10 +44,11 @@ def made(config: TrainConfig) -> Batches:
 def read_by_hosts(
     monkeypatch, batches: Batches, step: int, micro: int, sizes: tuple[int, int, int], count: int
 ) -> tuple[Batch, list[int]]:
-    """What so many hosts put on their devices, laid together by places; and the sequences that each has read.
+    """What so many hosts put on their devices, laid together by places; and the sequences that each
+    has read.
 
-    Every host runs the product's own function. That JAX asks a process for the parts of its own devices only is imitated: a
-    host has the devices of its number, one after another.
+    Every host runs the product's own function. That JAX asks a process for the parts of its own
+    devices only is imitated: a host has the devices of its number, one after another.
     """
     mesh = make_mesh(*sizes)
     whole, have, asked = {}, {}, collections.Counter()
@@ -69,12 +74,19 @@ def read_by_hosts(
         patch.setattr(Batches, "chosen_sequences", noted)
         for host in range(count):
             read.append(set())
-            patch.setattr(jax, "make_array_from_callback", lambda *given, host=host: of_host(host, *given))
-            hosts.global_batch(batches, step, micro, NamedSharding(mesh, batch_spec(TRAINING, leading=1)))
+            patch.setattr(
+                jax, "make_array_from_callback", lambda *given, host=host: of_host(host, *given)
+            )
+            hosts.global_batch(
+                batches, step, micro, NamedSharding(mesh, batch_spec(TRAINING, leading=1))
+            )
     assert all(places.all() for places in have.values())
     kinds = (np.int32, np.int32, np.float32, np.int32)
     # Micro-batch `a` holds every sequence `i` with `i % A == a`.
-    fields = [whole[field].swapaxes(0, 1).reshape(-1, batches.length).astype(kind) for field, kind in enumerate(kinds)]
+    fields = [
+        whole[field].swapaxes(0, 1).reshape(-1, batches.length).astype(kind)
+        for field, kind in enumerate(kinds)
+    ]
     return Batch(*fields), [len(sequences) for sequences in read]
 
 
@@ -93,18 +105,24 @@ def test_hashes_of_1_2_4_and_8_hosts_are_equal(monkeypatch, config, sizes):
         for count in (1, 2, 4, 8):
             batch, read = read_by_hosts(monkeypatch, batches, step, micro, sizes, count)
             assert fingerprint(batch) == wanted
-            assert read == [max(sequences // count, sequences // ways)] * count  # no host reads more than its devices hold
+            assert (
+                read == [max(sequences // count, sequences // ways)] * count
+            )  # no host reads more than its devices hold
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 2), (2, 4)])
-def test_another_number_of_hosts_goes_on_with_the_remaining_batches(monkeypatch, capsys, tmp_path, config, before, after):
+def test_another_number_of_hosts_goes_on_with_the_remaining_batches(
+    monkeypatch, capsys, tmp_path, config, before, after
+):
     file = write_yaml(tmp_path / "config.yaml", config)
     wanted = [verified(capsys, file, step) for step in range(STEPS)]
     found = []
     for count, steps in ((before, range(STOPPED)), (after, range(STOPPED, STEPS))):
         batches = made(config)  # nothing is known but the config and the step
         for step in steps:
-            batch, _ = read_by_hosts(monkeypatch, batches, step, micro_batch_size(config.data), (8, 1, 1), count)
+            batch, _ = read_by_hosts(
+                monkeypatch, batches, step, micro_batch_size(config.data), (8, 1, 1), count
+            )
             found.append(fingerprint(batch))
     assert found == wanted
     assert len(set(wanted)) == STEPS

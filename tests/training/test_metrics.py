@@ -9,7 +9,13 @@ import pytest
 from llama_jax.training.metrics import LineFile, MetricsFile, StepRecord, read_events, read_metrics
 
 RECORD = StepRecord(
-    step=3, loss=2.5, learning_rate=1e-4, gradient_norm=0.5, tokens=6144, tokens_per_second=1e4, step_seconds=0.2
+    step=3,
+    loss=2.5,
+    learning_rate=1e-4,
+    gradient_norm=0.5,
+    tokens=6144,
+    tokens_per_second=1e4,
+    step_seconds=0.2,
 )
 
 
@@ -33,9 +39,14 @@ def test_a_line_is_on_disk_at_once(tmp_path):
     metrics.write(RECORD.step, RECORD.flat())
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "step": 3, "train/loss": 2.5, "train/learning_rate": 1e-4, "train/gradient_norm": 0.5, "train/tokens": 6144,
-        "speed/tokens_per_second": 1e4, "speed/step_seconds": 0.2,
-    }  # fmt: skip
+        "step": 3,
+        "train/loss": 2.5,
+        "train/learning_rate": 1e-4,
+        "train/gradient_norm": 0.5,
+        "train/tokens": 6144,
+        "speed/tokens_per_second": 1e4,
+        "speed/step_seconds": 0.2,
+    }
 
 
 def test_optional_numbers_appear_when_known():
@@ -56,7 +67,10 @@ def test_numbers_are_strict_json(tmp_path):
     assert values == {"step": 1, "a": None, "b": None, "c": 0.5, "d": 7, "e": None}
 
 
-@pytest.mark.parametrize(("resume_step", "expected"), [(20, [10, 20, 21]), (15, [10, 21]), (0, [21]), (99, [10, 20, 30, 21])])
+@pytest.mark.parametrize(
+    ("resume_step", "expected"),
+    [(20, [10, 20, 21]), (15, [10, 21]), (0, [21]), (99, [10, 20, 30, 21])],
+)
 def test_resuming_drops_what_came_after(tmp_path, resume_step, expected):
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [10, 20, 30])

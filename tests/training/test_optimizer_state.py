@@ -1,4 +1,6 @@
-"""The state of every optimizer on a mesh and on disk: where it lives, that it changes nothing, that it comes back."""
+"""The state of every optimizer on a mesh and on disk: where it lives, that it changes nothing, that
+it comes back.
+"""
 
 import functools
 
@@ -36,7 +38,9 @@ def recipe_of(name: str, tree: str, dtype: str = "float32"):
 def programs(recipe: Recipe, tree: str):
     """The fresh state and the training step on the mesh."""
     mesh = make_mesh(*SIZES)
-    return sharded_init(recipe, mesh), sharded_step(recipe, mesh, jax.tree.map(jnp.asarray, drawn(TREES[tree])))
+    return sharded_init(recipe, mesh), sharded_step(
+        recipe, mesh, jax.tree.map(jnp.asarray, drawn(TREES[tree]))
+    )
 
 
 def train(recipe: Recipe, tree: str, counts, state=None):
@@ -49,7 +53,9 @@ def train(recipe: Recipe, tree: str, counts, state=None):
     return state
 
 
-@pytest.mark.parametrize(("name", "tree"), [*[(name, "whole") for name in NAMES], ("muon", "adapters")])
+@pytest.mark.parametrize(
+    ("name", "tree"), [*[(name, "whole") for name in NAMES], ("muon", "adapters")]
+)
 def test_a_mesh_equals_one_device_and_the_state_stays_on_its_shards(name, tree):
     recipe = recipe_of(name, tree)
     alone = train_alone(config_of(name), drawn(TREES[tree]), gradients_of(tree))
@@ -57,16 +63,22 @@ def test_a_mesh_equals_one_device_and_the_state_stays_on_its_shards(name, tree):
     # Adafactor divides by means of means, and is as far apart as a mesh and a device may be at all.
     close(jax.device_get(shared), jax.device_get(alone), atol=1e-5 if name == "adafactor" else 2e-6)
     mesh = make_mesh(*SIZES)
-    for (path, leaf), like in zip(jax.tree_util.tree_leaves_with_path(shared), jax.tree.leaves(state_shapes(recipe, mesh))):
+    for (path, leaf), like in zip(
+        jax.tree_util.tree_leaves_with_path(shared), jax.tree.leaves(state_shapes(recipe, mesh))
+    ):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim), path
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_moments_live_where_their_parameters_do(name):
     shapes = state_shapes(recipe_of(name, "whole"), make_mesh(*SIZES))
-    wanted = {jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.spec)
-              for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}  # fmt: skip
-    assert wanted["['layers']['attention']['wq']"][1] == PartitionSpec(None, None, ("tensor", "fsdp", "context"))
+    wanted = {
+        jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.spec)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)
+    }
+    assert wanted["['layers']['attention']['wq']"][1] == PartitionSpec(
+        None, None, ("tensor", "fsdp", "context")
+    )
     repeated = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.optimizer):
         owner = next((key for key in wanted if jax.tree_util.keystr(path).endswith(key)), None)
@@ -85,22 +97,31 @@ def test_factored_moments_are_split_as_the_dimension_that_is_left():
         key = jax.tree_util.keystr(path)
         if leaf.ndim and max(leaf.shape) >= 128 and ("v_row" in key or "v_col" in key):
             found[key.rpartition(".")[2]] = (leaf.shape, leaf.sharding.spec)
-    # Which of the two is called a sequence depends on the longer side; what counts is that each dimension goes where it went.
+    # Which of the two is called a sequence depends on the longer side; what counts is that each
+    # dimension goes where it went.
     fsdp, tensor, both = ("fsdp", "context"), "tensor", ("tensor", "fsdp", "context")
     assert found == {
-        "v_row['embedding']": ((144,), PartitionSpec(None)), "v_col['embedding']": ((160,), PartitionSpec(both)),
-        "v_row['head']": ((144,), PartitionSpec(fsdp)), "v_col['head']": ((160,), PartitionSpec(tensor)),
+        "v_row['embedding']": ((144,), PartitionSpec(None)),
+        "v_col['embedding']": ((160,), PartitionSpec(both)),
+        "v_row['head']": ((144,), PartitionSpec(fsdp)),
+        "v_col['head']": ((160,), PartitionSpec(tensor)),
         "v_row['layers']['attention']['wq']": ((2, 132), PartitionSpec(None, both)),
         "v_col['layers']['attention']['wq']": ((2, 144), PartitionSpec(None, None)),
         "v_row['layers']['feed_forward']['down']": ((2, 136), PartitionSpec(None, both)),
         "v_col['layers']['feed_forward']['down']": ((2, 144), PartitionSpec(None, None)),
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize(("name", "tree", "dtype"), [
-    ("lion", "whole", "float32"), ("adafactor", "whole", "float32"), ("adamw", "whole", "bfloat16"),
-    pytest.param("muon", "whole", "bfloat16", marks=pytest.mark.slow), ("muon", "adapters", "float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tree", "dtype"),
+    [
+        ("lion", "whole", "float32"),
+        ("adafactor", "whole", "float32"),
+        ("adamw", "whole", "bfloat16"),
+        pytest.param("muon", "whole", "bfloat16", marks=pytest.mark.slow),
+        ("muon", "adapters", "float32"),
+    ],
+)
 def test_what_a_checkpoint_brings_back_goes_on_bit_for_bit(name, tree, dtype, tmp_path):
     recipe = recipe_of(name, tree, dtype)
     mesh = make_mesh(*SIZES)
@@ -110,6 +131,10 @@ def test_what_a_checkpoint_brings_back_goes_on_bit_for_bit(name, tree, dtype, tm
         checkpoints.wait()
         restored = checkpoints.restore(2, state_shapes(recipe, mesh))
     resumed = train(recipe, tree, range(2, STEPS), restored)
-    for a, b in zip(jax.tree.leaves(jax.device_get(resumed)), jax.tree.leaves(jax.device_get(straight)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(jax.device_get(resumed)),
+        jax.tree.leaves(jax.device_get(straight)),
+        strict=True,
+    ):
         assert a.dtype == b.dtype
         assert a.tobytes() == b.tobytes()

@@ -1,4 +1,6 @@
-"""Parameters in bfloat16: updates are those of float32, rounded; sums of micro-batches are float32; runs go on bit by bit."""
+"""Parameters in bfloat16: updates are those of float32, rounded; sums of micro-batches are float32;
+runs go on bit by bit.
+"""
 
 import functools
 import pathlib
@@ -21,18 +23,33 @@ from llama_jax.training.config_sections import OptimizerConfig
 from llama_jax.training.loop import Run
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.setup import fingerprint
-from llama_jax.training.step import Recipe, TrainState, init_state, micro_batches, summed_gradients, train_step
+from llama_jax.training.step import (
+    Recipe,
+    TrainState,
+    init_state,
+    micro_batches,
+    summed_gradients,
+    train_step,
+)
 
 NARROW = jnp.dtype("bfloat16")
 
 
 def recipe(name: str, dtype: str) -> Recipe:
-    return Recipe(Llama(MODEL), make_optimizer(OptimizerConfig(name=name)), lambda step: 1e-2, 64, param_dtype=dtype)
+    return Recipe(
+        Llama(MODEL),
+        make_optimizer(OptimizerConfig(name=name)),
+        lambda step: 1e-2,
+        64,
+        param_dtype=dtype,
+    )
 
 
 def batch(sequences: int = 4) -> Batch:
     tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (sequences, 32), np.int32)
-    return Batch(tokens, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32), np.zeros_like(tokens))
+    return Batch(
+        tokens, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32), np.zeros_like(tokens)
+    )
 
 
 def fresh_state(recipe: Recipe) -> TrainState:
@@ -51,16 +68,21 @@ def gradient_of_a_batch(accumulation: int):
 def test_an_update_is_that_of_float32_rounded(name):
     """From the same numbers and the same gradient: nothing between the two roundings is narrow.
 
-    Operation by operation: inside of one program the compiler may contract products and sums of one form and not of the other.
+    Operation by operation: inside of one program the compiler may contract products and sums of one
+      form and not of the other.
     """
     narrow, wide = recipe(name, "bfloat16"), recipe(name, "float32")
     state = fresh_state(narrow)
-    as_wide = state._replace(params=jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), state.params))
+    as_wide = state._replace(
+        params=jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), state.params)
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {NARROW}
     assert NARROW not in {leaf.dtype for leaf in jax.tree.leaves(state.optimizer)}
     given = micro_batches(batch(), 1), gradient_of_a_batch(1)
     after, expected = _with_gradient(narrow, state, *given), _with_gradient(wide, as_wide, *given)
-    for got, want in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected.params), strict=True):
+    for got, want in zip(
+        jax.tree.leaves(after.params), jax.tree.leaves(expected.params), strict=True
+    ):
         assert got.dtype == NARROW
         np.testing.assert_array_equal(got, np.asarray(want).astype(NARROW))
     jax.tree.map(np.testing.assert_array_equal, after.optimizer, expected.optimizer)
@@ -71,7 +93,9 @@ def _with_gradient(recipe, state, given, gradient):
 
     def loss(model, params, micro, chunk):
         """Has the gradient `gradient`, whatever the parameters."""
-        products = jax.tree.map(lambda p, g: jnp.sum(p.astype(jnp.float32) * g.astype(jnp.float32)), params, gradient)
+        products = jax.tree.map(
+            lambda p, g: jnp.sum(p.astype(jnp.float32) * g.astype(jnp.float32)), params, gradient
+        )
         return sum(jax.tree.leaves(products)), {}
 
     linear = recipe._replace(objective=recipe.objective._replace(loss=loss))
@@ -92,9 +116,10 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setattr(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
     return changed(
         tiny_config(tmp_path / "run", write_corpus(tmp_path / "text")),
-        run={"steps": 4, "eval_every": 0, "checkpoint_every": 2}, data={"accumulation": 2},
+        run={"steps": 4, "eval_every": 0, "checkpoint_every": 2},
+        data={"accumulation": 2},
         optimizer={"name": "adafactor", "param_dtype": "bfloat16"},
-    )  # fmt: skip
+    )
 
 
 def test_a_run_goes_on_bit_for_bit_and_is_read_as_a_model(config, tmp_path):

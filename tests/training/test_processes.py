@@ -1,4 +1,6 @@
-"""What processes say to each other before they train: in threads, over a store in memory and real sockets."""
+"""What processes say to each other before they train: in threads, over a store in memory and real
+sockets.
+"""
 
 import concurrent.futures
 import contextlib
@@ -66,7 +68,11 @@ def together(count: int, action, seconds: float = 120, store: Memory | None = No
 def test_all_hear_what_each_says_again_and_again():
     def talk(hosts):
         first = hosts.gather("numbers", str(hosts.process * 10))
-        return first, hosts.gather("numbers", str(hosts.process)), hosts.agree("name", f"of {hosts.process}")
+        return (
+            first,
+            hosts.gather("numbers", str(hosts.process)),
+            hosts.agree("name", f"of {hosts.process}"),
+        )
 
     assert together(4, talk) == [(["0", "10", "20", "30"], ["0", "1", "2", "3"], "of 0")] * 4
 
@@ -126,8 +132,10 @@ def test_who_does_not_come_to_a_meeting_is_named_to_all_who_did():
 
     found = together(3, act, seconds=2)
     assert [str(error) for error in found] == [
-        "process 1 of 3 did not come to 'meeting' within 2 s", "None", "process 1 of 3 did not come to 'meeting' within 2 s"
-    ]  # fmt: skip
+        "process 1 of 3 did not come to 'meeting' within 2 s",
+        "None",
+        "process 1 of 3 did not come to 'meeting' within 2 s",
+    ]
 
 
 def test_numbers_in_words():
@@ -141,10 +149,16 @@ def test_numbers_in_words():
 def test_differences_name_who_and_what():
     same = {"jax": "1", "config data.seed": "0"}
     assert differences([same] * 3) == []
-    assert differences([same, same, same | {"jax": "2"}]) == ["process 2 of 3 has jax 2, the others 1"]
-    assert differences([same | {"jax": "2"}, same, same]) == ["process 0 of 3 has jax 2, the others 1"]
+    assert differences([same, same, same | {"jax": "2"}]) == [
+        "process 2 of 3 has jax 2, the others 1"
+    ]
+    assert differences([same | {"jax": "2"}, same, same]) == [
+        "process 0 of 3 has jax 2, the others 1"
+    ]
     assert differences([same, same | {"jax": "2"}]) == ["process 1 of 2 has jax 2, the others 1"]
-    assert differences([same, {"jax": "1"}]) == ["process 1 of 2 has config data.seed nothing, the others 0"]
+    assert differences([same, {"jax": "1"}]) == [
+        "process 1 of 2 has config data.seed nothing, the others 0"
+    ]
     many = [{str(i): "a" for i in range(9)}, {str(i): "b" for i in range(9)}]
     assert differences(many)[3:] == ["6 more differences"]
 
@@ -154,12 +168,18 @@ def test_the_whole_config_is_compared_but_for_who_one_is(tmp_path):
     other = tiny_config(tmp_path, tmp_path, distributed={"process": 1}, optimizer={"eps": 2e-8})
     lines = differences([describe_program(config), describe_program(other)])
     assert lines == ["process 1 of 2 has config optimizer.eps 2e-08, the others 1e-08"]
-    assert {"python", "llama_jax", "jax", "jaxlib", "config run.dir"} <= describe_program(config).keys()
+    assert {"python", "llama_jax", "jax", "jaxlib", "config run.dir"} <= describe_program(
+        config
+    ).keys()
 
 
 def test_all_stop_with_one_line():
-    found = together(3, lambda hosts: require_same(hosts, "x", {"jax": "2" if hosts.process == 1 else "1"}))
-    assert {str(error) for error in found} == {"the processes are not alike: process 1 of 3 has jax 2, the others 1"}
+    found = together(
+        3, lambda hosts: require_same(hosts, "x", {"jax": "2" if hosts.process == 1 else "1"})
+    )
+    assert {str(error) for error in found} == {
+        "the processes are not alike: process 1 of 3 has jax 2, the others 1"
+    }
 
 
 # The roll call
@@ -171,7 +191,9 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def roll(address: str, process: int, count: int, seconds: float = 120, said: list[str] | None = None) -> str:
+def roll(
+    address: str, process: int, count: int, seconds: float = 120, said: list[str] | None = None
+) -> str:
     """How a roll call ended; what is said meanwhile is added to a list."""
     said = [] if said is None else said
     try:
@@ -217,8 +239,14 @@ def test_strangers_twins_and_other_counts_are_refused_and_nobody_is_disturbed():
             endless.sendall(b"x" * 1000)
             with contextlib.suppress(ConnectionResetError):
                 assert endless.recv(100) == b""
-        assert twin.result() == "refused by process 0: distributed.process: another process has the number 1"
-        assert other.result() == "refused by process 0: distributed.processes: 4 given, process 0 has 3"
+        assert (
+            twin.result()
+            == "refused by process 0: distributed.process: another process has the number 1"
+        )
+        assert (
+            other.result()
+            == "refused by process 0: distributed.processes: 4 given, process 0 has 3"
+        )
         assert roll(address, 2, 3) == first.result() == one.result() == ""
 
 
@@ -233,9 +261,14 @@ def test_one_that_went_away_may_come_again():
 
 def test_who_does_not_come_is_named_when_the_time_is_over(monkeypatch):
     said, looks = [], itertools.count()
-    monkeypatch.setattr("llama_jax.parallel.hosts.time", types.SimpleNamespace(monotonic=lambda: next(looks) / 10))
+    monkeypatch.setattr(
+        "llama_jax.parallel.hosts.time", types.SimpleNamespace(monotonic=lambda: next(looks) / 10)
+    )
     end = roll(free_address(), 0, 12, seconds=1.2, said=said)
-    assert end == "processes 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1.2 s; start all of them"
+    assert (
+        end == "processes 1, 2, 3, 4, 5, 6, 7, 8 and 3 more of 12 did not come within 1.2 s; "
+        "start all of them"
+    )
     assert len(said) == 2
 
 
@@ -261,7 +294,10 @@ def test_the_group_comes_from_the_config_or_the_environment(monkeypatch):
     assert find_group(DistributedConfig(process=0), told).process == 0
     assert find_group(DistributedConfig(mode="off"), told) is None
     assert find_group(DistributedConfig(), {}) is None
-    for config, environment in ((DistributedConfig(mode="on"), {}), (DistributedConfig(processes=2, process=0), {})):
+    for config, environment in (
+        (DistributedConfig(mode="on"), {}),
+        (DistributedConfig(processes=2, process=0), {}),
+    ):
         with pytest.raises(InputError, match=r"distributed\.coordinator: none given"):
             find_group(config, environment)
     with pytest.raises(InputError, match=r"distributed.process: 2 given, a number from 0 to 1"):
@@ -269,7 +305,14 @@ def test_the_group_comes_from_the_config_or_the_environment(monkeypatch):
 
 
 def test_slurm_is_found_out(monkeypatch):
-    slurm = {"JOB_ID": "7", "STEP_NODELIST": "node[03-04]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0", "STEP_NUM_NODES": "2"}
+    slurm = {
+        "JOB_ID": "7",
+        "STEP_NODELIST": "node[03-04]",
+        "NTASKS": "2",
+        "PROCID": "1",
+        "LOCALID": "0",
+        "STEP_NUM_NODES": "2",
+    }
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     group = find_group(DistributedConfig(), {})
@@ -281,9 +324,15 @@ def test_slurm_is_found_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "values", [{"processes": 0}, {"process": -1}, {"processes": 2, "process": 2},
-               {"heartbeat_seconds": 0}, {"processes": True}],
-)  # fmt: skip
+    "values",
+    [
+        {"processes": 0},
+        {"process": -1},
+        {"processes": 2, "process": 2},
+        {"heartbeat_seconds": 0},
+        {"processes": True},
+    ],
+)
 def test_what_makes_no_group_is_refused(values):
     with pytest.raises(InputError, match=rf"distributed\.{list(values)[-1]}: .* expected"):
         DistributedConfig(**values)
@@ -293,7 +342,8 @@ def test_what_makes_no_group_is_refused(values):
 
 
 @pytest.mark.parametrize(
-    ("given", "seconds"), [("03:50:00", 13800), ("3:50:00", 13800), (13800, 13800), ("90", 90), ("100:00:01", 360001)]
+    ("given", "seconds"),
+    [("03:50:00", 13800), ("3:50:00", 13800), (13800, 13800), ("90", 90), ("100:00:01", 360001)],
 )
 def test_times(given, seconds):
     assert wall_seconds(RunConfig(max_time=given).max_time) == seconds
@@ -307,7 +357,10 @@ def test_what_is_no_time(given):
 
 @pytest.fixture
 def _handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -316,7 +369,9 @@ def _handlers():
 @pytest.mark.usefixtures("_handlers")
 class TestStopRequest:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-    def test_a_signal_asks_and_only_ctrl_c_soon_after_interrupts(self, tmp_path, number, monkeypatch):
+    def test_a_signal_asks_and_only_ctrl_c_soon_after_interrupts(
+        self, tmp_path, number, monkeypatch
+    ):
         stop = StopRequest(tmp_path)
         assert not stop(1)
         os.kill(os.getpid(), number)

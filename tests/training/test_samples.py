@@ -1,4 +1,6 @@
-"""Texts of the model in training: the most probable tokens by hand, one compilation, meshes, adapters, what is kept."""
+"""Texts of the model in training: the most probable tokens by hand, one compilation, meshes,
+adapters, what is kept.
+"""
 
 import functools
 import json
@@ -33,7 +35,9 @@ whole_logits = jax.jit(logits, static_argnums=2)
 
 
 def continued(params, prompt: list[int], count: int, stop: int, model=MODEL) -> list[int]:
-    """The most probable tokens, each from the logits of the whole text before it; no token sees the zeros behind it."""
+    """The most probable tokens, each from the logits of the whole text before it; no token sees the
+    zeros behind it.
+    """
     ids = list(prompt)
     while len(ids) < len(prompt) + count and ids[-1] != stop:
         padded = np.asarray([ids + [0] * (64 - len(ids))], np.int32)
@@ -42,29 +46,46 @@ def continued(params, prompt: list[int], count: int, stop: int, model=MODEL) -> 
 
 
 def kept(directory) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(directory) / "samples.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (pathlib.Path(directory) / "samples.jsonl").read_text().splitlines()
+    ]
 
 
 def test_each_evaluation_has_the_texts_of_its_parameters(config):  # noqa: F811
     programs_of.cache_clear()
     display = Recorder()
-    sampled = changed(config, run={"sample_prompts": PROMPTS, "sample_tokens": 6, "checkpoint_every": 5})
+    sampled = changed(
+        config, run={"sample_prompts": PROMPTS, "sample_tokens": 6, "checkpoint_every": 5}
+    )
     run = Run(sampled, display)
     run.train()
     lines = kept(config.run.dir)
-    assert [(line["step"], line["prompt"]) for line in lines] == [(step, text) for step in (5, 10, 12) for text in PROMPTS]
+    assert [(line["step"], line["prompt"]) for line in lines] == [
+        (step, text) for step in (5, 10, 12) for text in PROMPTS
+    ]
     tokenizer = load_tokenizer(run.data.tokenizer_path)
     for step in (5, 12):
         params = read_state(config, step).params
         for line in lines:
             if line["step"] == step:
-                ids = continued(params, [tokenizer.begin_id, *tokenizer.encode(line["prompt"])], 6, tokenizer.end_id)
+                ids = continued(
+                    params,
+                    [tokenizer.begin_id, *tokenizer.encode(line["prompt"])],
+                    6,
+                    tokenizer.end_id,
+                )
                 assert line["text"] == tokenizer.decode(ids)
     assert [event for event in display.events if event.startswith("sample ")] == [
         f"sample    {line['prompt']!r} {line['text']!r}" for line in lines
     ]
     options = ModelOptions(scan=True, dtype="float32", rules=TRAINING)
-    assert programs_of(MODEL, options, run.mesh).compilations == {"cache": 1, "prefill": 1, "begin": 1, "decode": 1}
+    assert programs_of(MODEL, options, run.mesh).compilations == {
+        "cache": 1,
+        "prefill": 1,
+        "begin": 1,
+        "decode": 1,
+    }
 
 
 def test_what_an_interrupted_run_left_is_not_there_twice(config, tmp_path):  # noqa: F811
@@ -82,16 +103,24 @@ def test_what_an_interrupted_run_left_is_not_there_twice(config, tmp_path):  # n
 
 @pytest.fixture
 def taken(tiny_directory, tmp_path):
-    """A function that gives the texts of parameters, with adapters or without, on a mesh of 1 or 8 devices."""
+    """A function that gives the texts of parameters, with adapters or without, on a mesh of 1 or 8
+    devices.
+    """
     config = load(tiny_directory).config  # noqa: F811
 
     def take(sizes, params, adapters=None, **options):
         mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-        run = RunConfig(dir=str(tmp_path), sample_prompts=("The cat", "A", "你好 🎉"), sample_tokens=12)
+        run = RunConfig(
+            dir=str(tmp_path), sample_prompts=("The cat", "A", "你好 🎉"), sample_tokens=12
+        )
         model = Llama(config, ModelOptions(scan="layers" in params, **options))
         with jax.set_mesh(mesh):
-            place = lambda tree: jax.device_put(tree, tree_shardings(tree, mesh, model.options.rules))  # noqa: E731
-            placed = place(params) if adapters is None else combine(place(params), place(adapters), 2.0)
+            place = lambda tree: jax.device_put(
+                tree, tree_shardings(tree, mesh, model.options.rules)
+            )
+            placed = (
+                place(params) if adapters is None else combine(place(params), place(adapters), 2.0)
+            )
             Samples(run, model, mesh, tiny_directory, lambda line: None).take(3, placed)
         texts = [line["text"] for line in kept(tmp_path)]
         (tmp_path / "samples.jsonl").unlink()
@@ -111,9 +140,17 @@ def test_adapters_and_meshes_change_nothing(tiny_directory, taken):
 
 
 def test_prompts_that_the_model_cannot_take(taken, tiny_directory, monkeypatch):
-    make = functools.partial(Samples, model=Llama(MODEL, ModelOptions()), mesh=make_mesh(devices=jax.devices()[:1]),
-                             tokenizer_path=tiny_directory, say=print)  # fmt: skip
-    with pytest.raises(InputError, match=r"^run\.sample_prompts: prompt 2 has \d+ tokens; 1 to 64 \(the model's context\)"):
+    make = functools.partial(
+        Samples,
+        model=Llama(MODEL, ModelOptions()),
+        mesh=make_mesh(devices=jax.devices()[:1]),
+        tokenizer_path=tiny_directory,
+        say=print,
+    )
+    with pytest.raises(
+        InputError,
+        match=r"^run\.sample_prompts: prompt 2 has \d+ tokens; 1 to 64 \(the model's context\)",
+    ):
         make(RunConfig(sample_prompts=("a", "b " * 100)))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match=r"^run\.sample_prompts: given on 2 hosts, one expected"):
@@ -129,8 +166,13 @@ def test_a_text_is_one_harmless_line():
 
 
 def test_random_parameters_without_samples_leave_no_file(tmp_path):
-    samples = Samples(RunConfig(dir=str(tmp_path)), Llama(MODEL, ModelOptions()), make_mesh(devices=jax.devices()[:1]),
-                      tmp_path / "none", print)  # fmt: skip
+    samples = Samples(
+        RunConfig(dir=str(tmp_path)),
+        Llama(MODEL, ModelOptions()),
+        make_mesh(devices=jax.devices()[:1]),
+        tmp_path / "none",
+        print,
+    )
     samples.begin(0)
     samples.take(1, random_parameters(MODEL))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,6 @@
-"""Which states are saved when some saves fail: told at once, tried again after 1, 2, 4 ... steps, and at the end."""
+"""Which states are saved when some saves fail: told at once, tried again after 1, 2, 4 ... steps,
+and at the end.
+"""
 
 import collections
 import pathlib
@@ -15,7 +17,9 @@ STATE = TrainState(None, {"w": jnp.zeros((10, 10))}, None, None)  # 400 bytes
 
 
 class Disk(Checkpoints):
-    """Checkpoints on a disk that takes none while it is full; a failure shows at the start or at the next look."""
+    """Checkpoints on a disk that takes none while it is full; a failure shows at the start or at
+    the next look.
+    """
 
     def __init__(self, full: range, late: bool) -> None:
         self.full, self.late, self.failed = full, late, None
@@ -59,7 +63,9 @@ def test_every_save_that_goes_well_is_made_once(late):
     assert (saver.failures, lines) == (0, [])
 
 
-@pytest.mark.parametrize(("late", "tried"), [(False, [10, 11, 13, 17, 20, 30, 40]), (True, [10, 12, 15, 20, 30, 40])])
+@pytest.mark.parametrize(
+    ("late", "tried"), [(False, [10, 11, 13, 17, 20, 30, 40]), (True, [10, 12, 15, 20, 30, 40])]
+)
 def test_a_failed_save_is_tried_again(late, tried):
     """At once told means after 1, 2, 4 steps; a failure in the background is known a step later."""
     disk = Disk(range(10, 17), late)
@@ -90,7 +96,9 @@ def test_the_last_state_is_tried_twice(late):
 
 
 def test_several_hosts_save_in_step(monkeypatch):
-    """One host's failure is not known to the others, and a save needs all: it is tried again when it is due for all."""
+    """One host's failure is not known to the others, and a save needs all: it is tried again when
+    it is due for all.
+    """
     monkeypatch.setattr(saving.jax, "process_count", lambda: 2)
     disk = Disk(range(10, 20), late=True)
     run(disk, 30, 10)

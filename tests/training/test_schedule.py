@@ -19,7 +19,9 @@ SHAPES = {
 }
 
 
-def expected(name: str, update: int, steps: int, warmup: int, peak: float, final: float, fraction: float) -> float:
+def expected(
+    name: str, update: int, steps: int, warmup: int, peak: float, final: float, fraction: float
+) -> float:
     """The learning rate of an update, counted from 1."""
     if update <= warmup:
         return peak * update / warmup
@@ -40,32 +42,60 @@ def test_every_update_has_the_rate_of_the_closed_form(name, data):
     peak = data.draw(st.floats(1e-6, 1.0), "peak")
     final, fraction = data.draw(st.floats(0, 1), "final"), data.draw(st.floats(0, 1), "fraction")
     config = OptimizerConfig(
-        learning_rate=peak, schedule=name, warmup_steps=warmup, final_fraction=final, decay_fraction=fraction
+        learning_rate=peak,
+        schedule=name,
+        warmup_steps=warmup,
+        final_fraction=final,
+        decay_fraction=fraction,
     )
-    updates = [1, max(1, warmup), warmup + 1, steps, steps + 1, data.draw(st.integers(1, steps), "update")]
+    updates = [
+        1,
+        max(1, warmup),
+        warmup + 1,
+        steps,
+        steps + 1,
+        data.draw(st.integers(1, steps), "update"),
+    ]
     got = learning_rate_schedule(config, steps)(np.array(updates) - 1)
     wanted = [expected(name, update, steps, warmup, peak, final, fraction) for update in updates]
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6 * peak)
 
 
-@pytest.mark.parametrize(("name", "rates"), [
-    ("cosine", [2e-4, 1e-3, 2e-3, 1.1e-3, 2e-4, 2e-4]), ("linear", [2e-4, 1e-3, 2e-3, 1.1e-3, 2e-4, 2e-4]),
-    ("constant", [2e-4, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3]), ("wsd", [2e-4, 1e-3, 2e-3, 2e-3, 2e-4, 2e-4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("cosine", [2e-4, 1e-3, 2e-3, 1.1e-3, 2e-4, 2e-4]),
+        ("linear", [2e-4, 1e-3, 2e-3, 1.1e-3, 2e-4, 2e-4]),
+        ("constant", [2e-4, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3]),
+        ("wsd", [2e-4, 1e-3, 2e-3, 2e-3, 2e-4, 2e-4]),
+    ],
+)
 def test_corners(name, rates):
-    config = OptimizerConfig(learning_rate=2e-3, warmup_steps=10, final_fraction=0.1, schedule=name, decay_fraction=0.4)
+    config = OptimizerConfig(
+        learning_rate=2e-3, warmup_steps=10, final_fraction=0.1, schedule=name, decay_fraction=0.4
+    )
     schedule = learning_rate_schedule(config, steps=110)
-    np.testing.assert_allclose([schedule(count) for count in (0, 4, 9, 59, 109, 500)], rates, rtol=1e-5)
+    np.testing.assert_allclose(
+        [schedule(count) for count in (0, 4, 9, 59, 109, 500)], rates, rtol=1e-5
+    )
 
 
 def test_wsd_decays_by_one_minus_the_root():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.0, schedule="wsd", decay_fraction=0.2)
-    schedule = learning_rate_schedule(config, steps=500)  # stable to update 400, a quarter of the decay at 425
-    np.testing.assert_allclose([schedule(count) for count in (399, 424, 499)], [1, 0.5, 0], atol=1e-6)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, final_fraction=0.0, schedule="wsd", decay_fraction=0.2
+    )
+    schedule = learning_rate_schedule(
+        config, steps=500
+    )  # stable to update 400, a quarter of the decay at 425
+    np.testing.assert_allclose(
+        [schedule(count) for count in (399, 424, 499)], [1, 0.5, 0], atol=1e-6
+    )
 
 
 def test_is_laid_out_for_its_own_length():
-    """A run that is shorter or longer than the schedule has the same learning rates at the same steps."""
+    """A run that is shorter or longer than the schedule has the same learning rates at the same
+    steps.
+    """
     config = OptimizerConfig(warmup_steps=20, schedule_steps=300)
     counts = np.arange(400)
     long = learning_rate_schedule(OptimizerConfig(warmup_steps=20), 300)(counts)
@@ -75,10 +105,16 @@ def test_is_laid_out_for_its_own_length():
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 def test_a_finished_run_decays_anew_from_where_it_is(name):
-    """From the rate that 100 steps ended with down to a tenth of it, over steps 101 to 200, in the usual shape."""
+    """From the rate that 100 steps ended with down to a tenth of it, over steps 101 to 200, in the
+    usual shape.
+    """
     first = OptimizerConfig(learning_rate=1e-2, warmup_steps=10, schedule=name)
     end = float(learning_rate_schedule(first, 100)(99))
-    again = learning_rate_schedule(dataclasses.replace(first, learning_rate=end, decay_from=100), 200)
+    again = learning_rate_schedule(
+        dataclasses.replace(first, learning_rate=end, decay_from=100), 200
+    )
     half = {"cosine": 0.5, "linear": 0.5, "wsd": 1 - 0.5**0.5}[name]
     expected = [end * (0.1 + 0.9 * left) for left in (1, half, 0)]
-    np.testing.assert_allclose([float(again(count)) for count in (99, 149, 199)], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        [float(again(count)) for count in (99, 149, 199)], expected, rtol=1e-5
+    )

@@ -14,7 +14,10 @@ from llama_jax.weights.checkpoint import Checkpoints
 
 
 def cases(tmp_path, *groups, devices=2) -> dict[str, Case]:
-    return {case.name: case for case in SelfTest(jax.devices()[:devices], "float32", tmp_path).cases(groups)}
+    return {
+        case.name: case
+        for case in SelfTest(jax.devices()[:devices], "float32", tmp_path).cases(groups)
+    }
 
 
 def require_success(capsys, groups: list[str]) -> None:
@@ -41,7 +44,9 @@ def test_the_program_passes_and_says_so(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_program_passes_with_every_mesh(capsys):
-    require_success(capsys, ["mesh"] * 5 + ["resume"])  # tensor, context gathered and ring, fsdp, data
+    require_success(
+        capsys, ["mesh"] * 5 + ["resume"]
+    )  # tensor, context gathered and ring, fsdp, data
 
 
 @pytest.mark.usefixtures("_short_sequences")
@@ -65,7 +70,9 @@ def test_a_restore_that_loses_a_bit_is_noticed(tmp_path, monkeypatch):
         state = whole(self, step, like)
         scale = np.array(state.params["final_norm"]["scale"])
         scale[0] = np.nextafter(scale[0], 9)
-        state.params["final_norm"]["scale"] = jax.device_put(scale, state.params["final_norm"]["scale"].sharding)
+        state.params["final_norm"]["scale"] = jax.device_put(
+            scale, state.params["final_norm"]["scale"].sharding
+        )
         return state
 
     monkeypatch.setattr(Checkpoints, "restore", damaged)
@@ -86,11 +93,16 @@ def test_what_cannot_be_computed_has_failed(tmp_path, monkeypatch):
     assert case.note == "NotImplementedError: no such kernel here"
 
 
-@pytest.mark.parametrize(("devices", "count"), [(1, 1), (2, 4), (4, 10), (8, 20), (3, 4), (6, 16), (12, None), (256, None)])
+@pytest.mark.parametrize(
+    ("devices", "count"),
+    [(1, 1), (2, 4), (4, 10), (8, 20), (3, 4), (6, 16), (12, None), (256, None)],
+)
 def test_every_mesh_fits(devices, count):
     config = tiny_config(devices, "float32")
     found = meshes(devices, config.model)
-    assert count is None or len(found) == count  # ordered ways to write the number as a product of four
+    assert (
+        count is None or len(found) == count
+    )  # ordered ways to write the number as a product of four
     assert all(np.prod(sizes) == devices for sizes in found)
     assert config.data.batch_size % (4 * devices) == 0
 
@@ -99,7 +111,9 @@ def test_documents_alone_are_the_same_documents():
     packed = random_batch(tiny_config(1, "float32"), 0)
     single = alone(packed)
     assert single.weights.sum() == packed.weights.sum()
-    pairs = lambda batch: sorted(zip(batch.tokens[batch.weights > 0], batch.targets[batch.weights > 0]))  # noqa: E731
+    pairs = lambda batch: sorted(
+        zip(batch.tokens[batch.weights > 0], batch.targets[batch.weights > 0])
+    )
     assert pairs(single) == pairs(packed)
     assert set(np.unique(single.documents)) == {0, 1}
 
@@ -110,10 +124,13 @@ def test_the_help_says_how_long_it_takes(capsys):
     assert "about a minute on one device" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--only", "mesh,remats"], "--only: 'remats' given; some of mesh,accumulation,"),
-    (["--devices", "99"], "--devices: 99 given; 1 to 8 expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "mesh,remats"], "--only: 'remats' given; some of mesh,accumulation,"),
+        (["--devices", "99"], "--devices: 99 given; 1 to 8 expected"),
+    ],
+)
 def test_wrong_use_is_one_line(capsys, arguments, words):
     assert run_program(lambda: main(arguments)) == 2
     assert words in capsys.readouterr().err

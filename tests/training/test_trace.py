@@ -1,4 +1,6 @@
-"""Traces of some steps: which steps are in them, that nothing is lost by a trace that fails, what starts none."""
+"""Traces of some steps: which steps are in them, that nothing is lost by a trace that fails, what
+starts none.
+"""
 
 import gzip
 import json
@@ -19,7 +21,9 @@ def traced_steps(directory: pathlib.Path) -> list[int]:
     (path,) = directory.glob("plugins/profile/*/perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     marks = [event for event in events if event.get("name") == "train"]
-    return [int(event["args"]["step_num"]) for event in sorted(marks, key=lambda event: event["ts"])]
+    return [
+        int(event["args"]["step_num"]) for event in sorted(marks, key=lambda event: event["ts"])
+    ]
 
 
 @jax.jit
@@ -42,14 +46,19 @@ def test_a_run_traces_what_was_asked_and_computes_the_same(config, tmp_path):  #
     folder = pathlib.Path(traced.run.dir) / "profile"
     assert traced_steps(folder) == [3, 4, 5]
     (path,) = folder.rglob("perfetto_trace.json.gz")
-    assert line == f"trace     steps 3 to 5: open {path} at https://ui.perfetto.dev, or xprof --logdir {folder}"
+    assert (
+        line == f"trace     steps 3 to 5: open {path} at https://ui.perfetto.dev, or xprof "
+        f"--logdir {folder}"
+    )
     assert state_bytes(read_state(traced, 6)) == state_bytes(read_state(plain, 6))
     Run(changed(traced, run={"steps": 8}), again).train()  # from step 6: nothing is left to trace
     assert not [event for event in again.events if "trace" in event]
     assert traced_steps(folder) == [3, 4, 5]
 
 
-@pytest.mark.parametrize(("steps", "found"), [(range(4, 9), [4, 5]), (range(1, 4), [3]), (range(6, 9), [])])
+@pytest.mark.parametrize(
+    ("steps", "found"), [(range(4, 9), [4, 5]), (range(1, 4), [3]), (range(6, 9), [])]
+)
 def test_of_the_steps_wanted_those_that_are_done(tmp_path, steps, found):
     """A run that goes on in the middle, one that ends there, one that begins behind it."""
     said = []
@@ -67,7 +76,9 @@ def test_a_trace_that_fails_is_a_warning(tmp_path, monkeypatch, part):
         raise RuntimeError("no room\nat all")
 
     for name in ("start_trace", "stop_trace"):
-        monkeypatch.setattr(jax.profiler, name, fail if name == part else lambda *args, **settings: None)
+        monkeypatch.setattr(
+            jax.profiler, name, fail if name == part else lambda *args, **settings: None
+        )
     said = []
     trace = Trace("2:3", tmp_path, said.append)
     assert drive(trace, range(1, 6)) == [2, 3, 4, 5, 6]

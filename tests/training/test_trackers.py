@@ -1,4 +1,6 @@
-"""Trackers: what reaches each of them, what is said when one is missing, and that none of them can stop training."""
+"""Trackers: what reaches each of them, what is said when one is missing, and that none of them can
+stop training.
+"""
 
 import importlib
 import math
@@ -53,10 +55,23 @@ def fakes(monkeypatch):
 
 def test_wandb_and_trackio_get_the_numbers(fakes, tmp_path, capsys):
     trackers = open_trackers(["wandb", "trackio"], tmp_path, {"model": {"dim": 32}}, 0, no_warning)
-    trackers.log(7, {"train/loss": 2.5, "speed/mfu": None, "bad": math.nan, "worse": math.inf, "train/tokens": 64})
+    trackers.log(
+        7,
+        {
+            "train/loss": 2.5,
+            "speed/mfu": None,
+            "bad": math.nan,
+            "worse": math.inf,
+            "train/tokens": 64,
+        },
+    )
     trackers.close()
     start, _, numbers, end = fakes["wandb"]
-    assert (start["project"], start["name"], start["config"]) == ("llama_jax", tmp_path.name, {"model": {"dim": 32}})
+    assert (start["project"], start["name"], start["config"]) == (
+        "llama_jax",
+        tmp_path.name,
+        {"model": {"dim": 32}},
+    )
     assert numbers == ({"train/loss": 2.5, "train/tokens": 64.0, "step": 7}, {})
     assert end == "finish"
     begin, numbers, end = fakes["trackio"]
@@ -80,7 +95,9 @@ def test_tensorboard_reads_back(tmp_path):
         for step in steps:
             trackers.log(step, {"train/loss": 1 / step})
         trackers.close()
-    points = [point for path in sorted((tmp_path / "tensorboard").iterdir()) for point in events(path)]
+    points = [
+        point for path in sorted((tmp_path / "tensorboard").iterdir()) for point in events(path)
+    ]
     assert [(step, tag) for step, tag, _ in points] == [(s, "train/loss") for s in (1, 2, 3, 3, 4)]
     assert [value for *_, value in points] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 3, 1 / 4])
 
@@ -98,7 +115,9 @@ def events(path):
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_is_said_before_the_run(name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, TRACKERS[name][0], None)
-    with pytest.raises(InputError, match=rf"is not installed, which this needs; pip install 'llama-jax\[{name}\]'"):
+    with pytest.raises(
+        InputError, match=rf"is not installed, which this needs; pip install 'llama-jax\[{name}\]'"
+    ):
         require_trackers([name])
     with pytest.raises(InputError):
         open_trackers([name], tmp_path, {}, 0, no_warning)
@@ -106,7 +125,9 @@ def test_a_missing_package_is_said_before_the_run(name, monkeypatch, tmp_path):
 
 
 def test_an_unknown_tracker():
-    with pytest.raises(InputError, match="tracker 'tensorbord' is unknown; tensorboard, wandb, trackio expected"):
+    with pytest.raises(
+        InputError, match="tracker 'tensorbord' is unknown; tensorboard, wandb, trackio expected"
+    ):
         require_trackers(["tensorbord"])
 
 
@@ -118,7 +139,9 @@ def test_a_tracker_that_cannot_start_is_left_out(fakes, tmp_path, monkeypatch):
     warnings = []
     trackers = open_trackers(["wandb", "trackio"], tmp_path, {}, 0, warnings.append)
     trackers.log(1, {"a": 1.0})
-    assert warnings == ["warning: wandb: ConnectionError: no network at all; training goes on without"]
+    assert warnings == [
+        "warning: wandb: ConnectionError: no network at all; training goes on without"
+    ]
     assert fakes["trackio"][-1] == ({"a": 1.0}, {"step": 1})
 
 

@@ -1,4 +1,6 @@
-"""The watch on the host: when skipped steps are too many, where the run goes back to, what it leaves out, what it tells."""
+"""The watch on the host: when skipped steps are too many, where the run goes back to, what it
+leaves out, what it tells.
+"""
 
 import itertools
 import json
@@ -30,12 +32,23 @@ from llama_jax.training.step import WINDOW, StepMetrics, fresh_guard, noted
 
 
 def figures(flags) -> list[StepMetrics]:
-    return [StepMetrics(np.float32(np.nan if bad else 2), np.float32(1), np.float32(1e-3), np.float32(9), np.bool_(bad), {})
-            for bad in flags]  # fmt: skip
+    return [
+        StepMetrics(
+            np.float32(np.nan if bad else 2),
+            np.float32(1),
+            np.float32(1e-3),
+            np.float32(9),
+            np.bool_(bad),
+            {},
+        )
+        for bad in flags
+    ]
 
 
 def first_trouble(flags, patience: int, since: int = 0) -> tuple[int, ...] | None:
-    """The steps of the first trouble, by the words of the policy, with nothing remembered from step to step."""
+    """The steps of the first trouble, by the words of the policy, with nothing remembered from step
+    to step.
+    """
     for step in range(len(flags)):
         if not flags[step] or step < since:
             continue
@@ -57,7 +70,9 @@ def guard_after(flags):
     return jax.device_get(guard)
 
 
-def watched(flags, patience: int, cuts: list[int], start: int = 0, since: int = 0) -> tuple[tuple[int, ...] | None, list[str]]:
+def watched(
+    flags, patience: int, cuts: list[int], start: int = 0, since: int = 0
+) -> tuple[tuple[int, ...] | None, list[str]]:
     """What a watch finds that is begun after `start` steps and shown the figures piece by piece."""
     lines: list[str] = []
     watch = Watch(patience, guard_after(flags[:start]), start, since, lines.append)
@@ -109,15 +124,28 @@ def trouble_at(*steps: int) -> Trouble:
     return Trouble("why", tuple(Skipped(step, math.nan, 1.0) for step in steps))
 
 
-@pytest.mark.parametrize(("steps", "saved", "to", "wrong"), [
-    ([7, 8, 9], [], 0, ((7, 9),)),  # nothing saved yet: from the start
-    ([7, 8, 9], [4, 6], 6, ((7, 9),)),
-    ([7, 8, 9], [4, 7], 7, ((7, 9),)),  # a state with 7 updates is from before step 7, which counts from 0
-    ([7, 8, 9], [4, 8], 4, ((7, 9),)),  # the newer one was made after a bad step
-    ([3, 30, 31, 60], [20, 25], 25, ((30, 31), (60, 60))),  # what is older than all checkpoints stays as it is
-    ([3, 30, 31, 60], [20, 40], 40, ((60, 60),)),
-    ([3, 30, 60], [61], None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "saved", "to", "wrong"),
+    [
+        ([7, 8, 9], [], 0, ((7, 9),)),  # nothing saved yet: from the start
+        ([7, 8, 9], [4, 6], 6, ((7, 9),)),
+        (
+            [7, 8, 9],
+            [4, 7],
+            7,
+            ((7, 9),),
+        ),  # a state with 7 updates is from before step 7, which counts from 0
+        ([7, 8, 9], [4, 8], 4, ((7, 9),)),  # the newer one was made after a bad step
+        (
+            [3, 30, 31, 60],
+            [20, 25],
+            25,
+            ((30, 31), (60, 60)),
+        ),  # what is older than all checkpoints stays as it is
+        ([3, 30, 31, 60], [20, 40], 40, ((60, 60),)),
+        ([3, 30, 60], [61], None, None),
+    ],
+)
 def test_where_to_go_back_to(steps, saved, to, wrong):
     if to is None:
         with pytest.raises(ValueError):
@@ -137,7 +165,9 @@ def test_joined_ranges_hold_the_same_numbers(pairs):
     assert {number for first, last in got for number in range(first, last + 1)} == numbers
     assert all(b[0] > a[1] + 1 for a, b in itertools.pairwise(got))
     steps = Steps(4, skip=got)  # which takes them
-    assert [steps.data_step(step) for step in range(20)] == [n for n in range(200) if n not in numbers][:20]
+    assert [steps.data_step(step) for step in range(20)] == [
+        n for n in range(200) if n not in numbers
+    ][:20]
 
 
 def test_rewinds_are_remembered_and_tell_which_checkpoints_were_left(tmp_path):
@@ -151,12 +181,18 @@ def test_rewinds_are_remembered_and_tell_which_checkpoints_were_left(tmp_path):
     assert again.skip == ((21, 31), (57, 57), (60, 61))
     assert (again.since, again.times(20), again.times(40), again.times(0)) == (20, 2, 1, 0)
     made = {10: 0, 20: 0, 30: 0, 40: 1, 45: 1, 50: 2, 60: 3}  # checkpoint: rewinds before it
-    assert again.left_behind({step: {MADE_AFTER: count} for step, count in made.items()}) == [30, 40, 45, 50]
+    assert again.left_behind({step: {MADE_AFTER: count} for step, count in made.items()}) == [
+        30,
+        40,
+        45,
+        50,
+    ]
     assert again.left_behind({15: {}, 25: {}}) == [25]
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[", "{}x", '[{"to": 3}]', '[{"to": "x", "reason": "", "steps": [], "data": []}]', "[7]"]
+    "content",
+    ["", "[", "{}x", '[{"to": 3}]', '[{"to": "x", "reason": "", "steps": [], "data": []}]', "[7]"],
 )
 def test_a_file_that_makes_no_sense_is_refused_in_one_line(tmp_path, content):
     (tmp_path / RUN_REWINDS).write_text(content)
@@ -167,7 +203,12 @@ def test_a_file_that_makes_no_sense_is_refused_in_one_line(tmp_path, content):
 
 def test_the_file_is_json_for_people(tmp_path):
     Rewinds(tmp_path).add(Rewind(20, "10 steps in a row were skipped", ((21, 30),), ((21, 30),)))
-    entry = {"to": 20, "reason": "10 steps in a row were skipped", "steps": [[21, 30]], "data": [[21, 30]]}
+    entry = {
+        "to": 20,
+        "reason": "10 steps in a row were skipped",
+        "steps": [[21, 30]],
+        "data": [[21, 30]],
+    }
     assert json.loads((tmp_path / RUN_REWINDS).read_text()) == [entry]
     assert in_words(ranges([3, 7, 8, 9])) == "3, 7 to 9"
     assert in_words(ranges([3, 7, 8, 9]), 1) == "4, 8 to 10"

@@ -1,4 +1,6 @@
-"""When a run counts as standing still, in a time of its own; and the file that tells how far it is."""
+"""When a run counts as standing still, in a time of its own; and the file that tells how far it
+is.
+"""
 
 import contextlib
 import json
@@ -37,7 +39,11 @@ class Watched:
     def __init__(self):
         self.time, self.clock, self.lines = Time(), Clock(), []
         self.dog = Watchdog(
-            pathlib.Path("run/hang.txt"), 100.0, self.clock, lambda path, line: self.lines.append(line), self.time
+            pathlib.Path("run/hang.txt"),
+            100.0,
+            self.clock,
+            lambda path, line: self.lines.append(line),
+            self.time,
         )
         self.dog._thread = True  # as if one looked
 
@@ -65,7 +71,8 @@ def test_no_update_for_the_limit(watched):
     assert watched.lines == []
     watched.pass_by(1)
     assert watched.lines == [
-        "error: the run has stood still for 101 s in an update (step 7 was the last; at most 100 s, run.hang_seconds 100); "
+        "error: the run has stood still for 101 s in an update (step 7 was the last; at "
+        "most 100 s, run.hang_seconds 100); "
         "stacks are in run/hang.txt"
     ]
 
@@ -170,12 +177,23 @@ with Watchdog(pathlib.Path(sys.argv[1]), float(sys.argv[2]), clock), clock("data
 """
 
 
-@pytest.mark.parametrize(("file", "seconds", "sleep", "status"), [
-    ("hang.txt", "0.3", "300", 3), ("hang.txt", "0", "1", 0), ("nowhere/hang.txt", "0.3", "300", 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "seconds", "sleep", "status"),
+    [
+        ("hang.txt", "0.3", "300", 3),
+        ("hang.txt", "0", "1", 0),
+        ("nowhere/hang.txt", "0.3", "300", 3),
+    ],
+)
 def test_the_process_ends_with_all_stacks(tmp_path, file, seconds, sleep, status):
     command = [sys.executable, "-c", _HANGING, str(tmp_path / file), seconds, sleep]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
     assert done.returncode == status
     if status:
         assert "has stood still" in done.stderr
@@ -189,7 +207,10 @@ def test_the_process_ends_with_all_stacks(tmp_path, file, seconds, sleep, status
 
 def test_outside_of_its_block_nothing_is_watched(tmp_path):
     called = []
-    with contextlib.suppress(ZeroDivisionError), Watchdog(tmp_path, 5.0, Clock(), lambda *given: called.append(given)) as dog:
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        Watchdog(tmp_path, 5.0, Clock(), lambda *given: called.append(given)) as dog,
+    ):
         raise ZeroDivisionError
     assert not dog._thread.is_alive()
     assert called == []

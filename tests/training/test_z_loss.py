@@ -41,28 +41,47 @@ def slopes(function, at, step=1e-5):
 @pytest.mark.parametrize("chunk", [1, 7, 40, 10_000])
 def test_value_and_gradients_equal_float64(chunk):
     rng = np.random.default_rng(0)
-    features, head = rng.normal(size=(3, 5, 4)).astype(np.float32), rng.normal(size=(4, 9)).astype(np.float32)
-    targets, weights = rng.integers(0, 9, (3, 5)).astype(np.int32), rng.random((3, 5)).astype(np.float32)
+    features, head = (
+        rng.normal(size=(3, 5, 4)).astype(np.float32),
+        rng.normal(size=(4, 9)).astype(np.float32),
+    )
+    targets, weights = (
+        rng.integers(0, 9, (3, 5)).astype(np.int32),
+        rng.random((3, 5)).astype(np.float32),
+    )
 
     @jax.jit
     def values(features, head, targets, weights):
         """Without a gradient, beside it, and the gradient."""
         alone = cross_entropy_and_z(features, head, targets, weights, chunk, Z)
-        beside, pull = jax.vjp(lambda f, h: cross_entropy_and_z(f, h, targets, weights, chunk, Z), features, head)
-        return alone, beside, pull((jnp.float32(0.7), jnp.float32(100.0)))  # the second figure is for the eye, without gradient
+        beside, pull = jax.vjp(
+            lambda f, h: cross_entropy_and_z(f, h, targets, weights, chunk, Z), features, head
+        )
+        return (
+            alone,
+            beside,
+            pull((jnp.float32(0.7), jnp.float32(100.0))),
+        )  # the second figure is for the eye, without gradient
 
     alone, beside, got = values(features, head, targets, weights)
     np.testing.assert_allclose(alone, naive(features, head, targets, weights, Z), rtol=1e-5)
     np.testing.assert_allclose(beside, naive(features, head, targets, weights, Z), rtol=1e-5)
-    total = lambda f, h: 0.7 * sum(naive(f, h, targets, weights, Z))  # noqa: E731
+    total = lambda f, h: 0.7 * sum(naive(f, h, targets, weights, Z))
     np.testing.assert_allclose(got[0], slopes(lambda f: total(f, head), features), atol=1e-5)
     np.testing.assert_allclose(got[1], slopes(lambda h: total(features, h), head), atol=1e-5)
 
 
 def test_off_is_the_cross_entropy():
     assert next_token(0.0) is NEXT_TOKEN
-    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((2, 512, 16), jnp.float32), ((16, 512), jnp.float32),
-              ((2, 512), jnp.int32), ((2, 512), jnp.float32))]  # fmt: skip
+    shapes = [
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (
+            ((2, 512, 16), jnp.float32),
+            ((16, 512), jnp.float32),
+            ((2, 512), jnp.int32),
+            ((2, 512), jnp.float32),
+        )
+    ]
 
     def work(loss):
         """FLOPs and temporaries of a gradient."""
@@ -71,22 +90,32 @@ def test_off_is_the_cross_entropy():
 
     off = work(lambda *given: cross_entropy(*given, 64))
     assert work(lambda *given: cross_entropy_and_z(*given, 64, 0.0)[0]) == off
-    assert work(lambda *given: cross_entropy_and_z(*given, 64, Z)[0])[0] > off[0]  # so the comparison sees it
+    assert (
+        work(lambda *given: cross_entropy_and_z(*given, 64, Z)[0])[0] > off[0]
+    )  # so the comparison sees it
 
 
 @pytest.fixture(scope="module")
 def on_whole_logits():
-    """Parameters, their batch, and loss, z-loss and gradient of the sum of both, from whole logits."""
+    """Parameters, their batch, and loss, z-loss and gradient of the sum of both, from whole
+    logits.
+    """
     params, batch = parameters(), random_batch()
 
     def both(params):
         """The sum of the two, and each of them."""
         scores = logits(params, batch.tokens, CONFIG, batch.documents)
-        z = Z * jnp.sum(batch.weights * jax.nn.logsumexp(scores, axis=-1) ** 2) / jnp.sum(batch.weights)
+        z = (
+            Z
+            * jnp.sum(batch.weights * jax.nn.logsumexp(scores, axis=-1) ** 2)
+            / jnp.sum(batch.weights)
+        )
         loss = plain_loss(params, batch)
         return loss + z, (loss, z)
 
-    (_, (loss, z)), gradient = jax.device_get(jax.jit(jax.value_and_grad(both, has_aux=True))(params))
+    (_, (loss, z)), gradient = jax.device_get(
+        jax.jit(jax.value_and_grad(both, has_aux=True))(params)
+    )
     return params, batch, loss, z, gradient
 
 
@@ -97,7 +126,9 @@ def test_an_update_follows_both_and_reports_each(mesh, accumulation, on_whole_lo
     after, metrics = run_step(mesh, recipe, params, batch, accumulation)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-6)
     np.testing.assert_allclose(metrics.more["z_loss"], z, rtol=1e-5)
-    norm = sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)) ** 0.5
+    norm = (
+        sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)) ** 0.5
+    )
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
     moved = jax.tree.map(lambda before, g: np.asarray(before) - g, params, gradient)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), after, moved)
@@ -105,5 +136,10 @@ def test_an_update_follows_both_and_reports_each(mesh, accumulation, on_whole_lo
 
 def test_a_frozen_head_has_none():
     with pytest.raises(InputError, match=r"^optimizer\.z_loss: 0\.1 given, 0 with adapter\.rank"):
-        TrainConfig(run=RunConfig(init="base"), model=CONFIG, data=DataConfig(length=24, tokenizer="base"),
-                    adapter=AdapterConfig(rank=4), optimizer=OptimizerConfig(z_loss=0.1))  # fmt: skip
+        TrainConfig(
+            run=RunConfig(init="base"),
+            model=CONFIG,
+            data=DataConfig(length=24, tokenizer="base"),
+            adapter=AdapterConfig(rank=4),
+            optimizer=OptimizerConfig(z_loss=0.1),
+        )

@@ -6,7 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-# A plain LLaMA with unequal widths everywhere, so that a swapped axis shows: V 96, D 64, L 2, N 4, K 2, H 32, F 160.
+# A plain LLaMA with unequal widths everywhere, so that a swapped axis shows: V 96, D 64, L 2, N 4,
+#   K 2, H 32, F 160.
 METADATA = {
     "llama.block_count": 2,
     "llama.context_length": 128,
@@ -38,7 +39,12 @@ SHAPES = {"token_embd.weight": (96, 64), "output_norm.weight": (64,), "output.we
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     kinds.get(type(value), writer.add_array)(key, value)
 
 
@@ -71,7 +77,9 @@ def _write(writer: gguf.GGUFWriter, metadata: dict, tensors: dict, types: dict) 
 
 @pytest.fixture
 def write_gguf(tmp_path, tensors):
-    """Writes a file: `write_gguf(metadata, tensors, types)`, where None values leave keys or tensors out."""
+    """Writes a file: `write_gguf(metadata, tensors, types)`, where None values leave keys or
+    tensors out.
+    """
 
     def write(metadata=(), changed=(), types=(), architecture="llama") -> pathlib.Path:
         path = tmp_path / "tiny.gguf"
@@ -84,10 +92,14 @@ def write_gguf(tmp_path, tensors):
 
 @pytest.fixture
 def write_parts(tmp_path, tensors):
-    """Writes the tiny model in parts of at most `most` tensors: `write_parts(most, small_first)`; the paths in order."""
+    """Writes the tiny model in parts of at most `most` tensors: `write_parts(most, small_first)`;
+    the paths in order.
+    """
 
     def write(most=9, small_first=False) -> list[pathlib.Path]:
-        writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama", split_max_tensors=most, small_first_shard=small_first)
+        writer = gguf.GGUFWriter(
+            tmp_path / "tiny.gguf", "llama", split_max_tensors=most, small_first_shard=small_first
+        )
         _write(writer, METADATA, tensors, {})
         return sorted(tmp_path.glob("tiny-*-of-*.gguf"))
 

@@ -43,14 +43,18 @@ def make_state(step: int) -> State:
 
 
 def like(state: Any, sharding: Any = None) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state
+    )
 
 
 def equal(left: Any, right: Any) -> bool:
     """Bitwise equality of two trees, structure and dtypes included."""
     same = jax.tree.structure(left) == jax.tree.structure(right)
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right))
-    return same and all(a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+    return same and all(
+        a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs
+    )
 
 
 LIKE = like(make_state(0))
@@ -109,7 +113,12 @@ def test_a_new_directory_has_nothing_to_restore(tmp_path):
 
 def test_restores_under_any_sharding_with_the_same_checksums(tmp_path):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    specs = [PartitionSpec(), PartitionSpec("a", "b"), PartitionSpec("b", "a"), PartitionSpec(None, ("a", "b"))]
+    specs = [
+        PartitionSpec(),
+        PartitionSpec("a", "b"),
+        PartitionSpec("b", "a"),
+        PartitionSpec(None, ("a", "b")),
+    ]
     values = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     seals = set()
     for number, spec in enumerate(specs):
@@ -118,7 +127,9 @@ def test_restores_under_any_sharding_with_the_same_checksums(tmp_path):
             checkpoints.save(1, state, {})
             checkpoints.wait()
             for other in specs:
-                placed = checkpoints.restore(1, like(state, NamedSharding(mesh, other)))["params"]["w"]
+                placed = checkpoints.restore(1, like(state, NamedSharding(mesh, other)))["params"][
+                    "w"
+                ]
                 assert placed.sharding.spec == other
                 assert np.array_equal(placed, values)
         seals.add((tmp_path / str(number) / "1" / "meta" / "metadata").read_text())
@@ -167,12 +178,20 @@ def _flips(step_directory: Path) -> list[tuple[Path, int]]:
     some = rounds(1, 3)
     rng = random.Random(0)
     files = [path for path in step_directory.rglob("*") if path.is_file() and path.stat().st_size]
-    files.sort(key=lambda path: (path.stat().st_size, path.name))  # names are drawn anew in each run
+    files.sort(
+        key=lambda path: (path.stat().st_size, path.name)
+    )  # names are drawn anew in each run
     weights = data_files(step_directory)
-    return [(path, rng.randrange(path.stat().st_size * 8)) for path in files for _ in range(12 if path in weights else some)]
+    return [
+        (path, rng.randrange(path.stat().st_size * 8))
+        for path in files
+        for _ in range(12 if path in weights else some)
+    ]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's own clean-up
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # TensorStore's own clean-up
 def test_a_flipped_bit_is_never_restored(run):
     detected = []
     with Checkpoints.open(run, keep=3) as checkpoints:
@@ -197,10 +216,7 @@ def test_a_file_cut_or_gone(run, harm):
     with Checkpoints.open(run, keep=3) as checkpoints:
         for path in data_files(run / "20"):
             clean = path.read_bytes()
-            harms = {
-                "truncated": clean[: len(clean) // 2],
-                "zeroed": bytes(4096) + clean[4096:],
-            }
+            harms = {"truncated": clean[: len(clean) // 2], "zeroed": bytes(4096) + clean[4096:]}
             path.write_bytes(harms[harm]) if harm in harms else path.unlink()
             restored = checkpoints.restore_newest(LIKE)
             assert equal(restored.state, make_state(restored.step))
@@ -226,10 +242,15 @@ def test_training_goes_on_from_the_older_one(run):
 
 
 def test_damage_names_step_and_array(run):
-    """Weights exchanged between two whole checkpoints: every file is valid, the content is another."""
+    """Weights exchanged between two whole checkpoints: every file is valid, the content is
+    another.
+    """
     shutil.rmtree(run / "20" / "state")
     shutil.copytree(run / "10" / "state", run / "20" / "state")
-    with Checkpoints.open(run, keep=3) as checkpoints, pytest.raises(CorruptError, match=r"20: \w+/\S+ is damaged"):
+    with (
+        Checkpoints.open(run, keep=3) as checkpoints,
+        pytest.raises(CorruptError, match=r"20: \w+/\S+ is damaged"),
+    ):
         checkpoints.restore(20, LIKE)
 
 
@@ -288,17 +309,30 @@ def test_left_overs_do_not_count(run):
 def _misfits() -> dict[str, Any]:
     embedding = LIKE.params["embedding"]
     other = {
-        "shape": {"embedding": jax.ShapeDtypeStruct((65, 64), jnp.float32, sharding=embedding.sharding)},
-        "dtype": {"embedding": jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=embedding.sharding)},
+        "shape": {
+            "embedding": jax.ShapeDtypeStruct((65, 64), jnp.float32, sharding=embedding.sharding)
+        },
+        "dtype": {
+            "embedding": jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=embedding.sharding)
+        },
         "extra": {"head": embedding},
     }
-    trees = {name: LIKE._replace(params={**LIKE.params, **change}) for name, change in other.items()}
+    trees = {
+        name: LIKE._replace(params={**LIKE.params, **change}) for name, change in other.items()
+    }
     kept = {name: leaf for name, leaf in LIKE.params.items() if name != "embedding"}
     return {**trees, "missing": LIKE._replace(params=kept)}
 
 
-@pytest.mark.parametrize(("kind", "path"), [("shape", "params/embedding"), ("dtype", "params/embedding"),
-                                            ("extra", "params/head"), ("missing", "params/embedding")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("shape", "params/embedding"),
+        ("dtype", "params/embedding"),
+        ("extra", "params/head"),
+        ("missing", "params/embedding"),
+    ],
+)
 def test_a_state_that_does_not_fit_names_the_path(run, kind, path):
     with Checkpoints.open(run, keep=3) as checkpoints:
         for restore in (
@@ -313,7 +347,10 @@ def test_a_state_that_does_not_fit_names_the_path(run, kind, path):
 
 
 def test_an_unknown_step(run):
-    with Checkpoints.open(run, keep=3) as checkpoints, pytest.raises(InputError, match=r"15 given, one of \[10, 20\]"):
+    with (
+        Checkpoints.open(run, keep=3) as checkpoints,
+        pytest.raises(InputError, match=r"15 given, one of \[10, 20\]"),
+    ):
         checkpoints.restore(15, LIKE)
 
 
@@ -363,7 +400,9 @@ with Checkpoints.open(Path(sys.argv[1]), keep=1) as checkpoints:
 
 def test_a_full_disk(tmp_path):
     script = textwrap.dedent(_DISK_FULL)
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["polled True False", "[1]", "next save True", "[4]"]
     with Checkpoints.open(tmp_path, keep=1) as checkpoints:

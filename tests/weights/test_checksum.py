@@ -31,8 +31,11 @@ def _oracle(array: np.ndarray) -> str:
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "bool"]
 SHAPES = [(), (1,), (0, 3), (7,), (3, 5), (2, 3, 4)]
 # In `make test` each type with two shapes, and each shape with two types.
-KINDS = [pytest.param(dtype, shape, marks=[pytest.mark.slow] * ((i + j) % 3 != 0))
-         for i, dtype in enumerate(DTYPES) for j, shape in enumerate(SHAPES)]  # fmt: skip
+KINDS = [
+    pytest.param(dtype, shape, marks=[pytest.mark.slow] * ((i + j) % 3 != 0))
+    for i, dtype in enumerate(DTYPES)
+    for j, shape in enumerate(SHAPES)
+]
 
 
 @pytest.mark.parametrize(("dtype", "shape"), KINDS)
@@ -43,21 +46,34 @@ def test_agrees_with_the_definition(dtype, shape):
 
 
 def test_the_value_is_part_of_the_format():
-    assert checksums({"a": jnp.arange(5, dtype=jnp.int32)})["a"] == _oracle(np.arange(5, dtype=np.int32)) == "53dedf1e97d879c9"
+    assert (
+        checksums({"a": jnp.arange(5, dtype=jnp.int32)})["a"]
+        == _oracle(np.arange(5, dtype=np.int32))
+        == "53dedf1e97d879c9"
+    )
 
 
 def test_is_the_same_under_every_sharding():
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     array = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32)
-    specs = [PartitionSpec(), PartitionSpec("a", "b"), PartitionSpec("b", "a"), PartitionSpec(None, ("a", "b"))]
-    placed = {f"{i}": jax.device_put(array, NamedSharding(mesh, spec)) for i, spec in enumerate(specs)}
+    specs = [
+        PartitionSpec(),
+        PartitionSpec("a", "b"),
+        PartitionSpec("b", "a"),
+        PartitionSpec(None, ("a", "b")),
+    ]
+    placed = {
+        f"{i}": jax.device_put(array, NamedSharding(mesh, spec)) for i, spec in enumerate(specs)
+    }
     assert set(checksums(placed).values()) == {_oracle(array)}
 
 
 def test_every_single_bit_counts():
     array = np.random.default_rng(2).normal(size=(8, 8)).astype(np.float32)
     flipped = np.repeat(array.view(np.uint32)[None], 64 * 32, 0).reshape(64 * 32, 64)
-    flipped[np.arange(64 * 32), np.arange(64 * 32) // 32] ^= np.left_shift(1, np.arange(64 * 32) % 32).astype(np.uint32)
+    flipped[np.arange(64 * 32), np.arange(64 * 32) // 32] ^= np.left_shift(
+        1, np.arange(64 * 32) % 32
+    ).astype(np.uint32)
     flipped = np.concatenate([array[None], flipped.view(np.float32).reshape(-1, 8, 8)])
     found = np.asarray(jax.jit(jax.vmap(fold))(flipped))
     clean, folds = found[0], found[1:]
@@ -67,9 +83,17 @@ def test_every_single_bit_counts():
 
 def test_exchanged_elements_and_rows_count():
     array = np.random.default_rng(3).normal(size=(16, 16)).astype(np.float32)
-    variants = {"clean": array, "rows": array[::-1].copy(), "transposed": array.T.copy(), "pair": array.copy()}
+    variants = {
+        "clean": array,
+        "rows": array[::-1].copy(),
+        "transposed": array.T.copy(),
+        "pair": array.copy(),
+    }
     variants["pair"][0, 0], variants["pair"][0, 1] = array[0, 1], array[0, 0]
-    assert len(set(checksums({name: jnp.asarray(value) for name, value in variants.items()}).values())) == 4
+    assert (
+        len(set(checksums({name: jnp.asarray(value) for name, value in variants.items()}).values()))
+        == 4
+    )
 
 
 def test_paths_are_joined_by_slashes():
@@ -77,7 +101,9 @@ def test_paths_are_joined_by_slashes():
 
 
 def test_arrays_of_one_shape_share_a_program():
-    """A tree of hundreds of arrays, or one array after the other, compiles as often as there are shapes."""
+    """A tree of hundreds of arrays, or one array after the other, compiles as often as there are
+    shapes.
+    """
     before = _fold_whole._cache_size()
     checksums({f"layer_{i}": jnp.full((7, 11), i, jnp.float32) for i in range(40)})
     for i in range(5):

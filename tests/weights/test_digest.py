@@ -1,4 +1,6 @@
-"""The name of a model's files: another one for every tensor that is another, whichever the format."""
+"""The name of a model's files: another one for every tensor that is another, whichever the
+format.
+"""
 
 import json
 import shutil
@@ -15,7 +17,10 @@ COUNT, ROWS = 60, 300  # tensors, and rows of 256 bytes each: 4.6 MB in all
 
 
 def tensors(changed: int | None = None) -> dict[str, np.ndarray]:
-    values = {f"t{number}": np.random.default_rng(number).random((ROWS, 64), np.float32) for number in range(COUNT)}
+    values = {
+        f"t{number}": np.random.default_rng(number).random((ROWS, 64), np.float32)
+        for number in range(COUNT)
+    }
     if changed is not None:
         values[f"t{changed}"] += 1
     return values
@@ -75,7 +80,9 @@ def test_adapters_are_known_by_their_model_too(tmp_path, tiny_directory):
     base, adapters = tmp_path / "base", tmp_path / "adapters"
     shutil.copytree(tiny_directory, base)
     adapters.mkdir()
-    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (adapters / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base)})
+    )
     before = files_digest(adapters)
     weights = base / "model.safetensors"
     data = bytearray(weights.read_bytes())

@@ -1,4 +1,6 @@
-"""The same weights as Meta's shards, as Hugging Face and as GGUF: one tree, bit for bit, and the logits of the originals."""
+"""The same weights as Meta's shards, as Hugging Face and as GGUF: one tree, bit for bit, and the
+logits of the originals.
+"""
 
 import json
 
@@ -19,13 +21,28 @@ from llama_jax.weights.meta import MetaSource
 torch = pytest.importorskip("torch", reason="Meta's files are written by PyTorch, on Python 3.11")
 pytestmark = pytest.mark.parity
 
-_BLOCKS = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
-           "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
-           "attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}  # fmt: skip
-_LAYERS = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-           "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-           "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
-           "ffn_norm": "post_attention_layernorm"}  # fmt: skip
+_BLOCKS = {
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
+_LAYERS = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -47,20 +64,32 @@ def renamed(tensors, layers: dict, prefix: str, others: dict) -> dict[str, np.nd
     """Meta's tensors under the names of another format."""
     names = {}
     for name in tensors:
-        _, layer, *inner = name.removesuffix(".weight").split(".") if name.startswith("layers.") else ("", "", name)
-        names[name] = f"{prefix}.{layer}.{layers['.'.join(inner)]}.weight" if layer else others[name]
+        _, layer, *inner = (
+            name.removesuffix(".weight").split(".")
+            if name.startswith("layers.")
+            else ("", "", name)
+        )
+        names[name] = (
+            f"{prefix}.{layer}.{layers['.'.join(inner)]}.weight" if layer else others[name]
+        )
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def halves(tensors, config) -> dict[str, np.ndarray]:
-    """Meta's tensors with q and k as Hugging Face has them, in halves; the formula of transformers' conversion."""
+    """Meta's tensors with q and k as Hugging Face has them, in halves; the formula of transformers'
+    conversion.
+    """
     heads = {"wq": config.heads, "wk": config.kv_heads}
 
     def turned(name: str, rows: np.ndarray) -> np.ndarray:
         kind = name.split(".")[-2]
         if kind not in heads:
             return rows
-        return np.ascontiguousarray(rows.reshape(heads[kind], -1, 2, rows.shape[-1]).transpose(0, 2, 1, 3).reshape(rows.shape))
+        return np.ascontiguousarray(
+            rows.reshape(heads[kind], -1, 2, rows.shape[-1])
+            .transpose(0, 2, 1, 3)
+            .reshape(rows.shape)
+        )
 
     return {name: turned(name, tensor) for name, tensor in tensors.items()}
 
@@ -75,12 +104,26 @@ def write_hugging_face(directory, config, params, count: int):
     tensors = renamed(halves(meta_tensors(config, params), config), _LAYERS, "model.layers", others)
     rope, scaling = {"rope_theta": config.rope_theta, "rope_type": "default"}, config.rope_scaling
     if scaling:
-        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                 "original_max_position_embeddings": 8192}  # fmt: skip
-    values = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
-              "num_attention_heads": 8, "num_key_value_heads": config.kv_heads, "rms_norm_eps": config.norm_eps,
-              "rope_parameters": rope, "max_position_embeddings": config.context_length,
-              "tie_word_embeddings": config.tied_head}  # fmt: skip
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    values = {
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "max_position_embeddings": config.context_length,
+        "tie_word_embeddings": config.tied_head,
+    }
     (directory / "config.json").write_text(json.dumps(values))
     names = sorted(tensors)
     files = {f"model-{i + 1:05}-of-{count:05}.safetensors": names[i::count] for i in range(count)}
@@ -89,7 +132,10 @@ def write_hugging_face(directory, config, params, count: int):
         return directory
     for file, inside in files.items():
         save_file({name: tensors[name] for name in inside}, directory / file)
-    index = {"metadata": {}, "weight_map": {name: file for file, inside in files.items() for name in inside}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, inside in files.items() for name in inside},
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return directory
 
@@ -101,7 +147,13 @@ def rope_divisors(config) -> np.ndarray:
     for frequency in config.rope_theta ** -(np.arange(0, 8, 2) / 8):
         wavelength = 2 * np.pi / frequency
         smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-        divisors.append(1 if wavelength < high else factor if wavelength > low else 1 / ((1 - smooth) / factor + smooth))
+        divisors.append(
+            1
+            if wavelength < high
+            else factor
+            if wavelength > low
+            else 1 / ((1 - smooth) / factor + smooth)
+        )
     return np.array(divisors, np.float32)
 
 
@@ -124,7 +176,9 @@ def write_gguf(path, config, params):
     }
     heads = {"wq": config.heads, "wk": config.kv_heads}
     tensors = meta_tensors(config, params)
-    for name, rows in halves(tensors, config).items():  # llama.cpp starts from Hugging Face's layout, and turns it back
+    for name, rows in halves(
+        tensors, config
+    ).items():  # llama.cpp starts from Hugging Face's layout, and turns it back
         kind = name.split(".")[-2]
         tensors[name] = np.ascontiguousarray(pairs(rows, heads[kind])) if kind in heads else rows
     if config.rope_scaling:
@@ -145,7 +199,9 @@ def test_metas_shards_are_the_model(tmp_path, model, count):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_hugging_face_files_are_the_model(tmp_path, model, count):
-    require_same(HuggingFaceSource.open(write_hugging_face(tmp_path / "hub", *model, count)), *model)
+    require_same(
+        HuggingFaceSource.open(write_hugging_face(tmp_path / "hub", *model, count)), *model
+    )
 
 
 def test_gguf_is_the_model(tmp_path, model):
@@ -154,17 +210,26 @@ def test_gguf_is_the_model(tmp_path, model):
 
 @pytest.mark.parametrize(
     "model",
-    ["llama", "llama3.1", "llama3.2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama2", "llama3"))],
+    [
+        "llama",
+        "llama3.1",
+        "llama3.2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama2", "llama3")),
+    ],
     indirect=True,
 )
 def test_logits_equal_transformers_and_metas_own_model(tmp_path, model, monkeypatch):
-    """Meta's model runs on Meta's tensors, transformers' on Hugging Face's, ours on what is read from Meta's shards."""
+    """Meta's model runs on Meta's tensors, transformers' on Hugging Face's, ours on what is read
+    from Meta's shards.
+    """
     config, params = model
     tokens = random_tokens(config, (2, 60))
     source = MetaSource.open(write_meta(tmp_path / "meta", *model, 2))
     got = np.asarray(logits(assemble(source, "stacked", np.float32), tokens, config))
     with torch.no_grad():
-        expected = transformers_model(config, params)(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
+        expected = transformers_model(config, params)(
+            torch.from_numpy(np.array(tokens, np.int64))
+        ).logits.numpy()
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
     pytest.importorskip("llama_models")

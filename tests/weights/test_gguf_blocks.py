@@ -8,15 +8,32 @@ import pytest
 
 from llama_jax.weights.gguf_blocks import BLOCK_TYPES, DECODERS
 
-QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+QUANTISED = [
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+]
 
 
 def assert_same_bits(decoded: np.ndarray, expected: np.ndarray) -> None:
-    """NaNs in the same places (their payload is the processor's affair), all else bit for bit, zeros' signs included."""
+    """NaNs in the same places (their payload is the processor's affair), all else bit for bit,
+    zeros' signs included.
+    """
     assert decoded.dtype == expected.dtype == np.float32
     numbers = ~np.isnan(expected)
     np.testing.assert_array_equal(np.isnan(decoded), ~numbers)
-    np.testing.assert_array_equal(decoded[numbers].view(np.uint32), expected[numbers].view(np.uint32))
+    np.testing.assert_array_equal(
+        decoded[numbers].view(np.uint32), expected[numbers].view(np.uint32)
+    )
 
 
 def random_blocks(name: str, count: int, seed: int = 2) -> np.ndarray:
@@ -34,20 +51,39 @@ def test_decoded_weights_equal_the_original_librarys(name):
     weights = np.random.default_rng(1).standard_normal((48, 256), np.float32) * 3
     data = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[name])
     expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
-    assert_same_bits(DECODERS[name](data.reshape(-1).view(np.uint8)).astype(np.float32), expected.reshape(-1))
+    assert_same_bits(
+        DECODERS[name](data.reshape(-1).view(np.uint8)).astype(np.float32), expected.reshape(-1)
+    )
 
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_arbitrary_bytes_decode_as_in_the_original_library(name):
-    """All pieces, signs and scales, infinite and undefined ones too, not only those that quantisation produces."""
+    """All pieces, signs and scales, infinite and undefined ones too, not only those that
+    quantisation produces.
+    """
     blocks = random_blocks(name, 3000)
     assert_same_bits(DECODERS[name](blocks.reshape(-1)), original(name, blocks))
 
 
-# Zeros of both signs, the smallest and largest numbers, infinity and what is no number, for every float16 of a block.
-EXTREME = np.array([0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0, np.inf, -np.inf, np.nan], np.float16)
-FLOAT16_AT = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
-              "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0]}  # fmt: skip
+# Zeros of both signs, the smallest and largest numbers, infinity and what is no number, for every
+# float16 of a block.
+EXTREME = np.array(
+    [0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 65504.0, -65504.0, np.inf, -np.inf, np.nan], np.float16
+)
+FLOAT16_AT = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+    "IQ4_NL": [0],
+    "IQ4_XS": [0],
+}
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -64,7 +100,9 @@ def test_extreme_scales_decode_as_in_the_original_library(name, fill):
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_no_byte_of_a_block_is_left_unread(name):
-    """One changed byte changes a weight; it need not in the first block, whose sub-blocks may have scales of zero."""
+    """One changed byte changes a weight; it need not in the first block, whose sub-blocks may have
+    scales of zero.
+    """
     blocks = random_blocks(name, 8)
     plain = DECODERS[name](blocks.reshape(-1))
     for at in range(blocks.shape[1]):

@@ -10,8 +10,20 @@ from llama_jax.errors import InputError
 from llama_jax.presets import preset
 from llama_jax.weights.gguf import GgufFile, config_from_gguf
 
-PLAIN = LlamaConfig(vocab_size=96, dim=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn_dim=160, norm_eps=1e-5,
-                    rope_theta=10000.0, rope_scaling=None, context_length=128, tied_head=False)  # fmt: skip
+PLAIN = LlamaConfig(
+    vocab_size=96,
+    dim=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    ffn_dim=160,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    context_length=128,
+    tied_head=False,
+)
 
 
 def config_of(path):
@@ -28,7 +40,9 @@ def refusal(path) -> str:
 
 
 def llama31_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
-    """The divisors as a converter computes them, one frequency after the other, by Meta's three cases."""
+    """The divisors as a converter computes them, one frequency after the other, by Meta's three
+    cases.
+    """
     divisors = []
     for channel in range(0, head_dim, 2):
         wavelength = 2 * np.pi * theta ** (channel / head_dim)
@@ -53,21 +67,31 @@ def test_plain_metadata(write_gguf):
 
 def test_optional_keys_have_their_defaults(write_gguf):
     absent = ("head_count_kv", "key_length", "value_length")
-    keys = {f"llama.attention.{key}": None for key in absent} | {"llama.rope.freq_base": None, "llama.vocab_size": None,
-                                                                 "llama.rope.dimension_count": None}  # fmt: skip
+    keys = {f"llama.attention.{key}": None for key in absent} | {
+        "llama.rope.freq_base": None,
+        "llama.vocab_size": None,
+        "llama.rope.dimension_count": None,
+    }
     config = config_of(write_gguf(keys, {"output.weight": None}))
     assert config == dataclasses.replace(PLAIN, kv_heads=4, head_dim=16, tied_head=True)
 
 
 def test_float32_numbers_become_their_shortest_decimal(write_gguf):
-    config = config_of(write_gguf({"llama.attention.layer_norm_rms_epsilon": 1e-6, "llama.rope.freq_base": 500000.0}))
+    config = config_of(
+        write_gguf(
+            {"llama.attention.layer_norm_rms_epsilon": 1e-6, "llama.rope.freq_base": 500000.0}
+        )
+    )
     assert (config.norm_eps, config.rope_theta) == (1e-6, 500000.0)
 
 
 def test_scaling_by_metadata(write_gguf):
     factor = {"llama.rope.scaling.factor": 4.0}
     linear = RopeScaling("linear", 4.0)
-    assert config_of(write_gguf({"llama.rope.scaling.type": "linear", **factor})).rope_scaling == linear
+    assert (
+        config_of(write_gguf({"llama.rope.scaling.type": "linear", **factor})).rope_scaling
+        == linear
+    )
     assert config_of(write_gguf(factor)).rope_scaling == linear
     assert config_of(write_gguf({"llama.rope.scaling.type": "none", **factor})).rope_scaling is None
 
@@ -75,15 +99,30 @@ def test_scaling_by_metadata(write_gguf):
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_by_divisors(write_gguf, factor):
     theta = {"llama.rope.freq_base": 500000.0}
-    config = config_of(write_gguf(theta, {"rope_freqs.weight": llama31_divisors(32, 500000.0, factor)}))
-    assert config.rope_scaling == preset("llama3.2-1b" if factor == 32 else "llama3.1-8b").rope_scaling
+    config = config_of(
+        write_gguf(theta, {"rope_freqs.weight": llama31_divisors(32, 500000.0, factor)})
+    )
+    assert (
+        config.rope_scaling == preset("llama3.2-1b" if factor == 32 else "llama3.1-8b").rope_scaling
+    )
 
 
 def test_other_divisors_are_refused(write_gguf):
     right = llama31_divisors(32, 10000.0, 8.0)
-    for wrong in (right * 1.01, right[:-1], np.zeros(16, np.float32), np.full(16, np.nan, np.float32), right[:, None]):
-        assert "rope_freqs.weight is not the scaling" in refusal(write_gguf((), {"rope_freqs.weight": wrong}))
-    both = write_gguf({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, {"rope_freqs.weight": right})
+    for wrong in (
+        right * 1.01,
+        right[:-1],
+        np.zeros(16, np.float32),
+        np.full(16, np.nan, np.float32),
+        right[:, None],
+    ):
+        assert "rope_freqs.weight is not the scaling" in refusal(
+            write_gguf((), {"rope_freqs.weight": wrong})
+        )
+    both = write_gguf(
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"rope_freqs.weight": right},
+    )
     assert "rope_freqs.weight is not the scaling" in refusal(both)
 
 
@@ -121,13 +160,19 @@ def test_a_scaling_type_is_named(write_gguf):
 
 
 def test_heads_must_share_the_width(write_gguf):
-    message = refusal(write_gguf({"llama.attention.key_length": None, "llama.attention.head_count": 5}))
+    message = refusal(
+        write_gguf({"llama.attention.key_length": None, "llama.attention.head_count": 5})
+    )
     assert "llama.embedding_length 64 is not a multiple of llama.attention.head_count 5" in message
 
 
 def test_neutral_keys_are_accepted(write_gguf):
-    neutral = {"llama.expert_count": 0, "llama.attention.causal": True, "llama.rope.scaling.attn_factor": 1.0,
-               "llama.tensor_data_layout": "Meta AI original pth"}  # fmt: skip
+    neutral = {
+        "llama.expert_count": 0,
+        "llama.attention.causal": True,
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.tensor_data_layout": "Meta AI original pth",
+    }
     assert config_of(write_gguf(neutral)) == PLAIN
 
 

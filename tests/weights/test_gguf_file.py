@@ -1,4 +1,6 @@
-"""The GGUF reader: the same as the original library on good files, InputError and nothing else on bad ones."""
+"""The GGUF reader: the same as the original library on good files, InputError and nothing else on
+bad ones.
+"""
 
 import collections
 import struct
@@ -40,13 +42,19 @@ def refusal(path, data: bytes) -> str:
 
 @pytest.mark.smollm2
 def test_real_metadata_equal_the_original_librarys(smollm2_gguf, original):
-    fields = {key: field.contents() for key, field in original.fields.items() if not key.startswith("GGUF.")}
+    fields = {
+        key: field.contents()
+        for key, field in original.fields.items()
+        if not key.startswith("GGUF.")
+    }
     assert GgufFile.open(smollm2_gguf).metadata == fields
 
 
 @pytest.mark.smollm2
 def test_real_header_is_read_in_few_calls(smollm2_gguf):
-    """A header has a hundred thousand strings. The original library makes 66 calls for each; here it is a fifth at most."""
+    """A header has a hundred thousand strings. The original library makes 66 calls for each; here
+    it is a fifth at most.
+    """
     count = collections.Counter()
     sys.setprofile(lambda frame, event, argument: count.update([event]))
     try:
@@ -65,20 +73,42 @@ def test_real_tensors_equal_the_original_librarys(smollm2_gguf, original):
     assert file.tensors.keys() == originals.keys()
     for name, tensor in originals.items():
         ours = file.tensors[name]
-        assert (ours.shape, ours.type) == (tuple(map(int, tensor.shape))[::-1], tensor.tensor_type.name)
+        assert (ours.shape, ours.type) == (
+            tuple(map(int, tensor.shape))[::-1],
+            tensor.tensor_type.name,
+        )
         assert (ours.offset, ours.nbytes) == (tensor.data_offset, tensor.n_bytes)
         if name.startswith(("token_embd", "blk.0.", "blk.29.", "output_norm")):
-            np.testing.assert_array_equal(file.read(name), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            np.testing.assert_array_equal(
+                file.read(name), gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            )
 
 
 def test_every_kind_of_metadata_is_read(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "kinds.gguf", "llama")
     wanted = {}
-    for kind, value in {"int8": -8, "uint8": 8, "int16": -16, "uint16": 16, "int32": -32, "uint32": 1 << 31, "int64": -64,
-                        "uint64": 1 << 63, "float32": 0.5, "float64": 0.1, "bool": True, "string": "é\n"}.items():  # fmt: skip
+    for kind, value in {
+        "int8": -8,
+        "uint8": 8,
+        "int16": -16,
+        "uint16": 16,
+        "int32": -32,
+        "uint32": 1 << 31,
+        "int64": -64,
+        "uint64": 1 << 63,
+        "float32": 0.5,
+        "float64": 0.1,
+        "bool": True,
+        "string": "é\n",
+    }.items():
         getattr(writer, f"add_{kind}")(kind, value)
         wanted[kind] = value
-    wanted |= {"texts": ["a", "", "é"], "numbers": [1, -2, 3], "reals": [0.5, 1.5], "flags": [True, False]}
+    wanted |= {
+        "texts": ["a", "", "é"],
+        "numbers": [1, -2, 3],
+        "reals": [0.5, 1.5],
+        "flags": [True, False],
+    }
     for key in ("texts", "numbers", "reals", "flags"):
         writer.add_array(key, wanted[key])
     writer.write_header_to_file()
@@ -113,7 +143,11 @@ ALIGNED = [entry("general.alignment", 4, struct.pack("<I", 32))]
     [
         ([entry("k", 9, struct.pack("<IQ", 0, LONG) + bytes(64))], [], "1099511627776 more bytes"),
         ([entry("k", 9, struct.pack("<IQ", 8, LONG) + bytes(64))], [], "more bytes"),
-        ([entry("k", 9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 0, 0))], [], "array of arrays"),
+        (
+            [entry("k", 9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 0, 0))],
+            [],
+            "array of arrays",
+        ),
         ([entry("k", 9, struct.pack("<IQ", 77, 1) + bytes(8))], [], "type 77"),
         ([entry("k", 8, struct.pack("<Q", LONG))], [], "more bytes"),
         ([entry("k", 8, struct.pack("<Q", 2) + b"\xff\xff")], [], "UTF-8"),
@@ -136,7 +170,12 @@ ALIGNED = [entry("general.alignment", 4, struct.pack("<I", 32))]
     ],
 )
 def test_hostile_headers_are_refused_at_once(tmp_path, entries, records, named):
-    data = HEAD + struct.pack("<QQ", len(records), len(entries)) + b"".join(entries + records) + bytes(256)
+    data = (
+        HEAD
+        + struct.pack("<QQ", len(records), len(entries))
+        + b"".join(entries + records)
+        + bytes(256)
+    )
     tracemalloc.start()
     start = time.process_time()
     assert named in refusal(tmp_path / "hostile.gguf", data)
@@ -172,13 +211,20 @@ def test_unsupported_element_types_are_refused_by_name_when_read(write_gguf):
 
 def hostile(path, kind: int, count: int, item: bytes) -> str:
     """A header with one array of so many items."""
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, kind, count)
+    head = (
+        b"GGUF"
+        + struct.pack("<IQQ", 3, 0, 1)
+        + struct.pack("<Q", 1)
+        + b"a"
+        + struct.pack("<IIQ", 9, kind, count)
+    )
     path.write_bytes(head + item * count)
     return str(path)
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "item"), [(0, 60_000_000, b"\x01"), (8, 7_400_000, bytes(8)), (6, 15_000_000, bytes(4))]
+    ("kind", "count", "item"),
+    [(0, 60_000_000, b"\x01"), (8, 7_400_000, bytes(8)), (6, 15_000_000, bytes(4))],
 )
 def test_huge_arrays_are_refused_at_once(tmp_path, kind, count, item):
     """60 MB of header: bytes, empty texts, numbers. As lists they would take many times as much."""
@@ -194,7 +240,9 @@ def test_huge_arrays_are_refused_at_once(tmp_path, kind, count, item):
 
 
 def test_huge_tables_are_refused_at_once(tmp_path):
-    entries = b"".join(struct.pack("<QIIB", 4, number, 0, 0) for number in range(0x01000000, 0x01000000 + 70_000))
+    entries = b"".join(
+        struct.pack("<QIIB", 4, number, 0, 0) for number in range(0x01000000, 0x01000000 + 70_000)
+    )
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 70_000) + entries)
     with pytest.raises(InputError, match="a table of 70000 rows"):

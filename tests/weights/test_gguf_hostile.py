@@ -1,4 +1,6 @@
-"""Thousands of damaged files, of every element type and in parts: read, or refused in one line, in little time and memory."""
+"""Thousands of damaged files, of every element type and in parts: read, or refused in one line, in
+little time and memory.
+"""
 
 import collections
 import pathlib
@@ -16,19 +18,57 @@ from llama_jax.errors import InputError
 from llama_jax.weights.gguf import GgufSource
 from llama_jax.weights.gguf_blocks import DECODERS
 
-KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
-         "IQ4_XS"]  # fmt: skip
+KINDS = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+]
 ROUNDS = rounds(60, 300)  # for each kind, and for the parts
 
 # The smallest LLaMA whose matrices have rows of 256: V 3, D 256, L 1, N 1, K 1, H 2, F 1.
-METADATA = {"block_count": 1, "context_length": 8, "embedding_length": 256, "feed_forward_length": 1,
-            "attention.head_count": 1, "attention.key_length": 2, "attention.value_length": 2}  # fmt: skip
-WIDE = {"token_embd": 3, "output": 3, "blk.0.attn_q": 2, "blk.0.attn_k": 2, "blk.0.attn_v": 2, "blk.0.ffn_gate": 1,
-        "blk.0.ffn_up": 1}  # fmt: skip
-NARROW = {"blk.0.attn_output": (256, 2), "blk.0.ffn_down": (256, 1), "blk.0.attn_norm": (256,), "blk.0.ffn_norm": (256,),
-          "output_norm": (256,), "rope_freqs": (1,)}  # fmt: skip
+METADATA = {
+    "block_count": 1,
+    "context_length": 8,
+    "embedding_length": 256,
+    "feed_forward_length": 1,
+    "attention.head_count": 1,
+    "attention.key_length": 2,
+    "attention.value_length": 2,
+}
+WIDE = {
+    "token_embd": 3,
+    "output": 3,
+    "blk.0.attn_q": 2,
+    "blk.0.attn_k": 2,
+    "blk.0.attn_v": 2,
+    "blk.0.ffn_gate": 1,
+    "blk.0.ffn_up": 1,
+}
+NARROW = {
+    "blk.0.attn_output": (256, 2),
+    "blk.0.ffn_down": (256, 1),
+    "blk.0.attn_norm": (256,),
+    "blk.0.ffn_norm": (256,),
+    "output_norm": (256,),
+    "rope_freqs": (1,),
+}
 
-ABSURD = [struct.pack("<Q", number) for number in (0, 1, 2, 3, 255, 1 << 31, 1 << 32, 1 << 40, 1 << 63, (1 << 64) - 1)]
+ABSURD = [
+    struct.pack("<Q", number)
+    for number in (0, 1, 2, 3, 255, 1 << 31, 1 << 32, 1 << 40, 1 << 63, (1 << 64) - 1)
+]
 
 
 def write(path: pathlib.Path, kind: str, **parts: int) -> list[pathlib.Path]:
@@ -54,7 +94,9 @@ def write(path: pathlib.Path, kind: str, **parts: int) -> list[pathlib.Path]:
 
 
 def mutated(random: np.random.Generator, data: bytes, header: int) -> bytes:
-    """One of the ways in which a file goes wrong, by accident or on purpose; a damaged header is the worst."""
+    """One of the ways in which a file goes wrong, by accident or on purpose; a damaged header is
+    the worst.
+    """
     end = len(data) if random.random() < 0.3 else header
     at, length = int(random.integers(0, end)), int(random.integers(1, 40))
     way = random.integers(0, 5)
@@ -138,13 +180,18 @@ ENORMOUS = (1 << 40, 1 << 63, (1 << 64) - 1)
 
 @pytest.mark.parametrize("number", ENORMOUS)
 def test_absurd_numbers_at_every_place_of_the_header(tmp_path, number):
-    """Counts, lengths, dimensions and offsets among them. In `make test` the numbers take turns at the places."""
+    """Counts, lengths, dimensions and offsets among them. In `make test` the numbers take turns at
+    the places.
+    """
     turn, turns = (0, 1) if ALL else (ENORMOUS.index(number), len(ENORMOUS))
     (path,) = write(tmp_path / "tiny.gguf", "Q4_0")
     data = path.read_bytes()
     text = data.index(b"x" * 1000)
     tracemalloc.start()
-    for at in [*range(4, 24), *[*range(24, text, 5), *range(text + 1000, text + 1400, 7)][turn::turns]]:
+    for at in [
+        *range(4, 24),
+        *[*range(24, text, 5), *range(text + 1000, text + 1400, 7)][turn::turns],
+    ]:
         path.unlink()
         path.write_bytes(data[:at] + struct.pack("<Q", number) + data[at + 8 :])
         outcome(path)
@@ -152,7 +199,9 @@ def test_absurd_numbers_at_every_place_of_the_header(tmp_path, number):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("shape", [(1 << 32, 1 << 32), (1 << 62, 4, 4), (1 << 16,) * 4, ((1 << 64) - 1, 2), (1 << 63, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1 << 32, 1 << 32), (1 << 62, 4, 4), (1 << 16,) * 4, ((1 << 64) - 1, 2), (1 << 63, 2)]
+)
 def test_dimensions_whose_product_overflows_are_refused(tmp_path, shape):
     """In 64 bits these have next to no elements, or exactly none."""
     (path,) = write(tmp_path / "tiny.gguf", "F32")
@@ -165,7 +214,9 @@ def test_dimensions_whose_product_overflows_are_refused(tmp_path, shape):
         GgufSource.open(path)
 
 
-@pytest.mark.parametrize("kind", sorted(kind.name for kind in gguf.GGML_QUANT_SIZES if kind.name not in DECODERS))
+@pytest.mark.parametrize(
+    "kind", sorted(kind.name for kind in gguf.GGML_QUANT_SIZES if kind.name not in DECODERS)
+)
 def test_types_that_are_not_supported_are_not_called_damage(tmp_path, kind):
     """Every type that the original library knows the size of."""
     with pytest.raises(InputError) as refused:

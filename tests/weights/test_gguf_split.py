@@ -1,4 +1,6 @@
-"""A model in several GGUF files, as the original library splits it: read as one, or refused naming what is wrong."""
+"""A model in several GGUF files, as the original library splits it: read as one, or refused naming
+what is wrong.
+"""
 
 import shutil
 
@@ -35,12 +37,18 @@ def test_any_part_opens_the_whole_model(write_parts, write_gguf, tensors, small_
         assert source.file.tensors.keys() == tensors.keys()
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(source.file.read(name), tensor)
-        np.testing.assert_array_equal(source.read("layers/attention/wq", 1), whole.read("layers/attention/wq", 1))
+        np.testing.assert_array_equal(
+            source.read("layers/attention/wq", 1), whole.read("layers/attention/wq", 1)
+        )
 
 
 def test_one_part_alone_holds_its_own_tensors(write_parts):
     parts = write_parts()
-    assert sum(len(GgufFile.open(part).tensors) for part in parts) == len(open_gguf(parts[0]).tensors) == 21
+    assert (
+        sum(len(GgufFile.open(part).tensors) for part in parts)
+        == len(open_gguf(parts[0]).tensors)
+        == 21
+    )
 
 
 def test_missing_parts_are_named(write_parts):
@@ -51,12 +59,20 @@ def test_missing_parts_are_named(write_parts):
         part.unlink()
     message = refusal(parts[0])
     assert message.startswith(f"{parts[0]}: ")
-    assert "tiny-00002-of-00005.gguf, tiny-00003-of-00005.gguf, tiny-00004-of-00005.gguf and 1 more" in message
+    assert (
+        "tiny-00002-of-00005.gguf, tiny-00003-of-00005.gguf, tiny-00004-of-00005.gguf and 1 more"
+        in message
+    )
 
 
 def test_a_name_that_contradicts_the_metadata_is_refused(write_parts, tmp_path):
     parts = write_parts()
-    for name in ("model.gguf", "tiny-00002-of-00004.gguf", "tiny-00003-of-00003.gguf", "-00002-of-00003.gguf"):
+    for name in (
+        "model.gguf",
+        "tiny-00002-of-00004.gguf",
+        "tiny-00003-of-00003.gguf",
+        "-00002-of-00003.gguf",
+    ):
         path = shutil.copy(parts[1], tmp_path / name)
         assert "NAME-00002-of-00003.gguf expected" in refusal(path)
 
@@ -69,7 +85,10 @@ def test_exchanged_parts_are_refused(write_parts, tmp_path):
 
 def test_parts_that_do_not_agree_are_refused(write_parts):
     key = b"split.tensors.count" + bytes([5, 0, 0, 0])
-    for index, expected in ((1, "'split.tensors.count' is 20 but 21 in tiny-00001-of-00003.gguf"), (0, "is 21 but 20 in")):
+    for index, expected in (
+        (1, "'split.tensors.count' is 20 but 21 in tiny-00001-of-00003.gguf"),
+        (0, "is 21 but 20 in"),
+    ):
         parts = write_parts()
         edit(parts[index], key + bytes([21, 0, 0, 0]), key + bytes([20, 0, 0, 0]))
         assert expected in refusal(parts[2])

@@ -12,31 +12,59 @@ from llama_jax.weights.gguf_write import NewTensor, write_gguf_file
 
 METADATA = {
     "general.architecture": "other",
-    "text": "é\n<|x|>", "empty": "", "yes": True, "no": False, "count": 4294967295, "zero": 0, "real": 0.1,
-    "texts": ["a", "", "é", "Ġthe"], "numbers": [1, -2, 2147483647], "reals": [0.5, -1e-3], "flags": [True, False], "none": [],
-}  # fmt: skip
+    "text": "é\n<|x|>",
+    "empty": "",
+    "yes": True,
+    "no": False,
+    "count": 4294967295,
+    "zero": 0,
+    "real": 0.1,
+    "texts": ["a", "", "é", "Ġthe"],
+    "numbers": [1, -2, 2147483647],
+    "reals": [0.5, -1e-3],
+    "flags": [True, False],
+    "none": [],
+}
 
 
 def tensor(name: str, values: np.ndarray, pieces: int = 1) -> NewTensor:
     raw = np.array_split(values.reshape(-1).view(np.uint8), pieces)
-    return NewTensor(name, values.shape, {"float32": "F32", "float16": "F16"}[values.dtype.name], lambda: raw)
+    return NewTensor(
+        name, values.shape, {"float32": "F32", "float16": "F16"}[values.dtype.name], lambda: raw
+    )
 
 
 def arrays() -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     shapes = {"a": (3,), "b": (5, 7), "c": (1, 1), "d": (2, 3, 4)}
-    return {name: random.standard_normal(shape).astype(np.float16 if name == "b" else np.float32)
-            for name, shape in shapes.items()}  # fmt: skip
+    return {
+        name: random.standard_normal(shape).astype(np.float16 if name == "b" else np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def test_original_library_reads_what_was_written(tmp_path):
-    write_gguf_file(tmp_path / "x.gguf", METADATA, [tensor(name, values, pieces=2) for name, values in arrays().items()])
+    write_gguf_file(
+        tmp_path / "x.gguf",
+        METADATA,
+        [tensor(name, values, pieces=2) for name, values in arrays().items()],
+    )
     reader = gguf.GGUFReader(tmp_path / "x.gguf")
-    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    fields = {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
     assert fields.pop("general.alignment") == reader.alignment == 32
-    assert fields == METADATA | {"real": float(np.float32(0.1)), "reals": [0.5, float(np.float32(-1e-3))]}
+    assert fields == METADATA | {
+        "real": float(np.float32(0.1)),
+        "reals": [0.5, float(np.float32(-1e-3))],
+    }
     types = {key: [kind.name for kind in reader.fields[key].types] for key in METADATA}
-    assert [types[key] for key in ("text", "yes", "count", "real")] == [["STRING"], ["BOOL"], ["UINT32"], ["FLOAT32"]]
+    assert [types[key] for key in ("text", "yes", "count", "real")] == [
+        ["STRING"],
+        ["BOOL"],
+        ["UINT32"],
+        ["FLOAT32"],
+    ]
     assert [types[key] for key in ("texts", "numbers", "reals", "flags")] == [
         ["ARRAY", kind] for kind in ("STRING", "INT32", "FLOAT32", "BOOL")
     ]
@@ -47,7 +75,9 @@ def test_original_library_reads_what_was_written(tmp_path):
 
 
 def test_our_reader_reads_what_was_written(tmp_path):
-    write_gguf_file(tmp_path / "x.gguf", METADATA, [tensor(name, values) for name, values in arrays().items()])
+    write_gguf_file(
+        tmp_path / "x.gguf", METADATA, [tensor(name, values) for name, values in arrays().items()]
+    )
     file = GgufFile.open(tmp_path / "x.gguf")
     assert file.metadata.keys() == METADATA.keys() | {"general.alignment"}
     for name, values in arrays().items():
@@ -60,9 +90,24 @@ def test_a_file_may_hold_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [1 << 32, -1, 1e39, None, b"bytes", "\ud800", [1, 2.0], [True, 1], ["a", "\ud800"], [1 << 31], [[1]], {"a": 1},
-              np.float32(1), [1e39]],
-)  # fmt: skip
+    "value",
+    [
+        1 << 32,
+        -1,
+        1e39,
+        None,
+        b"bytes",
+        "\ud800",
+        [1, 2.0],
+        [True, 1],
+        ["a", "\ud800"],
+        [1 << 31],
+        [[1]],
+        {"a": 1},
+        np.float32(1),
+        [1e39],
+    ],
+)
 def test_metadata_that_the_format_has_not_are_refused_by_key(tmp_path, value):
     with pytest.raises(InputError, match="metadata the_key: ") as refused:
         write_gguf_file(tmp_path / "x.gguf", {"fine": 1, "the_key": value}, [])

@@ -1,4 +1,6 @@
-"""Checkpoints of ours that somebody has changed and sealed anew: one line for what does not fit, and no model of it."""
+"""Checkpoints of ours that somebody has changed and sealed anew: one line for what does not fit,
+and no model of it.
+"""
 
 import copy
 import dataclasses
@@ -25,8 +27,31 @@ from llama_jax.weights.peft import require_fit
 from llama_jax.weights.run import RunSource
 
 CONFIG = dataclasses.replace(TINY, vocab_size=280)
-STRANGE = [None, True, -1, 0, 1.5, 10**6, 10**30, "x", "", [], [1], {}, {"a": 1}, ["x"], "object", "float99", "int32", "f4",
-           "\ud800", float("nan"), [-1, 48], [10**12, 48], [True, 48]]  # fmt: skip
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**6,
+    10**30,
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    ["x"],
+    "object",
+    "float99",
+    "int32",
+    "f4",
+    "\ud800",
+    float("nan"),
+    [-1, 48],
+    [10**12, 48],
+    [True, 48],
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +62,9 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 def saved(directory: pathlib.Path, params) -> pathlib.Path:
     with Checkpoints.open(directory / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(1, {"params": params, "step": jnp.int32(1)}, {"model": dataclasses.asdict(CONFIG)})
+        checkpoints.save(
+            1, {"params": params, "step": jnp.int32(1)}, {"model": dataclasses.asdict(CONFIG)}
+        )
     return directory
 
 
@@ -48,7 +75,9 @@ def manifest_of(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
 
 @pytest.fixture
 def changed(run):
-    """A call that changes the content of the manifest and seals it; all is as before when the test has ended."""
+    """A call that changes the content of the manifest and seals it; all is as before when the test
+    has ended.
+    """
     path, good = manifest_of(run)
 
     def change(how) -> pathlib.Path:
@@ -63,18 +92,54 @@ def changed(run):
 
 EMBEDDING = "params/embedding"
 REFUSED = [
-    (lambda content: content["arrays"].pop("params/final_norm/scale"), InputError, "1 missing: 'final_norm/scale'"),
-    (lambda content: content["arrays"].update({"params/foo": content["arrays"][EMBEDDING]}), InputError, "1 unexpected: 'foo'"),
-    (lambda content: content["metadata"]["model"].update(vocab_size=10**6), InputError, "(280, 48) where (1000000, 48)"),
+    (
+        lambda content: content["arrays"].pop("params/final_norm/scale"),
+        InputError,
+        "1 missing: 'final_norm/scale'",
+    ),
+    (
+        lambda content: content["arrays"].update({"params/foo": content["arrays"][EMBEDDING]}),
+        InputError,
+        "1 unexpected: 'foo'",
+    ),
+    (
+        lambda content: content["metadata"]["model"].update(vocab_size=10**6),
+        InputError,
+        "(280, 48) where (1000000, 48)",
+    ),
     (lambda content: content["metadata"]["model"].update(layers=2), InputError, "misshapen"),
-    (lambda content: content["arrays"][EMBEDDING].update(dtype="int32"), InputError, "'embedding' has type int32"),
-    (lambda content: content["arrays"][EMBEDDING].update(dtype="foo"), CorruptError, "all checkpoints are damaged"),
-    (lambda content: content["arrays"][EMBEDDING].update(shape=["x"]), CorruptError, "all checkpoints are damaged"),
-    (lambda content: content["arrays"][EMBEDDING].update(shape=[-1, 48]), CorruptError, "all checkpoints are damaged"),
+    (
+        lambda content: content["arrays"][EMBEDDING].update(dtype="int32"),
+        InputError,
+        "'embedding' has type int32",
+    ),
+    (
+        lambda content: content["arrays"][EMBEDDING].update(dtype="foo"),
+        CorruptError,
+        "all checkpoints are damaged",
+    ),
+    (
+        lambda content: content["arrays"][EMBEDDING].update(shape=["x"]),
+        CorruptError,
+        "all checkpoints are damaged",
+    ),
+    (
+        lambda content: content["arrays"][EMBEDDING].update(shape=[-1, 48]),
+        CorruptError,
+        "all checkpoints are damaged",
+    ),
     (lambda content: content.update(metadata=[1]), CorruptError, "all checkpoints are damaged"),
-    (lambda content: content["metadata"]["model"].update(rope_scaling=[1]), InputError, "rope_scaling: [1] given"),
-    (lambda content: content["metadata"]["model"].update(rope_scaling={"a": 1}), InputError, "rope_scaling: field a is"),
-]  # fmt: skip
+    (
+        lambda content: content["metadata"]["model"].update(rope_scaling=[1]),
+        InputError,
+        "rope_scaling: [1] given",
+    ),
+    (
+        lambda content: content["metadata"]["model"].update(rope_scaling={"a": 1}),
+        InputError,
+        "rope_scaling: field a is",
+    ),
+]
 
 
 @pytest.mark.parametrize(("how", "error", "words"), REFUSED)
@@ -87,7 +152,13 @@ def test_what_does_not_fit_is_named(changed, how, error, words):
 
 def places(node, path=()):
     """The paths of all values below a node."""
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    children = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, child in children:
         yield (*path, key)
         yield from places(child, (*path, key))
@@ -119,7 +190,9 @@ def test_mutated_manifests_are_refused_in_one_line_or_whole(changed):
             assert "\n" not in str(error)  # noqa: PT017
             assert len(str(error)) < 2000  # noqa: PT017
             continue
-        except TypeCheckError:  # of the tests alone, where a field of the architecture has another type
+        except (
+            TypeCheckError
+        ):  # of the tests alone, where a field of the architecture has another type
             continue
         contents(source)
         shapes = flatten_dict(parameter_shapes(source.config), sep="/")
@@ -130,7 +203,9 @@ def test_mutated_manifests_are_refused_in_one_line_or_whole(changed):
     assert count / 60 < opened < count / 2
 
 
-@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"schema": "x"}', '{"schema": 1, "content": [], "sha256": ""}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "[" * 100_000, '{"schema": "x"}', '{"schema": 1, "content": [], "sha256": ""}']
+)
 def test_other_json_is_damage(run, text):
     path, good = manifest_of(run)
     path.write_text(text)
@@ -153,8 +228,14 @@ def test_adapters_of_a_run_have_to_fit():
     up = {"a": np.zeros((layers, dim, 2)), "b": np.zeros((layers, 2, ffn))}
     tree = {"layers": {"feed_forward": {"up": up}}}
     require_fit(tree, CONFIG)
-    require_fit({f"layers_{i}": jax.tree.map(lambda x: x[0], tree["layers"]) for i in range(layers)}, CONFIG)
-    for wrong in ({"a": up["a"]}, {**up, "b": np.zeros((layers, 2, ffn + 1))}, {**up, "c": up["a"]}):
+    require_fit(
+        {f"layers_{i}": jax.tree.map(lambda x: x[0], tree["layers"]) for i in range(layers)}, CONFIG
+    )
+    for wrong in (
+        {"a": up["a"]},
+        {**up, "b": np.zeros((layers, 2, ffn + 1))},
+        {**up, "c": up["a"]},
+    ):
         with pytest.raises(InputError, match="tensors do not fit the architecture"):
             require_fit({"layers": {"feed_forward": {"up": wrong}}}, CONFIG)
     with pytest.raises(InputError, match="unexpected"):
@@ -163,5 +244,7 @@ def test_adapters_of_a_run_have_to_fit():
 
 def test_a_bad_scaling_is_refused_by_name():
     values = dataclasses.asdict(CONFIG) | {"rope_scaling": "linear"}
-    with pytest.raises(InputError, match="rope_scaling: 'linear' given, nothing or its fields expected"):
+    with pytest.raises(
+        InputError, match="rope_scaling: 'linear' given, nothing or its fields expected"
+    ):
         config_from_dict(values)

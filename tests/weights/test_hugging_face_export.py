@@ -1,4 +1,6 @@
-"""Directories written for Hugging Face, as transformers reads them: logits, config, tokenizer, special tokens, card."""
+"""Directories written for Hugging Face, as transformers reads them: logits, config, tokenizer,
+special tokens, card.
+"""
 
 import dataclasses
 import json
@@ -34,7 +36,11 @@ MODELS = {
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, {}) for name in MODELS), ("llama-3", {"max_shard_size": "30KB"}), ("llama-3.2", {"dtype": "bfloat16"})],
+    [
+        *((name, {}) for name in MODELS),
+        ("llama-3", {"max_shard_size": "30KB"}),
+        ("llama-3.2", {"dtype": "bfloat16"}),
+    ],
 )
 def test_logits_and_config_in_transformers(name, options, tmp_path):
     torch = pytest.importorskip("torch", reason="parity with PyTorch runs on Python 3.11")
@@ -42,7 +48,9 @@ def test_logits_and_config_in_transformers(name, options, tmp_path):
 
     config, params = MODELS[name], jax.device_get(random_parameters(MODELS[name]))
     if options.get("dtype"):  # so that nothing is left to round
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(options["dtype"])).astype(np.float32), params)
+        params = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.dtype(options["dtype"])).astype(np.float32), params
+        )
     params = jax.tree.map(jnp.asarray, params)
     save_hugging_face(params, config, tmp_path / "out", stop_ids=(3, 5), **options)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -61,32 +69,58 @@ def test_logits_and_config_in_transformers(name, options, tmp_path):
 def test_config_as_transformers_reads_it(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = MODELS[name]
-    save_hugging_face(random_parameters(config), config, tmp_path / "out", stop_ids=(4,), dtype="float16")
+    save_hugging_face(
+        random_parameters(config), config, tmp_path / "out", stop_ids=(4,), dtype="float16"
+    )
     read = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert type(read).__name__ == "LlamaConfig"
     scaling = config.rope_scaling
-    rope = {"rope_theta": config.rope_theta, "rope_type": scaling.rope_type if scaling else "default"}
+    rope = {
+        "rope_theta": config.rope_theta,
+        "rope_type": scaling.rope_type if scaling else "default",
+    }
     rope |= {"factor": scaling.factor} if scaling else {}
     if scaling and scaling.rope_type == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        rope |= {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
     assert read.rope_parameters == rope
     assert (read.head_dim, read.num_key_value_heads, read.tie_word_embeddings) == (
-        config.head_dim, config.kv_heads, config.tied_head)  # fmt: skip
-    assert (read.rms_norm_eps, read.max_position_embeddings, read.eos_token_id) == (config.norm_eps, 128, 4)
+        config.head_dim,
+        config.kv_heads,
+        config.tied_head,
+    )
+    assert (read.rms_norm_eps, read.max_position_embeddings, read.eos_token_id) == (
+        config.norm_eps,
+        128,
+        4,
+    )
     assert str(read.dtype) == "torch.float16" or read.dtype == "float16"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_config_in_the_spelling_of_transformers_4(name, tmp_path):
-    """Version 4 reads these keys alone, and rejects a `rope_scaling` with other keys than its own."""
+    """Version 4 reads these keys alone, and rejects a `rope_scaling` with other keys than its
+    own.
+    """
     config = MODELS[name]
     save_hugging_face(random_parameters(config), config, tmp_path / "out")
     values = values_of(tmp_path / "out" / "config.json")
     assert values["torch_dtype"] == "float32"
     own = {key: value for key, value in values.items() if key not in ("rope_parameters", "dtype")}
     assert config_from_hugging_face(own) == config
-    keys = {"linear": {"rope_type", "factor"}, "llama-3.1": {
-        "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}  # fmt: skip
+    keys = {
+        "linear": {"rope_type", "factor"},
+        "llama-3.1": {
+            "rope_type",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        },
+    }
     if name in keys:
         assert set(values["rope_scaling"]) == keys[name]
 
@@ -103,7 +137,13 @@ def test_generation_config_lists_every_stop(tiny_directory, tmp_path):
 
 def test_declared_values_are_kept(tiny_directory, tmp_path):
     source = pathlib.Path(shutil.copytree(tiny_directory, tmp_path / "source"))
-    declared = {"temperature": 0.6, "do_sample": True, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 2}
+    declared = {
+        "temperature": 0.6,
+        "do_sample": True,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "pad_token_id": 2,
+    }
     (source / "generation_config.json").write_text(json.dumps(declared))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
@@ -117,7 +157,9 @@ def test_declared_values_are_kept(tiny_directory, tmp_path):
 def test_a_padding_token_without_a_row_is_left_out(pad, tiny_directory, tmp_path):
     """transformers would not load the model: it asks the embedding table for that row."""
     source = pathlib.Path(shutil.copytree(tiny_directory, tmp_path / "source"))
-    (source / "config.json").write_text(json.dumps(values_of(source / "config.json") | {"pad_token_id": pad}))
+    (source / "config.json").write_text(
+        json.dumps(values_of(source / "config.json") | {"pad_token_id": pad})
+    )
     export_hugging_face(open_model(source), tmp_path / "out")
     assert values_of(tmp_path / "out" / "config.json")["pad_token_id"] is None
 
@@ -128,7 +170,12 @@ def test_tokenizer_of_transformers_gives_equal_ids(tiny_directory, tmp_path):
     params = random_parameters(opened.source.config)
     copied = export_hugging_face(opened, tmp_path / "copied").directory
     written = save_hugging_face(
-        params, opened.source.config, tmp_path / "written", opened.tokenizer, opened.template, opened.stop_ids
+        params,
+        opened.source.config,
+        tmp_path / "written",
+        opened.tokenizer,
+        opened.template,
+        opened.stop_ids,
     ).directory
     text = "The cat sat on the mat, 你好 <no> 12345."
     message = [{"role": "user", "content": "Hello"}]
@@ -147,13 +194,27 @@ def test_model_card(tiny_directory, tmp_path):
     export_hugging_face(open_model(tiny_directory), tmp_path / "My Model", "bfloat16")
     _, front, text = (tmp_path / "My Model" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llama"]}  # fmt: skip
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llama"],
+    }
     count = sum(tensor.size for tensor in tensors_of(tiny_directory).values())
-    for fact in ("# My Model\n", f"| parameters | {count:,} |", "| dtype | bfloat16 |", "65,536 tokens", "Hugging Face tiny"):
+    for fact in (
+        "# My Model\n",
+        f"| parameters | {count:,} |",
+        "| dtype | bfloat16 |",
+        "65,536 tokens",
+        "Hugging Face tiny",
+    ):
         assert fact in text
 
 
 def test_card_of_a_scaled_rope(tmp_path):
-    config = dataclasses.replace(TINY, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192))
+    config = dataclasses.replace(
+        TINY, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    )
     save_hugging_face(random_parameters(config), config, tmp_path / "out")
-    assert "base 500000, llama3 scaling by 32 from 8,192 tokens" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "base 500000, llama3 scaling by 32 from 8,192 tokens"
+        in (tmp_path / "out" / "README.md").read_text()
+    )

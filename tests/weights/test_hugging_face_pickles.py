@@ -1,4 +1,6 @@
-"""Weights that `torch.save` wrote, in a directory of Hugging Face's: the values of the safetensors beside which they lay."""
+"""Weights that `torch.save` wrote, in a directory of Hugging Face's: the values of the safetensors
+beside which they lay.
+"""
 
 import collections
 import json
@@ -12,8 +14,17 @@ from llama_jax.weights.hf_read import NAMES as FILE_NAMES
 from llama_jax.weights.hf_read import HuggingFaceSource, config_from_hugging_face
 from llama_jax.weights.source import file_shapes, flat_shapes
 
-VALUES = {"model_type": "llama", "vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}  # fmt: skip
+VALUES = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+}
 WHOLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -28,7 +39,9 @@ def tensors(tmp_path, torch):
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
     shapes = file_shapes(config_from_hugging_face(VALUES), FILE_NAMES)
     generator = torch.Generator().manual_seed(5)
-    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()
+    }
 
 
 def require_equal(source, tensors) -> None:
@@ -37,7 +50,9 @@ def require_equal(source, tensors) -> None:
         stored = tensors[FILE_NAMES[path].format(layer)].float().numpy()
         read = source.read(path, layer)
         assert read.dtype.name == source.dtype(path, layer).name == "bfloat16"
-        np.testing.assert_array_equal(read.astype(np.float32), stored if path == "embedding" else stored.T)
+        np.testing.assert_array_equal(
+            read.astype(np.float32), stored if path == "embedding" else stored.T
+        )
 
 
 def read_all(directory) -> None:
@@ -62,7 +77,10 @@ def test_one_file(tmp_path, torch, tensors):
 
 def test_shards_by_their_index(tmp_path, torch, tensors):
     names = sorted(tensors)
-    parts = {"pytorch_model-00001-of-00002.bin": names[:8], "pytorch_model-00002-of-00002.bin": names[8:]}
+    parts = {
+        "pytorch_model-00001-of-00002.bin": names[:8],
+        "pytorch_model-00002-of-00002.bin": names[8:],
+    }
     for part, inside in parts.items():
         torch.save({name: tensors[name] for name in inside}, tmp_path / part)
     index = {"weight_map": {name: part for part, inside in parts.items() for name in inside}}
@@ -76,9 +94,14 @@ def test_shards_by_their_index(tmp_path, torch, tensors):
 
 def test_safetensors_come_first(tmp_path, torch, tensors):
     torch.save({"something": torch.zeros(3)}, tmp_path / WHOLE)
-    save_file({name: tensor.float().numpy() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: tensor.float().numpy() for name, tensor in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
     expected = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
-    np.testing.assert_array_equal(HuggingFaceSource.open(tmp_path).read("final_norm/scale", None), expected)
+    np.testing.assert_array_equal(
+        HuggingFaceSource.open(tmp_path).read("final_norm/scale", None), expected
+    )
 
 
 def test_a_flipped_bit_and_a_program_are_refused(tmp_path, torch, tensors):

@@ -1,4 +1,6 @@
-"""Exports that go wrong: nothing is left that looks whole, nothing of others is touched, and one line says why."""
+"""Exports that go wrong: nothing is left that looks whole, nothing of others is touched, and one
+line says why.
+"""
 
 import contextlib
 import dataclasses
@@ -38,11 +40,15 @@ class Failing:
         return self._source.read(name, layer)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt(), InputError("damaged")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("lost"), KeyboardInterrupt(), InputError("damaged")], ids=repr
+)
 def test_a_failure_in_the_middle_leaves_nothing(error, tiny_directory, tmp_path):
     opened = open_model(tiny_directory)
     with pytest.raises(type(error)):
-        export_hugging_face(opened._replace(source=Failing(opened.source, error)), tmp_path / "out", "float32")
+        export_hugging_face(
+            opened._replace(source=Failing(opened.source, error)), tmp_path / "out", "float32"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,7 +99,14 @@ def test_a_half_file_of_gguf(alive, tmp_path):
     with contextlib.ExitStack() as stack:
         if alive:
             stack.enter_context(claimed(tmp_path / ".out.gguf.12345.partial"))
-        write_gguf(ParameterSource(TINY, random_parameters(TINY)), tmp_path / "out.gguf", "float32", {}, None, "tiny")
+        write_gguf(
+            ParameterSource(TINY, random_parameters(TINY)),
+            tmp_path / "out.gguf",
+            "float32",
+            {},
+            None,
+            "tiny",
+        )
         assert (tmp_path / ".out.gguf.12345.partial").exists() is alive
 
 
@@ -101,7 +114,10 @@ def test_a_value_beyond_float16_is_named(tmp_path):
     params = random_parameters(TINY)
     wide = params["layers"]["feed_forward"]["down"].at[2, 3, 4].set(-70000.0)
     params["layers"]["feed_forward"]["down"] = wide
-    with pytest.raises(InputError, match=r"tensor model\.layers\.2\.mlp\.down_proj\.weight holds 70000, beyond .* float16"):
+    with pytest.raises(
+        InputError,
+        match=r"tensor model\.layers\.2\.mlp\.down_proj\.weight holds 70000, beyond .* float16",
+    ):
         save_hugging_face(params, TINY, tmp_path / "out", dtype="float16")
     assert list(tmp_path.iterdir()) == []
     save_hugging_face(params, TINY, tmp_path / "out", dtype="bfloat16")
@@ -112,7 +128,8 @@ def test_infinities_and_nans_are_kept(tmp_path):
     params["embedding"] = params["embedding"].at[0, :3].set(jnp.array([jnp.inf, -jnp.inf, jnp.nan]))
     save_hugging_face(params, TINY, tmp_path / "out", dtype="float16")
     np.testing.assert_array_equal(
-        tensors_of(tmp_path / "out")["model.embed_tokens.weight"][0, :3], np.array([np.inf, -np.inf, np.nan], np.float16)
+        tensors_of(tmp_path / "out")["model.embed_tokens.weight"][0, :3],
+        np.array([np.inf, -np.inf, np.nan], np.float16),
     )
 
 
@@ -128,8 +145,12 @@ def test_a_place_that_is_taken_is_refused(taken, tmp_path):
     if taken == "link":
         out.symlink_to(home)
     source = Failing(ParameterSource(TINY, random_parameters(TINY)), RuntimeError("read"), after=0)
-    with pytest.raises(InputError, match=r"given, nothing or an empty directory expected"):  # before anything is read
-        export_hugging_face(Opened(source, None, None, (), "run", tmp_path, "a run"), out, "float32")
+    with pytest.raises(
+        InputError, match=r"given, nothing or an empty directory expected"
+    ):  # before anything is read
+        export_hugging_face(
+            Opened(source, None, None, (), "run", tmp_path, "a run"), out, "float32"
+        )
     assert (out if taken == "file" else home / "mine").read_text() == "mine"
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
@@ -164,10 +185,15 @@ def test_a_linked_tokenizer_file_is_not_carried_off(tiny_directory, tmp_path):
 
 def test_parameters_of_another_architecture(tmp_path):
     params = random_parameters(TINY)
-    for wrong in (dataclasses.replace(TINY, layers=2), dataclasses.replace(TINY, tied_head=True),
-                  dataclasses.replace(TINY, ffn_dim=65)):  # fmt: skip
+    for wrong in (
+        dataclasses.replace(TINY, layers=2),
+        dataclasses.replace(TINY, tied_head=True),
+        dataclasses.replace(TINY, ffn_dim=65),
+    ):
         for form in (params, unstack(params)):
-            with pytest.raises(InputError, match=r"parameters: tensors do not fit the architecture"):
+            with pytest.raises(
+                InputError, match=r"parameters: tensors do not fit the architecture"
+            ):
                 ParameterSource(wrong, form)
     with pytest.raises(InputError, match=r"parameters: embedding is a list; an array expected"):
         ParameterSource(TINY, {**params, "embedding": [1.0]})
@@ -176,12 +202,17 @@ def test_parameters_of_another_architecture(tmp_path):
 def test_parameters_that_are_no_floats(tmp_path):
     params = random_parameters(TINY)
     params["embedding"] = params["embedding"].astype(jnp.int8)
-    with pytest.raises(InputError, match=r"tensor model\.embed_tokens\.weight is int8; one of .* expected"):
+    with pytest.raises(
+        InputError, match=r"tensor model\.embed_tokens\.weight is int8; one of .* expected"
+    ):
         save_hugging_face(params, TINY, tmp_path / "out")
 
 
 def test_stops_outside_the_vocabulary(tmp_path):
     for stop in (10**9, -1, TINY.vocab_size):
-        with pytest.raises(InputError, match=rf"stop_ids: {stop} given, ids of the vocabulary, 0 to {TINY.vocab_size - 1}"):
+        with pytest.raises(
+            InputError,
+            match=rf"stop_ids: {stop} given, ids of the vocabulary, 0 to {TINY.vocab_size - 1}",
+        ):
             save_hugging_face(random_parameters(TINY), TINY, tmp_path / "out", stop_ids=(0, stop))
     assert list(tmp_path.iterdir()) == []

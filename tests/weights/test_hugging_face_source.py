@@ -1,4 +1,6 @@
-"""Weights of a Hugging Face directory: the values that transformers saved, and damaged or hostile directories refused."""
+"""Weights of a Hugging Face directory: the values that transformers saved, and damaged or hostile
+directories refused.
+"""
 
 import collections
 import json
@@ -17,8 +19,17 @@ from llama_jax.errors import InputError
 from llama_jax.weights.hf_read import NAMES, HuggingFaceSource
 from llama_jax.weights.source import Source, file_shapes, flat_shapes
 
-VALUES = {"model_type": "llama", "vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}  # fmt: skip
+VALUES = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+}
 INDEX = "model.safetensors.index.json"
 
 
@@ -48,7 +59,9 @@ def shard(directory, weight_map: dict | None = None) -> None:
     for part, inside in parts.items():
         save_file({name: tensors[name] for name in inside}, directory / part)
     found = {name: part for part, inside in parts.items() for name in inside}
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": found if weight_map is None else weight_map}))
+    (directory / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": found if weight_map is None else weight_map})
+    )
 
 
 def refusal(directory) -> str:
@@ -68,15 +81,28 @@ def save(directory, tensors, **values) -> None:
 def test_tensors_are_turned_and_never_reordered(directory, tensors):
     source = HuggingFaceSource.open(directory)
     assert isinstance(source, Source)
-    np.testing.assert_array_equal(source.read("embedding", None), tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        source.read("embedding", None), tensors["model.embed_tokens.weight"]
+    )
     np.testing.assert_array_equal(source.read("head", None), tensors["lm_head.weight"].T)
-    np.testing.assert_array_equal(source.read("final_norm/scale", None), tensors["model.norm.weight"])
-    names = {"attention/wq": "self_attn.q_proj", "attention/wk": "self_attn.k_proj", "attention/wv": "self_attn.v_proj",
-             "attention/wo": "self_attn.o_proj", "feed_forward/gate": "mlp.gate_proj", "feed_forward/up": "mlp.up_proj",
-             "feed_forward/down": "mlp.down_proj", "attention_norm/scale": "input_layernorm",
-             "feed_forward_norm/scale": "post_attention_layernorm"}  # fmt: skip
+    np.testing.assert_array_equal(
+        source.read("final_norm/scale", None), tensors["model.norm.weight"]
+    )
+    names = {
+        "attention/wq": "self_attn.q_proj",
+        "attention/wk": "self_attn.k_proj",
+        "attention/wv": "self_attn.v_proj",
+        "attention/wo": "self_attn.o_proj",
+        "feed_forward/gate": "mlp.gate_proj",
+        "feed_forward/up": "mlp.up_proj",
+        "feed_forward/down": "mlp.down_proj",
+        "attention_norm/scale": "input_layernorm",
+        "feed_forward_norm/scale": "post_attention_layernorm",
+    }
     for path, name in names.items():
-        np.testing.assert_array_equal(source.read(f"layers/{path}", 1), tensors[f"model.layers.1.{name}.weight"].T)
+        np.testing.assert_array_equal(
+            source.read(f"layers/{path}", 1), tensors[f"model.layers.1.{name}.weight"].T
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -84,19 +110,28 @@ def test_float_types_stay_as_they_are(directory, tensors, dtype):
     save(directory, {name: tensor.astype(dtype) for name, tensor in tensors.items()})
     read = HuggingFaceSource.open(directory).read("layers/attention/wo", 1)
     assert read.dtype == dtype
-    np.testing.assert_array_equal(read, tensors["model.layers.1.self_attn.o_proj.weight"].T.astype(dtype))
+    np.testing.assert_array_equal(
+        read, tensors["model.layers.1.self_attn.o_proj.weight"].T.astype(dtype)
+    )
 
 
 def test_shards_read_like_one_file(directory):
     whole = HuggingFaceSource.open(directory)
     shard(directory)
     parts = HuggingFaceSource.open(directory)
-    for name, layer in (("embedding", None), ("layers/attention/wq", 1), ("final_norm/scale", None)):
+    for name, layer in (
+        ("embedding", None),
+        ("layers/attention/wq", 1),
+        ("final_norm/scale", None),
+    ):
         np.testing.assert_array_equal(parts.read(name, layer), whole.read(name, layer))
 
 
 def test_buffers_of_old_versions_are_ignored(directory, tensors):
-    save(directory, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)})
+    save(
+        directory,
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)},
+    )
     HuggingFaceSource.open(directory)
 
 
@@ -127,7 +162,15 @@ def test_tensors_that_do_not_fit_are_refused_by_name(directory, tensors):
 def test_damaged_files_are_refused(directory):
     path = directory / "model.safetensors"
     data = path.read_bytes()
-    for damaged in (b"", data[:4], data[:100], data[:-1], b"\xff" * 16 + data, data[:8] + b"x" + data[9:], data + b"x"):
+    for damaged in (
+        b"",
+        data[:4],
+        data[:100],
+        data[:-1],
+        b"\xff" * 16 + data,
+        data[:8] + b"x" + data[9:],
+        data + b"x",
+    ):
         path.write_bytes(damaged)
         assert "model.safetensors cannot be read" in refusal(directory)
 
@@ -149,9 +192,27 @@ def _spliced(data: bytes, random) -> bytes:
 
 
 _ABSURD = (
-    "-1", "0", "1e400", "-1e308", "1" * 400, "9223372036854775808", "null", "true", '""', "[]", "{}", "[" * 900 + "]" * 900,
-    '"../../etc/passwd"', '"/etc/passwd"', '"\\u0000"', "NaN", "0.5", '"llama3"', "Infinity", '{"a": [1, {"b": null}]}',
-)  # fmt: skip
+    "-1",
+    "0",
+    "1e400",
+    "-1e308",
+    "1" * 400,
+    "9223372036854775808",
+    "null",
+    "true",
+    '""',
+    "[]",
+    "{}",
+    "[" * 900 + "]" * 900,
+    '"../../etc/passwd"',
+    '"/etc/passwd"',
+    '"\\u0000"',
+    "NaN",
+    "0.5",
+    '"llama3"',
+    "Infinity",
+    '{"a": [1, {"b": null}]}',
+)
 
 
 def _retold(data: bytes, random) -> bytes:
@@ -188,7 +249,10 @@ def test_mutated_directories_load_or_raise_input_error(directory):
             outcomes[name, _outcome(directory)] += 1
         (directory / name).write_bytes(data)
     assert {kind for _, kind in outcomes} == {"read", "refused"}
-    assert min(outcomes[name, kind] for name in _MUTATIONS for kind in ("read", "refused")) > count / 200
+    assert (
+        min(outcomes[name, kind] for name in _MUTATIONS for kind in ("read", "refused"))
+        > count / 200
+    )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10  # KiB
 
 
@@ -198,7 +262,9 @@ def _outcome(directory) -> str:
         for name in flat_shapes(source.config):
             source.read(name, 0 if name.startswith("layers/") else None)
     except InputError as error:
-        return "refused" if len(str(error)) < 2000 and "\n" not in str(error) else "refused at length"
+        return (
+            "refused" if len(str(error)) < 2000 and "\n" not in str(error) else "refused at length"
+        )
     return "read"
 
 
@@ -214,7 +280,9 @@ def test_headers_that_ask_for_memory_are_refused(directory, tensors):
 
 def test_sizes_beyond_any_array(directory):
     """Nothing times very much is nothing: no byte of the file is missing."""
-    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}
+    ).encode()
     (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     refusal(directory)
 
@@ -266,19 +334,38 @@ def test_index_of_absurd_size(directory):
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.safetensors", "/etc/passwd", "sub/a.safetensors", "a.bin", "a.safetensors\n", ".", 3, None]
+    "name",
+    [
+        "../a.safetensors",
+        "/etc/passwd",
+        "sub/a.safetensors",
+        "a.bin",
+        "a.safetensors\n",
+        ".",
+        3,
+        None,
+    ],
 )
 def test_index_names_only_files_of_the_directory(directory, name):
     shard(directory, {"lm_head.weight": name})
     assert "plain name" in refusal(directory)
 
 
-@pytest.mark.parametrize(("case", "words"), [
-    ("nothing of the model", "places tensor 'lm_head.weight' nowhere, but it is in a.safetensors"),
-    ("in another file", "places tensor 'lm_head.weight' in b.safetensors, but it is in a.safetensors"),
-    ("too much", "places tensor 'more' in a.safetensors, but no file has it"),
-    ("too little", "places tensor 'lm_head.weight' nowhere, but it is in a.safetensors"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (
+            "nothing of the model",
+            "places tensor 'lm_head.weight' nowhere, but it is in a.safetensors",
+        ),
+        (
+            "in another file",
+            "places tensor 'lm_head.weight' in b.safetensors, but it is in a.safetensors",
+        ),
+        ("too much", "places tensor 'more' in a.safetensors, but no file has it"),
+        ("too little", "places tensor 'lm_head.weight' nowhere, but it is in a.safetensors"),
+    ],
+)
 def test_an_index_that_is_not_of_these_files(directory, case, words):
     """transformers reads by the index, and would not find the tensor."""
     shard(directory)
@@ -287,7 +374,9 @@ def test_an_index_that_is_not_of_these_files(directory, case, words):
         "nothing of the model": {"nothing": "a.safetensors", "none": "b.safetensors"},
         "in another file": index["weight_map"] | {"lm_head.weight": "b.safetensors"},
         "too much": index["weight_map"] | {"more": "a.safetensors"},
-        "too little": {name: file for name, file in index["weight_map"].items() if name != "lm_head.weight"},
+        "too little": {
+            name: file for name, file in index["weight_map"].items() if name != "lm_head.weight"
+        },
     }
     (directory / INDEX).write_text(json.dumps({"weight_map": changed[case]}))
     assert words in refusal(directory)
@@ -306,8 +395,13 @@ def test_index_without_a_map(directory):
 def test_a_tensor_in_two_files_is_refused(directory):
     tensors = load_file(directory / "model.safetensors")
     shard(directory)
-    save_file({"lm_head.weight": tensors["lm_head.weight"], "model.norm.weight": tensors["model.norm.weight"]},
-              directory / "b.safetensors")  # fmt: skip
+    save_file(
+        {
+            "lm_head.weight": tensors["lm_head.weight"],
+            "model.norm.weight": tensors["model.norm.weight"],
+        },
+        directory / "b.safetensors",
+    )
     assert "in two files" in refusal(directory)
 
 
@@ -322,7 +416,9 @@ def test_links_stay_inside_or_lead_to_the_blobs_of_the_cache(directory, tensors,
     snapshot.mkdir(parents=True)
     for number, file in enumerate((elsewhere, directory / "config.json")):
         os.link(file, cache / "blobs" / str(number))
-        (snapshot / ("model.safetensors", "config.json")[number]).symlink_to(f"../../blobs/{number}")
+        (snapshot / ("model.safetensors", "config.json")[number]).symlink_to(
+            f"../../blobs/{number}"
+        )
     HuggingFaceSource.open(snapshot)
 
 
@@ -333,6 +429,12 @@ def test_nothing_outside_is_opened(directory, tmp_path_factory):
     (directory / "config.json").unlink()
     (directory / "config.json").symlink_to(outside)
     opened = []
-    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+    sys.addaudithook(
+        lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None
+    )
     refusal(directory)
-    assert not [path for path in opened if path == str(directory / "config.json") or path.startswith(str(outside.parent))]
+    assert not [
+        path
+        for path in opened
+        if path == str(directory / "config.json") or path.startswith(str(outside.parent))
+    ]

@@ -1,4 +1,6 @@
-"""Weights written for Hugging Face: values, dtypes, shards and their index, read back by the safetensors library."""
+"""Weights written for Hugging Face: values, dtypes, shards and their index, read back by the
+safetensors library.
+"""
 
 import dataclasses
 import json
@@ -31,14 +33,22 @@ def test_parameters_in_memory(variant, form, tmp_path):
     require_equal(tensors_of(exported.directory), expected_tensors(params))
     assert exported.dtype == "float32"
     assert exported.nbytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert set(exported.files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert set(exported.files) == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_narrower_weights_are_rounded_to_nearest(dtype, tmp_path):
     params = random_parameters(TINY)
     save_hugging_face(params, TINY, tmp_path / "out", dtype=np.dtype(dtype).name)
-    require_equal(tensors_of(tmp_path / "out"), {name: x.astype(dtype) for name, x in expected_tensors(params).items()})
+    require_equal(
+        tensors_of(tmp_path / "out"),
+        {name: x.astype(dtype) for name, x in expected_tensors(params).items()},
+    )
     assert values_of(tmp_path / "out" / "config.json")["dtype"] == np.dtype(dtype).name
 
 
@@ -58,7 +68,9 @@ def test_kept_dtypes_may_differ_from_tensor_to_tensor(tmp_path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert header.pop("__metadata__") == {"format": "pt"}
-    assert [at["data_offsets"][0] % {"F32": 4, "BF16": 2}[at["dtype"]] for at in header.values()] == [0] * len(header)
+    assert [
+        at["data_offsets"][0] % {"F32": 4, "BF16": 2}[at["dtype"]] for at in header.values()
+    ] == [0] * len(header)
     assert len({at["dtype"] for at in header.values()}) == 2
 
 
@@ -66,10 +78,14 @@ def test_shards_and_index(tmp_path):
     params = random_parameters(TINY)
     save_hugging_face(params, TINY, tmp_path / "out", max_shard_size="40KB")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [path.name for path in shards] == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    assert [path.name for path in shards] == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
     assert len(shards) > 3
     index = values_of(tmp_path / "out" / "model.safetensors.index.json")
-    sizes = {path.name: sum(tensor.nbytes for tensor in load_file(path).values()) for path in shards}
+    sizes = {
+        path.name: sum(tensor.nbytes for tensor in load_file(path).values()) for path in shards
+    }
     assert max(sizes.values()) <= 40_000
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert index["weight_map"] == {name: path.name for path in shards for name in load_file(path)}
@@ -98,22 +114,34 @@ def test_a_directory_of_hugging_face_goes_round(dtype, tiny_directory, tmp_path)
 
 def test_quantised_weights_become_float32(write_gguf, tensors, tmp_path):
     gguf = pytest.importorskip("gguf")
-    types = {"blk.0.ffn_gate.weight": "Q8_0", "blk.1.ffn_up.weight": "F16", "token_embd.weight": "BF16"}
+    types = {
+        "blk.0.ffn_gate.weight": "Q8_0",
+        "blk.1.ffn_up.weight": "F16",
+        "token_embd.weight": "BF16",
+    }
     path = write_gguf(types=types)
     source = GgufSource.open(path)
     assert main_dtype(source) == "float32"
-    export_hugging_face(Opened(source, None, None, (7,), "gguf", path, "GGUF tiny"), tmp_path / "out")
+    export_hugging_face(
+        Opened(source, None, None, (7,), "gguf", path, "GGUF tiny"), tmp_path / "out"
+    )
     given = tensors_of(tmp_path / "out")
     kind = gguf.GGMLQuantizationType.Q8_0
-    gate = gguf.quants.dequantize(gguf.quants.quantize(tensors["blk.0.ffn_gate.weight"], kind), kind)
+    gate = gguf.quants.dequantize(
+        gguf.quants.quantize(tensors["blk.0.ffn_gate.weight"], kind), kind
+    )
     np.testing.assert_array_equal(given["model.layers.0.mlp.gate_proj.weight"], gate)
-    np.testing.assert_array_equal(given["model.layers.1.mlp.up_proj.weight"], tensors["blk.1.ffn_up.weight"].astype(np.float16))
+    np.testing.assert_array_equal(
+        given["model.layers.1.mlp.up_proj.weight"],
+        tensors["blk.1.ffn_up.weight"].astype(np.float16),
+    )
     assert given["model.layers.1.mlp.up_proj.weight"].dtype == np.float16
     assert given["model.embed_tokens.weight"].dtype == ml_dtypes.bfloat16
     # llama.cpp keeps the two of a rotated pair side by side, Hugging Face half a head apart.
     q = tensors["blk.0.attn_q.weight"].reshape(4, 16, 2, 64)
     np.testing.assert_array_equal(
-        given["model.layers.0.self_attn.q_proj.weight"], np.concatenate([q[:, :, 0], q[:, :, 1]], axis=1).reshape(128, 64)
+        given["model.layers.0.self_attn.q_proj.weight"],
+        np.concatenate([q[:, :, 0], q[:, :, 1]], axis=1).reshape(128, 64),
     )
 
 
@@ -127,26 +155,40 @@ def test_shards_of_meta_keep_their_dtype(tmp_path):
     directory = write_meta(tmp_path / "meta", config, params, count=2, dtype="bfloat16")
     opened = Opened(MetaSource.open(directory), None, None, (), "meta", directory, "Meta tiny")
     assert export_hugging_face(opened, tmp_path / "out").dtype == "bfloat16"
-    expected = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in expected_tensors(params).items()}
+    expected = {
+        name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in expected_tensors(params).items()
+    }
     require_equal(tensors_of(tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize(
     ("size", "count"),
-    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), ("7", 7), (8, 8), ("1TB", 10**12)],
+    [
+        ("5GB", 5 * 10**9),
+        ("500 MB", 5 * 10**8),
+        ("2GiB", 2**31),
+        ("1.5kb", 1500),
+        ("7", 7),
+        (8, 8),
+        ("1TB", 10**12),
+    ],
 )
 def test_sizes(size, count):
     assert parse_size(size) == count
 
 
-@pytest.mark.parametrize("size", ["", "GB", "-5GB", "5 apples", "0", "0.0001KB", "1e9", "9" * 50, "५GB "])
+@pytest.mark.parametrize(
+    "size", ["", "GB", "-5GB", "5 apples", "0", "0.0001KB", "1e9", "9" * 50, "५GB "]
+)
 def test_sizes_that_are_none(size):
     with pytest.raises(InputError, match=r"^size .* given"):
         parse_size(size)
 
 
 def test_memory_is_that_of_a_tensor(tmp_path):
-    """Files are mapped, and what is cast is cast in strips: less than the largest tensor is ever held."""
+    """Files are mapped, and what is cast is cast in strips: less than the largest tensor is ever
+    held.
+    """
     config = dataclasses.replace(TINY, vocab_size=4000, dim=256, ffn_dim=2048)
     params = random_parameters(config)
     save_hugging_face(params, config, tmp_path / "source")
@@ -156,4 +198,9 @@ def test_memory_is_that_of_a_tensor(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     written = {name: tensor.nbytes for name, tensor in tensors_of(tmp_path / "out").items()}
-    assert peak < max(written.values()) == written["model.embed_tokens.weight"] < sum(written.values()) / 5
+    assert (
+        peak
+        < max(written.values())
+        == written["model.embed_tokens.weight"]
+        < sum(written.values()) / 5
+    )

@@ -1,4 +1,6 @@
-"""Exports as llama.cpp runs them: the same greedy text. Its package is built from source, so it is no test requirement."""
+"""Exports as llama.cpp runs them: the same greedy text. Its package is built from source, so it is
+no test requirement.
+"""
 
 import ctypes
 import pathlib
@@ -10,9 +12,15 @@ from llama_jax.cli.convert import main as convert
 from llama_jax.generation.generate import Generator
 from llama_jax.weights.load import load
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is built from source: pip install llama-cpp-python")
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama.cpp is built from source: pip install llama-cpp-python"
+)
 
-PROMPTS = ["The capital of France is", "def add(a, b):\n    return", "Once upon a time, in a village by the sea,"]
+PROMPTS = [
+    "The capital of France is",
+    "def add(a, b):\n    return",
+    "Once upon a time, in a village by the sea,",
+]
 NEW = 32
 
 
@@ -44,7 +52,9 @@ def exported(source, target: pathlib.Path, dtype: str) -> pathlib.Path:
 def test_the_greedy_text_of_a_real_model_is_the_same(smollm2_model, smollm2_gguf, tmp_path, dtype):
     path = exported(smollm2_gguf, tmp_path / "m.gguf", dtype)
     prompts = [smollm2_model.tokenizer.encode(prompt) for prompt in PROMPTS]
-    rounded = jax.tree.map(lambda x: x.astype(dtype).astype("float32") if x.ndim == 2 else x, smollm2_model.params)
+    rounded = jax.tree.map(
+        lambda x: x.astype(dtype).astype("float32") if x.ndim == 2 else x, smollm2_model.params
+    )
     expected = Generator(rounded, smollm2_model.config).generate(prompts, NEW)
     assert written_by_llama_cpp(path, prompts, NEW) == [row.token_ids for row in expected]
 

@@ -1,4 +1,6 @@
-"""`load`: every kind of model on disk, found by what lies at the path, and the same weights whoever wrote them."""
+"""`load`: every kind of model on disk, found by what lies at the path, and the same weights whoever
+wrote them.
+"""
 
 import collections
 import dataclasses
@@ -37,9 +39,14 @@ from llama_jax.weights.restore import SlicedCheckpoint
 
 def test_hugging_face_directory(tiny_directory):
     model = load(tiny_directory)
-    assert model.config == dataclasses.replace(TINY, vocab_size=model.tokenizer.vocab_size, context_length=TINY_CONTEXT)
+    assert model.config == dataclasses.replace(
+        TINY, vocab_size=model.tokenizer.vocab_size, context_length=TINY_CONTEXT
+    )
     assert model.template.source == TEMPLATE
-    assert model.stop_ids == (0, 2)  # what the config declares, and the end of a turn that it forgets
+    assert model.stop_ids == (
+        0,
+        2,
+    )  # what the config declares, and the end of a turn that it forgets
     assert model.origin == "Hugging Face tiny"
     assert model.tokenizer.decode(model.tokenizer.encode("cat 你好")) == "cat 你好"
 
@@ -55,13 +62,17 @@ def test_hugging_face_logits_equal_transformers(tiny_directory):
     tokens = random_tokens(model.config, (2, 30))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
-    np.testing.assert_allclose(logits(model.params, tokens, model.config), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        logits(model.params, tokens, model.config), expected, atol=1e-4, rtol=0
+    )
 
 
 def test_forms_and_dtypes(tiny_directory):
     stacked = load(tiny_directory, "bfloat16", form="stacked")
     unrolled = load(str(tiny_directory), "bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves((stacked.params, unrolled.params))} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves((stacked.params, unrolled.params))} == {
+        jnp.dtype("bfloat16")
+    }
     wq = np.asarray(stacked.params["layers"]["attention"]["wq"])
     assert (wq[1] == np.asarray(unrolled.params["layers_1"]["attention"]["wq"])).all()
     assert wq.shape[0] == stacked.config.layers
@@ -105,7 +116,9 @@ CONFIG = dataclasses.replace(TINY, vocab_size=500)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, sentence_piece_file) -> pathlib.Path:
-    """A run directory as `train.py` leaves it: two checkpoints, of steps 5 and 9, and the tokenizer. Only to be read."""
+    """A run directory as `train.py` leaves it: two checkpoints, of steps 5 and 9, and the
+    tokenizer. Only to be read.
+    """
     directory = tmp_path_factory.mktemp("saved") / "run"
     with Checkpoints.open(directory / "checkpoints", keep=3) as checkpoints:
         for step in (5, 9):
@@ -129,9 +142,15 @@ def sentence_piece_file(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(pydoc_data.topics.topics["for"].splitlines() * 20), model_writer=file, vocab_size=400,
-            model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2, hard_vocab_limit=False,
-        )  # fmt: skip
+            sentence_iterator=iter(pydoc_data.topics.topics["for"].splitlines() * 20),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            num_threads=1,
+            minloglevel=2,
+            hard_vocab_limit=False,
+        )
     return path
 
 
@@ -185,19 +204,27 @@ def test_damage_that_shows_late_begins_anew(run, monkeypatch):
 
 
 def test_of_a_run_every_slice_is_verified_and_then_read_once(run, tmp_path, monkeypatch):
-    """An export verifies all slices first, since half of it cannot be taken back, and then reads each once."""
+    """An export verifies all slices first, since half of it cannot be taken back, and then reads
+    each once.
+    """
     read, places = SlicedCheckpoint.read, collections.Counter()
-    monkeypatch.setattr(SlicedCheckpoint, "read", lambda s, *place: places.update([place]) or read(s, *place))
+    monkeypatch.setattr(
+        SlicedCheckpoint, "read", lambda s, *place: places.update([place]) or read(s, *place)
+    )
     opened = open_model(run)._replace(tokenizer=None)  # transformers could not read this one
     export_hugging_face(opened, tmp_path / "out", max_shard_size="100KB")
-    assert len(places) == 3 + 9 * CONFIG.layers  # embedding, norm, head, and of every layer seven matrices and two norms
+    assert (
+        len(places) == 3 + 9 * CONFIG.layers
+    )  # embedding, norm, head, and of every layer seven matrices and two norms
     assert set(places.values()) == {2}
     params = load(tmp_path / "out", form="stacked").params
     assert jax.tree.all(jax.tree.map(np.array_equal, params, random_parameters(CONFIG, seed=9)))
 
 
 def test_a_flipped_slice_is_damage(run, monkeypatch):
-    """The sums of the layers add up to the checksum of the whole array, so that one number of one layer shows."""
+    """The sums of the layers add up to the checksum of the whole array, so that one number of one
+    layer shows.
+    """
     fold = slices.fold_part
     SlicedCheckpoint(run / "checkpoints", 9).verify()
 
@@ -234,16 +261,29 @@ print(exported, peak() - before - result)
 
 
 def test_a_run_is_read_by_slices_of_layers(tmp_path, sentence_piece_file):
-    """Beside the result about one layer's largest matrix is in memory, and not the array of all layers: 3 MB of 72."""
+    """Beside the result about one layer's largest matrix is in memory, and not the array of all
+    layers: 3 MB of 72.
+    """
     config = dataclasses.replace(CONFIG, layers=24, dim=256, ffn_dim=3072, vocab_size=500)
     with Checkpoints.open(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
-        params = jax.tree.map(lambda shape: jnp.ones(shape), parameter_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+        params = jax.tree.map(
+            lambda shape: jnp.ones(shape),
+            parameter_shapes(config),
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
         checkpoints.save(1, {"params": params}, {"model": dataclasses.asdict(config)})
     shutil.copy(sentence_piece_file, tmp_path / "run" / "tokenizer.model")
     largest = config.dim * config.ffn_dim * 4
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "run")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     exported, loaded = map(int, done.stdout.split())
-    assert exported < 6 * largest  # a slice, its copy on the device for the checksum, what the reader of the files holds
+    assert (
+        exported < 6 * largest
+    )  # a slice, its copy on the device for the checksum, what the reader of the files holds
     assert loaded < 8 * largest
     assert 8 * largest < config.layers * largest / 2
 
@@ -272,18 +312,28 @@ def write_adapter_run(directory, tree, base, config=CONFIG):
     adapter, made_from = {"rank": 2, "alpha": 6.0}, {"path": str(base)}
     with Checkpoints.open(directory / "checkpoints", keep=3) as checkpoints:
         for step, adapters in ((5, jax.tree.map(jnp.zeros_like, tree)), (9, tree)):
-            metadata = {"model": dataclasses.asdict(config), "adapter": adapter, "made_from": made_from}
+            metadata = {
+                "model": dataclasses.asdict(config),
+                "adapter": adapter,
+                "made_from": made_from,
+            }
             checkpoints.save(step, {"params": adapters}, metadata)
     return directory
 
 
-@pytest.mark.parametrize("form", [stack, pytest.param(unstack, marks=pytest.mark.slow)], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize(
+    "form", [stack, pytest.param(unstack, marks=pytest.mark.slow)], ids=["stacked", "unrolled"]
+)
 def test_a_run_of_adapters_is_its_model_with_them_merged(run, tmp_path, form):
     """Over a run; `W + A B alpha / rank` by hand."""
     rng = np.random.default_rng(3)
-    a, b = (rng.normal(size=(CONFIG.layers, *shape)) for shape in ((CONFIG.dim, 2), (2, CONFIG.ffn_dim)))
+    a, b = (
+        rng.normal(size=(CONFIG.layers, *shape)) for shape in ((CONFIG.dim, 2), (2, CONFIG.ffn_dim))
+    )
     up = ("layers", "feed_forward", "up")
-    tree = form(unflatten_dict({(*up, "a"): a.astype(np.float32), (*up, "b"): b.astype(np.float32)}))
+    tree = form(
+        unflatten_dict({(*up, "a"): a.astype(np.float32), (*up, "b"): b.astype(np.float32)})
+    )
     tree = jax.tree.map(jnp.asarray, tree)
     mine = write_adapter_run(tmp_path / "mine", tree, run)
     shutil.copy(run / "tokenizer.model", mine)
@@ -297,19 +347,34 @@ def test_a_run_of_adapters_is_its_model_with_them_merged(run, tmp_path, form):
     assert after.tokenizer is not None
     assert after.report.parameters == before.report.parameters
     export_hugging_face(open_model(mine)._replace(tokenizer=None), tmp_path / "out")
-    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out", form="stacked").params, after.params)
+    jax.tree.map(
+        np.testing.assert_array_equal, load(tmp_path / "out", form="stacked").params, after.params
+    )
 
 
 def test_a_run_of_adapters_without_its_model(run, tmp_path):
-    tree = {"layers": {"attention": {"wk": {"a": jnp.zeros((3, 48, 3)), "b": jnp.zeros((3, 3, 20))}}}}
+    tree = {
+        "layers": {"attention": {"wk": {"a": jnp.zeros((3, 48, 3)), "b": jnp.zeros((3, 3, 20))}}}
+    }
     gone = write_adapter_run(tmp_path / "gone", tree, tmp_path / "moved")
-    other = write_adapter_run(tmp_path / "other", tree, run, dataclasses.replace(CONFIG, rope_theta=5.0))
+    other = write_adapter_run(
+        tmp_path / "other", tree, run, dataclasses.replace(CONFIG, rope_theta=5.0)
+    )
     silent = tmp_path / "silent"
     with Checkpoints.open(silent / "checkpoints", keep=3) as checkpoints:
         checkpoints.save(9, {"params": tree}, {"model": dataclasses.asdict(CONFIG)})
-    for path, words in ((gone, "adapters of the model .*moved', not here; name it: adapters merge MODEL .*gone DST"),
-                        (other, "adapters of another model than .* is now; name theirs: adapters merge MODEL .*other DST"),
-                        (silent, "step 9 does not say of which model")):  # fmt: skip
+    for path, words in (
+        (
+            gone,
+            "adapters of the model .*moved', not here; name it: adapters merge MODEL .*gone DST",
+        ),
+        (
+            other,
+            "adapters of another model than .* is now; name theirs: adapters merge MODEL "
+            ".*other DST",
+        ),
+        (silent, "step 9 does not say of which model"),
+    ):
         with pytest.raises(InputError, match=words) as error:
             load(path)
         assert "\n" not in str(error.value)
@@ -332,7 +397,10 @@ NARROW = [("run", "stacked", 8), ("hugging_face", "unrolled", 4)]
 OTHERS = [("run", "unrolled", 4), ("hugging_face", "stacked", 8)]
 
 
-@pytest.mark.parametrize(("origin", "form", "bits"), [*NARROW, *(pytest.param(*o, marks=pytest.mark.slow) for o in OTHERS)])
+@pytest.mark.parametrize(
+    ("origin", "form", "bits"),
+    [*NARROW, *(pytest.param(*o, marks=pytest.mark.slow) for o in OTHERS)],
+)
 def test_narrow_weights_leaf_by_leaf(origin, form, bits, run, tiny_directory):
     """Those of the whole tree, narrowed afterwards."""
     path = run if origin == "run" else tiny_directory
@@ -347,7 +415,11 @@ def test_a_run_goes_straight_to_its_shards(run, form):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     whole, sharded = load(run, form=form), load(run, form=form, mesh=mesh)
     places = tree_shardings(sharded.params, mesh, TRAINING)
-    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), sharded.params, places))
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), sharded.params, places
+        )
+    )
     jax.tree.map(np.testing.assert_array_equal, whole.params, sharded.params)
 
 
@@ -361,7 +433,9 @@ def test_sharded_and_whole_models_agree(tiny_directory):
     np.testing.assert_allclose(got, logits(whole.params, tokens, whole.config), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["no such file or directory", "another file given", "a directory without a model given"])
+@pytest.mark.parametrize(
+    "kind", ["no such file or directory", "another file given", "a directory without a model given"]
+)
 def test_a_path_that_is_none_of_these(kind, tmp_path):
     path = tmp_path / "model"
     if kind == "another file given":
@@ -371,7 +445,8 @@ def test_a_path_that_is_none_of_these(kind, tmp_path):
     with pytest.raises(InputError) as refused:
         load(path)
     assert str(refused.value) == (
-        f"{path}: {kind}; a run directory, a directory with config.json (Hugging Face) or params.json (Meta), "
+        f"{path}: {kind}; a run directory, a directory with config.json (Hugging Face) "
+        "or params.json (Meta), "
         "a .gguf file, or a name on the Hub expected"
     )
 
@@ -391,11 +466,18 @@ def test_damaged_files_are_named(tiny_directory, tmp_path):
         load(directory)
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"dtype": "int8"}, "dtype: 'int8' given; one of float32, bfloat16, float16, float64 expected"),
-    ({"dtype": "nonsense"}, "dtype: 'nonsense' given"), ({"dtype": jnp.int32}, "dtype: .* given"),
-    ({"form": "scan"}, "form: 'scan' given; stacked or unrolled expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"dtype": "int8"},
+            "dtype: 'int8' given; one of float32, bfloat16, float16, float64 expected",
+        ),
+        ({"dtype": "nonsense"}, "dtype: 'nonsense' given"),
+        ({"dtype": jnp.int32}, "dtype: .* given"),
+        ({"form": "scan"}, "form: 'scan' given; stacked or unrolled expected"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["run", "hugging_face"])
 def test_other_types_and_forms_are_refused(kind, settings, words, run, tiny_directory):
     load_unchecked = inspect.unwrap(load)  # the tests check types as well; users do not

@@ -1,4 +1,6 @@
-"""Meta's checkpoints: every type and number of shards, what `params.json` leaves out, and damaged directories refused."""
+"""Meta's checkpoints: every type and number of shards, what `params.json` leaves out, and damaged
+directories refused.
+"""
 
 import dataclasses
 import json
@@ -59,17 +61,26 @@ def test_every_type_is_read_as_it_is(tmp_path, params, count, dtype):
     for path, given in {"embedding": params["embedding"], "head": params["head"]}.items():
         got = source.read(path, None)
         assert got.dtype.name == dtype
-        np.testing.assert_array_equal(got.astype(np.float32), torch.tensor(np.asarray(given)).to(kind).float().numpy())
+        np.testing.assert_array_equal(
+            got.astype(np.float32), torch.tensor(np.asarray(given)).to(kind).float().numpy()
+        )
     for path in ("wq", "wk", "wv", "wo"):
         got = source.read(f"layers/attention/{path}", 1).astype(np.float32)
-        expected = torch.tensor(np.asarray(params["layers"]["attention"][path][1])).to(kind).float().numpy()
+        expected = (
+            torch.tensor(np.asarray(params["layers"]["attention"][path][1]))
+            .to(kind)
+            .float()
+            .numpy()
+        )
         np.testing.assert_array_equal(got, expected)
 
 
 def test_a_single_file_without_a_number_is_a_model(tmp_path, params):
     directory = write_meta(tmp_path / "meta", CONFIG, params)
     (directory / "consolidated.00.pth").rename(directory / "consolidated.pth")
-    np.testing.assert_array_equal(MetaSource.open(directory).read("embedding", None), params["embedding"])
+    np.testing.assert_array_equal(
+        MetaSource.open(directory).read("embedding", None), params["embedding"]
+    )
 
 
 def test_layers_that_share_one_storage_are_read(tmp_path, params):
@@ -84,8 +95,12 @@ def test_layers_that_share_one_storage_are_read(tmp_path, params):
     (directory / "consolidated.00.pth").unlink()
     torch.save(windows, directory / "consolidated.00.pth")
     source = MetaSource.open(directory)
-    np.testing.assert_array_equal(source.read("layers/attention/wk", 1), params["layers"]["attention"]["wk"][1])
-    np.testing.assert_array_equal(source.read("final_norm/scale", None), params["final_norm"]["scale"])
+    np.testing.assert_array_equal(
+        source.read("layers/attention/wk", 1), params["layers"]["attention"]["wk"][1]
+    )
+    np.testing.assert_array_equal(
+        source.read("final_norm/scale", None), params["final_norm"]["scale"]
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -101,7 +116,12 @@ def test_a_head_that_is_the_embedding_is_tied(tmp_path, family, count):
     assert MetaSource.open(write_meta(tmp_path / "twice", untied, twice, count)).config == config
     almost = np.array(twice["head"])
     almost[-1, -1] += 1
-    assert MetaSource.open(write_meta(tmp_path / "almost", untied, params | {"head": almost}, count)).config == untied
+    assert (
+        MetaSource.open(
+            write_meta(tmp_path / "almost", untied, params | {"head": almost}, count)
+        ).config
+        == untied
+    )
 
 
 def test_a_head_in_the_storage_of_the_embedding_is_tied_without_reading(tmp_path, monkeypatch):
@@ -109,15 +129,22 @@ def test_a_head_in_the_storage_of_the_embedding_is_tied_without_reading(tmp_path
     directory = write_meta(tmp_path / "meta", config, random_parameters(config, seed=14))
     tensors = torch.load(directory / "consolidated.00.pth")
     (directory / "consolidated.00.pth").unlink()
-    torch.save({**tensors, "output.weight": tensors["tok_embeddings.weight"]}, directory / "consolidated.00.pth")
+    torch.save(
+        {**tensors, "output.weight": tensors["tok_embeddings.weight"]},
+        directory / "consolidated.00.pth",
+    )
     monkeypatch.setattr("llama_jax.weights.pth.PthFile.view", None)
     assert MetaSource.open(directory).config == config
 
 
 def test_one_read_holds_one_tensor(tmp_path):
-    """Beside views of the files, also where the shards are merged and the rotary layout is turned."""
+    """Beside views of the files, also where the shards are merged and the rotary layout is
+    turned.
+    """
     config = dataclasses.replace(LLAMA3, dim=512, heads=8, kv_heads=8, head_dim=64, ffn_dim=64)
-    source = MetaSource.open(write_meta(tmp_path / "meta", config, random_parameters(config, seed=15), 2))
+    source = MetaSource.open(
+        write_meta(tmp_path / "meta", config, random_parameters(config, seed=15), 2)
+    )
     nbytes = 512 * 512 * 4
     for path in ("layers/attention/wq", "layers/attention/wo"):
         tracemalloc.start()
@@ -128,7 +155,9 @@ def test_one_read_holds_one_tensor(tmp_path):
 
 
 def test_copies_of_norms_and_heads_have_to_agree(tmp_path, params):
-    directory = write_meta(tmp_path / "meta", CONFIG, params, 8)  # eight shards, four key/value heads
+    directory = write_meta(
+        tmp_path / "meta", CONFIG, params, 8
+    )  # eight shards, four key/value heads
     changed = shards(CONFIG, params, 8)[5]
     changed["norm.weight"] = changed["norm.weight"] + 1e-3
     changed["layers.1.attention.wv.weight"] = changed["layers.1.attention.wv.weight"][::-1].copy()
@@ -159,7 +188,9 @@ def test_damage_is_noticed_and_named(tmp_path, params):
     path.write_bytes(data)
     source = MetaSource.open(directory)
     source.read("layers/feed_forward/gate", 1)
-    with pytest.raises(InputError, match=r"consolidated.01.pth: entry .* does not match its checksum"):
+    with pytest.raises(
+        InputError, match=r"consolidated.01.pth: entry .* does not match its checksum"
+    ):
         source.read("layers/feed_forward/gate", 0)
 
 
@@ -186,13 +217,17 @@ def test_tensors_that_do_not_fit_are_refused_by_name_and_file(tmp_path, params):
     directory = write_meta(tmp_path / "meta", CONFIG, params, 2)
     one, other = shards(CONFIG, params, 2)
     rewrite(directory, 1, {**other, "layers.0.attention.wq.lora_a.weight": np.zeros((2, 2))})
-    assert "consolidated.01.pth: tensors do not fit the architecture: 1 unexpected: 'layers.0.attention.wq.lora_a" in refusal(
-        directory
+    assert (
+        "consolidated.01.pth: tensors do not fit the architecture: 1 unexpected: "
+        "'layers.0.attention.wq.lora_a" in refusal(directory)
     )
     rewrite(directory, 1, {name: tensor for name, tensor in other.items() if "w2" not in name})
     assert "2 missing: 'layers.0.feed_forward.w2.weight'" in refusal(directory)
     rewrite(directory, 1, other | {"layers.1.attention.wo.weight": np.zeros((32, 64))})
-    assert "1 misshapen: 'layers.1.attention.wo.weight (32, 64) where (64, 32) is expected'" in refusal(directory)
+    assert (
+        "1 misshapen: 'layers.1.attention.wo.weight (32, 64) where (64, 32) is expected'"
+        in refusal(directory)
+    )
     rewrite(directory, 1, other, "bfloat16")
     assert "is bfloat16, float32 in the first file" in refusal(directory)
     for number, tensors in enumerate((one, other)):
@@ -252,7 +287,10 @@ def test_absurd_shapes_are_refused_before_anything_is_allocated(tmp_path, params
         ({"use_scaled_rope": 1}, "use_scaled_rope is 1"),
         ({"rope_scaling_factor": 8}, "use_scaled_rope is not true"),
         ({"use_scaled_rope": True, "rope_scaling_factor": 0}, "factor: 0.0"),
-        ({"lora_args": {"rank": 16, "scale": 2.0}}, "lora_args is given: a model with LoRA adapters"),
+        (
+            {"lora_args": {"rank": 16, "scale": 2.0}},
+            "lora_args is given: a model with LoRA adapters",
+        ),
         ({"quantization_args": {"group_size": 32}}, "quantization_args is given"),
         ({"moe_args": {"num_experts": 16}}, "moe_args is given"),
         ({"vision_chunk_size": 448}, "vision_chunk_size is given: a model with images"),
@@ -285,25 +323,92 @@ def test_files_that_are_no_description_are_refused(tmp_path, params, content, na
 
 def test_harmless_keys_are_harmless(tmp_path, params):
     directory = write_meta(tmp_path / "meta", CONFIG, params)
-    more = declared(CONFIG, ffn_dim_multiplier=1.3, max_batch_size=32, rope_theta=1e4, use_scaled_rope=False, vocab_size=96)
-    (directory / "params.json").write_text(json.dumps(more | {"lora_args": None, "quantization_args": None}))
+    more = declared(
+        CONFIG,
+        ffn_dim_multiplier=1.3,
+        max_batch_size=32,
+        rope_theta=1e4,
+        use_scaled_rope=False,
+        vocab_size=96,
+    )
+    (directory / "params.json").write_text(
+        json.dumps(more | {"lora_args": None, "quantization_args": None})
+    )
     assert MetaSource.open(directory).config == CONFIG
 
 
 # The files of the releases, written out from them; F and V are those of the weights.
 RELEASED = {
-    "llama-7b": {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-06, "vocab_size": -1},
-    "llama-65b": {"dim": 8192, "multiple_of": 256, "n_heads": 64, "n_layers": 80, "norm_eps": 1e-05, "vocab_size": -1},
-    "llama2-7b": {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1},
-    "llama2-70b": {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80,
-                   "norm_eps": 1e-05, "vocab_size": -1},
-    "llama3-8b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024,
-                  "ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0},
-    "llama3.1-8b": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 1024,
-                    "ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True},
-    "llama3.2-1b": {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256, "multiple_of": 256,
-                    "ffn_dim_multiplier": 1.5, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": True},
-}  # fmt: skip
+    "llama-7b": {
+        "dim": 4096,
+        "multiple_of": 256,
+        "n_heads": 32,
+        "n_layers": 32,
+        "norm_eps": 1e-06,
+        "vocab_size": -1,
+    },
+    "llama-65b": {
+        "dim": 8192,
+        "multiple_of": 256,
+        "n_heads": 64,
+        "n_layers": 80,
+        "norm_eps": 1e-05,
+        "vocab_size": -1,
+    },
+    "llama2-7b": {
+        "dim": 4096,
+        "multiple_of": 256,
+        "n_heads": 32,
+        "n_layers": 32,
+        "norm_eps": 1e-05,
+        "vocab_size": -1,
+    },
+    "llama2-70b": {
+        "dim": 8192,
+        "multiple_of": 4096,
+        "ffn_dim_multiplier": 1.3,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "n_layers": 80,
+        "norm_eps": 1e-05,
+        "vocab_size": -1,
+    },
+    "llama3-8b": {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "multiple_of": 1024,
+        "ffn_dim_multiplier": 1.3,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+    },
+    "llama3.1-8b": {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "multiple_of": 1024,
+        "ffn_dim_multiplier": 1.3,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+    },
+    "llama3.2-1b": {
+        "dim": 2048,
+        "n_layers": 16,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "multiple_of": 256,
+        "ffn_dim_multiplier": 1.5,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+    },
+}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -317,37 +422,79 @@ def test_published_models_are_recognised(name):
 def test_every_published_model_has_its_context_and_scaling():
     for name, known in PRESETS.items():
         if name.startswith("llama"):
-            values = {"dim": known.dim, "n_layers": known.layers, "n_heads": known.heads, "n_kv_heads": known.kv_heads,
-                      "norm_eps": known.norm_eps, "rope_theta": known.rope_theta,
-                      "use_scaled_rope": known.rope_scaling is not None}  # fmt: skip
-            config = config_from_meta(values, known.vocab_size + 16, known.ffn_dim, not known.tied_head)
-            assert (config.context_length, config.rope_scaling) == (known.context_length, known.rope_scaling), name
+            values = {
+                "dim": known.dim,
+                "n_layers": known.layers,
+                "n_heads": known.heads,
+                "n_kv_heads": known.kv_heads,
+                "norm_eps": known.norm_eps,
+                "rope_theta": known.rope_theta,
+                "use_scaled_rope": known.rope_scaling is not None,
+            }
+            config = config_from_meta(
+                values, known.vocab_size + 16, known.ffn_dim, not known.tied_head
+            )
+            assert (config.context_length, config.rope_scaling) == (
+                known.context_length,
+                known.rope_scaling,
+            ), name
             if known.rope_scaling:
                 stated = config_from_meta(
-                    values | {"rope_scaling_factor": 16}, known.vocab_size, known.ffn_dim, known.tied_head
+                    values | {"rope_scaling_factor": 16},
+                    known.vocab_size,
+                    known.ffn_dim,
+                    known.tied_head,
                 )
                 assert stated.rope_scaling == dataclasses.replace(known.rope_scaling, factor=16.0)
 
 
 @pytest.mark.parametrize(
     ("changed", "context"),
-    [({}, 2048), ({"rope_theta": 5e5}, 8192), ({"rope_theta": 1e6}, 16384), ({"rope_theta": 7.0, "max_seq_len": 99}, 99),
-     ({"rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 8}, 131072)],
-)  # fmt: skip
+    [
+        ({}, 2048),
+        ({"rope_theta": 5e5}, 8192),
+        ({"rope_theta": 1e6}, 16384),
+        ({"rope_theta": 7.0, "max_seq_len": 99}, 99),
+        ({"rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 8}, 131072),
+    ],
+)
 def test_context_of_unpublished_models(changed, context):
     assert config_from_meta(declared(CONFIG, **changed), 96, 176, False).context_length == context
 
 
 # --- damage ---
 
-VALUES = [None, True, 0, -1, 3, 64, 1 << 31, 1 << 64, 1e308, float("nan"), -0.5, "", "64", "\ud800", [], {}, [64], {"dim": 64}]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    64,
+    1 << 31,
+    1 << 64,
+    1e308,
+    float("nan"),
+    -0.5,
+    "",
+    "64",
+    "\ud800",
+    [],
+    {},
+    [64],
+    {"dim": 64},
+]
 
 
 def changed(values: dict, draw: random.Random) -> dict:
-    """The keys with one to three of them taken out, given an absurd value, or joined by one that is unknown."""
+    """The keys with one to three of them taken out, given an absurd value, or joined by one that is
+    unknown.
+    """
     result = dict(values)
     for _ in range(draw.choice([1, 1, 2, 3])):
-        key = draw.choice([*values, "vision_args", "quantization_args", "rope_scaling_factor", "x" * 5000])
+        key = draw.choice(
+            [*values, "vision_args", "quantization_args", "rope_scaling_factor", "x" * 5000]
+        )
         if draw.random() < 0.2:
             result.pop(key, None)
         else:

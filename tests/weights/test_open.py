@@ -38,7 +38,11 @@ def run(tmp_path_factory, tiny_directory) -> pathlib.Path:
 def test_a_hugging_face_directory(tiny_directory):
     opened = open_model(tiny_directory)
     assert isinstance(opened.source, Source)
-    assert (opened.format, opened.path, opened.origin) == ("hugging_face", tiny_directory, "Hugging Face tiny")
+    assert (opened.format, opened.path, opened.origin) == (
+        "hugging_face",
+        tiny_directory,
+        "Hugging Face tiny",
+    )
     assert opened.template.source == TEMPLATE
     assert opened.stop_ids == (0, 2)
 
@@ -55,15 +59,23 @@ def test_a_run_reads_nothing_but_its_manifest(run, tmp_path):
         path.is_file() and path.unlink()
     opened = open_model(copy)
     assert isinstance(opened.source, Source)
-    assert (opened.format, opened.origin, opened.source.config) == ("run", "run first at step 9", TINY)
+    assert (opened.format, opened.origin, opened.source.config) == (
+        "run",
+        "run first at step 9",
+        TINY,
+    )
 
 
 def test_a_run_as_a_source(run):
     source, expected = open_model(run).source, random_parameters(TINY, seed=9)
     np.testing.assert_array_equal(source.read("embedding", None), expected["embedding"])
-    np.testing.assert_array_equal(source.read("final_norm/scale", None), expected["final_norm"]["scale"])
+    np.testing.assert_array_equal(
+        source.read("final_norm/scale", None), expected["final_norm"]["scale"]
+    )
     for layer in range(3):
-        np.testing.assert_array_equal(source.read("layers/attention/wk", layer), expected["layers"]["attention"]["wk"][layer])
+        np.testing.assert_array_equal(
+            source.read("layers/attention/wk", layer), expected["layers"]["attention"]["wk"][layer]
+        )
 
 
 def test_a_run_keeps_the_stops_of_its_model(tmp_path, tiny_directory):
@@ -79,7 +91,9 @@ def test_a_run_keeps_the_stops_of_its_model(tmp_path, tiny_directory):
         run = tmp_path / str(number)
         with Checkpoints.open(run / "checkpoints", keep=1) as checkpoints:
             state = {"params": random_parameters(TINY), "step": jnp.int32(1)}
-            checkpoints.save(1, state, {"model": dataclasses.asdict(TINY), "made_from": {"stops": stops}})
+            checkpoints.save(
+                1, state, {"model": dataclasses.asdict(TINY), "made_from": {"stops": stops}}
+            )
         shutil.copy(tiny_directory / "tokenizer.json", run)
         shutil.copy(tiny_directory / "tokenizer_config.json", run)
         assert open_model(run).stop_ids == expected
@@ -99,23 +113,35 @@ def test_runs_without_a_whole_checkpoint(run, tmp_path):
 
 def write_ranks(path: pathlib.Path) -> None:
     """A tokenizer.model in Llama 3's form, with no merge at all: the 256 bytes."""
-    path.write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
+    path.write_text(
+        "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    )
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("above", [False, True])
 def test_metas_directory(tmp_path, above):
-    """With Llama 3's tokenizer, in the directory or above it, there is Llama 3's format; without one there is none."""
+    """With Llama 3's tokenizer, in the directory or above it, there is Llama 3's format; without
+    one there is none.
+    """
     pytest.importorskip("torch", reason="its files are written by torch")
     config, directory = FAMILIES["llama3"], tmp_path / "tiny"
     directory.mkdir()
     write_meta(directory, config, random_parameters(config))
     bare = open_model(directory)
-    assert (bare.format, bare.origin, bare.tokenizer, bare.template) == ("meta", "Meta tiny", None, None)
+    assert (bare.format, bare.origin, bare.tokenizer, bare.template) == (
+        "meta",
+        "Meta tiny",
+        None,
+        None,
+    )
     write_ranks((tmp_path if above else directory) / "tokenizer.model")
     opened = open_model(directory)
     assert "<|start_header_id|>" in opened.template.source
-    ends = [opened.tokenizer.special_tokens[token] for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    ends = [
+        opened.tokenizer.special_tokens[token]
+        for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    ]
     assert opened.stop_ids == tuple(sorted(ends))
     wq = load(directory, form="stacked").params["layers"]["attention"]["wq"]
     np.testing.assert_array_equal(wq, random_parameters(config)["layers"]["attention"]["wq"])
@@ -135,10 +161,14 @@ def test_a_part_of_a_run(run, name, advice):
     assert str(refused.value) == f"{run / name}: {advice}, {run}"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "consolidated.00.pth", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "consolidated.00.pth", "pytorch_model.bin"]
+)
 def test_a_part_of_a_directory(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(InputError, match=f"one file of a model given; give its directory, {tmp_path}"):
+    with pytest.raises(
+        InputError, match=f"one file of a model given; give its directory, {tmp_path}"
+    ):
         open_model(tmp_path / name)
 
 
@@ -149,7 +179,10 @@ def test_paths_that_the_system_refuses(tmp_path):
         open_model(tmp_path / "nowhere" / "model")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"],
+)
 def test_files_beside_the_weights_are_no_links_elsewhere(tiny_directory, tmp_path, name):
     directory = shutil.copytree(tiny_directory, tmp_path / "tiny")
     (directory / name).unlink(missing_ok=True)
@@ -159,7 +192,10 @@ def test_files_beside_the_weights_are_no_links_elsewhere(tiny_directory, tmp_pat
 
 
 def test_opening_needs_no_jax(tiny_directory):
-    code = "import sys; from llama_jax.weights.open import open_model; open_model(sys.argv[1]); assert 'jax' not in sys.modules"
+    code = (
+        "import sys; from llama_jax.weights.open import open_model; open_model(sys.argv[1]); "
+        "assert 'jax' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code, str(tiny_directory)], check=True, timeout=60)
 
 
@@ -168,7 +204,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub_cache(tiny_directory, tmp_path, monkeypatch) -> pathlib.Path:
-    """The Hub's download cache as its client lays it out, with one model in it: files are links to blobs."""
+    """The Hub's download cache as its client lays it out, with one model in it: files are links to
+    blobs.
+    """
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -185,10 +223,16 @@ def hub_cache(tiny_directory, tmp_path, monkeypatch) -> pathlib.Path:
     return snapshot
 
 
-@pytest.mark.parametrize("name", ["someone/tiny-1.0", "someone/tiny-1.0@main", f"someone/tiny-1.0@{COMMIT}"])
+@pytest.mark.parametrize(
+    "name", ["someone/tiny-1.0", "someone/tiny-1.0@main", f"someone/tiny-1.0@{COMMIT}"]
+)
 def test_a_name_on_the_hub(hub_cache, tiny_directory, name):
     opened = open_model(name)
-    assert (opened.format, opened.path.name, opened.origin) == ("hugging_face", COMMIT, f"Hugging Face {name}")
+    assert (opened.format, opened.path.name, opened.origin) == (
+        "hugging_face",
+        COMMIT,
+        f"Hugging Face {name}",
+    )
     expected = load(tiny_directory).params
     jax.tree.map(np.testing.assert_array_equal, load(name).params, expected)
 
@@ -197,7 +241,9 @@ def test_a_name_on_the_hub(hub_cache, tiny_directory, name):
 def test_a_name_that_is_not_in_the_cache(hub_cache, name):
     with pytest.raises(InputError) as refused:
         open_model(name)
-    assert str(refused.value).startswith(f"{name}: nothing there, and not to be had from the Hugging Face Hub by that name")
+    assert str(refused.value).startswith(
+        f"{name}: nothing there, and not to be had from the Hugging Face Hub by that name"
+    )
     assert "not in the cache" in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -205,12 +251,24 @@ def test_a_name_that_is_not_in_the_cache(hub_cache, name):
 def test_a_name_without_the_client(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"someone/tiny: nothing there; .*pip install 'llama-jax\[hf\]'"):
+    with pytest.raises(
+        InputError, match=r"someone/tiny: nothing there; .*pip install 'llama-jax\[hf\]'"
+    ):
         open_model("someone/tiny")
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b/c", "tiny", "../tiny", "/no/tiny", "someone/../tiny", "some one/tiny", "runs/tiny", "a/b@"]
+    "name",
+    [
+        "a/b/c",
+        "tiny",
+        "../tiny",
+        "/no/tiny",
+        "someone/../tiny",
+        "some one/tiny",
+        "runs/tiny",
+        "a/b@",
+    ],
 )
 def test_other_paths_ask_nobody(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
@@ -221,7 +279,9 @@ def test_other_paths_ask_nobody(monkeypatch, tmp_path, name):
 
 
 def test_only_files_of_a_model_are_fetched(monkeypatch, tmp_path, tiny_directory):
-    """What the client is asked for, matched as it does, leaves the rest of a repository where it is."""
+    """What the client is asked for, matched as it does, leaves the rest of a repository where it
+    is.
+    """
     asked = {}
 
     def snapshot_download(name, **options):
@@ -229,11 +289,29 @@ def test_only_files_of_a_model_are_fetched(monkeypatch, tmp_path, tiny_directory
         return str(tiny_directory)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download)
+    )
     open_model("someone/tiny@v1.0")
     assert (asked["name"], asked["revision"]) == ("someone/tiny", "v1.0")
-    wanted = {path.name for path in tiny_directory.iterdir()} | {"model-00001-of-00030.safetensors", "tokenizer.model"}
-    unwanted = {"original/tokenizer.model", "original/consolidated.00.pth", "pytorch_model.bin", "run.py", "model.onnx",
-                "consolidated.safetensors", "flax_model.msgpack", "README.md"}  # fmt: skip
-    matching = {name for name in wanted | unwanted for pattern in asked["allow_patterns"] if fnmatch.fnmatch(name, pattern)}
+    wanted = {path.name for path in tiny_directory.iterdir()} | {
+        "model-00001-of-00030.safetensors",
+        "tokenizer.model",
+    }
+    unwanted = {
+        "original/tokenizer.model",
+        "original/consolidated.00.pth",
+        "pytorch_model.bin",
+        "run.py",
+        "model.onnx",
+        "consolidated.safetensors",
+        "flax_model.msgpack",
+        "README.md",
+    }
+    matching = {
+        name
+        for name in wanted | unwanted
+        for pattern in asked["allow_patterns"]
+        if fnmatch.fnmatch(name, pattern)
+    }
     assert matching == wanted

@@ -1,4 +1,6 @@
-"""The report about a model on disk, against what its makers' libraries count and what was put wrong on purpose."""
+"""The report about a model on disk, against what its makers' libraries count and what was put wrong
+on purpose.
+"""
 
 import collections
 import dataclasses
@@ -18,7 +20,7 @@ from support import TINY, random_parameters
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.presets import PRESETS, preset
 from llama_jax.weights.checkpoint import Checkpoints
-from llama_jax.weights.inspect import Contents, warnings_of, report
+from llama_jax.weights.inspect import Contents, report, warnings_of
 from llama_jax.weights.load import load
 from llama_jax.weights.open import Opened, open_model
 
@@ -29,8 +31,17 @@ def test_the_real_file_as_the_original_library_counts_it(smollm2_gguf, original)
     found = report(open_model(smollm2_gguf))
     assert found.types == collections.Counter(tensor.tensor_type.name for tensor in tensors)
     assert found.nbytes == sum(int(tensor.n_bytes) for tensor in tensors)
-    assert found.parameters == found.expected_parameters == sum(math.prod(map(int, tensor.shape)) for tensor in tensors)
-    assert (found.preset, found.format, found.layout, found.chat_template) == ("smollm2-135m", "gguf", "adjacent", "chatml")
+    assert (
+        found.parameters
+        == found.expected_parameters
+        == sum(math.prod(map(int, tensor.shape)) for tensor in tensors)
+    )
+    assert (found.preset, found.format, found.layout, found.chat_template) == (
+        "smollm2-135m",
+        "gguf",
+        "adjacent",
+        "chatml",
+    )
     assert found.stops == {0: "<|endoftext|>", 2: "<|im_end|>"}
     assert (found.begin, found.adds_begin) == ("<|im_start|>", False)
     assert (found.tokenizer_vocab_size, found.odd) == (49152, ())
@@ -41,10 +52,22 @@ def test_a_hugging_face_directory(tiny_directory):
     found = report(open_model(tiny_directory))
     assert found.types == {"float32": len(tensors)}
     assert found.nbytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert found.parameters == found.expected_parameters == sum(tensor.size for tensor in tensors.values())
-    assert (found.preset, found.format, found.layout, found.chat_template) == (None, "hugging_face", "halves", "chatml")
+    assert (
+        found.parameters
+        == found.expected_parameters
+        == sum(tensor.size for tensor in tensors.values())
+    )
+    assert (found.preset, found.format, found.layout, found.chat_template) == (
+        None,
+        "hugging_face",
+        "halves",
+        "chatml",
+    )
     assert found.special_tokens == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-    assert found.odd == ("the chat template ends turns with '<|im_end|>' (2), which the files do not declare as a stop",)
+    assert found.odd == (
+        "the chat template ends turns with '<|im_end|>' (2), which the files do not "
+        "declare as a stop",
+    )
 
 
 @pytest.mark.parity
@@ -57,12 +80,18 @@ def test_shards_of_metas_count_once(tmp_path, family, count):
     params = random_parameters(config)
     write_meta(tmp_path / "model", config, params, count)
     found = report(open_model(tmp_path / "model"))
-    assert found.parameters == found.expected_parameters == sum(leaf.size for leaf in _leaves(params))
+    assert (
+        found.parameters == found.expected_parameters == sum(leaf.size for leaf in _leaves(params))
+    )
     assert (found.layout, found.chat_template, found.stops) == ("adjacent", "none", {})
 
 
 def _leaves(tree):
-    return [leaf for node in tree.values() for leaf in (_leaves(node) if isinstance(node, dict) else [node])]
+    return [
+        leaf
+        for node in tree.values()
+        for leaf in (_leaves(node) if isinstance(node, dict) else [node])
+    ]
 
 
 def test_a_run(tmp_path, tiny_directory):
@@ -72,10 +101,16 @@ def test_a_run(tmp_path, tiny_directory):
         checkpoints.save(3, state, {"model": dataclasses.asdict(TINY)})
     shutil.copy(tiny_directory / "tokenizer.json", tmp_path / "run")
     found = report(open_model(tmp_path / "run"))
-    assert (found.origin, found.layout, found.types) == ("run run at step 3", "halves", {"float32": 12})
+    assert (found.origin, found.layout, found.types) == (
+        "run run at step 3",
+        "halves",
+        {"float32": 12},
+    )
     assert found.parameters == found.expected_parameters
     assert found.nbytes == 4 * found.parameters
-    assert found.odd == ("the tokenizer has 280 tokens, the model 97: ids from 97 on are of no use",)
+    assert found.odd == (
+        "the tokenizer has 280 tokens, the model 97: ids from 97 on are of no use",
+    )
 
 
 class Declared:
@@ -90,7 +125,11 @@ class Declared:
 
 def odd_architecture(config: LlamaConfig) -> list[str]:
     opened = Opened(Declared(config), None, None, (0,), "gguf", pathlib.Path("m"), "m")
-    return [sentence for sentence in warnings_of(opened, Contents({}, 0, 0, False)) if "no tokenizer" not in sentence]
+    return [
+        sentence
+        for sentence in warnings_of(opened, Contents({}, 0, 0, False))
+        if "no tokenizer" not in sentence
+    ]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -101,25 +140,51 @@ def test_nothing_is_odd_about_published_models(name):
 @pytest.mark.parametrize(
     ("name", "changes", "sentence"),
     [
-        ("llama3-8b", {"rope_theta": 1e4}, "the sizes are those of llama3-8b, but rope_theta is 10000.0 and there 500000.0"),
-        ("llama3.1-8b", {"norm_eps": 1e-6}, "the sizes are those of llama3.1-8b, but norm_eps is 1e-06 and there 1e-05"),
-        ("llama3.2-1b", {"tied_head": False}, "the sizes are those of llama3.2-1b, but tied_head is false and there true"),
-        ("llama-7b", {"vocab_size": 32001}, "the sizes are those of llama-7b, but vocab_size is 32001 and there 32000"),
-        ("llama3.2-1b", {"rope_scaling": None},
-         "the sizes are those of llama3.2-1b, but rope_scaling is none and there llama3 by 32"),
-        ("llama2-7b", {"rope_theta": 1e6, "context_length": 16384},
-         "the sizes are those of llama2-7b, but rope_theta is 1000000.0 and there 10000.0; "
-         "context_length is 16384 and there 4096"),
+        (
+            "llama3-8b",
+            {"rope_theta": 1e4},
+            "the sizes are those of llama3-8b, but rope_theta is 10000.0 and there 500000.0",
+        ),
+        (
+            "llama3.1-8b",
+            {"norm_eps": 1e-6},
+            "the sizes are those of llama3.1-8b, but norm_eps is 1e-06 and there 1e-05",
+        ),
+        (
+            "llama3.2-1b",
+            {"tied_head": False},
+            "the sizes are those of llama3.2-1b, but tied_head is false and there true",
+        ),
+        (
+            "llama-7b",
+            {"vocab_size": 32001},
+            "the sizes are those of llama-7b, but vocab_size is 32001 and there 32000",
+        ),
+        (
+            "llama3.2-1b",
+            {"rope_scaling": None},
+            "the sizes are those of llama3.2-1b, but rope_scaling is none and there llama3 by 32",
+        ),
+        (
+            "llama2-7b",
+            {"rope_theta": 1e6, "context_length": 16384},
+            "the sizes are those of llama2-7b, but rope_theta is 1000000.0 and there 10000.0; "
+            "context_length is 16384 and there 4096",
+        ),
     ],
-)  # fmt: skip
+)
 def test_sizes_of_a_published_model_with_other_numbers(name, changes, sentence):
     assert odd_architecture(dataclasses.replace(preset(name), **changes)) == [sentence]
 
 
 def test_a_context_beyond_its_scaling():
-    scaling = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=1000)
+    scaling = RopeScaling(
+        "llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=1000
+    )
     config = dataclasses.replace(TINY, rope_scaling=scaling, context_length=8001)
-    sentence = "a context of 8001 tokens is declared, 8000 are what its RoPE scaling is known to reach"
+    sentence = (
+        "a context of 8001 tokens is declared, 8000 are what its RoPE scaling is known to reach"
+    )
     assert odd_architecture(config) == [sentence]
     assert odd_architecture(dataclasses.replace(config, context_length=8000)) == []
 
@@ -147,10 +212,16 @@ def test_nothing_odd(directory):
 
 def test_a_tied_head_that_is_stored(directory):
     tensors = load_file(directory / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, directory / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]},
+        directory / "model.safetensors",
+    )
     describe(directory, tie_word_embeddings=True)
     found = report(open_model(directory))
-    assert found.odd == ("the head is tied to the embedding, and a copy of the embedding is stored as a head all the same",)
+    assert found.odd == (
+        "the head is tied to the embedding, and a copy of the embedding is stored as a "
+        "head all the same",
+    )
     assert found.parameters == found.expected_parameters
 
 
@@ -158,14 +229,18 @@ def test_a_tied_head_that_is_stored(directory):
 def test_another_type_than_declared(directory, key):
     describe(directory, dtype=None)
     describe(directory, **{key: "bfloat16"})
-    assert report(open_model(directory)).odd == ("config.json says the weights are 'bfloat16', they are float32",)
+    assert report(open_model(directory)).odd == (
+        "config.json says the weights are 'bfloat16', they are float32",
+    )
 
 
 def test_several_types(directory):
     tensors = load_file(directory / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
     save_file(tensors, directory / "model.safetensors")
-    assert report(open_model(directory)).odd == ("the tensors are of several types: 29 of float32, 1 of float16",)
+    assert report(open_model(directory)).odd == (
+        "the tensors are of several types: 29 of float32, 1 of float16",
+    )
 
 
 def test_a_tie_that_is_not_declared(directory):
@@ -179,8 +254,10 @@ def test_nothing_that_ends_a_text(directory):
         (directory / name).unlink()
     describe(directory, eos_token_id=None)
     found = report(open_model(directory))
-    assert found.odd == ("there is no tokenizer among the files",
-                         "no token is known to end a text: generation goes on to its limit")  # fmt: skip
+    assert found.odd == (
+        "there is no tokenizer among the files",
+        "no token is known to end a text: generation goes on to its limit",
+    )
     assert (found.chat_template, found.stops, found.tokenizer_vocab_size) == ("none", {}, None)
     assert len(found.brief()) == 2
     assert "and 1 more" in found.brief()[1]
@@ -195,7 +272,10 @@ def test_turn_tokens_that_are_not_special(directory):
     describe(directory, eos_token_id=0)
     opened = open_model(directory)
     assert opened.stop_ids == (0, 2)
-    assert any(sentence.startswith("'<|im_end|>' structure conversations, yet") for sentence in report(opened).odd)
+    assert any(
+        sentence.startswith("'<|im_end|>' structure conversations, yet")
+        for sentence in report(opened).odd
+    )
 
 
 def test_what_the_tokenizers_description_says_against_what_is_done(directory):
@@ -203,12 +283,17 @@ def test_what_the_tokenizers_description_says_against_what_is_done(directory):
     config = json.loads((directory / "tokenizer_config.json").read_text())
     does = open_model(directory).tokenizer.adds_begin
     named = [{"name": "rag", "template": "R"}]
-    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": not does, "chat_template": named}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(config | {"add_bos_token": not does, "chat_template": named})
+    )
     (directory / "chat_template.jinja").unlink(missing_ok=True)
     opened = open_model(directory)
     odd = report(opened).odd
     assert opened.tokenizer.adds_begin is does
-    assert any(line.startswith(f"tokenizer_config.json says add_bos_token: {str(not does).lower()}, yet") for line in odd)
+    assert any(
+        line.startswith(f"tokenizer_config.json says add_bos_token: {str(not does).lower()}, yet")
+        for line in odd
+    )
     assert "there are chat templates named 'rag' and none named default: none is used" in odd
 
 
