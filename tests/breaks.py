@@ -180,8 +180,8 @@ BREAKS = (
     Break(
         "loss mask shifted",
         "data/packing.py",
-        "batch.weights[row, at : at + take] = learned[1:]",
-        "batch.weights[row, at : at + take] = learned[:-1]",
+        "batch.weights[sequence, at : at + take] = learned[1:]",
+        "batch.weights[sequence, at : at + take] = learned[:-1]",
     ),
     Break("LoRA scale", "training/setup.py", "adapter.alpha / adapter.rank", "adapter.alpha"),
     Break(
@@ -193,12 +193,8 @@ BREAKS = (
     Break(
         "resume from step + 1",
         "training/loop.py",
-        "step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), "
-        "batch_sharding(self.recipe, self.mesh)\n"
-        "        step = int(state.step)",
-        "step_program, sharding = sharded_step(self.recipe, self.mesh, *frozen), "
-        "batch_sharding(self.recipe, self.mesh)\n"
-        "        step = int(state.step) + (int(state.step) > 0)",
+        "        step = int(state.step)\n        before",
+        "        step = int(state.step) + (int(state.step) > 0)\n        before",
     ),
     Break(
         "checkpoint removed before the next is committed",

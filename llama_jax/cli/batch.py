@@ -391,10 +391,7 @@ class Writer:
         if piece.completion is not None:
             place, sample = divmod(piece.sequence, self._job.samples)
             sequence = batch[place].number * self._job.samples + sample
-            if (
-                sequence >= self._next
-                # a batch in which an earlier run was interrupted has sequences that are written already
-            ):
+            if sequence >= self._next:  # an interrupted run has written some of its batch already
                 self._waiting[sequence] = _line(
                     batch[place], sample, self._job.samples, piece.completion
                 )

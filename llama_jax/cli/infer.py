@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from llama_jax.generation.text import Piece, Prompt
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-_DESCRIPTION = """Generate text with a LLaMA. Prompts come from --prompt, from --input, or one a line from standard input;
---chat alone opens a conversation, in a terminal or line by line with a program."""
+_DESCRIPTION = """Generate text with a LLaMA. Prompts come from --prompt, from --input, or
+from standard input, one a line; --chat alone opens a conversation, in a terminal or line by line with a program."""
 
 
 def make_parser(prog: str) -> OptionParser:
@@ -51,8 +51,8 @@ def make_parser(prog: str) -> OptionParser:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="""one JSON object a text instead of text; in a conversation also
-                        {"error": TEXT} for a message refused, {"command": NAME, "note": TEXT} for a command""",
+        help='one JSON object for each text; in a conversation also {"error": TEXT} for a message '
+        'refused and {"command": NAME, "note": TEXT} for a command',
     )
     group = parser.add_argument_group("many prompts")
     group.add_argument(

@@ -91,11 +91,8 @@ BACKENDS: dict[str, Callable[..., Array]] = {
 _FEW_SCORES = 512 * 512
 
 
-KERNELS = (
-    "splash",
-    "cudnn",
-    # of one kind of device, for sequences that see themselves; see `llama_jax.model.context_parallel`
-)
+# Backends for one kind of device and for plain self-attention; see `model.context_parallel`.
+KERNELS = ("splash", "cudnn")
 
 
 def choose_backend(

@@ -19,9 +19,11 @@ _LLAMA2 = r"""{%- if messages[0].role == 'system' %}
 {%- endif %}
 {%- for message in turns %}
     {%- if message.role != ('user' if loop.index0 is even else 'assistant') %}
-        {{- raise_exception('Llama 2 wants user and assistant in turn, after at most one system message') }}
+        {{- raise_exception('Llama 2 wants user and assistant in turn, after at most one system'
+            ~ ' message') }}
     {%- elif message.role == 'user' %}
-        {{- bos_token ~ '[INST] ' ~ ((system if loop.first else '') ~ message.content) | trim ~ ' [/INST]' }}
+        {{- bos_token ~ '[INST] '
+            ~ ((system if loop.first else '') ~ message.content) | trim ~ ' [/INST]' }}
     {%- else %}
         {{- ' ' ~ message.content | trim ~ ' ' ~ eos_token }}
     {%- endif %}

@@ -308,6 +308,7 @@ class Run:
             sum(part.size for part in parts)
             for parts in (self.data.train, self.data.held_out.values())
         )
+        kinds = [device.device_kind for device in self.mesh.devices.flat]
         return [
             f"model     {si(parameter_count(config.model))} parameters, "
             f"{config.model.layers} layers, "
@@ -316,7 +317,7 @@ class Run:
             f"data      {si(training)} training tokens, {si(held_out)} held out; "
             f"{si(tokens)} tokens/step, "
             f"{self.batches.tokens_before(config.run.steps) / training:.2f} epochs in all",
-            f"mfu       {mfu_line(config, [device.device_kind for device in self.mesh.devices.flat])}",
+            f"mfu       {mfu_line(config, kinds)}",
             *self._mixture_lines(),
             *[f"packing   {line}" for line in packing_lines(self.batches)],
             *self._evaluation_lines(),
