@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _DESCRIPTION = """Generate text with a LLaMA. Prompts come from --prompt, from --input, or
-from standard input, one a line; --chat alone opens a conversation, in a terminal or line by line with a program."""
+from standard input, one a line; --chat alone opens a conversation, in a terminal or line by line
+with a program."""
 
 
 def make_parser(prog: str) -> OptionParser:
