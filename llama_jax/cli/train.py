@@ -29,7 +29,7 @@ from llama_jax.parallel.hosts import Hosts
 from llama_jax.planning.job import Job
 from llama_jax.planning.plan import devices_of, job_of, leaves_room, remat_candidates
 from llama_jax.storage import atomic_write
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import TrainConfig, with_remat
 from llama_jax.training.config_sections import DistributedConfig, wall_seconds
 
 # --- automatic ---
@@ -59,11 +59,6 @@ def job_here(config: TrainConfig) -> tuple[Job, float | None]:
         config, devices_of(device.device_kind, jax.device_count()), compute_dtype(config.compute)
     )
     return job, (device.memory_stats() or {}).get("bytes_limit")
-
-
-def with_remat(config: TrainConfig, remat: str) -> TrainConfig:
-    """The config with a setting of remat in place of its own."""
-    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
 
 
 def candidates(config: TrainConfig, hosts: Hosts, going_on: bool) -> tuple[str, ...]:
@@ -279,43 +274,38 @@ def main(arguments: list[str], default: pathlib.Path = _DEFAULT) -> int:
     make_room_for_virtual_devices()
     quiet_libraries()
     with several_processes(config.distributed, os.environ) as hosts:
-        return _go_on(config, hosts, started)
+        return train(config, hosts, started)
 
 
-def _go_on(config: TrainConfig, hosts: Hosts, started: float) -> int:
-    """Trains where there is something left to do."""
-    from llama_jax.training.checkpointing import newest_step
+def train(config: TrainConfig, hosts: Hosts, started: float) -> int:
+    """Trains if anything is left to do; returns the exit status.
+
+    Args:
+      config: of the run.
+      hosts: the processes that train together.
+      started: when the program began, by `time.monotonic`.
+    """
+    from llama_jax.training.checkpointing import RUN_CONFIG, newest_step, summary_lines
     from llama_jax.training.consistency import describe_program, require_same
+    from llama_jax.training.display import Display, WorkerDisplay, open_display
+    from llama_jax.training.loop import Run, prepare
     from llama_jax.training.setup import require_same_model
+    from llama_jax.training.step import preempted
 
     directory = pathlib.Path(config.run.dir)
     require_same(hosts, "program", describe_program(config) if hosts.count > 1 else {})
-    step = int(
-        hosts.agree("newest step", str(0 if config.run.overwrite else newest_step(directory)))
-    )
+    newest = 0 if config.run.overwrite else newest_step(directory)
+    step = int(hosts.agree("newest step", str(newest)))
     if step >= config.run.steps:
         require_same_model(config)
         if hosts.first:
             print(finished_line(config, step))
         return 0
+
     keep_compiled_programs()
     before = recorded_config(config.run.dir) if step else None
-    return _train(config, before, candidates(config, hosts, going_on=step > 0), hosts, started)
-
-
-def _train(
-    config: TrainConfig,
-    before: TrainConfig | None,
-    remats: tuple[str, ...],
-    hosts: Hosts,
-    started: float,
-) -> int:
-    from llama_jax.training.checkpointing import RUN_CONFIG, summary_lines
-    from llama_jax.training.display import Display, WorkerDisplay, open_display
-    from llama_jax.training.loop import Run
-    from llama_jax.training.step import preempted
-
-    directory = pathlib.Path(config.run.dir)
+    remats = candidates(config, hosts, going_on=step > 0)
+    config = with_remat(config, remats[0])
     stop = StopRequest(
         directory,
         started + wall_seconds(config.run.max_time),
@@ -323,29 +313,28 @@ def _train(
         hosts.first,
     )
     interactive = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    aside = WorkerDisplay(sys.stderr, f"process {hosts.process}: ")
-    display: Display = open_display(sys.stdout, interactive) if hosts.first else aside
-    sequences: dict[str, str] = {}
+    worker = WorkerDisplay(sys.stderr, f"process {hosts.process}: ")
+    display: Display = open_display(sys.stdout, interactive) if hosts.first else worker
+    lines: dict[str, str] = {}
     run: Run | None = None
-
-    def settle(config: TrainConfig) -> TrainConfig:
-        """The config with the setting of remat that fits."""
-        return with_remat(config, first_that_fits(config, remats, hosts, display.event))
-
     try:
-        run = Run(with_remat(config, remats[0]), display, hosts, before)
-        summary = run.train(
-            stop, settle, lambda config: write_config(config, directory / RUN_CONFIG)
+        run = prepare(
+            config,
+            display,
+            hosts,
+            before,
+            lambda complete: first_that_fits(complete, remats, hosts, display.event),
         )
-        sequences = summary_lines(summary, time.monotonic() - started)
+        summary = run.train(stop, lambda config: write_config(config, directory / RUN_CONFIG))
+        lines = summary_lines(summary, time.monotonic() - started)
         stop.close()
     except RuntimeError as error:  # the runtime's own errors are of this kind
-        lines = memory_lines(run.config if run else with_remat(config, remats[0]), error)
-        if not lines:
+        advice_lines = memory_lines(run.config if run else config, error)
+        if not advice_lines:
             raise
-        raise DeviceMemoryError(*lines) from None
+        raise DeviceMemoryError(*advice_lines) from None
     finally:
-        display.finish(sequences)
+        display.finish(lines)
     status = 0 if summary.saved else DAMAGED
     if summary.failed_saves:
         end_within(_EXIT_SECONDS, status)

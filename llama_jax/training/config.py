@@ -320,3 +320,8 @@ def _sides(model: LlamaConfig, targets: Sequence[str]) -> list[int]:
     layer = parameter_shapes(model)["layers"]
     matrices = {**layer["attention"], **layer["feed_forward"]}
     return [side for name in targets for side in matrices[name][1:]]
+
+
+def with_remat(config: TrainConfig, remat: str) -> TrainConfig:
+    """The config with another rematerialization policy."""
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))

@@ -3,13 +3,15 @@ checkpoints.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from llama_jax.accounting import parameter_count
-from llama_jax.axes import Parameters
+from llama_jax.data.batches import Batches
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.tokens import unigram_cross_entropy
 from llama_jax.parallel.hosts import Hosts
@@ -23,10 +25,11 @@ from llama_jax.training.checkpointing import (
     learning_rate_jump,
     only_run,
 )
-from llama_jax.training.config import TrainConfig
+from llama_jax.training.config import TrainConfig, with_remat
 from llama_jax.training.config_sections import micro_batch_size
 from llama_jax.training.consistency import require_equal_replicas, require_same, require_same_data
 from llama_jax.training.data import (
+    RunData,
     make_batches,
     open_data,
     packing_figures,
@@ -37,6 +40,7 @@ from llama_jax.training.display import Display, si
 from llama_jax.training.evaluate import (
     Evaluation,
     Evaluator,
+    HeldOut,
     PairEvaluation,
     Samples,
     batch_evaluator,
@@ -59,6 +63,7 @@ from llama_jax.training.setup import (
     frozen_base,
     make_directory,
     make_recipe,
+    require_attention,
     require_fitting_objective,
     require_same_base,
     require_same_run,
@@ -66,6 +71,7 @@ from llama_jax.training.setup import (
     run_mesh,
 )
 from llama_jax.training.step import (
+    Recipe,
     StepMetrics,
     TrainState,
     batch_sharding,
@@ -79,134 +85,82 @@ from llama_jax.weights.load import RUN_CHECKPOINTS, RUN_TOKENIZER, Form, load
 
 Held = Evaluation | PairEvaluation
 Stop = Callable[[int], bool]  # asked after every step whether to save and end there
+Write = Callable[[TrainConfig], None]
 
 
+def never(step: int) -> bool:
+    """No request to stop."""
+    return False
+
+
+def ignore(config: TrainConfig) -> None:
+    """Writes nothing."""
+
+
+@dataclasses.dataclass
 class Run:
-    """The parts of one run, built once: data, mesh, programs, checkpoints. Use as `Run(config,
-    display).train()`.
+    """A run whose parts `prepare` has built and checked: `prepare(config, display).train()`.
+
+    Attributes:
+      config: of the run, completed by the model that it begins with.
+      display: where the run is shown.
+      hosts: the processes that train together.
+      before: the config with which the directory was trained last, if known.
+      mesh: the devices.
+      data: token files for training and evaluation.
+      batches: the global batches of training.
+      held_out: the sequences that every evaluation reads, by data set.
+      metadata: the description of the run in its checkpoints.
+      recipe: model, optimizer and objective.
+      evaluator: compiled evaluation.
+      samples: prompts that each evaluation continues.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        display: Display,
-        hosts: Hosts | None = None,
-        before: TrainConfig | None = None,
-    ) -> None:
-        """Checks the config, the cheapest checks first, and prepares the data; compiles nothing
-        yet.
+    config: TrainConfig
+    display: Display
+    hosts: Hosts
+    before: TrainConfig | None
+    mesh: Mesh
+    data: RunData
+    batches: Batches
+    held_out: dict[str, HeldOut]
+    metadata: dict
+    recipe: Recipe
+    evaluator: Evaluator
+    samples: Samples
 
-        Until `train` is called, a run that the directory holds is not touched.
+    @property
+    def directory(self) -> Path:
+        """The directory of the run."""
+        return Path(self.config.run.dir)
 
-        Args:
-          config: of the run.
-          display: where it is shown.
-          hosts: the processes that train together; this one alone by default. What is to be
-            prepared is prepared by the first of them.
-          before: the config with which the directory was trained so far, where it is known; what
-            has changed is told.
-
-        Raises:
-          InputError: naming what in the config does not fit the devices, the tokenizer, the text,
-            or the run to go on with; or the process that differs from the others.
-        """
-        self.display = display
-        self.hosts = hosts = hosts or Hosts()
-        self.directory, self._before = Path(config.run.dir), before
-        self.mesh = run_mesh(config)
-        make_recipe(config)  # refuses what cannot be run here, before anything is read
-        require_vocabulary(config)
-        require_trackers(config.run.trackers)
-        hosts.first_does("directory", lambda: make_directory(self.directory))
-        self.config, made_from = hosts.in_turn("adopt", lambda: adopt(config, hosts.first))
-        config = self.config
-        saved = None if config.run.overwrite else read_metadata(self.directory / RUN_CHECKPOINTS)
-        split = split_corpus(config)
-        self.metadata = describe_run(config, split)
-        require_same_base(saved, made_from, self.directory)
-        require_same_run(
-            saved, self.metadata, self.directory
-        )  # before the text is encoded, which may take long
-        held_out = {} if split is None else {"held-out text (hash)": split.held_out.sha256[:16]}
-        require_same_data(hosts, self.metadata | held_out, self.directory)
-        self.data = hosts.in_turn("data", lambda: open_data(config, split, display.event))
-        self.metadata[TOKENIZER] = self.data.tokenizer_sha256[:16]
-        require_same(hosts, "tokenizer", {TOKENIZER: self.metadata[TOKENIZER]})
-        require_same_run(saved, self.metadata, self.directory)
-        self.metadata |= {} if made_from is None else {MADE_FROM: made_from}
-        self.batches = make_batches(self.data, config.data)
-        require_fitting_objective(config, self.batches.unit)
-        data = config.data
-        self._held_out = choose_held_out(
-            self.data.held_out,
-            data.length,
-            data.packing,
-            config.run.eval_tokens,
-            data.seed,
-            data.too_long,
-        )
-        self._take(config)
-
-    def _take(self, config: TrainConfig) -> None:
-        """Builds what depends on how the model is run."""
-        self.config, self.recipe = config, make_recipe(config)
-        model, mesh = self.recipe.model, self.mesh
-        self._samples = Samples(
-            config.run, model, mesh, self.data.tokenizer_path, self.display.event
-        )
-        self._evaluator = self._make_evaluator()
-
-    def _make_evaluator(self) -> Evaluator:
-        model, chunk = self.recipe.model, self.recipe.loss_chunk
-        if self.batches.unit == 2:
-            return pair_evaluator(model, chunk, self.recipe.objective)
-        return batch_evaluator(
-            model, chunk, byte_counts(load_tokenizer(self.data.tokenizer_path).token_bytes)
-        )
-
-    def train(
-        self,
-        should_stop: Stop = lambda step: False,
-        settle: Callable[[TrainConfig], TrainConfig] = lambda config: config,
-        write: Callable[[TrainConfig], None] = lambda config: None,
-    ) -> Summary:
-        """Trains until `run.steps` updates are done in all, from the newest checkpoint of the
-        directory if there is one.
+    def train(self, should_stop: Stop = never, write: Write = ignore) -> Summary:
+        """Trains up to `run.steps` updates, from the newest checkpoint of the directory if any.
 
         Args:
-          should_stop: asked after every update; when it says so, the state is saved and the run
-            ends early.
-          settle: asked once, with the state in its place and nobody else in the directory, for the
-            config with which to go on; what differs may be how the model is run, such as
-            `compute.remat`.
-          write: puts that config into the directory; called by one process.
+          should_stop: asked after every update with its number; true saves the state and ends.
+          write: puts the config into the directory; called by one process.
 
         Raises:
           InputError: if another process trains in the directory.
         """
+        config, mesh, say = self.config, self.mesh, self.display.event
         with contextlib.ExitStack() as held:
             self.hosts.first_does("lock", lambda: held.enter_context(only_run(self.directory)))
-            return self._train(should_stop, settle, write)
-
-    def _train(
-        self,
-        should_stop: Stop,
-        settle: Callable[[TrainConfig], TrainConfig],
-        write: Callable[[TrainConfig], None],
-    ) -> Summary:
-        config, mesh = self.config, self.mesh
-        self.hosts.first_does("files", self._write_files)
-        text = self.data.held_out if self.batches.unit == 1 else {}  # the loss of pairs is another
-        unigram = unigram_cross_entropy(self.data.train, list(text.values())) if text else None
-        with jax.set_mesh(mesh), self._open_checkpoints() as checkpoints:
-            skip, say = config.data.skip_steps, self.display.event
-            self._recovery = Recovery(config.guard, skip, self.directory, checkpoints, say)
+            self.hosts.first_does("files", self._write_files)
+            text = self.data.held_out if self.batches.unit == 1 else {}  # pairs have another loss
+            unigram = unigram_cross_entropy(self.data.train, list(text.values())) if text else None
+            held.enter_context(jax.set_mesh(mesh))
+            self._checkpoints = held.enter_context(self._open_checkpoints())
+            self._recovery = Recovery(
+                config.guard, config.data.skip_steps, self.directory, self._checkpoints, say
+            )
             self.batches = self._recovery.without_bad_data(self.batches)
-            frozen = frozen_base(config, self.recipe, mesh)
-            state = self._restore_or_init(checkpoints)
+            self._frozen = frozen_base(config, self.recipe, mesh)
+            state = self._restore_or_init()
             first = int(state.step)
             kinds = [device.device_kind for device in mesh.devices.flat]
-            books = RunLog(
+            self._log = log = RunLog(
                 config,
                 lambda step: self.batches.tokens_before(step),
                 kinds,
@@ -214,56 +168,55 @@ class Run:
                 say,
                 self.hosts.first,
             )
-            with books.clock("compile"):
-                self._take(settle(config))
-            self.hosts.first_does("changes", lambda: self._tell_changes(first, books))
-            self.hosts.first_does("config", lambda: write(self.config))
+            self.hosts.first_does("changes", lambda: self._report_changes(first))
+            self.hosts.first_does("config", lambda: write(config))
             if figures := packing_figures(self.batches):
-                books.event(first, "packing", **figures)
+                log.event(first, "packing", **figures)
             self.display.start(self._heading(first, unigram), config.run.steps)
-            self._samples.begin(first)
-            saver = Saver(
-                checkpoints, self.directory, config.run.checkpoint_every, self._saved_metadata, say
+            self.samples.begin(first)
+            self._saver = Saver(
+                self._checkpoints,
+                self.directory,
+                config.run.checkpoint_every,
+                self._saved_metadata,
+                say,
             )
-            with books.watchdog:
-                state, evaluation = self._steps(
-                    state, frozen, checkpoints, saver, books, should_stop
-                )
+            with log.watchdog:
+                state, evaluation = self._steps(state, should_stop)
                 step = int(state.step)
-                with books.clock("save"):
-                    saver.finish(step, state)
-            goodput = books.close(step)
-            saved = self.hosts.agree("saved", "yes" if step in checkpoints.steps() else "") != ""
-            skipped, rewinds = self._recovery.skipped, self._recovery.count
+                with log.clock("save"):
+                    self._saver.finish(step, state)
+            goodput = log.close(step)
+            whole = "yes" if step in self._checkpoints.steps() else ""
             return Summary(
                 step,
                 config.run.steps,
                 evaluation,
                 unigram,
-                saved,
+                self.hosts.agree("saved", whole) != "",
                 goodput,
-                skipped,
-                rewinds,
-                saver.failures,
+                self._recovery.skipped,
+                self._recovery.count,
+                self._saver.failures,
             )
 
-    def _tell_changes(self, step: int, books: RunLog) -> None:
-        """Says which settings have changed since the run was trained last, keeps that among the
-        metrics, and the old config.
+    def _report_changes(self, step: int) -> None:
+        """Prints and records the settings that changed since the last training; keeps the old
+        config.
         """
-        changes = (
-            changed_settings(self._before, self.config) if self._before is not None and step else {}
-        )
-        if self._before is None or not changes:
+        if self.before is None or not step:
             return
-        jump = learning_rate_jump(self._before, self.config, step)
+        changes = changed_settings(self.before, self.config)
+        if not changes:
+            return
+        jump = learning_rate_jump(self.before, self.config, step)
         for line in [
             *(f"{key}: {change}" for key, change in changes.items()),
             *([jump] if jump else []),
         ]:
             self.display.event(f"changed   {line}")
         keep_config(self.directory, step)
-        books.event(step, "changed", **changes, **({"learning_rate": jump} if jump else {}))
+        self._log.event(step, "changed", **changes, **({"learning_rate": jump} if jump else {}))
 
     def _saved_metadata(self) -> dict:
         """What a checkpoint says of the run now."""
@@ -280,9 +233,9 @@ class Run:
             clear_run(self.directory)
         copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
 
-    def _restore_or_init(self, checkpoints: Checkpoints) -> TrainState:
+    def _restore_or_init(self) -> TrainState:
         """The newest good state, or a fresh one, watched from there on."""
-        restored = checkpoints.restore_newest(state_shapes(self.recipe, self.mesh))
+        restored = self._checkpoints.restore_newest(state_shapes(self.recipe, self.mesh))
         for warning in restored.warnings if restored else ():
             self.display.event(f"warning: {warning}")
         state = restored.state if restored else self._init()
@@ -342,11 +295,11 @@ class Run:
 
     def _evaluation_lines(self) -> list[str]:
         """What evaluations read, where that is not all held-out text."""
-        if not self._held_out:
+        if not self.held_out:
             return ["held-out  no text is held out: no evaluation"]
         sequences, whole = (
-            sum(len(part.numbers) for part in self._held_out.values()),
-            sum(p.end for p in self._held_out.values()),
+            sum(len(part.numbers) for part in self.held_out.values()),
+            sum(p.end for p in self.held_out.values()),
         )
         if sequences == whole:
             return []
@@ -356,16 +309,9 @@ class Run:
             "(run.eval_tokens; 0 for all)"
         ]
 
-    def _steps(
-        self,
-        state: TrainState,
-        frozen: tuple[Parameters, ...],
-        checkpoints: Checkpoints,
-        saver: Saver,
-        books: RunLog,
-        should_stop: Stop,
-    ) -> tuple[TrainState, Held | None]:
-        """The loop itself; returns the last state and, at the end of the run, its evaluation."""
+    def _steps(self, state: TrainState, should_stop: Stop) -> tuple[TrainState, Held | None]:
+        """The training loop: returns the last state and, at the end of the run, its evaluation."""
+        log, saver, frozen = self._log, self._saver, self._frozen
         run, sequences = self.config.run, micro_batch_size(self.config.data)
         step_program, sharding = (
             sharded_step(self.recipe, self.mesh, *frozen),
@@ -374,30 +320,32 @@ class Run:
         step = int(state.step)
         before: StepMetrics | None = None
         while step < run.steps:
-            with books.clock("data"):
+            with log.clock("data"):
                 batch = global_batch(self.batches, step, sequences, sharding)
-            state, figures = books.trace.run(step + 1, step_program, state, batch, *frozen)
+            with log.trace.step(step + 1):
+                state, figures = step_program(state, batch, *frozen)
             step += 1
-            books.add(step, figures)
-            jax.block_until_ready(
-                before
-            )  # the host is one step ahead, not ten: a wish to stop is heard within a step
+            log.add(step, figures)
+            # The host stays one step ahead, not ten, so that a stop request is heard within a step.
+            jax.block_until_ready(before)
             before = figures
             last = step == run.steps
             ending = last or should_stop(step)
             saving = saver.due(step) or ending
-            evaluating = bool(self._held_out) and (
+            evaluating = bool(self.held_out) and (
                 last or (not ending and is_due(step, run.eval_every))
             )
             recording = ending or evaluating or is_due(step, run.log_every)
-            trouble = self._recovery.look(step, books.log.fetch()) if recording or saving else None
+            trouble = (
+                self._recovery.look(step, log.step_log.fetch()) if recording or saving else None
+            )
             if trouble is not None:
-                state = self._go_back(trouble, state, frozen, checkpoints, saver, books)
+                state = self._go_back(trouble, state)
                 step = int(state.step)
                 continue
             if is_due(step, self.config.guard.check_replicas):
                 require_equal_replicas(state.params, self.mesh, step)
-            record = self._record(step, books) if recording else None
+            record = self._record(step) if recording else None
             if record is not None and not evaluating:
                 self.display.step(record)
             # After the metrics of the update, so that what a checkpoint holds is never missing
@@ -405,33 +353,26 @@ class Run:
             # has changed, and a newer checkpoint may push out an older one that the run is to go
             # back to.
             if ending or (saving and not self._recovery.streak):
-                with books.clock("save"):
+                with log.clock("save"):
                     saver.save(step, state)
             evaluation = None
             if record is not None and evaluating:
-                with books.log.pause(), books.clock("eval"):
-                    evaluation, more = self._evaluate(state, frozen, books.clock.alive)
-                books.write(step, evaluation.metrics() | more)
+                with log.step_log.pause(), log.clock("eval"):
+                    evaluation, more = self._evaluate(state)
+                log.write(step, evaluation.metrics() | more)
                 self.display.step(record._replace(held_out_loss=evaluation.loss))
             if ending:
                 return state, evaluation
         return state, None
 
-    def _go_back(
-        self,
-        trouble: Trouble,
-        state: TrainState,
-        frozen: tuple[Parameters, ...],
-        checkpoints: Checkpoints,
-        saver: Saver,
-        books: RunLog,
-    ) -> TrainState:
+    def _go_back(self, trouble: Trouble, state: TrainState) -> TrainState:
         """The state to go on with after a trouble.
 
         Raises:
           DivergedError: if the run has gone back there often enough.
         """
-        with books.clock("save"):
+        log, saver = self._log, self._saver
+        with log.clock("save"):
             saver.wait(int(state.step))
         rewind = self._recovery.plan(trouble, self.batches.steps)
         if rewind is None:
@@ -440,43 +381,43 @@ class Run:
                 batch_sharding(self.recipe, self.mesh),
             )
             batch = global_batch(self.batches, trouble.steps[-1].step, sequences, sharding)
-            arrays = array_figures(self.recipe, state, batch, frozen)
+            arrays = array_figures(self.recipe, state, batch, self._frozen)
             raise self._recovery.give_up(trouble, self.batches.steps, state, arrays)
         step = int(state.step)
-        with books.clock("save"):  # it reads a checkpoint, which may take as long as to write one
+        with log.clock("save"):  # it reads a checkpoint, which may take as long as to write one
             self._recovery.go_back(rewind)
             let_go(state)
-            state = self._restore_or_init(checkpoints)
+            state = self._restore_or_init()
         saver.go_back()
-        books.go_back(
-            step, int(state.step), rewind
-        )  # perhaps further than was planned: past a checkpoint that is damaged
-        self._samples.begin(int(state.step))
+        # Perhaps further back than planned: a damaged checkpoint is passed over.
+        log.go_back(step, int(state.step), rewind)
+        self.samples.begin(int(state.step))
         self.batches = self._recovery.without_bad_data(self.batches)
         return state
 
-    def _record(self, step: int, books: RunLog) -> StepRecord:
+    def _record(self, step: int) -> StepRecord:
         """The figures of the updates since the last record, written down."""
-        record = books.log.record(step)._replace(
+        record = self._log.step_log.record(step)._replace(
             skipped=self._recovery.skipped, rewinds=self._recovery.count
         )
-        books.write(step, record.flat())
-        books.log.start_clock()
+        self._log.write(step, record.flat())
+        self._log.step_log.start_clock()
         return record
 
-    def _evaluate(
-        self, state: TrainState, frozen: tuple[Parameters, ...], alive: Callable[[], None]
-    ) -> tuple[Held, dict[str, float | int]]:
+    def _evaluate(self, state: TrainState) -> tuple[Held, dict[str, float | int]]:
         """The evaluation of a state, and the loss of each data set where there are several, by
         their names in the metrics.
         """
         sequences, rules = micro_batch_size(self.config.data), self.recipe.model.options.rules
-        params = self.recipe.parameters(state.params, frozen[0] if frozen else None, None)
-        self._samples.take(int(state.step), params)
+        alive = self._log.clock.alive
+        params = self.recipe.parameters(
+            state.params, self._frozen[0] if self._frozen else None, None
+        )
+        self.samples.take(int(state.step), params)
         alive()
         sums = {
-            name: evaluate(self._evaluator, params, part, sequences, self.mesh, rules, alive)
-            for name, part in self._held_out.items()
+            name: evaluate(self.evaluator, params, part, sequences, self.mesh, rules, alive)
+            for name, part in self.held_out.items()
         }
         if self.batches.unit == 2:
             each: dict[str, Held] = {name: pair_evaluation([part]) for name, part in sums.items()}
@@ -492,3 +433,83 @@ class Run:
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after this one; 0 is never."""
     return every > 0 and step % every == 0
+
+
+def prepare(
+    config: TrainConfig,
+    display: Display,
+    hosts: Hosts | None = None,
+    before: TrainConfig | None = None,
+    choose_remat: Callable[[TrainConfig], str] | None = None,
+) -> Run:
+    """Builds the parts of a run in the order in which they are needed, the cheapest checks first.
+
+    Nothing that the directory holds is touched before `Run.train`, and no step is compiled but by
+    `choose_remat`.
+
+    Args:
+      config: of the run.
+      display: where the run is shown.
+      hosts: the processes that train together; this one alone by default. The first of them
+        prepares the data.
+      before: the config with which the directory was trained last, if known; changes are reported.
+      choose_remat: the rematerialization policy for a config; that of the config by default.
+
+    Raises:
+      InputError: naming the value that does not fit the devices, the tokenizer, the text, or the
+        run to resume; or the process that differs from the others.
+    """
+    hosts, directory = hosts or Hosts(), Path(config.run.dir)
+    mesh = run_mesh(config)
+    require_attention(config)
+    require_vocabulary(config)
+    require_trackers(config.run.trackers)
+    hosts.first_does("directory", lambda: make_directory(directory))
+    config, made_from = hosts.in_turn("adopt", lambda: adopt(config, hosts.first))
+
+    saved = None if config.run.overwrite else read_metadata(directory / RUN_CHECKPOINTS)
+    split = split_corpus(config)
+    metadata = describe_run(config, split)
+    require_same_base(saved, made_from, directory)
+    require_same_run(saved, metadata, directory)  # before the text is encoded, which may take long
+    held_out = {} if split is None else {"held-out text (hash)": split.held_out.sha256[:16]}
+    require_same_data(hosts, metadata | held_out, directory)
+    data = hosts.in_turn("data", lambda: open_data(config, split, display.event))
+    metadata[TOKENIZER] = data.tokenizer_sha256[:16]
+    require_same(hosts, "tokenizer", {TOKENIZER: metadata[TOKENIZER]})
+    require_same_run(saved, metadata, directory)
+    metadata |= {} if made_from is None else {MADE_FROM: made_from}
+    batches = make_batches(data, config.data)
+    require_fitting_objective(config, batches.unit)
+    chosen = choose_held_out(
+        data.held_out,
+        config.data.length,
+        config.data.packing,
+        config.run.eval_tokens,
+        config.data.seed,
+        config.data.too_long,
+    )
+
+    if choose_remat is not None:
+        config = with_remat(config, choose_remat(config))
+    recipe = make_recipe(config)
+    samples = Samples(config.run, recipe.model, mesh, data.tokenizer_path, display.event)
+    if batches.unit == 2:
+        evaluator = pair_evaluator(recipe.model, recipe.loss_chunk, recipe.objective)
+    else:
+        counts = byte_counts(load_tokenizer(data.tokenizer_path).token_bytes)
+        evaluator = batch_evaluator(recipe.model, recipe.loss_chunk, counts)
+    return Run(
+        config,
+        display,
+        hosts,
+        before,
+        mesh,
+        data,
+        batches,
+        chosen,
+        metadata,
+        recipe,
+        evaluator,
+        samples,
+    )

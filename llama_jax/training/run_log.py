@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -192,8 +191,6 @@ def flops_per_token(config: TrainConfig) -> int:
 RUN_PROFILE = "profile"  # in the directory of a run
 _PERFETTO = "perfetto_trace.json.gz"
 
-Result = TypeVar("Result")
-
 
 class Trace:
     """Traces the steps of `run.profile`; training never fails for its sake.
@@ -209,26 +206,24 @@ class Trace:
         self._directory, self._say = directory, say
         self._traced: list[int] = []
 
-    def run(self, step: int, program: Callable[..., Result], *args: Any) -> Result:
-        """What a program gives; traced if the step is wanted, and with the last of them the trace
-        is written.
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Traces the block if the step is wanted; after the last wanted one the trace is written.
 
         Args:
-          step: number of the update that it does, from 1.
-          program: compiled.
-          *args: of the program.
+          step: number of the update that is dispatched in the block, from 1.
         """
-        if step in self._wanted and not self._traced:
-            self._attempt(self._start)
         if step not in self._wanted:
-            return program(*args)
+            yield
+            return
+        if not self._traced:
+            self._attempt(self._start)
         self._traced.append(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            result = program(*args)
-        if step == self._wanted[-1]:
-            jax.block_until_ready(result)
+            yield
+        if self._wanted and step == self._wanted[-1]:
+            jax.block_until_ready(jax.live_arrays())  # the update is still under way
             self.close()
-        return result
 
     def close(self) -> None:
         """Writes a trace that is still under way, where the run ends before the last step that is
@@ -315,12 +310,12 @@ class RunLog:
         self._heartbeat = Heartbeat(directory / RUN_HEARTBEAT if writing else None)
         self._loss: Metric = None
         self.watchdog = Watchdog(hang_file(directory), config.run.hang_seconds, self.clock)
-        self.log = StepLog(config, tokens_before, device_kinds, self.clock, self._goodput)
+        self.step_log = StepLog(config, tokens_before, device_kinds, self.clock, self._goodput)
 
     def add(self, step: int, figures: StepMetrics) -> None:
         """Takes the figures of an update that is on its way."""
         self.watchdog.begun(step, figures.loss)  # type: ignore[arg-type]  # the stubs of JAX leave `is_ready` out
-        self.log.add(figures)
+        self.step_log.add(figures)
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Keeps figures of a step: those of its update, or of the evaluation after it."""
@@ -337,7 +332,7 @@ class RunLog:
         """Forgets updates that the run, at `step`, has gone back from; the metrics after `to` are
         dropped, as at a restart.
         """
-        self.log.go_back(step, to)
+        self.step_log.go_back(step, to)
         self._metrics.close()
         self._metrics = MetricsFile(self._path, to, self._warn)
         left_out = {"steps": in_words(rewind.steps, 1), "data_steps": in_words(rewind.data)}
@@ -346,7 +341,7 @@ class RunLog:
     def close(self, step: int) -> Goodput:
         """Closes them; where the wall time of the run went."""
         self.trace.close()
-        self.log.close(step)
+        self.step_log.close(step)
         self._heartbeat.beat(step, self._loss, always=True)
         self._metrics.close()
         self._goodput.close()

@@ -354,20 +354,31 @@ def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> str:
     return compute.dtype if compute.dtype != "auto" else "float32" if on_cpu else "bfloat16"
 
 
+def require_attention(config: TrainConfig, platform: str | None = None) -> str:
+    """The attention backend that `compute.attention` stands for; checked by `choose_backend`."""
+    platform = platform or jax.devices()[0].platform
+    return choose_backend(
+        config.compute.attention,
+        config.data.length,
+        config.data.length,
+        platform,
+        config.model.head_dim,
+        config.mesh.context,
+        compute_dtype(config.compute, platform),
+    )
+
+
 def make_recipe(config: TrainConfig, platform: str | None = None) -> Recipe:
     """Model, optimizer and schedule of a run, for the devices at hand or for those of a platform:
     `cpu`, `gpu`, `tpu`.
     """
     compute = config.compute
     platform = platform or jax.devices()[0].platform
-    dtype, length = compute_dtype(compute, platform), config.data.length
-    head_dim, parts = config.model.head_dim, config.mesh.context
-    attention = choose_backend(compute.attention, length, length, platform, head_dim, parts, dtype)
     options = ModelOptions(
-        dtype=dtype,
+        dtype=compute_dtype(compute, platform),
         scan=compute.scan_layers,
         remat=compute.remat,
-        attention=attention,
+        attention=require_attention(config, platform),
         context_attention=compute.context_attention,
     )
     schedule = learning_rate_schedule(config.optimizer, config.run.steps)

@@ -17,20 +17,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import tiny_config, write_corpus, write_yaml
 
 from llama_jax.cli import train as automatic
-from llama_jax.cli.train import (
-    candidates,
-    compiled_bytes,
-    first_that_fits,
-    main,
-    with_remat,
-    write_config,
-)
+from llama_jax.cli.train import candidates, compiled_bytes, first_that_fits, main, write_config
 from llama_jax.data.packing import empty_batch
 from llama_jax.errors import InputError
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.presets import preset
 from llama_jax.training import step
-from llama_jax.training.config import ComputeConfig, MeshConfig, RunConfig, TrainConfig
+from llama_jax.training.config import ComputeConfig, MeshConfig, RunConfig, TrainConfig, with_remat
 from llama_jax.training.config_sections import AdapterConfig, DataConfig
 from llama_jax.training.setup import frozen_base, frozen_shapes, make_recipe, run_mesh
 from llama_jax.training.step import batch_sharding, micro_batches, sharded_init, sharded_step

@@ -38,7 +38,7 @@ from llama_jax.cli.main import run_program
 from llama_jax.cli.train import main
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.display import open_display
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.training.step import Guard
 
 STEPS = 30
@@ -122,7 +122,7 @@ def stop_at(config: TrainConfig, step: int) -> None:
     """What a program does that uses the library: stops where it likes."""
     given = parse_train(arguments(config), pathlib.Path())
     with open(os.devnull, "w") as nowhere:
-        summary = Run(given, open_display(nowhere, interactive=False)).train(
+        summary = prepare(given, open_display(nowhere, interactive=False)).train(
             should_stop=lambda at: at == step
         )
     assert (summary.step, summary.steps, summary.evaluation, summary.saved) == (

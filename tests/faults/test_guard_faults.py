@@ -31,7 +31,7 @@ from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import loop, setup
 from llama_jax.training import step as guard
 from llama_jax.training.consistency import differing_replicas
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.training.step import state_shapes
 from llama_jax.weights.checkpoint import list_steps
 
@@ -111,7 +111,7 @@ def make(tmp_path, corpus, reference):
 def train(config, stop: int | None = None):
     """A run, to its end or to a step; its display."""
     display = Recorder()
-    summary = Run(config, display).train(should_stop=lambda step: step == stop)
+    summary = prepare(config, display).train(should_stop=lambda step: step == stop)
     assert summary.saved
     assert summary.step == (stop or config.run.steps)
     return display, summary
@@ -242,7 +242,7 @@ def test_what_does_not_end_ends_the_run_with_a_report(make, monkeypatch):
         match=r"^step 9: 3 steps in a row were skipped \(loss nan, gradient norm nan\) after the "
         r"run went back 3 times; .*/postmortem says more; lower optimizer.learning_rate",
     ) as caught:
-        Run(config, display).train()
+        prepare(config, display).train()
     assert "\n" not in str(caught.value)
     assert sum("going back to step 4" in line for line in display.events) == 3
     assert saved_steps(config) == [4]
@@ -272,7 +272,7 @@ def test_what_does_not_end_ends_the_run_with_a_report(make, monkeypatch):
 
     # It is remembered: the same command gives up at once, and one that starts anew forgets.
     with pytest.raises(DivergedError, match="step 9: "):
-        Run(config, Recorder()).train()
+        prepare(config, Recorder()).train()
     loop.clear_run(directory(config))
     assert not folder.exists()
     assert not (directory(config) / "rewinds.json").exists()
@@ -306,7 +306,7 @@ def test_no_checkpoint_has_weights_that_are_not_finite(make, monkeypatch):
     monkeypatch.setattr(loop, "sharded_step", broken)
     display = Recorder()
     config = make("run", run={"steps": 8})
-    summary = Run(config, display).train()
+    summary = prepare(config, display).train()
     assert summary.saved is False
     assert "warning: checkpoint 8 was not written: its parameters are not finite" in display.events
     assert saved_steps(config) == [4]
@@ -449,7 +449,7 @@ def test_a_run_whose_replicas_differ_ends_in_one_line_and_saves_nothing(make, mo
 
     monkeypatch.setattr(loop, "sharded_step", broken)
     config = make("run", mesh={"data": 4}, guard={"check_replicas": 2}, run={"checkpoint_every": 2})
-    assert run_program(lambda: Run(config, Recorder()).train() and 0) == 4
+    assert run_program(lambda: prepare(config, Recorder()).train() and 0) == 4
     first, second, odd, last = jax.devices()[:4]
     assert capsys.readouterr().err == (
         f"error: step 4: params/final_norm/scale on {odd} is not what it is on {first}, "

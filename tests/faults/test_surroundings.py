@@ -15,7 +15,7 @@ from tiny_runs import child_environment, read_lines, read_state, state_bytes
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import setup
 from llama_jax.training.display import PlainDisplay
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 
 
 def test_without_a_network(spawn, run, reference):
@@ -79,7 +79,7 @@ def one_device(monkeypatch):
 
 def in_process(config, stop_at: int = 0) -> None:
     with open(os.devnull, "w") as nowhere:
-        Run(config, PlainDisplay(nowhere)).train(lambda step: step == stop_at)
+        prepare(config, PlainDisplay(nowhere)).train(lambda step: step == stop_at)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -88,7 +88,7 @@ def test_ends_that_fall_together(run, tmp_path, corpus, reference):
     once, no sequence is lost.
     """
     sequences, batch = (
-        Run(run, PlainDisplay(sys.stdout)).batches.sources[0].packing.count,
+        prepare(run, PlainDisplay(sys.stdout)).batches.sources[0].packing.count,
         run.data.batch_size,
     )
     epoch = sequences // batch

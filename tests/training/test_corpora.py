@@ -25,7 +25,7 @@ from llama_jax.training import setup
 from llama_jax.training.config_sections import DataConfig, SourceConfig
 from llama_jax.training.data import make_batches, open_data, packing_identity, packing_lines
 from llama_jax.training.evaluate import Evaluation, choose_held_out, together
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.training.metrics import read_events
 from llama_jax.training.step import global_batch, micro_batches, sequence_numbers
 
@@ -90,7 +90,7 @@ def _one_device(monkeypatch):
 @pytest.mark.usefixtures("_one_device")
 def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
     data = dataclasses.replace(config.data, batch_ramp=((1, 8),), accumulation=2)
-    run = Run(dataclasses.replace(config, data=data), Quiet())
+    run = prepare(dataclasses.replace(config, data=data), Quiet())
     summary = run.train()
     lines = read_lines(pathlib.Path(config.run.dir))
     last = lines[-1]
@@ -104,7 +104,7 @@ def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
     assert summary.evaluation.tokens == sum(targets.values())
     assert [line["train/tokens"] for line in lines] == [128, 128 + 256, 128 + 512]
     more = dataclasses.replace(config.run, steps=4)
-    Run(
+    prepare(
         dataclasses.replace(config, run=more, data=dataclasses.replace(data, skip_steps=((9, 9),))),
         Quiet(),
     )
@@ -115,7 +115,7 @@ def test_a_run_on_a_mixture_tells_the_loss_of_each_corpus(config):
         {"batch_ramp": ()},
     ):
         with pytest.raises(InputError, match="holds a run with"):
-            Run(
+            prepare(
                 dataclasses.replace(config, run=more, data=dataclasses.replace(data, **changes)),
                 Quiet(),
             )
@@ -149,7 +149,7 @@ def test_conversations_that_are_too_long_are_told(config, folders, tmp_path):
     assert 0 < over < len(lengths)
     made = chat_run(config, folders, tmp_path, length=length)
     display = Heading()
-    Run(made, display).train()
+    prepare(made, display).train()
     line = (
         f"{over} of {len(lengths)} examples have more than data.length {length} tokens: "
         f"{over} dropped (data.too_long)"
@@ -167,7 +167,7 @@ def test_conversations_that_are_too_long_are_told(config, folders, tmp_path):
     longer = dataclasses.replace(made.run, steps=2)
     for changes in ({"too_long": "cut_end"}, {"packing": "cut"}):
         with pytest.raises(InputError, match="holds a run with"):
-            Run(
+            prepare(
                 dataclasses.replace(
                     made, run=longer, data=dataclasses.replace(made.data, **changes)
                 ),

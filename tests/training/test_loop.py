@@ -47,7 +47,7 @@ from llama_jax.training.evaluate import (
     evaluate,
     text_evaluation,
 )
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.training.setup import fingerprint
 from llama_jax.training.step import StepMetrics, global_batch
 from llama_jax.weights.checkpoint import SaveError
@@ -109,7 +109,7 @@ def runs(tmp_path_factory, corpus):
             patch.setattr(
                 setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1])
             )
-            return config, display, Run(config, display).train()
+            return config, display, prepare(config, display).train()
 
     return finished
 
@@ -347,7 +347,7 @@ def test_a_checkpoint_comes_after_the_metrics_of_its_step_and_before_its_evaluat
 
     monkeypatch.setattr(loop.Checkpoints, "save", noted_save)
     monkeypatch.setattr(loop, "evaluate", noted_evaluation)
-    Run(changed(config, run={"eval_every": 4}), Recorder()).train()
+    prepare(changed(config, run={"eval_every": 4}), Recorder()).train()
     assert seen == [
         (step, *what) for step in (4, 8, 12) for what in (("save", step), ("eval", False))
     ]
@@ -364,7 +364,7 @@ def test_a_run_without_held_out_text(config):
     quiet = changed(
         config, data={"held_out_fraction": 0}, run={"steps": 2, "eval_every": 1}, optimizer=SCHEDULE
     )
-    summary = Run(quiet, display).train()
+    summary = prepare(quiet, display).train()
     assert (summary.step, summary.saved, summary.evaluation, summary.unigram) == (
         2,
         True,
@@ -382,7 +382,7 @@ def test_no_held_out_document_is_trained_on(config, monkeypatch, corpus):
     monkeypatch.setattr(
         loop, "global_batch", lambda *given: batches.append(global_batch(*given)) or batches[-1]
     )
-    run = Run(
+    run = prepare(
         changed(
             config, run={"steps": 60, "eval_every": 0, "checkpoint_every": 60}, optimizer=SCHEDULE
         ),
@@ -464,9 +464,9 @@ def test_the_step_is_traced_once_whatever_else_happens(config, monkeypatch):
         evaluate_module, "batch_loss", counted("evaluation", evaluate_module.batch_loss)
     )
     run = changed(config, run={"eval_every": 3, "checkpoint_every": 2})
-    Run(run, Recorder()).train(should_stop=lambda done: done == 7)
+    prepare(run, Recorder()).train(should_stop=lambda done: done == 7)
     assert traces == {"step": 1, "evaluation": 1}
-    Run(run, Recorder()).train()  # from a restored state
+    prepare(run, Recorder()).train()  # from a restored state
     assert traces == {"step": 2, "evaluation": 2}
 
 
@@ -508,7 +508,7 @@ def test_a_wish_to_stop_is_heard_within_a_step(config, monkeypatch):
         return step == 6
 
     monkeypatch.setattr(loop, "sharded_step", late)
-    Run(
+    prepare(
         changed(config, run={"log_every": 100, "eval_every": 0, "checkpoint_every": 100}),
         Recorder(),
     ).train(ask)
@@ -553,7 +553,7 @@ def fail_to_save(monkeypatch, failing: dict[int, str]):
 def test_a_save_that_fails_is_told_and_the_next_one_counts(config, monkeypatch, failing):
     fail_to_save(monkeypatch, failing)
     display = Recorder()
-    summary = Run(config, display).train()
+    summary = prepare(config, display).train()
     warnings = [line for line in display.events if line.startswith("warning")]
     assert warnings == [f"warning: checkpoint {number} was not written: full" for number in (4, 8)]
     assert (summary.step, summary.saved) == (12, True)
@@ -563,7 +563,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_counts(config, monkeypatch, 
 @pytest.mark.parametrize("when", [pytest.param("start", marks=pytest.mark.slow), "background"])
 def test_a_last_save_that_fails_is_no_success(config, monkeypatch, when):
     fail_to_save(monkeypatch, {12: when})
-    assert Run(config, Recorder()).train().saved is False
+    assert prepare(config, Recorder()).train().saved is False
 
 
 def test_a_damaged_checkpoint_costs_steps_but_no_bit(finished, copied):
@@ -578,7 +578,7 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bit(finished, copied):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     display = Recorder()
-    Run(copied, display).train()
+    prepare(copied, display).train()
     assert any(line.startswith("warning: checkpoint") and "/8" in line for line in display.events)
     assert display.records[0].step == 5
     assert [line["step"] for line in read_lines(pathlib.Path(copied.run.dir))] == list(range(1, 13))
@@ -604,7 +604,7 @@ def test_changed_settings_are_told_and_kept_beside_the_run(copied):
     longer = changed(
         copied, run={"steps": 20, "dir": copied.run.dir}, optimizer={"weight_decay": 0.05}
     )
-    Run(longer, display, before=copied).train(lambda step: step == 13, write=written.append)
+    prepare(longer, display, before=copied).train(lambda step: step == 13, write=written.append)
     old, new = 1e-3, 1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * 11 / 18))
     told = [
         line.removeprefix("changed   ") for line in display.events if line.startswith("changed   ")
@@ -646,13 +646,15 @@ def test_what_a_resume_at_a_step_changed_is_kept_each_time(tmp_path):
 
 def test_making_a_run_touches_nothing_of_the_one_before(copied):
     before = snapshot(pathlib.Path(copied.run.dir))
-    Run(changed(copied, run={"overwrite": True}), Recorder())
+    prepare(changed(copied, run={"overwrite": True}), Recorder())
     assert snapshot(pathlib.Path(copied.run.dir)) == before
 
 
 def test_overwrite_starts_anew(copied):
     display = Recorder()
-    Run(changed(copied, run={"overwrite": True, "steps": 3}, optimizer=SCHEDULE), display).train()
+    prepare(
+        changed(copied, run={"overwrite": True, "steps": 3}, optimizer=SCHEDULE), display
+    ).train()
     assert [record.step for record in display.records] == [1, 2, 3]
     assert [line["step"] for line in read_lines(pathlib.Path(copied.run.dir))] == [1, 2, 3]
 
@@ -661,7 +663,7 @@ def test_too_little_text_for_a_batch_is_explained(config):
     with pytest.raises(
         InputError, match=r"tokens are \d+ sequences, but its part of a batch needs 10000"
     ):
-        Run(changed(config, data={"batch_size": 10_000}), Recorder())
+        prepare(changed(config, data={"batch_size": 10_000}), Recorder())
 
 
 # Text
@@ -670,7 +672,7 @@ def test_too_little_text_for_a_batch_is_explained(config):
 def test_a_folder_with_a_tokenizer_is_taken_with_the_files_beside_it(config, tiny_directory):
     data = {"tokenizer": str(tiny_directory)}
     vocabulary = load_tokenizer(tiny_directory).vocab_size
-    Run(
+    prepare(
         changed(config, data=data, model={"vocab_size": vocabulary}, run={"steps": 2}), Recorder()
     ).train()
     ours, theirs = llama_jax.load(config.run.dir).tokenizer, load_tokenizer(tiny_directory)
@@ -685,7 +687,7 @@ def test_a_folder_with_a_tokenizer_is_taken_with_the_files_beside_it(config, tin
 def test_of_a_single_file_the_end_is_held_out(config, tmp_path):
     path = tmp_path / "single.txt"
     path.write_text("".join(f"{' '.join(WORDS[number % 7 :])} {number}\n" for number in range(500)))
-    run = Run(
+    run = prepare(
         changed(config, data={"paths": (str(path),)}, run={"steps": 2}, optimizer=SCHEDULE),
         Recorder(),
     )
@@ -708,7 +710,7 @@ def test_repeated_lines_are_learned_and_continued(config, tmp_path):
     data = {"paths": (str(folder),), "vocab_size": 290, "batch_size": 8}
     run = {"steps": 150, "log_every": 50, "eval_every": 0, "checkpoint_every": 150}
     display = Recorder()
-    summary = Run(
+    summary = prepare(
         changed(config, data=data, run=run, optimizer={"warmup_steps": 10}), display
     ).train()
     losses = [round(record.loss, 3) for record in display.records]

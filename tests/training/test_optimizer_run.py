@@ -13,7 +13,7 @@ from tiny_runs import read_state, tiny_config, write_corpus
 from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import setup
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.training.setup import fingerprint
 
 STEPS = 4
@@ -43,7 +43,7 @@ def config(tmp_path):
 
 
 def test_a_run_with_muon_tells_the_z_loss_and_goes_on_bit_for_bit(config, tmp_path):
-    Run(config, Recorder()).train()
+    prepare(config, Recorder()).train()
     lines = [
         json.loads(line)
         for line in pathlib.Path(config.run.dir, "metrics.jsonl").read_text().splitlines()
@@ -59,16 +59,16 @@ def test_a_run_with_muon_tells_the_z_loss_and_goes_on_bit_for_bit(config, tmp_pa
     stopped = changed(config, run={"dir": str(tmp_path / "stopped")})
     forget(stopped, STEPS)
     with pytest.raises(InputError) as caught:
-        Run(changed(stopped, optimizer={"name": "lion"}), Recorder())
+        prepare(changed(stopped, optimizer={"name": "lion"}), Recorder())
     assert "holds a run with optimizer.name 'muon', 'lion' was asked for" in str(caught.value)
     with pytest.raises(
         InputError, match=r"optimizer\.moments_dtype 'bfloat16', 'float32' was asked for"
     ):
-        Run(changed(stopped, optimizer={"moments_dtype": "float32"}), Recorder())
-    Run(stopped, Recorder()).train()
+        prepare(changed(stopped, optimizer={"moments_dtype": "float32"}), Recorder())
+    prepare(stopped, Recorder()).train()
     assert fingerprint(read_state(stopped, STEPS)) == fingerprint(read_state(config, STEPS))
     # What does not change the state may change.
     longer = changed(
         stopped, run={"steps": STEPS + 1}, optimizer={"learning_rate": 1e-3, "schedule": "constant"}
     )
-    assert Run(longer, Recorder()).train().step == STEPS + 1
+    assert prepare(longer, Recorder()).train().step == STEPS + 1

@@ -20,7 +20,7 @@ from llama_jax.model.llama import Llama
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import setup
 from llama_jax.training.config_sections import OptimizerConfig
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.setup import fingerprint
 from llama_jax.training.step import (
@@ -123,13 +123,13 @@ def config(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_bit_for_bit_and_is_read_as_a_model(config, tmp_path):
-    Run(config, Recorder()).train()
+    prepare(config, Recorder()).train()
     shutil.copytree(config.run.dir, tmp_path / "stopped")
     stopped = changed(config, run={"dir": str(tmp_path / "stopped")})
     forget(stopped, 4)
     with pytest.raises(InputError, match=r"optimizer\.param_dtype 'bfloat16', None was asked for"):
-        Run(changed(stopped, optimizer={"param_dtype": "float32"}), Recorder())
-    Run(stopped, Recorder()).train()
+        prepare(changed(stopped, optimizer={"param_dtype": "float32"}), Recorder())
+    prepare(stopped, Recorder()).train()
     states = read_state(stopped, 4), read_state(config, 4)
     assert fingerprint(states[0]) == fingerprint(states[1])
     assert {leaf.dtype for leaf in jax.tree.leaves(states[0].params)} == {NARROW}

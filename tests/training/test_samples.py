@@ -25,7 +25,7 @@ from llama_jax.parallel.sharding import TRAINING, tree_shardings
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.config import RunConfig
 from llama_jax.training.evaluate import Samples, shown
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.weights.load import load
 
 PROMPTS = ("alpha beta", "<7> gamma")
@@ -58,7 +58,7 @@ def test_each_evaluation_has_the_texts_of_its_parameters(config):  # noqa: F811
     sampled = changed(
         config, run={"sample_prompts": PROMPTS, "sample_tokens": 6, "checkpoint_every": 5}
     )
-    run = Run(sampled, display)
+    run = prepare(sampled, display)
     run.train()
     lines = kept(config.run.dir)
     assert [(line["step"], line["prompt"]) for line in lines] == [
@@ -90,14 +90,14 @@ def test_each_evaluation_has_the_texts_of_its_parameters(config):  # noqa: F811
 
 def test_what_an_interrupted_run_left_is_not_there_twice(config, tmp_path):  # noqa: F811
     sampled = changed(config, run={"sample_prompts": PROMPTS, "sample_tokens": 3, "eval_every": 3})
-    Run(changed(sampled, run={"dir": str(tmp_path / "reference")}), Recorder()).train()
+    prepare(changed(sampled, run={"dir": str(tmp_path / "reference")}), Recorder()).train()
     shutil.copytree(tmp_path / "reference", config.run.dir)
     forget(config, 12)  # it goes on from step 8, with the texts of steps 9 and 12 there already
     with (pathlib.Path(config.run.dir) / "samples.jsonl").open("a") as file:
         file.write('{"step": 9, "prompt": "alpha beta", "text": "of a crash"}\n{"step": 12, "pro')
-    Run(sampled, Recorder()).train()
+    prepare(sampled, Recorder()).train()
     assert kept(config.run.dir) == kept(tmp_path / "reference")
-    Run(changed(config, run={"overwrite": True, "steps": 1}), Recorder()).train()
+    prepare(changed(config, run={"overwrite": True, "steps": 1}), Recorder()).train()
     assert not (pathlib.Path(config.run.dir) / "samples.jsonl").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 from test_loop import Recorder, _one_device, changed, config, corpus  # noqa: F401 (fixtures)
 from tiny_runs import read_state, state_bytes
 
-from llama_jax.training.loop import Run
+from llama_jax.training.loop import prepare
 from llama_jax.training.run_log import Trace
 
 
@@ -33,15 +33,20 @@ def program(x):
 
 def drive(trace, steps):
     """The results of a program that is run as the loop runs its own."""
-    return [float(trace.run(step, program, jnp.float32(step))) for step in steps]
+    results = []
+    for step in steps:
+        with trace.step(step):
+            result = program(jnp.float32(step))
+        results.append(float(result))
+    return results
 
 
 def test_a_run_traces_what_was_asked_and_computes_the_same(config, tmp_path):  # noqa: F811
     plain = changed(config, run={"dir": str(tmp_path / "plain"), "steps": 6})
-    Run(plain, Recorder()).train()
+    prepare(plain, Recorder()).train()
     display, again = Recorder(), Recorder()
     traced = changed(config, run={"steps": 6, "profile": "3:5", "checkpoint_every": 6})
-    Run(traced, display).train()
+    prepare(traced, display).train()
     (line,) = [event for event in display.events if event.startswith("trace")]
     folder = pathlib.Path(traced.run.dir) / "profile"
     assert traced_steps(folder) == [3, 4, 5]
@@ -51,7 +56,9 @@ def test_a_run_traces_what_was_asked_and_computes_the_same(config, tmp_path):  #
         f"--logdir {folder}"
     )
     assert state_bytes(read_state(traced, 6)) == state_bytes(read_state(plain, 6))
-    Run(changed(traced, run={"steps": 8}), again).train()  # from step 6: nothing is left to trace
+    prepare(
+        changed(traced, run={"steps": 8}), again
+    ).train()  # from step 6: nothing is left to trace
     assert not [event for event in again.events if "trace" in event]
     assert traced_steps(folder) == [3, 4, 5]
 
