@@ -53,7 +53,7 @@ def test_an_evaluation_longer_than_any_allowance(spawn, tmp_path, corpus, refere
     child.wait_for("fault: in_eval_batch 12 slow")
     began = time.monotonic()
     child.expect(0)
-    assert time.monotonic() - began > 13  # 12 times the limit
+    assert time.monotonic() - began > 12  # times the limit
     assert checkpoint_steps(run)[-1] == 12
     assert re.search(r"^held-out  .* nats/token, .* bits/byte", child.output, re.MULTILINE)
 
