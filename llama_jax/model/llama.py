@@ -318,6 +318,9 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Logits of the next token at every position, float32, compiled.
 
+    Forward-mode derivatives under `jax.vmap` (`jax.jacfwd`), and those of sequences above 512
+    tokens, need `attention="reference"`.
+
     Args:
       params: parameters, stacked or unrolled.
       inputs: token ids `[B, T]`, or embeddings `[B, T, D]` in their place.
