@@ -113,8 +113,8 @@ def require_tokenizer(model: Pretrained) -> Tokenizer:
     """
     if model.tokenizer is None:
         raise InputError(
-            f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model "
-            "beside the weights"
+            f"{model.origin} has no tokenizer: a directory with its tokenizer.json or "
+            "tokenizer.model beside the weights, or a GGUF file with one inside, expected"
         )
     return model.tokenizer
 
