@@ -167,6 +167,10 @@ def check_texts(prompts: Unchecked) -> None:
         raise InputError(
             f"prompts: the text {_shown(prompts)} given; a list of texts expected, such as [text]"
         )
+    if len(prompts) and all(is_whole(prompt) for prompt in prompts):
+        raise InputError(
+            "prompts: the token ids of one prompt given; a list of prompts expected, such as [ids]"
+        )
     for i, prompt in enumerate(prompts, 1):
         if isinstance(prompt, Mapping):
             raise InputError(

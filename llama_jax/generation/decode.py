@@ -4,7 +4,7 @@ work inside.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from llama_jax.errors import InputError
 from llama_jax.generation.checks import Unchecked, whole
 from llama_jax.generation.sampling import History, Sampling, adjust, begin_history, remember, sample
 from llama_jax.model.cache import Cache, init_cache, take_sequences
-from llama_jax.model.llama import Llama, apply
+from llama_jax.model.llama import Llama, apply, require_tokens
 from llama_jax.model.splash import fits_splash
 from llama_jax.parallel.sharding import whole_sequences
 
@@ -272,8 +272,8 @@ def empty(sequences: int, room: int, logprobs: int | None) -> SampledTokens:
 def generate_tokens(
     model: Llama,
     params: Parameters,
-    prompts: Int[Array, "B T"],
-    lengths: Int[Array, " N"],
+    prompts: Any,
+    lengths: Any,
     sampling: Sampling,
     stop_ids: Int[Array, "*R M"] | Sequence[int],
     max_new_tokens: Unchecked,
@@ -285,8 +285,8 @@ def generate_tokens(
     Args:
       model: the module; static under `jit`.
       params: parameters in the form that `model.options.scan` says.
-      prompts: token ids, padded on the right with anything.
-      lengths: real tokens of each sequence.
+      prompts: token ids `[B, T]`, padded on the right with anything.
+      lengths: real tokens of each sequence, `[B]`.
       sampling: settings of each of the `R = B * samples` sequences of the output.
       stop_ids: tokens that end a sequence (the stop token itself is part of the output), for all
         sequences or for each; may be empty, and filled up with `NOTHING`.
@@ -297,10 +297,12 @@ def generate_tokens(
 
     Raises:
       InputError: while it is traced, for a `max_new_tokens` that is no whole number from 0 on, or
-        that with `T` goes beyond the context; for lengths of another number of prompts and sampling
-        of another number of sequences.
+        that with `T` goes beyond the context; for prompts that are no array `[B, T]`; for lengths
+        of another number of prompts and sampling of another number of sequences.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
+    require_tokens(prompts)
+    lengths = jnp.asarray(lengths)
     sequences, length = prompts.shape
     context = model.config.context_length
     if length + max_new_tokens > context:

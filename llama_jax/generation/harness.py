@@ -7,13 +7,14 @@ print(lm_eval.simple_evaluate(lm, tasks=["hellaswag"], limit=100)["results"])
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import InputError, imported
 from llama_jax.generation.generate import Generator
 from llama_jax.generation.score import Score, score_tokens
-from llama_jax.generation.text import Prompt, generate, require_tokenizer
+from llama_jax.generation.text import encode_user, generate, require_tokenizer
 from llama_jax.text.chat import encode_chat
 from llama_jax.text.tokenizer import encode_prompt
 from llama_jax.weights.load import Pretrained
@@ -53,7 +54,8 @@ class _Plan(NamedTuple):
 class HarnessMethods:
     """The methods that the harness calls; `harness_model` joins them to its base class.
 
-    Texts longer than the context lose their beginning, as the harness's own models have it. A
+    Tokens that do not fit into the context are cut from its left, as the harness's own models have
+    it, and a warning counts the contexts cut before an answer. A
     conversation goes through the model's template here, not in the harness, so that special words
     in questions stay text.
     """
@@ -135,27 +137,38 @@ class HarnessMethods:
         """What the model writes after each context, up to one of the task's stop strings.
 
         Raises:
-          InputError: for settings of a task that are unknown here.
+          InputError: for settings of a task that are unknown here, and for limits that leave no
+            room for a context.
         """
         plans = [
             _plan(request.args[0], request.args[1], self._max_new_tokens) for request in requests
         ]
+        prompts = [self._prompt(plan) for plan in plans]
+        cut = sum(len(ids) < whole for ids, whole in prompts)
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(plans)} contexts are longer than the model's context "
+                f"({self._model.config.context_length} tokens) less their answer: cut from the "
+                "left",
+                stacklevel=2,
+            )
         order = sorted(
-            range(len(plans)), key=lambda i: (plans[i].limit.bit_length(), len(plans[i].context))
+            range(len(plans)), key=lambda i: (plans[i].limit.bit_length(), len(prompts[i][0]))
         )
         answers: dict[int, str] = {}
         for first in range(0, len(order), self._batch_size):
             batch = order[first : first + self._batch_size]
-            answers.update(zip(batch, self._written([plans[i] for i in batch])))
+            written = self._written([prompts[i][0] for i in batch], [plans[i] for i in batch])
+            answers.update(zip(batch, written))
         return [answers[i] for i in range(len(plans))]
 
-    def _written(self, plans: Sequence[_Plan]) -> list[str]:
+    def _written(self, prompts: Sequence[list[int]], plans: Sequence[_Plan]) -> list[str]:
         settings: dict[str, Any] = {
             name: [plan.sampling[name] for plan in plans] for name in _UNCHANGED
         }
         found = generate(
             self._model,
-            [self._prompt(plan.context, plan.limit) for plan in plans],
+            prompts,
             max_new_tokens=[plan.limit for plan in plans],
             stop=[plan.stops for plan in plans],
             generator=self._generator,
@@ -163,13 +176,20 @@ class HarnessMethods:
         )
         return [completion.text for completion in found]
 
-    def _prompt(self, context: str, limit: int) -> Prompt:
-        """What a context asks for: a conversation, or a text that leaves room for an answer."""
-        if context.startswith(_CHAT):
-            return json.loads(context.removeprefix(_CHAT))
-        room = max(1, self._model.config.context_length - limit)
-        ids = encode_prompt(self._tokenizer, context)
-        return context if len(ids) <= room else self._tokenizer.decode(ids[-room:])
+    def _prompt(self, plan: _Plan) -> tuple[list[int], int]:
+        """The last tokens of a context, a text or a conversation, that leave room for the answer;
+        and how many tokens the context has.
+        """
+        length = self._model.config.context_length
+        if plan.limit >= length:
+            raise InputError(
+                f"an answer of up to {plan.limit} tokens asked of a model whose context is "
+                f"{length}; fewer expected (max_gen_toks of the task, or max_new_tokens)"
+            )
+        is_chat = plan.context.startswith(_CHAT)
+        context = json.loads(plan.context.removeprefix(_CHAT)) if is_chat else plan.context
+        ids = encode_user(self._model, context, chat=False) or [self._first]
+        return ids[plan.limit - length :], len(ids)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a context and what follows it, as the harness's own models have them, the

@@ -2,16 +2,18 @@
 
 import dataclasses
 import inspect
+import operator
 import weakref
 from collections import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from llama_jax.errors import InputError
 from llama_jax.generation.checks import (
     Unchecked,
     check_names,
     check_texts,
+    is_whole,
     stop_strings,
     stop_table,
     whole,
@@ -27,7 +29,7 @@ from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, encode_prompt
 from llama_jax.weights.load import Pretrained
 
 Messages = Sequence[Mapping[str, str]]
-Prompt = str | Messages
+Prompt = str | Messages | Sequence[int]
 
 # Settings of `stream` that `make_sampling` takes.
 _SAMPLING = (
@@ -111,8 +113,8 @@ def require_tokenizer(model: Pretrained) -> Tokenizer:
     """
     if model.tokenizer is None:
         raise InputError(
-            f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model "
-            "beside the weights"
+            f"{model.origin} has no tokenizer: a directory with its tokenizer.json or "
+            "tokenizer.model beside the weights, or a GGUF file with one inside, expected"
         )
     return model.tokenizer
 
@@ -131,12 +133,12 @@ def require_generator_of(model: Pretrained, generator: Generator) -> None:
 
 
 def encode_user(model: Pretrained, prompt: Prompt, chat: bool) -> list[int]:
-    """The ids that a prompt becomes: plain text, or a conversation through the model's chat
-    template.
+    """The ids that a prompt becomes: plain text, a conversation through the model's chat template,
+    or token ids as they are.
 
     Args:
       model: from `llama_jax.load`.
-      prompt: a text, or messages `{"role": ..., "content": ...}`.
+      prompt: a text, messages `{"role": ..., "content": ...}`, or token ids.
       chat: whether a text is one user message.
 
     Raises:
@@ -145,10 +147,12 @@ def encode_user(model: Pretrained, prompt: Prompt, chat: bool) -> list[int]:
     tokenizer = require_tokenizer(model)
     if isinstance(prompt, str) and not chat:
         return encode_prompt(tokenizer, prompt)
+    if prompt and not isinstance(prompt, str) and all(is_whole(token) for token in prompt):
+        return [operator.index(token) for token in cast("Sequence[int]", prompt)]
     if model.template is None:
         raise InputError(f"{model.origin} has no chat template; ask without chat")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return encode_chat(model.template, tokenizer, messages)
+    return encode_chat(model.template, tokenizer, cast("Messages", messages))
 
 
 class _Row:
@@ -296,7 +300,8 @@ def stream(
 
     Args:
       model: from `llama_jax.load`.
-      prompts: texts, or conversations as lists of messages `{"role": ..., "content": ...}`.
+      prompts: texts, conversations as lists of messages `{"role": ..., "content": ...}`, or lists
+        of token ids.
       chunk: decoding steps between two pieces, up to 32.
       **settings: any of these:
         `max_new_tokens` (128): a sequence; limit of new tokens; the model's context is another.
@@ -340,7 +345,7 @@ def generate(
 
     Args:
       model: from `llama_jax.load`.
-      prompts: texts or conversations.
+      prompts: texts, conversations or lists of token ids.
       callback: called with every piece of text as it comes.
       **settings: see `stream`.
     """

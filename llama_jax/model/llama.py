@@ -97,6 +97,11 @@ class Llama(nn.Module):
             inputs = take_embeddings(
                 gather_weight(self.embedding, "embedding", self.options), inputs
             )
+        if inputs.shape[-1] != self.config.dim:
+            raise InputError(
+                f"inputs: {inputs.dtype} of shape {list(inputs.shape)} given; embeddings "
+                f"[B, T, {self.config.dim}] expected"
+            )
         return constrain_stream(inputs.astype(self.options.compute_dtype), self.options.rules)
 
     def features(
@@ -206,9 +211,10 @@ class Llama(nn.Module):
         )
 
     def __call__(
-        self, inputs: Num[Array, "B T *D"], documents: Int[Array, "B T"] | None = None
+        self, inputs: Any, documents: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T V"]:
         """Logits of the next token at every position, float32."""
+        require_inputs(inputs)
         return self.unembed(self.features(inputs, documents).last)
 
 
@@ -234,6 +240,17 @@ def require_inputs(inputs: Any) -> None:
             f"inputs: {inputs.dtype} of shape {list(inputs.shape)} given; {expected} "
             f"expected{advice}"
         )
+
+
+def require_tokens(tokens: Any) -> None:
+    """Refuses what is no batch of token ids.
+
+    Raises:
+      InputError: as `require_inputs`, and for embeddings.
+    """
+    require_inputs(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"tokens: {tokens.dtype} given; token ids [B, T] expected")
 
 
 def parameter_dtype(params: Parameters) -> str:
@@ -262,6 +279,12 @@ def model_for(params: Parameters, config: LlamaConfig, **options: object) -> Lla
         raise InputError(
             f"params: a tree of {', '.join(map(str, params))[:60]} given; the parameters "
             "themselves expected, load(...).params"
+        )
+    table, expected = params["embedding"], (config.vocab_size, config.dim)
+    if getattr(table, "shape", expected) != expected:
+        raise InputError(
+            f"params: an embedding of shape {list(table.shape)} given with a config of "
+            f"{list(expected)}; the config of the same model expected, load(...).config"
         )
     check_options(options)
     options = {"dtype": parameter_dtype(params), **options}
@@ -294,6 +317,9 @@ def logits(
     **options: object,
 ) -> Float[Array, "B T V"]:
     """Logits of the next token at every position, float32, compiled.
+
+    Forward-mode derivatives under `jax.vmap` (`jax.jacfwd`), and those of sequences above 512
+    tokens, need `attention="reference"`.
 
     Args:
       params: parameters, stacked or unrolled.
@@ -343,6 +369,11 @@ def hidden_states(
     )
 
 
-def embed(params: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The embeddings of tokens, to be changed and passed on in place of the tokens."""
+def embed(params: Parameters, tokens: Any) -> Float[Array, "B T D"]:
+    """The embeddings of token ids `[B, T]`, to be changed and passed on in place of the tokens.
+
+    Raises:
+      InputError: for anything but an array of token ids.
+    """
+    require_tokens(tokens)
     return take_embeddings(params["embedding"], tokens)

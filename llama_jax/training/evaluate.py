@@ -405,8 +405,8 @@ def evaluate_text(
     """
     if model.tokenizer is None:
         raise InputError(
-            f"{model.origin} has no tokenizer: put its tokenizer.json or tokenizer.model "
-            "beside the weights"
+            f"{model.origin} has no tokenizer: a directory with its tokenizer.json or "
+            "tokenizer.model beside the weights, or a GGUF file with one inside, expected"
         )
     texts = [text] if isinstance(text, str) else list(text)
     sequences = [np.asarray(encode_prompt(model.tokenizer, one), np.int32) for one in texts]

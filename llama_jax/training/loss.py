@@ -14,7 +14,7 @@ from llama_jax.axes import Array, Bool, Float, Int, Num, Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.data.packing import Batch
 from llama_jax.errors import InputError
-from llama_jax.model.llama import Llama, apply, model_for, require_inputs
+from llama_jax.model.llama import Llama, apply, model_for, require_tokens
 from llama_jax.model.lora import without_adapters
 from llama_jax.parallel.sharding import balanced_positions, constrain, parts_of
 from llama_jax.training.cross_entropy import cross_entropy, cross_entropy_and_z, sequence_losses
@@ -142,10 +142,8 @@ def mean_loss(
       InputError: for sequences of fewer than two tokens, and for what is no array `[B, T]` of
         integers.
     """
-    require_inputs(tokens)
+    require_tokens(tokens)
     tokens = jnp.asarray(tokens)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise InputError(f"tokens: {tokens.dtype} given; token ids, integers, expected")
     if tokens.shape[1] < 2:
         raise InputError(
             f"sequences of {tokens.shape[1]} tokens given; at least 2 expected, one to "

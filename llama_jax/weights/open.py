@@ -254,8 +254,13 @@ def _found(path: pathlib.Path) -> str:
 def _open_gguf(path: pathlib.Path) -> Opened:
     source = GgufSource.open(path)
     metadata = source.file.metadata
-    tokenizer, template = tokenizer_from_gguf(metadata), template_from_gguf(metadata)
-    stops = _stops(tokenizer, template, declared_stop_ids_from_gguf(metadata))
+    # `none` and `no_vocab`: what llama.cpp calls a file of weights alone.
+    alone = metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab")
+    with blamed_on(path):
+        tokenizer = None if alone else tokenizer_from_gguf(metadata)
+        template = None if alone else template_from_gguf(metadata)
+    declared = declared_stop_ids_from_gguf(metadata)
+    stops = _stops(tokenizer, template, declared) if tokenizer else tuple(sorted(set(declared)))
     return Opened(source, tokenizer, template, stops, "gguf", path, f"GGUF {path.absolute().name}")
 
 

@@ -358,7 +358,7 @@ def read_adapters(directory: str | os.PathLike[str], config: LlamaConfig) -> Ada
     directory = pathlib.Path(directory)
     with blamed_on(directory):
         values = _checked_description(directory)
-        tensors = _stored(directory)
+        tensors = _without_copies(config, _stored(directory))
         size = _vocabulary(config, tensors)
         whole_ones = _whole_ones(config, values, tensors)
         adapted = _adapted(config, values, tensors)
@@ -375,9 +375,11 @@ def read_adapters(directory: str | os.PathLike[str], config: LlamaConfig) -> Ada
         scale = _scale(values, real(values, "lora_alpha"), whole(values, "r"))
         scale = scale if scale or not any(scales.values()) else 1.0
         replaced = {place: oriented(place[0], tensors[name]) for place, name in whole_ones.items()}
-        tied = flag(values, "ensure_weight_tying", False) or _is_tied(
-            replaced, resized=size != config.vocab_size
-        )
+        resized, together = size != config.vocab_size, flag(values, "ensure_weight_tying", False)
+        alone = not together and not {("embedding", None), ("head", None)}.isdisjoint(adapted)
+        if alone and resized and config.tied_head and ("head", None) not in replaced:
+            replaced["head", None] = replaced["embedding", None].T  # what is adapted is not tied
+        tied = together or (not alone and _is_tied(replaced, resized))
         base = values.get("base_model_name_or_path")
     tree = _tree(wide, tensors, adapted, scales, scale)
     return Adapters(tree, scale, base if isinstance(base, str) and base else None, replaced, tied)
@@ -436,6 +438,26 @@ def _stored(directory: pathlib.Path) -> dict[str, np.ndarray]:
     }
 
 
+def _without_copies(
+    config: LlamaConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Without what PEFT writes beside `modules_to_save` of a resized vocabulary: the same tensor
+    under a second name, and the one that it replaced.
+
+    Raises:
+      InputError: where the two that should be the same differ.
+    """
+    left = dict(tensors)
+    for place in places(dataclasses.replace(config, tied_head=False)):
+        module = f"{PREFIX}{module_of(place)}"
+        name, second = (module + end for end in WHOLE[:2])
+        if name in left and second in left and not np.array_equal(left[name], left.pop(second)):
+            raise InputError(f"tensors {name!r} and {second!r} differ; the same one expected")
+        if name in left or second in left:
+            left.pop(f"{module}.original_module.weight", None)
+    return left
+
+
 def _whole_ones(
     config: LlamaConfig, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> dict[Place, str]:
@@ -447,9 +469,9 @@ def _whole_ones(
     everything = places(dataclasses.replace(config, tied_head=False))
     found = {place: name for place in everything for name in _whole_names(place) if name in tensors}
     saved = values.get("modules_to_save") or []
-    held = {module_of(place).split(".")[-1] for place in found}
+    held = [f".{module_of(place)}." for place in found]  # of a matrix, or of several such as `mlp`
     missing = (
-        next((name for name in saved if name not in held), None)
+        next((name for name in saved if not any(f".{name}." in path for path in held)), None)
         if isinstance(saved, list)
         else saved
     )

@@ -13,6 +13,7 @@ from llama_jax.errors import InputError
 from llama_jax.generation.harness import HarnessMethods, harness_model
 from llama_jax.generation.score import score
 from llama_jax.generation.text import generate
+from llama_jax.text.chat import encode_chat
 from llama_jax.weights.load import load
 
 TASK = """
@@ -124,6 +125,27 @@ def test_generate_until(tiny, methods):
     ):
         with pytest.raises(InputError, match=f"generation_kwargs {words}"):
             methods.generate_until(requests(("The cat", bad)))
+
+
+def test_contexts_before_an_answer_are_cut_by_tokens(tiny):
+    """The last 16 - 5 ids, whatever text they are: as `HFLM.tok_batch_encode` cuts them."""
+    short = shortened(tiny, 16)
+    messages = [{"role": "user", "content": "The cat sat. " * 9}]
+    for context, ids in (
+        ("你" * 30, tiny.tokenizer.encode("你" * 30)),  # bytes: a cut inside of a character
+        (short.apply_chat_template(messages), encode_chat(tiny.template, tiny.tokenizer, messages)),
+    ):
+        assert len(ids) > 11
+        with pytest.warns(UserWarning, match="1 of 2 contexts are longer .* cut from the left"):
+            got, _ = short.generate_until(
+                requests((context, {"max_gen_toks": 5}), ("The", {"max_gen_toks": 5}))
+            )
+        (expected,) = short._generator.generate([ids[-11:]], 5, stop_ids=tiny.stop_ids)
+        assert got == tiny.tokenizer.decode(
+            [t for t in expected.token_ids if t not in tiny.stop_ids]
+        )
+    with pytest.raises(InputError, match="up to 16 tokens asked of a model whose context is 16"):
+        short.generate_until(requests(("The cat", {"max_gen_toks": 16})))
 
 
 PAIRS = [

@@ -91,6 +91,26 @@ CASES = [
         r"sampling for 1 sequences given .* make_sampling\(2, ...\)",
     ),
     (
+        lambda: llama_jax.logits(STACKED, TOKENS, dataclasses.replace(CONFIG, dim=24)),
+        r"params: an embedding of shape \[98, 48\] given with a config of \[98, 24\]",
+    ),
+    (
+        lambda: llama_jax.logits(STACKED, jnp.zeros((1, 4, 7)), CONFIG),
+        r"inputs: float32 of shape \[1, 4, 7\] given; embeddings \[B, T, 48\] expected",
+    ),
+    (
+        lambda: MODULE.apply({"params": STACKED}, TOKENS[0]),
+        r"inputs: int32 of shape \[4\] .*inputs\[None\]",
+    ),
+    (lambda: llama_jax.embed(STACKED, [[1]]), "inputs: a list given"),
+    (lambda: llama_jax.embed(STACKED, jnp.zeros((1, 4, 48))), "tokens: float32 given"),
+    (
+        lambda: llama_jax.generate_tokens(
+            MODULE, STACKED, [[1, 2]], LENGTHS, llama_jax.make_sampling(1), (), 3
+        ),
+        "inputs: a list given",
+    ),
+    (
         lambda: rollout(llama_jax.make_sampling(2), jnp.asarray([4, 4])),
         r"lengths of shape \[2\] given for 1 prompts",
     ),

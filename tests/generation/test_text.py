@@ -93,6 +93,16 @@ def test_each_sequence_has_its_own_limit(tiny, completions):
     ] == [2, 1]
 
 
+def test_prompts_of_token_ids(tiny, completions):
+    ids = [tiny.tokenizer.encode(PROMPTS[0]), tiny.tokenizer.encode(PROMPTS[1])]
+    got = generate(tiny, ids, max_new_tokens=30, temperature=1.0, seed=sequence_keys(4, 3)[:2])
+    assert [c.token_ids for c in got] == [c.token_ids for c in completions[:2]]
+    with pytest.raises(InputError, match=r"the token ids of one prompt given; .* such as \[ids\]"):
+        check_texts(ids[0])
+    with pytest.raises(InputError, match="99999"):
+        generate(tiny, [[99999]])
+
+
 def test_chat_goes_through_the_template(tiny):
     special, encode = tiny.tokenizer.special_tokens, tiny.tokenizer.encode
     written = ["<|im_start|>", "user\nHi", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]

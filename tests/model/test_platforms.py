@@ -146,6 +146,22 @@ def test_what_is_asked_for_by_name_stays():
         assert kernels(run, narrow(), TOKENS) == {"tpu": 0, "cuda": 0}
 
 
+def test_forward_mode_derivatives():
+    """`auto` has a `jax.jvp` on a CPU, though kernels that have none are traced beside it; a
+    `jax.jacfwd` asks for `reference` by name.
+    """
+    config = dataclasses.replace(CONFIG, layers=1)
+    params = random_parameters(config)
+    x = 0.1 * jax.random.normal(jax.random.key(0), (1, 128, config.dim))
+    run = lambda scale, **options: logits(params, x * scale, config, **options)[0, -1]
+    _, got = jax.jvp(run, (1.0,), (1.0,))
+    half = 2.0**-7
+    expected = (run(1 + half) - run(1 - half)) / (2 * half)
+    np.testing.assert_allclose(got, expected, rtol=1e-2, atol=2e-3)
+    by_name = jax.jacfwd(functools.partial(run, attention="reference"))(1.0)
+    np.testing.assert_allclose(by_name, got, rtol=1e-5, atol=1e-5)
+
+
 def test_here_it_computes_what_it_did():
     config = dataclasses.replace(CONFIG, layers=1)
     params, tokens = (

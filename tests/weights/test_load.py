@@ -86,7 +86,7 @@ def test_without_a_tokenizer(tiny_directory, tmp_path):
     assert model.tokenizer is None
     assert model.template is None
     assert model.stop_ids == (0,)
-    with pytest.raises(InputError, match=r"has no tokenizer: put its tokenizer\.json"):
+    with pytest.raises(InputError, match=r"has no tokenizer: a directory with its tokenizer\.json"):
         generate(model, ["a"])
 
 

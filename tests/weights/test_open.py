@@ -48,6 +48,16 @@ def test_a_hugging_face_directory(tiny_directory):
 
 
 @pytest.mark.smollm2
+@pytest.mark.parametrize("kind", [None, "none", "no_vocab"])
+def test_a_gguf_file_of_weights_alone(write_gguf, kind):
+    path = write_gguf({} if kind is None else {"tokenizer.ggml.model": kind})
+    opened = open_model(path)
+    assert (opened.tokenizer, opened.template, opened.stop_ids) == (None, None, ())
+    assert load(path).config.vocab_size == 96
+    with pytest.raises(InputError, match=f"^{path}: tokenizer.ggml.model: 'bert' given"):
+        open_model(write_gguf({"tokenizer.ggml.model": "bert"}))
+
+
 def test_a_gguf_file_whatever_type_the_path_has(smollm2_gguf):
     opened = open_model(str(smollm2_gguf))
     assert (opened.format, opened.path, opened.stop_ids) == ("gguf", smollm2_gguf, (0, 2))

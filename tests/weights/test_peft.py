@@ -17,7 +17,7 @@ import pytest
 from exported import expected_tensors, tensors_of
 from matrix import rounds
 from safetensors.numpy import load_file, save_file
-from support import TINY, random_parameters, random_tokens, transformers_model
+from support import TINY, random_parameters, random_tokens, transformers_config, transformers_model
 
 from llama_jax.accounting import LAYER_MATRICES
 from llama_jax.cli import adapters as verb
@@ -32,6 +32,7 @@ from llama_jax.weights.open import open_model
 from llama_jax.weights.peft import (
     CONFIG,
     PICKLE,
+    PREFIX,
     TENSORS,
     Adapters,
     places,
@@ -390,6 +391,86 @@ def test_a_resized_vocabulary(ending, tmp_path):
         match=f"resized from {TINY.vocab_size} to {larger}, and there is no head of that size",
     ):
         read_adapters(write_peft(tmp_path / "half", one), TINY)
+
+
+@pytest.mark.parity
+def test_a_vocabulary_resized_and_saved_by_peft(tmp_path):
+    """Embedding and head in `modules_to_save` after `resize_token_embeddings`: PEFT writes each
+    under two names, and what it replaced.
+    """
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    base, _ = source_of(TINY)
+    model = transformers_model(TINY, random_parameters(TINY))
+    model.resize_token_embeddings(TINY.vocab_size + 3)
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    theirs = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(0)
+                )
+    transformers_config(TINY).save_pretrained(tmp_path)  # PEFT compares the size with the base's
+    theirs.peft_config["default"].base_model_name_or_path = str(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    merged = MergedSource(base, read_adapters(tmp_path, TINY))
+    assert merged.config == dataclasses.replace(TINY, vocab_size=TINY.vocab_size + 3)
+    state = theirs.merge_and_unload().state_dict()
+    require_modules(
+        merged, {name.removesuffix(".weight"): tensor.numpy() for name, tensor in state.items()}
+    )
+    stored = load_file(tmp_path / TENSORS)
+    assert {name.split("lm_head")[1] for name in stored if "lm_head" in name} >= {
+        ".weight",
+        ".modules_to_save.weight",
+        ".original_module.weight",
+    }
+    save_file(stored | {f"{PREFIX}lm_head.weight": np.zeros((100, 48), "f4")}, tmp_path / TENSORS)
+    with pytest.raises(InputError, match=r"lm_head.weight' and .*modules_to_save.weight' differ"):
+        read_adapters(tmp_path, TINY)
+
+
+@pytest.mark.parametrize("modules", [("model.embed_tokens", "lm_head"), ("model.embed_tokens",)])
+@pytest.mark.parametrize("more", [0, 3])
+def test_adapters_over_a_tied_table_that_is_in_the_file(modules, more, tmp_path):
+    """PEFT writes the table, once for each module that is adapted: the head is that table with the
+    head's adapters, not with the embedding's.
+    """
+    config = dataclasses.replace(TINY, tied_head=True)
+    (base, weights), rng = source_of(config), np.random.default_rng(7)
+    table = weights["model.embed_tokens"]
+    table = np.concatenate([table, rng.normal(0, 1, (more, config.dim)).astype(np.float32)])
+    weights |= {"model.embed_tokens": table, "lm_head": table}
+    tensors = {f"{module}.base_layer.weight": table for module in modules}
+    for module in modules:
+        factors, added = lora(rng, weights, module, 4)
+        weights[module] = weights[module] + added * 2
+        if module == "model.embed_tokens":
+            down, up = (factors[f"{module}.lora_{which}.weight"] for which in "AB")
+            factors = {f"{module}.lora_embedding_A": up.T, f"{module}.lora_embedding_B": down.T}
+        tensors |= factors
+    names = [module.split(".")[-1] for module in modules]
+    merged = MergedSource(
+        base, read_adapters(write_peft(tmp_path / "out", tensors, target_modules=names), config)
+    )
+    assert merged.config == dataclasses.replace(TINY, vocab_size=TINY.vocab_size + more)
+    require_modules(merged, weights)
+
+
+def test_saved_modules_of_several_matrices(tmp_path):
+    base, weights = source_of(TINY)
+    rng, tensors = np.random.default_rng(8), {}
+    for module in weights:
+        if ".mlp." in module:
+            weights[module] = rng.normal(0, 1, weights[module].shape).astype(np.float32)
+            tensors[f"{module}.weight"] = weights[module]
+    directory = write_peft(tmp_path / "out", tensors, modules_to_save=["mlp"])
+    require_modules(MergedSource(base, read_adapters(directory, TINY)), weights)
+    rewrite(directory, modules_to_save=["mlp", "self_attn"])
+    with pytest.raises(InputError, match="'modules_to_save' names 'self_attn'"):
+        read_adapters(directory, TINY)
 
 
 @pytest.mark.parametrize(
