@@ -79,7 +79,25 @@ def make_parser(prog: str) -> OptionParser:
         help="processes that encode; the result does not depend on them",
     )
     parser.add_argument(
-        "--shard-tokens", type=count, default=100_000_000, metavar="N", help="of a file, as in 100M"
+        "--shard-tokens",
+        type=count,
+        default=100_000_000,
+        metavar="N",
+        help="tokens at which a file ends, as in 100M",
+    )
+    parser.add_argument(
+        "--bad-records",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a record that cannot be read: stop and name it (what is finished stays), or skip it "
+        "and list it in DIR/bad_records.jsonl",
+    )
+    parser.add_argument(
+        "--most-bad-records",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="stop all the same if more than N are bad",
     )
     return parser
 
@@ -89,11 +107,16 @@ def main(arguments: list[str], prog: str = "prepare") -> int:
     options = make_parser(prog).parse(arguments)
     from llama_jax.data.shards import Settings, prepare_set
     from llama_jax.data.sources import left_out
-    from llama_jax.data.token_set import TokenSet
+    from llama_jax.data.token_set import BAD_RECORDS, TokenSet
 
     started = time.perf_counter()
     settings = Settings(
-        options.held_out, options.shard_tokens, options.workers, read_fields(options.field)
+        options.held_out,
+        options.shard_tokens,
+        options.workers,
+        read_fields(options.field),
+        options.bad_records,
+        options.most_bad_records,
     )
     missing = left_out(options.input)
     if missing is not None:
@@ -118,6 +141,9 @@ def main(arguments: list[str], prog: str = "prepare") -> int:
         f"{manifest.tokens:,} tokens ({tokens:,} held out)",
     ]
     notes += [f"empty and dropped: {manifest.dropped:,}"] * (manifest.dropped > 0)
+    if manifest.bad_records:
+        listed = shlex.quote(str(directory / BAD_RECORDS))
+        notes.append(f"bad and skipped: {manifest.bad_records:,} ({listed})")
     notes += [
         f"shards: {len(manifest.shards)}" + (f" ({kept} of them from before)" if kept else "")
     ]

@@ -28,10 +28,12 @@ from llama_jax.data.conversations import (
     with_system,
 )
 from llama_jax.data.sources import (
+    Digest,
     Fields,
     Opened,
     SourceFile,
     compression_of,
+    feed_digest,
     kind_of,
     list_files,
     open_source,
@@ -118,12 +120,13 @@ class Row(NamedTuple):
 
     Attributes:
       place: file and line, for messages.
-      value: a line of JSON; the values of a row or of an object in an array; or a whole text.
+      value: a line of JSON; the values of a row or of an object in an array; a whole text; or
+        the error of a row that cannot be read, while those after it can.
       nbytes: its share of the bytes of its file.
     """
 
     place: str
-    value: bytes | Mapping[str, Any] | str | list | float | None
+    value: bytes | Mapping[str, Any] | str | list | float | InputError | None
     nbytes: int
 
 
@@ -147,8 +150,13 @@ def read_records(files: Sequence[SourceFile]) -> Iterator[Record]:
             yield record
 
 
-def read_rows(file: SourceFile) -> Iterator[Row]:
+def read_rows(file: SourceFile, digest: Digest | None = None) -> Iterator[Row]:
     """The rows of a file, read in the way of its kind.
+
+    Args:
+      file: to read.
+      digest: fed with the bytes of the file as they are read (Parquet apart, which is read in any
+        order: by a second reading).
 
     Raises:
       InputError: naming the file, and the line if there is one, that cannot be read.
@@ -156,8 +164,10 @@ def read_rows(file: SourceFile) -> Iterator[Row]:
     kind = kind_of(file.path)
     if kind == "parquet":
         yield from _read_parquet(file)
+        if digest is not None:
+            feed_digest(file.path, digest)
         return
-    with open_source(file.path) as opened:
+    with open_source(file.path, digest) as opened:
         if kind == "json":
             yield from _read_json(file.path, opened)
         elif kind == "table":
@@ -172,6 +182,8 @@ def parse_row(row: Row, file: SourceFile) -> Record:
     Raises:
       InputError: naming the place.
     """
+    if isinstance(row.value, InputError):
+        raise row.value
     if kind_of(file.path) == "text" and isinstance(row.value, bytes):
         return Record(file.name, file.name, "text", _plain_text(row), row.nbytes)
     value = _parse(row.place, row.value) if isinstance(row.value, bytes) else row.value
@@ -336,14 +348,15 @@ def _read_table(file: SourceFile, opened: Opened) -> Iterator[Row]:
         for values in rows:
             if values:
                 place = f"{path}:{rows.line_num}"
-                if len(values) != len(header):
-                    raise InputError(
-                        f"{place}: cells: {len(values)} given, {len(header)} expected, "
-                        "as in the first line"
-                    )
-                yield Row(
-                    place, dict(zip(header, values)), shares.of(sum(map(len, values)) + len(values))
+                share = shares.of(sum(map(len, values)) + len(values))
+                if len(values) == len(header):
+                    yield Row(place, dict(zip(header, values)), share)
+                    continue
+                text_of_error = (
+                    f"{place}: cells: {len(values)} given, {len(header)} expected, "
+                    "as in the first line"
                 )
+                yield Row(place, InputError(text_of_error), share)
     except csv.Error as error:
         raise InputError(f"{path}:{rows.line_num}: not CSV ({error}); write it again") from None
     except UnicodeDecodeError:

@@ -1,25 +1,42 @@
-"""From records to a prepared folder: shards of tokens, written one after another, and a manifest at
-the end.
+"""From records to a prepared folder: parts of the sources are encoded by worker processes, which
+write the shards; this process plans, counts and writes the manifest.
 
-Which shard a document is in depends on the documents before it alone, so the result is the same for
-any number of workers, and a second run goes on behind the shards that a first one finished.
+The result is the same for any number of workers, and a second run takes over the parts that an
+interrupted one finished, without reading them or their sources.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from llama_jax.data.held_out import EXPECTED, held_out_share, is_held_out_amount
+from llama_jax.data.parts import (
+    HELD_OUT,
+    SIDES,
+    TRAIN,
+    Done,
+    Job,
+    Part,
+    finished_part,
+    make_encode,
+    part_digests,
+    plan_parts,
+    read_done,
+    source_digests,
+    stat_source,
+)
 from llama_jax.data.prepare import hash_tokenizer
-from llama_jax.data.records import Record, SourceFile, is_held_out, list_files, read_records
-from llama_jax.data.token_file import VERSION, Kind, TokenFile, TokenWriter, token_writer
+from llama_jax.data.sources import SourceFile, list_files
+from llama_jax.data.token_file import VERSION
 from llama_jax.data.token_set import (
+    BAD_RECORDS,
     MANIFEST,
     MANIFEST_VERSION,
     TOKENIZER,
@@ -29,167 +46,17 @@ from llama_jax.data.token_set import (
     SourceEntry,
     file_sha256,
 )
-from llama_jax.data.tokens import (
-    Counter,
-    TokenCounts,
-    add_counts,
-    count_tokens,
-    read_counts,
-    write_counts,
-)
-from llama_jax.data.workers import Document, Encoder, encode_all
+from llama_jax.data.tokens import TokenCounts, add_counts, write_counts
+from llama_jax.data.workers import Encoder, WorkerDied, Workers, encode_text
 from llama_jax.errors import InputError
 from llama_jax.storage import atomic_write
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import load_tokenizer
 
-# --- side ---
-#
-# One side of a prepared folder on its way: shard after shard, those that an earlier call finished
-#   left as they are.
-
-
-class Stamp(NamedTuple):
-    """What shards of one result have in common.
-
-    Attributes:
-      key: hash of all that the result depends on.
-      tokenizer_sha256: of the tokenizer's files.
-      vocab_size: of the tokenizer.
-      shard_tokens: at which a shard ends.
-    """
-
-    key: str
-    tokenizer_sha256: str
-    vocab_size: int
-    shard_tokens: int
-
-    def sources_sha256(self, side: str, number: int) -> str:
-        """What the header of a shard says: the hash of all that it depends on."""
-        return hashlib.sha256(f"{self.key} {side} {number}".encode()).hexdigest()
-
-
-class Side:
-    """The shards of one side of the split.
-
-    Attributes:
-      shards: finished, those of an earlier call included.
-    """
-
-    def __init__(self, directory: Path, name: str, stamp: Stamp) -> None:
-        self._directory, self._name, self._stamp = directory, name, stamp
-        self._stack = contextlib.ExitStack()
-        self._writer: TokenWriter | None = None
-        self._bytes = self.shards = 0
-        self._kept_documents = 0
-        while (file := self._finished(self.shards)) is not None:
-            self._kept_documents += file.documents
-            self.shards += 1
-        self._skipped = 0
-        self._counts = self._kept_counts()
-
-    def _path(self, number: int) -> Path:
-        return self._directory / f"{self._name}-{number:05d}.tokens"
-
-    @property
-    def counts_path(self) -> Path:
-        """Where the counts of all finished shards are kept."""
-        return self._directory / f"{self._name}_counts.json"
-
-    def _kept_counts(self) -> TokenCounts:
-        """The counts of the finished shards. A process that was killed may have left the last shard
-        uncounted.
-        """
-        size = self._stamp.vocab_size
-        for counted in range(self.shards, max(-1, self.shards - 2), -1):
-            kept = read_counts(self.counts_path, size, self._counts_key(counted))
-            if kept is not None:
-                break
-        else:
-            counted, kept = 0, Counter(size).counts()
-        for number in range(counted, self.shards):
-            kept = add_counts(kept, count_tokens(TokenFile.open(self._path(number))))
-        return kept
-
-    def _counts_key(self, shards: int) -> str:
-        return self._stamp.sources_sha256(f"counts of {self._name}", shards)
-
-    def _finished(self, number: int) -> TokenFile | None:
-        """A shard that an earlier call left whole; anything else of that name will be replaced."""
-        try:
-            file = TokenFile.open(self._path(number))
-            file.verify()
-        except InputError:
-            return None
-        return (
-            file
-            if file.header.sources_sha256 == self._stamp.sources_sha256(self._name, number)
-            else None
-        )
-
-    def has(self, documents: int) -> bool:
-        """Counts documents that come next; whether finished shards hold them."""
-        if self._skipped >= self._kept_documents:
-            return False
-        self._skipped += documents
-        return True
-
-    def add(self, kind: Kind, documents: list[Document]) -> None:
-        """Appends the documents of one record; they are not parted."""
-        if self._writer is None:
-            self._writer = self._stack.enter_context(
-                token_writer(self._path(self.shards), self._stamp.vocab_size, kind)
-            )
-            self._bytes = 0
-        for ids, mask, size in documents:
-            self._writer.add(ids, mask)
-            self._bytes += size
-        if self._writer.tokens >= self._stamp.shard_tokens:
-            self.close()
-
-    def close(self) -> None:
-        """Finishes the shard that is open."""
-        if self._writer is None:
-            return
-        self._writer.finish(
-            bytes_of_text=self._bytes,
-            tokenizer_sha256=self._stamp.tokenizer_sha256,
-            sources_sha256=self._stamp.sources_sha256(self._name, self.shards),
-        )
-        self._stack.close()
-        self.shards += 1
-        self._counts = add_counts(self._counts, self._writer.counts())
-        write_counts(self.counts_path, self._counts, self._counts_key(self.shards))
-        self._writer = None
-
-    def abandon(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Removes a shard that is not finished."""
-        self._stack.__exit__(kind, error, trace)
-
-    def open(self) -> list[TokenFile]:
-        """All shards, whole, beside the file with their counts; what is left of an earlier, longer
-        result is removed.
-        """
-        if self.shards:
-            write_counts(self.counts_path, self._counts, self._counts_key(self.shards))
-        else:
-            self.counts_path.unlink(missing_ok=True)
-        number = self.shards
-        while self._path(number).exists():
-            self._path(number).unlink()
-            number += 1
-        return [TokenFile.open(self._path(number)) for number in range(self.shards)]
-
-
-# --- shards ---
-
-
-TRAIN, HELD_OUT = "train", "held_out"
+PARTS = "parts"  # folder of finished parts, until the result is whole
+_SEEN = "sources.json"  # sizes and times of change of the sources of a finished result
+_RENAMES = "renames.json"
+_SHARE = "held_out.json"
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -200,15 +67,20 @@ class Settings(NamedTuple):
     Attributes:
       held_out: what is kept out of training: a share of the records from 0 to below 1, or about a
         number of tokens; `None` is the smaller of 1 % and 10M tokens.
-      shard_tokens: at which a shard ends; its last document is whole.
+      shard_tokens: at which a shard ends; its last document is whole. A part of the sources ends
+        its shards too.
       workers: processes; changes nothing in the result.
       fields: for fields of a record, their names in the files; a part of the names of the sources.
+      bad_records: `stop` at the first record that cannot be read or encoded, or `skip` and list it.
+      most_bad_records: number of bad records at which the work stops all the same.
     """
 
     held_out: float | None = None
     shard_tokens: int = 100_000_000
     workers: int = 1
     fields: Mapping[str, str] = {}
+    bad_records: str = "stop"
+    most_bad_records: int = 1000
 
 
 class Prepared(NamedTuple):
@@ -242,11 +114,11 @@ def prepare_set(
     settings: Settings,
     on_progress: OnProgress,
 ) -> Prepared:
-    """Encodes files and folders into a prepared folder; the same call again goes on where an
-    interrupted one ended.
+    """Encodes files and folders into a prepared folder; the same call again resumes an interrupted
+    one.
 
     Args:
-      paths: text, JSON lines, Parquet, or folders of them; their records are of one kind.
+      paths: text, JSON lines, tables, Parquet, or folders of them; their records are of one kind.
       directory: folder to write; it may hold an unfinished result of the same input.
       text: tokenizer and chat template; the tokenizer's files are copied into the folder.
       settings: see there.
@@ -258,164 +130,314 @@ def prepare_set(
     """
     _check(settings)
     files = list_files(paths, settings.fields)
+    stats = [stat_source(file) for file in files]
+    parts = plan_parts(files, stats, settings.shard_tokens)
     directory.mkdir(parents=True, exist_ok=True)
     with _only_writer(directory):
-        sources, stats = _hash_sources(files, on_progress), [_stat(file) for file in files]
         _place_tokenizer(directory, _files(text))
         encoder = Encoder(directory / TOKENIZER, text.template)
-        share = held_out_share(settings.held_out, files, encoder)
-        with _Folder(directory, encoder, share, settings, sources) as folder:
-            if not folder.is_finished:
-                folder.fill(files, on_progress)
-                if [_stat(file) for file in files] != stats:
-                    raise InputError(
-                        "the sources changed while they were read; run again when "
-                        "nothing writes to them"
-                    )
-            return folder.finish()
-
-
-class _Folder:
-    """The result on its way."""
-
-    def __init__(
-        self,
-        directory: Path,
-        encoder: Encoder,
-        held_out: float,
-        settings: Settings,
-        sources: tuple[SourceEntry, ...],
-    ) -> None:
-        self._directory, self._encoder, self._settings, self._sources = (
-            directory,
-            encoder,
-            settings,
-            sources,
-        )
-        self._held_out = held_out  # share of the records
-        self._tokenizer = hash_tokenizer(encoder.tokenizer_path)
-        self._vocab_size = load_tokenizer(encoder.tokenizer_path).vocab_size
-        template = encoder.template
-        self._template = (
-            None if template is None else hashlib.sha256(repr(template).encode()).hexdigest()
-        )
-        ingredients = [
-            VERSION,
-            self._tokenizer,
-            self._template,
-            held_out,
-            settings.shard_tokens,
-            sources,
-        ]
-        key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
-        for left in directory.glob(".*.partial"):  # of a process that was killed
-            left.unlink()
-        stamp = Stamp(key, self._tokenizer, self._vocab_size, settings.shard_tokens)
-        self._sides = {name: Side(directory, name, stamp) for name in (TRAIN, HELD_OUT)}
-        self.kept = sum(side.shards for side in self._sides.values())
-        self._dropped = self._passed = 0  # records, bytes of the sources
-
-    def __enter__(self) -> "_Folder":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for side in self._sides.values():
-            side.abandon(kind, error, trace)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether a manifest of the same input is there.
-
-        Raises:
-          InputError: if it is of another input.
-        """
-        if not (self._directory / MANIFEST).exists():
-            return False
-        manifest = Manifest.read(self._directory)
-        made = (
-            manifest.tokenizer_sha256,
-            manifest.template_sha256,
-            manifest.held_out,
-            manifest.shard_tokens,
-            manifest.sources,
-        )
-        wanted = (
-            self._tokenizer,
-            self._template,
-            self._held_out,
-            self._settings.shard_tokens,
-            self._sources,
-        )
-        if (
-            made[0] != wanted[0]
-            or made[2:] != wanted[2:]
-            or (manifest.template_sha256 and made[1] != wanted[1])
-        ):
+        share = _share(directory, settings.held_out, files, encoder)
+        job, template = _job(directory, encoder, share, settings)
+        if (directory / MANIFEST).exists():
+            manifest = Manifest.read(directory)
+            _require_same(directory, manifest, job, template, files, stats, parts, on_progress)
+            return Prepared(manifest, len(manifest.shards))
+        _undo_renames(directory)
+        done, kept = _encode(job, parts, settings.workers, on_progress)
+        if [stat_source(file) for file in files] != stats:
             raise InputError(
-                f"{self._directory}: holds a data set made of other input; name another "
-                "--output, or remove it"
+                "the sources changed while they were read; run again when nothing writes to them"
             )
-        return True
+        manifest = _finish(directory, job, template, files, stats, parts, done)
+        return Prepared(manifest, kept)
 
-    def fill(self, files: Sequence[SourceFile], on_progress: OnProgress) -> None:
-        """Encodes what no finished shard holds."""
-        total = sum(source.bytes for source in self._sources)
-        missing = self._missing(files)
-        for record, documents in encode_all(missing, self._encoder, self._settings.workers):
-            self._side(record).add(record.kind, documents)
-            self._passed += record.nbytes
-            on_progress("encode", self._passed, total)
-        for side in self._sides.values():
-            side.close()
 
-    def _side(self, record: Record) -> Side:
-        return self._sides[HELD_OUT if is_held_out(record.key, self._held_out) else TRAIN]
+def _job(
+    directory: Path, encoder: Encoder, share: float, settings: Settings
+) -> tuple[Job, str | None]:
+    """The settings of all parts, and the hash of the template."""
+    tokenizer, tokenizer_sha256 = (
+        load_tokenizer(encoder.tokenizer_path),
+        hash_tokenizer(encoder.tokenizer_path),
+    )
+    template = None
+    if encoder.template is not None:
+        template = hashlib.sha256(repr(encoder.template).encode()).hexdigest()
+    # How a text begins and ends is a rule of this program, not of the tokenizer's files.
+    framing = encode_text(tokenizer, "")
+    ingredients = [VERSION, tokenizer_sha256, template, framing, share, settings.shard_tokens]
+    job = Job(
+        directory=directory / PARTS,
+        encoder=encoder,
+        held_out=share,
+        shard_tokens=settings.shard_tokens,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_sha256=tokenizer_sha256,
+        key=hashlib.sha256(json.dumps(ingredients).encode()).hexdigest(),
+        skip=settings.bad_records == "skip",
+        most_bad=settings.most_bad_records,
+    )
+    return job, template
 
-    def _missing(self, files: Sequence[SourceFile]) -> Iterator[Record]:
-        for record in read_records(files):
-            if record.is_empty:
-                self._dropped += 1
-            elif not self._side(record).has(2 if record.kind == "pairs" else 1):
-                yield record
-                continue
-            self._passed += record.nbytes
 
-    def finish(self) -> Prepared:
-        """Writes the manifest, unless it is there."""
-        if self.is_finished:
-            return Prepared(Manifest.read(self._directory), self.kept)
-        opened = {name: side.open() for name, side in self._sides.items()}
-        if not opened[TRAIN]:
+def _share(
+    directory: Path, wanted: float | None, files: Sequence[SourceFile], encoder: Encoder
+) -> float:
+    """The share of the records to hold out. One that was estimated from the sources is kept, so
+    that a file that is mended does not change it for all others.
+    """
+    path = directory / PARTS / _SHARE
+    names = hashlib.sha256(json.dumps([file.name for file in files]).encode()).hexdigest()
+    key = [wanted, hash_tokenizer(encoder.tokenizer_path), names]
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        values = json.loads(path.read_bytes())
+        if values["key"] == key and 0 <= values["share"] < 1:
+            return float(values["share"])
+    if (directory / MANIFEST).exists() and (wanted is None or wanted >= 1):
+        return Manifest.read(directory).held_out
+    share = held_out_share(wanted, files, encoder)
+    path.parent.mkdir(exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps({"key": key, "share": share}).encode())
+    return share
+
+
+def _encode(
+    job: Job, parts: Sequence[Part], workers: int, on_progress: OnProgress
+) -> tuple[list[Done], int]:
+    """All parts, finished; and how many shards an earlier call had finished."""
+    found = [_without_counts(finished_part(job, part)) for part in parts]
+    kept = sum(len(entries) for done in found if done for entries in done.shards.values())
+    total = sum(part.nbytes for part in parts)
+    before = sum(part.nbytes for part, done in zip(parts, found) if done)
+    missing = [number for number, done in enumerate(found) if done is None]
+    first = _require_one_kind(None, *[done for done in found if done])
+    bad = sum(len(done.bad) for done in found if done)
+    for number in _work(job, parts, missing, workers, before, total, on_progress):
+        done = found[number] = _without_counts(finished_part(job, parts[number]))
+        if done is None:
+            raise InputError(f"{job.directory}: changed while it was written; run again")
+        first = _require_one_kind(first, done)
+        bad += len(done.bad)
+        if bad > job.most_bad:
+            place, reason = done.bad[-1]
             raise InputError(
-                "no document to train on in these sources; give text, or a smaller --held-out"
+                f"{place}: {reason}; more than {job.most_bad:,} bad records (--most-bad-records)"
             )
-        shards = opened[TRAIN] + opened[HELD_OUT]
-        kind = shards[0].kind
-        manifest = Manifest(
-            version=MANIFEST_VERSION,
-            kind=kind,
-            vocab_size=self._vocab_size,
-            tokenizer_sha256=self._tokenizer,
-            template_sha256=None if kind == "text" else self._template,
-            held_out=self._held_out,
-            shard_tokens=self._settings.shard_tokens,
-            sources=self._sources,
-            dropped=self._dropped,
-            documents=sum(file.documents for file in shards),
-            tokens=sum(file.size for file in shards),
-            train=tuple(map(_entry, opened[TRAIN])),
-            held_out_shards=tuple(map(_entry, opened[HELD_OUT])),
-            counts=tuple(
-                _counts_entry(side.counts_path) for side in self._sides.values() if side.shards
-            ),
+    return [done for done in found if done is not None], kept
+
+
+def _without_counts(done: Done | None) -> Done | None:
+    """A finished part as it is kept in memory: counts have a number for each token."""
+    return None if done is None else done._replace(counts={})
+
+
+def _work(
+    job: Job,
+    parts: Sequence[Part],
+    missing: Sequence[int],
+    workers: int,
+    before: int,
+    total: int,
+    on_progress: OnProgress,
+) -> Iterator[int]:
+    """Numbers of parts as they are finished, in order."""
+    make = functools.partial(make_encode, job)
+    if workers == 1 or not missing:
+        passed = before
+
+        def report(amount: int) -> None:
+            """Counts the bytes of the sources."""
+            nonlocal passed
+            passed += amount
+            on_progress("encode", passed, total)
+
+        encode = make() if missing else None
+        for number in missing:
+            if encode is not None:
+                encode(parts[number], report)
+            yield number
+        return
+    last: Part | None = None
+    with Workers(make, min(workers, len(missing))) as processes:
+        given = (parts[number] for number in missing)
+        numbers = iter(missing)
+        try:
+            for last, _ in processes.results(  # noqa: B007
+                given, lambda amount: on_progress("encode", before + amount, total)
+            ):
+                yield next(numbers)
+        except WorkerDied:
+            where = "at the beginning" if last is None else f"after {last.files[-1].path}"
+            raise InputError(
+                f"{where} a process that encodes ended without a word (out of memory?); the same "
+                "command resumes with what is missing, --workers 1 needs the least memory"
+            ) from None
+    on_progress("encode", total, total)
+
+
+def _require_one_kind(first: Done | None, *parts: Done) -> Done | None:
+    """The first part that has records; refuses one with records of another kind."""
+    for done in parts:
+        if done.kind is None:
+            continue
+        if first is None:
+            first = done
+        if done.kind != first.kind:
+            raise InputError(
+                f"{done.first}: {done.kind} given, but the first record was {first.kind}; "
+                "prepare them apart"
+            )
+    return first
+
+
+def _finish(
+    directory: Path,
+    job: Job,
+    template: str | None,
+    files: Sequence[SourceFile],
+    stats: Sequence[tuple[int, int]],
+    parts: Sequence[Part],
+    done: Sequence[Done],
+) -> Manifest:
+    """Puts the shards into their places and writes the manifest."""
+    renames: list[tuple[str, str]] = []
+    entries: dict[str, list[ShardEntry]] = {side: [] for side in SIDES}
+    for each in done:
+        for side in SIDES:
+            for entry in each.shards[side]:
+                name = f"{side}-{len(entries[side]):05d}.tokens"
+                path = job.path(each.key, entry.file).relative_to(directory)
+                renames.append((str(path), name))
+                entries[side].append(entry._replace(file=name))
+    if not entries[TRAIN]:
+        raise InputError(
+            "no document to train on in these sources; give text, or a smaller --held-out"
         )
-        manifest.write(self._directory)
-        return Prepared(manifest, self.kept)
+    with atomic_write(job.directory / _RENAMES) as file:
+        file.write(json.dumps(renames).encode())
+    for left in (path for side in SIDES for path in directory.glob(f"{side}-*.tokens")):
+        left.unlink()
+    for old, new in renames:
+        (directory / old).rename(directory / new)
+    counts = []
+    for side in SIDES:
+        if not entries[side]:
+            continue
+        whole = _sum_counts(each.token_counts(side) for each in _reread(job, parts))
+        path = directory / f"{side}_counts.json"
+        write_counts(path, whole, f"{job.key} {side}")
+        counts.append(CountsEntry(path.name, path.stat().st_size, file_sha256(path)))
+    bad = [record for each in done for record in each.bad]
+    if bad:
+        with atomic_write(directory / BAD_RECORDS) as file:
+            for place, reason in bad:
+                line = json.dumps({"place": place, "reason": reason}, ensure_ascii=False)
+                file.write((line + "\n").encode("utf-8", "replace"))
+    with atomic_write(directory / _SEEN) as file:
+        file.write(json.dumps([(f.name, *stat) for f, stat in zip(files, stats)]).encode())
+    digests = source_digests(files, [(p, each.sources) for p, each in zip(parts, done)])
+    kind = next(each.kind for each in done if each.kind is not None)
+    shards = [*entries[TRAIN], *entries[HELD_OUT]]
+    manifest = Manifest(
+        version=MANIFEST_VERSION,
+        kind=kind,
+        vocab_size=job.vocab_size,
+        tokenizer_sha256=job.tokenizer_sha256,
+        template_sha256=None if kind == "text" else template,
+        held_out=job.held_out,
+        shard_tokens=job.shard_tokens,
+        sources=tuple(
+            SourceEntry(file.name, size, digests[file.name])
+            for file, (size, _) in zip(files, stats)
+        ),
+        dropped=sum(each.dropped for each in done),
+        bad_records=len(bad),
+        documents=sum(entry.documents for entry in shards),
+        tokens=sum(entry.tokens for entry in shards),
+        train=tuple(entries[TRAIN]),
+        held_out_shards=tuple(entries[HELD_OUT]),
+        counts=tuple(counts),
+    )
+    manifest.write(directory)
+    shutil.rmtree(job.directory)
+    return manifest
+
+
+def _reread(job: Job, parts: Sequence[Part]) -> Iterator[Done]:
+    """Finished parts with their counts, one at a time."""
+    return (read_done(job, job.part_key(part)) for part in parts)
+
+
+def _sum_counts(counts: Iterator[TokenCounts | None]) -> TokenCounts:
+    whole: TokenCounts | None = None
+    for each in counts:
+        if each is not None:
+            whole = each if whole is None else add_counts(whole, each)
+    assert whole is not None
+    return whole
+
+
+def _undo_renames(directory: Path) -> None:
+    """Puts shards back where a call that was killed at its very end took them from."""
+    path = directory / PARTS / _RENAMES
+    if not path.exists():
+        return
+    with contextlib.suppress(ValueError):
+        for old, new in json.loads(path.read_bytes()):
+            if not (directory / old).exists() and (directory / new).exists():
+                (directory / new).rename(directory / old)
+    path.unlink()
+
+
+def _require_same(
+    directory: Path,
+    manifest: Manifest,
+    job: Job,
+    template: str | None,
+    files: Sequence[SourceFile],
+    stats: Sequence[tuple[int, int]],
+    parts: Sequence[Part],
+    on_progress: OnProgress,
+) -> None:
+    """Refuses a finished folder of other input. Sources with the sizes and times of change of then
+    are not read again.
+
+    Raises:
+      InputError: if it was made of other settings or sources.
+    """
+    shutil.rmtree(job.directory, ignore_errors=True)
+    same = (
+        (manifest.tokenizer_sha256, manifest.held_out, manifest.shard_tokens)
+        == (job.tokenizer_sha256, job.held_out, job.shard_tokens)
+        and (not manifest.template_sha256 or manifest.template_sha256 == template)
+        and [(entry.name, entry.bytes) for entry in manifest.sources]
+        == [(file.name, size) for file, (size, _) in zip(files, stats)]
+    )
+    seen: object = None
+    with contextlib.suppress(OSError, ValueError):
+        seen = json.loads((directory / _SEEN).read_bytes())
+    if same and seen != [[file.name, *stat] for file, stat in zip(files, stats)]:
+        same = _digests(files, parts, on_progress) == {
+            entry.name: entry.sha256 for entry in manifest.sources
+        }
+    if not same:
+        raise InputError(
+            f"{directory}: holds a data set made of other input; name another "
+            "--output, or remove it"
+        )
+
+
+def _digests(
+    files: Sequence[SourceFile], parts: Sequence[Part], on_progress: OnProgress
+) -> Mapping[str, str]:
+    """The digests of the sources, read anew."""
+    total, passed, found = sum(part.nbytes for part in parts), 0, []
+    for part in parts:
+        found.append((part, part_digests(part)))
+        passed += part.nbytes
+        on_progress("hash", passed, total)
+    return source_digests(files, found)
 
 
 def _files(text: Text) -> Mapping[str, bytes]:
@@ -457,30 +479,6 @@ def _check(settings: Settings) -> None:
             f"--shard-tokens {settings.shard_tokens}, --workers {settings.workers}: at "
             "least 1 expected"
         )
-
-
-def _hash_sources(files: Sequence[SourceFile], on_progress: OnProgress) -> tuple[SourceEntry, ...]:
-    total, done = sum(file.path.stat().st_size for file in files), 0
-    found = []
-    for file in files:
-        found.append(SourceEntry(file.name, file.path.stat().st_size, file_sha256(file.path)))
-        done += found[-1].bytes
-        on_progress("hash", done, total)
-    return tuple(found)
-
-
-def _stat(file: SourceFile) -> tuple[int, int]:
-    stat = file.path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _entry(file: TokenFile) -> ShardEntry:
-    size, digest = file.path.stat().st_size, file_sha256(file.path)
-    return ShardEntry(file.path.name, file.documents, file.size, file.bytes_of_text, size, digest)
-
-
-def _counts_entry(path: Path) -> CountsEntry:
-    return CountsEntry(path.name, path.stat().st_size, file_sha256(path))
 
 
 @contextlib.contextmanager

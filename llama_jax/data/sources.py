@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, runtime_checkable
 
 from llama_jax.errors import InputError
 
@@ -32,6 +32,7 @@ READABLE = (
     "folder of them"
 )
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_READ_AT_ONCE = 1 << 20
 _NAMED = 5  # files named in a line about those that are left out
 
 
@@ -161,9 +162,47 @@ class Opened(NamedTuple):
     position: Callable[[], int]
 
 
+@runtime_checkable
+class Digest(Protocol):
+    """A hash, as `hashlib` makes them."""
+
+    def update(self, data: Any, /) -> None:
+        """Takes more bytes."""
+        ...
+
+
+class _Hashed(io.RawIOBase):
+    """A file whose bytes go into a hash as they are read, once and in order."""
+
+    def __init__(self, raw: io.FileIO, digest: Digest) -> None:
+        self._raw, self._digest = raw, digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._raw.readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+
+def feed_digest(path: Path, digest: Digest) -> None:
+    """Reads a file into a hash."""
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_READ_AT_ONCE):
+            digest.update(block)
+
+
 @contextlib.contextmanager
-def open_source(path: Path) -> Iterator[Opened]:
+def open_source(path: Path, digest: Digest | None = None) -> Iterator[Opened]:
     """Opens a file for reading, through its compression.
+
+    Args:
+      path: of the file.
+      digest: fed with all bytes of the file itself, as they are read, by the end of the block.
 
     Raises:
       InputError: naming the file: it cannot be read, or is damaged or cut off; or a library is
@@ -171,11 +210,13 @@ def open_source(path: Path) -> Iterator[Opened]:
     """
     suffix = compression_of(path)
     try:
-        with path.open("rb") as raw:
+        with _open_hashed(path, digest) as raw:
             content: Any = io.BufferedReader(_decompressed(path, suffix, raw)) if suffix else raw
             if content.peek(3)[:3] == b"\xef\xbb\xbf":
                 content.read(3)
             yield Opened(content, raw.tell)
+            while digest is not None and raw.read(_READ_AT_ONCE):
+                pass
     except _DAMAGE as error:
         raise InputError(f"{path}: damaged or cut off ({error}); copy or write it again") from None
     except OSError as error:
@@ -186,7 +227,13 @@ def open_source(path: Path) -> Iterator[Opened]:
         ) from None
 
 
-def _decompressed(path: Path, suffix: str, raw: BinaryIO) -> Any:
+def _open_hashed(path: Path, digest: Digest | None) -> io.BufferedReader:
+    if digest is None:
+        return path.open("rb")
+    return io.BufferedReader(_Hashed(path.open("rb", buffering=0), digest), _READ_AT_ONCE)
+
+
+def _decompressed(path: Path, suffix: str, raw: io.BufferedReader) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".bz2":

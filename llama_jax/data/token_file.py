@@ -319,6 +319,17 @@ class TokenFile:
     mask: np.ndarray | None
     mapped: mmap.mmap
 
+    @staticmethod
+    def header_of(path: Path) -> TokenHeader:
+        """The header alone; no token is read.
+
+        Raises:
+          OSError: if the file cannot be read.
+          CorruptError: it is not a token file of this version, or its header is damaged.
+        """
+        with path.open("rb", buffering=0) as file:
+            return parse_header(path, file.read(TOKENS_AT))
+
     @classmethod
     def open(cls, path: Path) -> "TokenFile":
         """Maps a token file after checking its header and its length; see `verify` for the content.

@@ -27,7 +27,8 @@ from llama_jax.storage import atomic_write
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # folder with the files of the tokenizer
-MANIFEST_VERSION = 2
+BAD_RECORDS = "bad_records.jsonl"  # records that were left out, with place and reason
+MANIFEST_VERSION = 3
 
 
 class SourceEntry(NamedTuple):
@@ -36,7 +37,7 @@ class SourceEntry(NamedTuple):
     Attributes:
       name: relative to the folder that was given.
       bytes: its size.
-      sha256: of its content.
+      sha256: of its content; of a file in several parts, of the digests of the parts.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Manifest:
       shard_tokens: at which a shard ends.
       sources: files that were read, in order.
       dropped: records without anything to learn from.
+      bad_records: records that could not be read or encoded and were left out.
       documents: in all shards.
       tokens: in all shards.
       train: shards to train on.
@@ -109,6 +111,7 @@ class Manifest:
     shard_tokens: int
     sources: tuple[SourceEntry, ...]
     dropped: int
+    bad_records: int
     documents: int
     tokens: int
     train: tuple[ShardEntry, ...]

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import itertools
 import json
 import multiprocessing
@@ -19,7 +18,7 @@ import numpy as np
 from llama_jax.data.records import Messages, Record
 from llama_jax.errors import InputError
 from llama_jax.text.chat import ChatTemplate, encode_dialogue
-from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, encode_prompt
 
 # --- processes ---
 #
@@ -34,6 +33,9 @@ from llama_jax.text.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Report = Callable[[int], None]
+
+_WAIT_SECONDS = 0.5  # between two looks at the amount of work done
 _AHEAD = 3  # items a process may be ahead of the one that is waited for
 
 
@@ -45,18 +47,20 @@ class Workers(Generic[Item, Result]):
     """Processes that all do the same; a context manager.
 
     Args:
-      make: called once in each process; gives what is then called with each item. It can be
-        pickled.
+      make: called once in each process; gives what is then called with each item and a function
+        that takes amounts of work as they are done. It can be pickled.
       count: of the processes.
     """
 
-    def __init__(self, make: Callable[[], Callable[[Item], Result]], count: int) -> None:
+    def __init__(self, make: Callable[[], Callable[[Item, Report], Result]], count: int) -> None:
         context = multiprocessing.get_context("spawn")  # forked threads of the libraries would hang
+        self._amounts = context.Array("Q", count, lock=False)  # each has its own
         self._pipes: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
-        for _ in range(count):
+        for number in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+            given = (make, theirs, self._amounts, number)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()  # so that the pipe is closed when the process has gone
             self._pipes.append(ours)
@@ -70,8 +74,14 @@ class Workers(Generic[Item, Result]):
             process.kill()
             process.join()
 
-    def results(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    def results(
+        self, items: Iterable[Item], on_amount: Callable[[int], None] = lambda amount: None
+    ) -> Iterator[tuple[Item, Result]]:
         """Each item with what comes of it, in order; few are held at a time.
+
+        Args:
+          items: any number.
+          on_amount: called now and then with the amount of work done so far.
 
         Raises:
           WorkerDied: if a process ended without a word.
@@ -100,7 +110,8 @@ class Workers(Generic[Item, Result]):
                     raise error
                 yield held.popleft(), result
                 continue
-            ready = wait(list(working))
+            ready = wait(list(working), _WAIT_SECONDS)
+            on_amount(sum(self._amounts))
             for pipe in [pipe for pipe in working if pipe in ready]:
                 done[working.pop(pipe)] = _receive(pipe)
                 free.append(pipe)
@@ -120,7 +131,7 @@ def _receive(pipe: Connection) -> tuple:
         raise WorkerDied from None
 
 
-def _serve(make: Callable[[], Callable], pipe: Connection) -> None:
+def _serve(make: Callable[[], Callable], pipe: Connection, amounts: Any, number: int) -> None:
     """The life of a process: an item in, its result or the error out, until the other end is
     closed.
     """
@@ -129,16 +140,21 @@ def _serve(make: Callable[[], Callable], pipe: Connection) -> None:
     )  # Ctrl-C goes to all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work = make()
+
+    def report(amount: int) -> None:
+        """Adds to the amount of work that this process has done."""
+        amounts[number] += amount
+
     with contextlib.suppress(EOFError, OSError):
         while True:
             item = pipe.recv()
-            pipe.send(_outcome(work, item))
+            pipe.send(_outcome(work, item, report))
 
 
-def _outcome(work: Callable, item: object) -> tuple[object, Exception | None]:
+def _outcome(work: Callable, item: object, report: Report) -> tuple[object, Exception | None]:
     """What comes of an item, and the error if it was one."""
     try:
-        return work(item), None
+        return work(item, report), None
     except Exception as error:
         return None, error
 
@@ -152,9 +168,6 @@ def _end_with_parent() -> None:
 
 
 # --- encoding ---
-
-
-_CHUNK_BYTES, _CHUNK_RECORDS = 1 << 18, 1024  # of the sources: what a worker is given at once
 
 
 class Encoder(NamedTuple):
@@ -252,59 +265,3 @@ def _said_bytes(message: Mapping[str, Any]) -> int:
         json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())
     ]
     return sum(len(text.encode()) for text in (message["content"], *calls))
-
-
-def encode_all(
-    records: Iterable[Record], encoder: Encoder, workers: int
-) -> Iterator[tuple[Record, list[Document]]]:
-    """Each record with its documents, in order, whatever the number of workers.
-
-    Args:
-      records: any number; few are held at a time.
-      encoder: what makes tokens of them.
-      workers: processes; 1 works in this one.
-
-    Raises:
-      InputError: naming the record that cannot be encoded; or where a worker ended without a word.
-    """
-    chunks = _chunks(records)
-    if workers == 1:
-        tokenizer = load_tokenizer(encoder.tokenizer_path)
-        for record in itertools.chain.from_iterable(chunks):
-            yield record, encode_record(record, tokenizer, encoder.template)
-        return
-    with Workers(functools.partial(_make_encode, encoder), workers) as processes:
-        last = None
-        try:
-            for last, documents in processes.results(chunks):
-                yield from zip(last, documents, strict=True)
-        except WorkerDied:
-            raise _died(last) from None
-
-
-def _died(last: list[Record] | None) -> InputError:
-    where = f"{last[-1].name}: behind this record" if last else "at the beginning"
-    return InputError(
-        f"{where} a process that encodes ended without a word (out of memory?); the same "
-        "command goes on with what is missing, "
-        "--workers 1 needs the least memory"
-    )
-
-
-def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    chunk: list[Record] = []
-    size = 0
-    for record in records:
-        chunk.append(record)
-        size += record.nbytes
-        if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_RECORDS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _make_encode(encoder: Encoder) -> Callable[[list[Record]], list[list[Document]]]:
-    """What a process does with each chunk."""
-    tokenizer = load_tokenizer(encoder.tokenizer_path)
-    return lambda chunk: [encode_record(record, tokenizer, encoder.template) for record in chunk]

@@ -142,7 +142,7 @@ def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_d
     ]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with start("prepare", *options, "--output", killed) as process:
-        while not list(killed.glob("train-*.tokens")):
+        while not list(killed.glob("parts/*/*.json")):
             time.sleep(0.05)
             assert process.poll() is None
         children = children_of(process)
@@ -191,7 +191,7 @@ def test_worker_that_dies_is_an_error(tmp_path, lines, tiny_directory):
         "--output",
         tmp_path / "out",
     ) as process:
-        while not list((tmp_path / "out").glob("train-*.tokens")):
+        while not list((tmp_path / "out").glob("parts/*/*.json")):
             time.sleep(0.05)
         children = children_of(process)
         os.kill(children[-1], signal.SIGKILL)

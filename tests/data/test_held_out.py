@@ -8,8 +8,7 @@ import random
 import pytest
 
 from llama_jax.cli.prepare import make_parser
-from llama_jax.data import held_out
-from llama_jax.data import workers as encoding
+from llama_jax.data import held_out, parts
 from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.records import is_held_out
 from llama_jax.data.shards import Settings, Text, prepare_set
@@ -84,7 +83,7 @@ def test_a_sample_estimates_what_the_whole_holds(tmp_path, sources, text, monkey
 
 
 def test_a_limit_gives_the_same_for_any_workers_and_on_resume(tmp_path, sources, text, monkeypatch):
-    monkeypatch.setattr(encoding, "_CHUNK_RECORDS", 50)
+    monkeypatch.setattr(parts, "LEAST_BYTES", 2000)
     whole = prepare(sources, tmp_path / "1", text, held_out=20_000)
     prepare(sources, tmp_path / "2", text, held_out=20_000, workers=2)
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")

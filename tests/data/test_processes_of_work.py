@@ -12,7 +12,8 @@ from llama_jax.data.workers import WorkerDied, Workers
 def make_uneven():
     """Squares; the even ones take longer."""
 
-    def work(number):
+    def work(number, report):
+        report(number)
         time.sleep(0.02 * (number % 2 == 0))
         return number**2
 
@@ -20,7 +21,8 @@ def make_uneven():
 
 
 def make_failing():
-    def work(number):
+    def work(number, report):
+        report(number)
         if number == 7:
             raise ValueError("seven")
         return number
@@ -47,17 +49,20 @@ def make_dying():
         whole(self, buffer)
 
     Connection._send = half
-    return lambda number: DiesWhenSent() if number == 3 else number
+    return lambda number, report: DiesWhenSent() if number == 3 else number
 
 
 def test_results_come_in_the_order_of_the_work_and_few_items_are_held():
     taken = []
     numbers = (taken.append(number) or number for number in range(40))
+    amounts = []
     with Workers(make_uneven, 3) as workers:
-        for number, (item, result) in enumerate(workers.results(numbers)):
+        for number, (item, result) in enumerate(workers.results(numbers, amounts.append)):
             assert (item, result) == (number, number**2)
             assert len(taken) - number <= 3 * 3
     assert number == 39
+    assert amounts == sorted(amounts)
+    assert amounts[-1] == sum(range(40))
 
 
 def test_an_error_comes_at_its_turn():

@@ -1,17 +1,22 @@
 """`prepare_set`: what is read, that the result depends on the input alone, interruption, damage."""
 
 import dataclasses
+import gzip
+import hashlib
 import json
+import os
 import random
 import shutil
 
 import numpy as np
 import pytest
 
-from llama_jax.data import workers as encoding
+from llama_jax.data import parts as parts_module
+from llama_jax.data.parts import plan_parts
 from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.records import is_held_out, list_files, read_records
 from llama_jax.data.shards import Settings, Text, prepare_set
+from llama_jax.data.sources import SourceFile
 from llama_jax.data.token_set import Manifest, TokenSet, damage
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.text.chat import encode_chat, encode_dialogue, template_from_directory
@@ -67,7 +72,7 @@ def test_every_record_is_on_one_side_in_its_order(tmp_path, lines, text, tokeniz
         assert documents_of(part, tokenizer) == wanted
         assert part.bytes_of_text == sum(len(value.encode()) for value in wanted)
     assert len(manifest.train) > 2
-    assert all(entry.tokens >= 500 for entry in manifest.train[:-1])
+    assert all(entry.tokens < 500 + 64 for entry in manifest.train)
     assert manifest.documents == 80
     assert damage(tmp_path / "out") == []
 
@@ -83,42 +88,162 @@ def test_reading_across_shards_equals_one_file(tmp_path, lines, text):
             np.testing.assert_array_equal(got, wanted)
 
 
-def test_result_does_not_depend_on_the_workers(tmp_path, lines, text, monkeypatch):
-    monkeypatch.setattr(encoding, "_CHUNK_RECORDS", 7)
+@pytest.fixture
+def many_parts(monkeypatch):
+    """Files of some hundred bytes in several parts."""
+    monkeypatch.setattr(parts_module, "LEAST_BYTES", 512)
+
+
+@pytest.mark.usefixtures("many_parts")
+def test_result_does_not_depend_on_the_workers(tmp_path, lines, text):
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(40):
+        write_lines(
+            small / f"{number:02}.jsonl", [{"text": f"file {number} line {i}"} for i in range(3)]
+        )
+    (small / "whole.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
     for workers in (1, 2):
-        prepare(lines, tmp_path / str(workers), text, workers=workers)
+        prepare([lines, small], tmp_path / str(workers), text, workers=workers)
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")
+    assert len(Manifest.read(tmp_path / "1").train) > 8
 
 
-@pytest.mark.parametrize("after", [1, 30, 79])
-def test_interrupted_work_goes_on_and_ends_equal(tmp_path, lines, text, after, monkeypatch):
-    calls = []
+def test_parts_follow_the_sources_alone(tmp_path, monkeypatch):
+    """Every line is in one part; a file that changes its size leaves most parts of others alone."""
+    files = [SourceFile(f"{n}.txt", tmp_path / f"{n}.txt") for n in range(400)]
+    stats = [(700 + 37 * n % 900, n) for n in range(400)]
+    monkeypatch.setattr(parts_module, "LEAST_BYTES", 4096)
+    planned = plan_parts(files, stats, 10**6)
+    assert [file for part in planned for file in part.files] == files
+    assert max(part.nbytes for part in planned) < 2 * 4096
+    mended = plan_parts(files, [*stats[:50], (1, 0), *stats[51:]], 10**6)
+    assert len([part for part in mended if part not in planned]) <= 8
+    assert len(planned) > 100
 
-    def interrupt(stage, done, total):
-        calls.append(stage)
-        if calls.count("encode") == after:
+
+@pytest.mark.usefixtures("many_parts")
+def test_digests_are_those_of_the_files(tmp_path, lines, text):
+    """Of a file in one part, of its bytes; of several, of the digests of the parts."""
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    manifest, _ = prepare([lines, packed], tmp_path / "out", text)
+    planned = plan_parts(list_files([lines]), [(lines.stat().st_size, 0)], 500)
+    content, borders = lines.read_bytes(), [part.start for part in planned]
+    begins = [0 if not at else content.index(b"\n", at - 1) + 1 for at in borders]
+    pieces = [content[a:b] for a, b in zip(begins, [*begins[1:], None])]
+    digests = "".join(hashlib.sha256(piece).hexdigest() for piece in pieces)
+    assert len(pieces) > 2
+    assert b"".join(pieces) == content
+    assert manifest.sources[0].sha256 == hashlib.sha256(digests.encode()).hexdigest()
+    assert manifest.sources[1].sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
+
+
+def interrupt_after(calls: int):
+    """A callback that ends the work as Ctrl-C does."""
+    seen = []
+
+    def stop(stage, done, total):
+        seen.append(stage)
+        if seen.count("encode") == calls:
             raise KeyboardInterrupt
 
+    return stop
+
+
+@pytest.mark.usefixtures("many_parts")
+@pytest.mark.parametrize("after", [1, 3, 7])
+def test_interrupted_work_is_resumed_and_ends_equal(tmp_path, lines, text, after, monkeypatch):
+    """What is finished is neither parsed nor read again: neither its shards nor its sources."""
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        prepare(lines, tmp_path / "out", text, interrupt)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+        prepare(lines, out, text, interrupt_after(after))
     with pytest.raises(InputError, match=r"manifest\.json"):
-        TokenSet.open(tmp_path / "out")
-    finished = len(list((tmp_path / "out").glob("*.tokens")))
-    encoded = []
-    encode = encoding.encode_record
+        TokenSet.open(out)
+    shards = list(out.glob("parts/*/*.tokens"))
+    hidden = {path: path.read_bytes() for path in shards}
+    for path, content in hidden.items():  # the header alone is left
+        path.write_bytes(content[:4096] + bytes(len(content) - 4096))
+    read, encode = [], parts_module.encode_part
     monkeypatch.setattr(
-        encoding,
-        "encode_record",
-        lambda record, *rest: encoded.append(record) or encode(record, *rest),
+        parts_module,
+        "encode_part",
+        lambda job, part, *rest: read.append(part) or encode(job, part, *rest),
     )
-    assert prepare(lines, tmp_path / "out", text).kept == finished
-    assert len(encoded) < 80 or not finished
+    assert prepare(lines, out, text).kept == len(shards)
+    total = len(plan_parts(list_files([lines]), [(lines.stat().st_size, 0)], 500))
+    assert len(read) == total - after
     prepare(lines, tmp_path / "fresh", text)
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "fresh")
-    encoded.clear()
-    prepare(lines, tmp_path / "out", text)
-    assert not encoded
+    wanted, found = snapshot(tmp_path / "fresh"), snapshot(out)
+    assert found.keys() == wanted.keys()
+    blank = [name for name in wanted if found[name] != wanted[name]]
+    assert len(blank) == len(shards)
+    assert all(not any(found[name][4096:]) for name in blank)
+    read.clear()
+    prepare(lines, out, text)
+    assert not read
+
+
+@pytest.mark.usefixtures("many_parts")
+def test_a_mended_file_costs_itself_alone(tmp_path, text, monkeypatch):
+    paths = [
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(40)])
+        for name in "abc"
+    ]
+    good = paths[1].read_text()
+    paths[1].write_text(good + "{\n")
+    with pytest.raises(InputError, match=r"b\.jsonl:41: not JSON"):
+        prepare(paths, tmp_path / "out", text, workers=2)
+    paths[1].write_text(good)
+    read, encode = [], parts_module.encode_part
+    monkeypatch.setattr(
+        parts_module,
+        "encode_part",
+        lambda job, part, *rest: read.append(part) or encode(job, part, *rest),
+    )
+    prepare(paths, tmp_path / "out", text)
+    assert {file.name for part in read for file in part.files} <= {"b.jsonl", "c.jsonl"}
+    assert not any(file.name == "a.jsonl" for part in read for file in part.files)
+    os.utime(paths[0])  # the same content at another time: read, and found to be the same
+    assert prepare(paths, tmp_path / "out", text).kept > 0
+    paths[0].write_text(paths[0].read_text().replace("a 7", "a 8"))
+    with pytest.raises(InputError, match="other input"):
+        prepare(paths, tmp_path / "out", text)
+
+
+@pytest.mark.usefixtures("many_parts")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_records_stop_or_are_listed(tmp_path, text, workers):
+    values = [json.dumps({"text": f"line {i}"}) for i in range(100)]
+    values[60], values[61], values[90] = '{"text": 3}', "{", '{"txt": "x"}'
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(values) + "\n")
+    with pytest.raises(InputError, match=r"a\.jsonl:61: text is a int"):
+        prepare(path, tmp_path / "out", text, workers=workers)
+    finished = len(list((tmp_path / "out").glob("parts/*/*.json")))
+    assert finished > 0
+    with pytest.raises(InputError, match=r"a\.jsonl:\d+: .*more than 1 bad records"):
+        prepare(
+            path, tmp_path / "out", text, workers=workers, bad_records="skip", most_bad_records=1
+        )
+    manifest, kept = prepare(path, tmp_path / "out", text, workers=workers, bad_records="skip")
+    assert kept >= finished
+    assert (manifest.documents, manifest.bad_records) == (97, 3)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad_records.jsonl").open()]
+    assert [entry["place"] for entry in listed] == [f"{path}:{n}" for n in (61, 62, 91)]
+    assert [entry["reason"].split(";")[0] for entry in listed] == [
+        "text is a int, text expected",
+        "not JSON",
+        "fields txt given, text",
+    ]
+
+
+def test_a_row_of_a_table_with_other_cells_can_be_skipped(tmp_path, text):
+    path = tmp_path / "t.csv"
+    path.write_text("text,id\none,1\ntwo\nthree,3\n")
+    with pytest.raises(InputError, match=r"t\.csv:3: cells: 1 given, 2 expected"):
+        prepare(path, tmp_path / "out", text)
+    assert prepare(path, tmp_path / "out", text, bad_records="skip").manifest.documents == 2
 
 
 def test_shards_of_other_settings_are_not_taken_over(tmp_path, lines, text):

@@ -8,7 +8,6 @@ import random
 import numpy as np
 import pytest
 
-from llama_jax.data import shards as side
 from llama_jax.data import token_file
 from llama_jax.data import tokens as token_counts
 from llama_jax.data.prepare import read_tokenizer_files
@@ -19,7 +18,6 @@ from llama_jax.data.tokens import (
     TokenCounts,
     Tokens,
     add_counts,
-    count_tokens,
     read_counts,
     unigram_cross_entropy,
     write_counts,
@@ -125,39 +123,13 @@ def test_prepare_counts_both_sides_also_when_it_resumes(tmp_path, text, kind, mo
 
     with pytest.raises(KeyboardInterrupt):
         prepare(source, out, text, stop)
-    monkeypatch.setattr(side, "count_tokens", None)  # finished shards are not read to be counted
+    monkeypatch.setattr(
+        token_file.TokenFile, "read", None
+    )  # finished shards are not read to be counted
     assert prepare(source, out, text).kept > 1
+    monkeypatch.undo()
     for part in sides(out):
         assert part.kind == kind
-        assert_counts(part)
-
-
-@pytest.mark.parametrize("left", ["none", "one shard short", "damaged"])
-def test_shards_without_counts_are_counted_on_resume(tmp_path, text, left, monkeypatch):
-    """A process may be killed between a shard and its counts: only that shard is read."""
-    source, out = write_source(tmp_path / "a.jsonl", "text"), tmp_path / "out"
-    seen, read = [], []
-
-    def stop(stage, done, total):
-        path = out / "train_counts.json"
-        if path.exists() and seen[-1:] != [path.read_bytes()]:
-            seen.append(path.read_bytes())
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(source, out, text, stop)
-    (out / "train_counts.json").unlink()
-    if left != "none":
-        (out / "train_counts.json").write_bytes(seen[1] if left == "one shard short" else b"{}")
-    monkeypatch.setattr(
-        side, "count_tokens", lambda file: read.append(file.path.name) or count_tokens(file)
-    )
-    prepare(source, out, text)
-    assert len([name for name in read if name.startswith("train")]) == (
-        1 if left == "one shard short" else 3
-    )
-    for part in sides(out):
         assert_counts(part)
 
 
