@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 from llama_jax.data import parts as parts_module
 from llama_jax.data.parts import plan_parts
 from llama_jax.data.prepare import read_tokenizer_files
-from llama_jax.data.records import is_held_out, list_files, read_records
+from llama_jax.data.records import is_held_out, list_files, read_records, standard_library
 from llama_jax.data.shards import Settings, Text, prepare_set
 from llama_jax.data.sources import SourceFile
 from llama_jax.data.token_set import Manifest, TokenSet, damage
 from llama_jax.errors import CorruptError, InputError
 from llama_jax.text.chat import encode_chat, encode_dialogue, template_from_directory
+from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
+
+WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 @pytest.fixture(scope="session")
@@ -438,3 +442,26 @@ def test_damage_is_found_and_named(tmp_path, lines, text):
 def test_nothing_to_train_on_is_an_error(tmp_path, text):
     with pytest.raises(InputError, match="no document to train on"):
         prepare(write_lines(tmp_path / "e.jsonl", [{"text": ""}]), tmp_path / "out", text)
+
+
+@pytest.mark.smollm2
+def test_the_first_process_only_plans(tmp_path, smollm2_model):
+    """It takes at most 1/64 of the processor time of two workers, beside what it takes to start."""
+    files = hugging_face_files(smollm2_model.tokenizer, None)
+    source, used = tmp_path / "a.jsonl", []
+    for size in (1_000_000, 9_000_000):
+        texts, held = [], 0
+        for document in standard_library():
+            texts.append(document.text)
+            held += len(document.text)
+            if held > size:
+                break
+        write_lines(source, [{"text": text} for text in texts])
+        begin = [resource.getrusage(who) for who in WHO]
+        prepare(source, tmp_path / str(size), Text(files, None), workers=2, shard_tokens=250_000)
+        end = [resource.getrusage(who) for who in WHO]
+        used.append([b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(begin, end)])
+    parent, workers = (more - less for less, more in zip(*used))
+    print(f"parent {parent:.3f} s, workers {workers:.2f} s for 8 MB more")
+    assert workers > 1
+    assert parent < workers / 64
