@@ -65,6 +65,7 @@ def many(tmp_path_factory):
         shard_tokens=1,
         sources=(),
         dropped=0,
+        bad_records=0,
         documents=3 * SHARDS,
         tokens=sum(entry.tokens for entry in entries),
         train=entries,
