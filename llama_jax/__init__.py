@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from llama_jax.weights.assemble import stack, unstack
     from llama_jax.weights.hf_write import export_hugging_face, save_hugging_face
     from llama_jax.weights.load import Pretrained, load
+    from llama_jax.weights.vocabulary import resize_vocabulary
 
 _MODULES = {
     "accounting": (
@@ -71,6 +72,7 @@ _MODULES = {
         "Score",
         "evaluate_choices",
         "read_questions",
+        "resize_vocabulary",
         "score",
         "score_tokens",
     ),
@@ -90,6 +92,7 @@ _MODULES = {
     "weights.assemble": ("stack", "unstack"),
     "weights.hf_write": ("export_hugging_face", "save_hugging_face"),
     "weights.load": ("Pretrained", "load"),
+    "weights.vocabulary": ("resize_vocabulary",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -142,6 +145,7 @@ __all__ = [
     "preset",
     "quantize",
     "read_questions",
+    "resize_vocabulary",
     "save_hugging_face",
     "score",
     "score_tokens",

@@ -60,6 +60,21 @@ def make_parser(prog: str) -> OptionParser:
         metavar="SIZE",
         help="largest file of weights, for hugging_face (default: 5GB)",
     )
+    parser.add_argument(
+        "--new-token",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="special token to add to the vocabulary, such as '<|tool|>'; may be given several "
+        "times",
+    )
+    parser.add_argument(
+        "--vocab-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pad the vocabulary with new tokens to a multiple of N, for sharding",
+    )
     return parser
 
 
@@ -74,6 +89,8 @@ def main(arguments: list[str], prog: str = "convert") -> int:
     opened = open_model(options.source)
     for line in report(opened).brief():
         note(line)
+    if options.new_token:
+        opened = _with_new_tokens(opened, options.new_token, options.vocab_multiple)
     with _unwinding():
         nbytes = (_to_gguf if options.format == "gguf" else _to_hugging_face)(opened, options)
     seconds = time.perf_counter() - started
@@ -81,6 +98,22 @@ def main(arguments: list[str], prog: str = "convert") -> int:
     use = use if opened.tokenizer else "there was no tokenizer to go with it"
     print(f"{options.target}: {options.format}, {nbytes / 1e6:.1f} MB in {seconds:.1f} s; {use}")
     return 0
+
+
+def _with_new_tokens(opened: "Opened", tokens: list[str], multiple: int) -> "Opened":
+    """The model with tokens added to its vocabulary; says which ids they have."""
+    from llama_jax.weights.vocabulary import add_tokens
+
+    changed, added = add_tokens(opened, tokens, multiple)
+    for token, number in added.present.items():
+        note(f"{token} is in the vocabulary already (id {number})")
+    ids = ", ".join(f"{token} {number}" for token, number in added.tokens.items()) or "none"
+    note(
+        f"new tokens: {ids}; vocabulary of {added.size:,}, entries from {added.first:,} on begin "
+        "as the mean of the others; with adapters, train them by --adapter.new_tokens "
+        f"{added.size - added.first}"
+    )
+    return changed
 
 
 @contextlib.contextmanager
@@ -107,6 +140,11 @@ def _check(options: "argparse.Namespace") -> None:
         raise InputError(
             f"--dtype {options.dtype} given, one of {', '.join(expected)} expected with "
             f"--format {options.format}"
+        )
+    if options.vocab_multiple < 1 or (options.vocab_multiple > 1 and not options.new_token):
+        raise InputError(
+            f"--vocab-multiple {options.vocab_multiple} given; at least 1, with --new-token, "
+            "expected"
         )
     if options.max_shard_size is not None and options.format != "hugging_face":
         raise InputError(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llama_jax.accounting import LAYER_MATRICES, parameter_shapes
@@ -92,22 +93,38 @@ def check_targets(targets: tuple[str, ...]) -> None:
 
 
 def init_adapters(
-    key: Key[Array, ""], config: LlamaConfig, rank: int, targets: tuple[str, ...]
+    key: Key[Array, ""],
+    config: LlamaConfig,
+    rank: int,
+    targets: tuple[str, ...],
+    new_tokens: int = 0,
 ) -> Parameters:
     """Fresh adapters that change nothing yet, stacked: `a` uniform within 1 / sqrt(I), as PEFT
     draws it, and `b` zero.
+
+    With new tokens the tree has `new_tokens` too: what is added to the last entries of the
+    embedding (`inputs`, `[n, D]`) and, unless it is tied, of the head (`outputs`, `[D, n]`).
 
     Args:
       key: consumed.
       config: the architecture.
       rank: `r`; at most the smaller side of each matrix.
       targets: names of the matrices, such as `wq`.
+      new_tokens: last entries of the vocabulary to train, below all of them.
 
     Raises:
-      InputError: for a rank out of range and for targets that are none.
+      InputError: for a rank or a number of tokens out of range, and for targets that are none.
     """
     check_targets(targets)
-    tree = {}
+    if not 0 <= new_tokens < config.vocab_size:
+        raise InputError(
+            f"adapter new_tokens: {new_tokens} given, 0 to {config.vocab_size - 1} expected"
+        )
+    tree: dict[tuple[str, ...], Array] = {}
+    if new_tokens:
+        tree["new_tokens", "inputs"] = jnp.zeros((new_tokens, config.dim), jnp.float32)
+        if not config.tied_head:
+            tree["new_tokens", "outputs"] = jnp.zeros((config.dim, new_tokens), jnp.float32)
     for path, (layers, inputs, outputs) in _matrices(config, targets).items():
         if not 1 <= rank <= min(inputs, outputs):
             raise InputError(
@@ -117,7 +134,7 @@ def init_adapters(
         a = jax.random.uniform(
             _folded(key, path), (layers, inputs, rank), jnp.float32, -bound, bound
         )
-        tree[path] = {"a": a, "b": jnp.zeros((layers, rank, outputs), jnp.float32)}
+        tree[*path, "a"], tree[*path, "b"] = a, jnp.zeros((layers, rank, outputs), jnp.float32)
     return unflatten_dict(tree)
 
 
@@ -163,7 +180,22 @@ def combine(
     for path, (a, b) in _pairs(adapters).items():
         _require_matrix(tree, path)
         tree[path] = Adapted(tree[path], a, b, scale, _dropout_at(dropout, path, a))
-    return unflatten_dict(tree)
+    return unflatten_dict(_with_new_tokens(tree, adapters))
+
+
+def _with_new_tokens(tree: dict, adapters: Parameters) -> dict:
+    """The flat tree with what was learned about new tokens added to embedding and head."""
+    for name, part, axis in (("embedding", "inputs", 0), ("head", "outputs", 1)):
+        change = adapters.get("new_tokens", {}).get(part)
+        if change is None:
+            continue
+        table = tree.get((name,))
+        if not isinstance(table, jax.Array | np.ndarray):
+            raise InputError(f"new tokens given for {name}, which is quantized or tied")
+        old, new = jnp.split(table, [table.shape[axis] - change.shape[axis]], axis)
+        new = (new.astype(jnp.float32) + change).astype(table.dtype)
+        tree[name,] = jnp.concatenate([old, new], axis)
+    return tree
 
 
 def _require_matrix(tree: Mapping, path: tuple[str, ...]) -> None:
@@ -226,7 +258,7 @@ def merge(params: Parameters, adapters: Parameters, scale: float) -> Parameters:
                 f"{'/'.join(path)} is quantised; merge into the parameters it was made from"
             )
         tree[path] = _merged(tree[path], a, b, scale)
-    return unflatten_dict(tree)
+    return unflatten_dict(_with_new_tokens(tree, adapters))
 
 
 @functools.partial(jax.jit, static_argnames="scale")

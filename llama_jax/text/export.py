@@ -190,7 +190,7 @@ def hugging_face_files(tokenizer: Tokenizer, template: str | None = None) -> dic
     Raises:
       InputError: for a tokenizer that `tokenizer.json` cannot repeat exactly.
     """
-    files = _library_files(_as_byte_pair(tokenizer))
+    files = _library_files(as_byte_pair(tokenizer))
     if isinstance(tokenizer, SentencePieceTokenizer):
         files["tokenizer.model"] = tokenizer.processor.serialized_model_proto()
     return files if template is None else files | {"chat_template.jinja": template.encode()}
@@ -216,7 +216,7 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, object]:
     elif isinstance(tokenizer, BytePairTokenizer) and falls_back_to_bytes(tokenizer):
         values = _piece_values(*scored_pieces(tokenizer))
     else:
-        values = _byte_pair_values(_as_byte_pair(tokenizer))
+        values = _byte_pair_values(as_byte_pair(tokenizer))
     ids = {
         "bos_token_id": tokenizer.begin_id,
         "eos_token_id": tokenizer.end_id,
@@ -226,7 +226,7 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, object]:
     return {f"tokenizer.ggml.{name}": value for name, value in values.items() if value is not None}
 
 
-def _as_byte_pair(tokenizer: Tokenizer) -> BytePairTokenizer:
+def as_byte_pair(tokenizer: Tokenizer) -> BytePairTokenizer:
     """The tokenizer as one of the tokenizers library."""
     if isinstance(tokenizer, Llama3Tokenizer):
         return byte_pair_from_ranks(tokenizer)

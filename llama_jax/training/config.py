@@ -305,6 +305,18 @@ class TrainConfig:
             rank,
             "1 or more with preference.beta: it compares with the bare model",
         )
+        require(
+            beta == 0 or not self.adapter.new_tokens,
+            "adapter.new_tokens",
+            self.adapter.new_tokens,
+            "0 with preference.beta: it compares with the bare model",
+        )
+        require(
+            self.adapter.new_tokens < self.model.vocab_size,
+            "adapter.new_tokens",
+            self.adapter.new_tokens,
+            f"fewer than the vocabulary ({self.model.vocab_size})",
+        )
         sequences = data.batch_size // data.accumulation
         require(
             beta == 0 or sequences % 2 == 0,

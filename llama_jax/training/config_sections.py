@@ -121,6 +121,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "adapter.rank": (0, 1 << 14),
     "adapter.alpha": (1e-6, 1e6),
     "adapter.dropout": (0, 0.99),
+    "adapter.new_tokens": (0, 1 << 17),
     "preference.beta": (0, 100),
     "guard.spike_sigma": (1, 1000),
     "guard.patience": (1, 200),
@@ -407,6 +408,8 @@ class AdapterConfig:
       alpha: the adapters' product is scaled by alpha / rank.
       dropout: share of an adapter's input that is left out in training.
       targets: matrices of a layer that have adapters, of `wq wk wv wo gate up down`.
+      new_tokens: last entries of the vocabulary that are trained beside the adapters, in the
+        embedding and in the head; `convert --new-token` says how many it has added.
       base: how the frozen weights are held: `float32`, `bfloat16`, `int8`, `int4`, or `auto` for
         the dtype of the compute.
 
@@ -418,11 +421,16 @@ class AdapterConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple[str, ...] = LAYER_MATRICES
+    new_tokens: int = 0
     base: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields("adapter", self)
         require(self.base in _BASES, "adapter.base", self.base, " or ".join(_BASES))
+        if self.new_tokens:
+            require(self.rank > 0, "adapter.rank", self.rank, "above 0 with adapter.new_tokens")
+            plain = self.base in ("auto", "float32", "bfloat16")
+            require(plain, "adapter.base", self.base, "a float type with adapter.new_tokens")
         known = isinstance(self.targets, tuple) and set(self.targets) <= set(LAYER_MATRICES)
         once = known and len(set(self.targets)) == len(self.targets) > 0
         require(

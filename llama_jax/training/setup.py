@@ -63,7 +63,7 @@ def adapter_recipe(recipe: Recipe, config: TrainConfig) -> Recipe:
 
     def init(model: Llama, key: Key[Array, ""]) -> Parameters:
         """Adapters that change nothing yet."""
-        fresh = init_adapters(key, model.config, adapter.rank, adapter.targets)
+        fresh = init_adapters(key, model.config, adapter.rank, adapter.targets, adapter.new_tokens)
         return fresh if model.options.scan else unstack(fresh)
 
     def parameters(adapters: Parameters, frozen: Parameters, draw: Draw | None) -> Parameters:
@@ -75,7 +75,10 @@ def adapter_recipe(recipe: Recipe, config: TrainConfig) -> Recipe:
             dropout_at(adapter, config.run.seed, draw),
         )
 
-    objective = preference_objective(beta) if beta > 0 else NEXT_TOKEN_FROZEN_HEAD
+    if beta > 0:
+        objective = preference_objective(beta)
+    else:
+        objective = next_token(0.0) if adapter.new_tokens else NEXT_TOKEN_FROZEN_HEAD
     return recipe._replace(objective=objective, init=init, parameters=parameters)
 
 
@@ -167,6 +170,8 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
             "exact to 1e-6"  # earlier versions had rounded shares, and so another order
         )
     adapter = dataclasses.asdict(config.adapter) | {"targets": ", ".join(config.adapter.targets)}
+    if not config.adapter.new_tokens:
+        del adapter["new_tokens"]  # as before there were any
     preference = dataclasses.asdict(config.preference)
     optimizer = {
         "name": config.optimizer.name,

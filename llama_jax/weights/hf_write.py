@@ -98,13 +98,11 @@ def files_beside(opened: Opened) -> Beside:
     if opened.format == "hugging_face":
         generation = read_json(opened.path / "generation_config.json")
         declared = {**read_json(opened.path / "config.json"), **generation}
-        files = _copied(opened.beside or opened.path)
-        if opened.template is not None and opened.template != template_from_directory(
-            opened.beside or opened.path
-        ):
-            files["chat_template.jinja"] = (
-                opened.template.source.encode()
-            )  # it lies beside adapters
+        own = opened.beside or opened.path
+        files = _written(opened.tokenizer, opened.template) if opened.rewritten else _copied(own)
+        if opened.template is not None and opened.template != template_from_directory(own):
+            # It lies beside adapters.
+            files["chat_template.jinja"] = opened.template.source.encode()
     else:
         declared = _declared(opened.source)
         files = _written(opened.tokenizer, opened.template)

@@ -169,6 +169,7 @@ class Opened(NamedTuple):
       path: where it is.
       origin: one line that says what it is; for people.
       beside: where the files of its tokenizer are, if not at `path`.
+      rewritten: whether the tokenizer is another than that of the files.
     """
 
     source: Source
@@ -179,6 +180,7 @@ class Opened(NamedTuple):
     path: pathlib.Path
     origin: str
     beside: pathlib.Path | None = None
+    rewritten: bool = False
 
 
 def open_model(path: str | pathlib.Path) -> Opened:

@@ -269,6 +269,11 @@ def require_fit(tree: Parameters, config: LlamaConfig) -> None:
         if path.rsplit("/", 1)[-1] in _PATHS and {f"{path}/a", f"{path}/b"} & found.keys():
             *above, inputs, outputs = shape
             shapes |= {f"{path}/a": (*above, inputs, rank), f"{path}/b": (*above, rank, outputs)}
+    new = len(tree.get("new_tokens", {}).get("inputs", ()))
+    if new:
+        shapes["new_tokens/inputs"] = (new, config.dim)
+        if not config.tied_head:
+            shapes["new_tokens/outputs"] = (config.dim, new)
     require_tensors(shapes, found)
 
 
@@ -290,6 +295,11 @@ def save_adapters(
       InputError: for a directory that is not empty, a disk without room, another dtype, and for
         adapters of other tensors than the matrices of the layers.
     """
+    if "new_tokens" in adapters.tree:
+        raise InputError(
+            "adapters with trained new tokens given, which are not written apart; merge them: "
+            "llama-jax adapters merge BASE RUN DST"
+        )
     others = [
         *adapters.tree.keys() & {"embedding", "head"},
         *(path for path, _ in adapters.replaced),

@@ -263,6 +263,7 @@ class MergedSource:
         if tensor is None and name == "head" and self.base.config.tied_head:
             tensor = self.base.read("embedding", None).T
         tensor = self.base.read(name, layer) if tensor is None else tensor
+        tensor = self._with_new_tokens(name, tensor)
         factors = self._factors(name, layer)
         if factors is None:
             return tensor
@@ -270,6 +271,17 @@ class MergedSource:
         return (tensor.astype(np.float32) + a @ b * np.float32(self.adapters.scale)).astype(
             tensor.dtype
         )
+
+    def _with_new_tokens(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Embedding or head with what was learned about its last entries; see `init_adapters`."""
+        part = {"embedding": "inputs", "head": "outputs"}.get(name)
+        change = self.adapters.tree.get("new_tokens", {}).get(part)
+        if change is None:
+            return tensor
+        changed = np.array(tensor, np.float32)
+        last = changed[-len(change) :] if name == "embedding" else changed[:, -change.shape[1] :]
+        last += np.asarray(change, np.float32)
+        return changed.astype(tensor.dtype)
 
     def _factors(self, name: str, layer: int | None) -> list[np.ndarray] | None:
         """The two factors of a matrix, float32."""
