@@ -1,11 +1,18 @@
-"""`data verify`: whether prepared data is whole, and which batch a step of a run reads."""
+"""`data verify`: checks prepared data, and hashes the batch that a step of a run reads. `data show`:
+prints documents as a model sees them.
+"""
 
+import itertools
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from llama_jax.cli.main import DAMAGED
 from llama_jax.cli.options import OptionParser
 from llama_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from llama_jax.text.tokenizer import Tokenizer
 
 _RUN_CONFIG = "config.yaml"
 
@@ -33,10 +40,28 @@ def make_parser(prog: str) -> OptionParser:
     return parser
 
 
+def make_show_parser(prog: str) -> OptionParser:
+    """The options of `data show`."""
+    parser = OptionParser(
+        prog, "Print documents of prepared data; tokens that are learned from stand in [[ ]]."
+    )
+    parser.add_argument("directory", metavar="DIR", help="folder that prepare wrote")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N", help="number of the first document, from 0"
+    )
+    parser.add_argument("--documents", type=int, default=3, metavar="N", help="how many to print")
+    return parser
+
+
 def main(arguments: list[str], prog: str = "data verify") -> int:
     """Runs `data verify` and returns its exit status: 5 where something is damaged."""
+    if arguments[:1] == ["show"]:
+        options = make_show_parser(prog.replace("verify", "show")).parse(arguments[1:])
+        return _show_documents(pathlib.Path(options.directory), options.first, options.documents)
     if arguments[:1] not in (["verify"], ["--help"], ["-h"]):
-        raise InputError(f"data {' '.join(arguments[:1])!r}: unknown; data verify DIR expected")
+        raise InputError(
+            f"data {' '.join(arguments[:1])!r}: unknown; data verify DIR or data show DIR expected"
+        )
     options = make_parser(prog).parse(arguments[1:] if arguments[0] == "verify" else arguments)
     if (options.directory is None) == (options.config is None):
         raise InputError("data verify: a folder, or --config FILE with --step N expected")
@@ -85,3 +110,50 @@ def _show_batch(config_file: str, step: int) -> int:
         f"{int(batch.weights.sum())} targets; sha256 {fingerprint(batch)}"
     )
     return 0
+
+
+def _show_documents(directory: pathlib.Path, first: int, count: int) -> int:
+    """Prints documents of the training part with their masks."""
+    from llama_jax.data.token_set import TokenSet
+    from llama_jax.text.tokenizer import load_tokenizer
+
+    opened = TokenSet.open(directory)
+    part = opened.train
+    if not (0 <= first < part.documents and count > 0):
+        raise InputError(
+            f"--first {first}, --documents {count} given; documents from 0 to "
+            f"{part.documents - 1}, at least one, expected"
+        )
+    tokenizer = load_tokenizer(opened.tokenizer_path)
+    special = {number: text for text, number in tokenizer.special_tokens.items()}
+    number = token = 0
+    for entry in part.entries:  # shard by shard: few are opened
+        if number + entry.documents <= first:
+            number, token = number + entry.documents, token + entry.tokens
+            continue
+        ids, begins, learned = part.read(token, token + entry.tokens)
+        starts = [*begins.nonzero()[0].tolist(), len(ids)]
+        for start, stop in itertools.pairwise(starts):
+            if first <= number < first + count:
+                own = learned[start:stop]
+                print(f"document {number}: {stop - start} tokens, {int(own.sum())} learned from")
+                print(_marked(ids[start:stop].tolist(), own.tolist(), tokenizer, special))
+            number += 1
+        token += entry.tokens
+        if number >= first + count:
+            break
+    return 0
+
+
+def _marked(
+    ids: list[int], learned: list[bool], tokenizer: "Tokenizer", special: dict[int, str]
+) -> str:
+    """The text of tokens, with those that are learned from in [[ ]]."""
+    parts, inside = [], False
+    pieces = tokenizer.token_bytes.walk(ids)
+    for number, flag, piece in zip(ids, learned, pieces):
+        if flag != inside:
+            parts.append(b"[[" if flag else b"]]")
+            inside = flag
+        parts.append(special[number].encode() if number in special else piece)
+    return b"".join([*parts, b"]]" * inside]).decode("utf-8", "replace")

@@ -100,7 +100,7 @@ _VERBS = {
         "adapters of a run: written apart, or merged into their model",
     ),
     "prepare": ("llama_jax.cli.prepare", "turn text and conversations into token files"),
-    "data": ("llama_jax.cli.data", "data verify: check token files, hash the batch of a step"),
+    "data": ("llama_jax.cli.data", "data verify, data show: check prepared data, print it"),
     "checkpoint": (
         "llama_jax.cli.checkpoint",
         "those of a run: checkpoint list; checkpoint verify reads all of them",

@@ -128,6 +128,23 @@ def children_of(process):
     ]
 
 
+def test_documents_are_shown_with_their_masks(tmp_path, tiny_directory, capsys):
+    path = tmp_path / "a.jsonl"
+    talk = [("a", "one"), ("b", "two")]
+    path.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in talk))
+    words = ["--input", path, "--tokenizer", tiny_directory, "--output", tmp_path / "out"]
+    assert run_verb(["prepare", *map(str, words), "--held-out", "0", "--workers", "1"]) == 0
+    capsys.readouterr()
+    assert run_verb(["data", "show", str(tmp_path / "out"), "--first", "1"]) == 0
+    first, *text = capsys.readouterr().out.splitlines()
+    assert first.startswith("document 1: ")
+    assert "\n".join(text) == (
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[[two<|im_end|>]]\n"
+    )
+    with pytest.raises(InputError, match="documents from 0 to 1"):
+        run_verb(["data", "show", str(tmp_path / "out"), "--first", "2"])
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
 def test_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path, lines, tiny_directory, capsys):
     options = [
