@@ -1,4 +1,4 @@
-"""`data verify`: checks prepared data, and hashes the batch that a step of a run reads. `data show`:
+"""`data verify` checks prepared data, and hashes the batch that a step of a run reads; `data show`
 prints documents as a model sees them.
 """
 
