@@ -411,7 +411,7 @@ class PartReader:
         except InputError as error:
             named = self._with_line(error)
             if not self._skip:
-                raise named from None
+                raise InputError(f"{named} (--bad-records skip leaves it out)") from None
             if len(self.bad) >= self._most_bad:
                 raise InputError(
                     f"{named}; more than {self._most_bad:,} bad records (--most-bad-records)"

@@ -132,8 +132,9 @@ def prepare_set(
     files = list_files(paths, settings.fields)
     stats = [stat_source(file) for file in files]
     parts = plan_parts(files, stats, settings.shard_tokens)
+    made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    with _only_writer(directory):
+    with _only_writer(directory), _cleaned_up(directory, made):
         _place_tokenizer(directory, _files(text))
         encoder = Encoder(directory / TOKENIZER, text.template)
         share = _share(directory, settings.held_out, files, encoder)
@@ -150,6 +151,21 @@ def prepare_set(
             )
         manifest = _finish(directory, job, template, files, stats, parts, done)
         return Prepared(manifest, kept)
+
+
+@contextlib.contextmanager
+def _cleaned_up(directory: Path, made: bool) -> Iterator[None]:
+    """Leaves nothing of work that fails before a part is finished."""
+    try:
+        yield
+    except BaseException:
+        if not (directory / MANIFEST).exists() and not any((directory / PARTS).glob("*/*.json")):
+            shutil.rmtree(directory / PARTS, ignore_errors=True)
+            if made:
+                shutil.rmtree(directory / TOKENIZER, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+        raise
 
 
 def _job(

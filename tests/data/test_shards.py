@@ -242,6 +242,14 @@ def test_bad_records_stop_or_are_listed(tmp_path, text, workers):
     ]
 
 
+def test_work_that_fails_at_once_leaves_nothing(tmp_path, text):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{\n")
+    with pytest.raises(InputError, match="--bad-records skip"):
+        prepare(path, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_row_of_a_table_with_other_cells_can_be_skipped(tmp_path, text):
     path = tmp_path / "t.csv"
     path.write_text("text,id\none,1\ntwo\nthree,3\n")
