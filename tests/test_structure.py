@@ -22,7 +22,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "llama_jax"
 
 # From the ground up. A module imports lower floors or, inside a package, its neighbours.
 FLOORS = (
-    ("errors", "axes"),
+    ("errors", "axes", "formatting"),
     ("storage",),
     ("text", "config"),
     ("presets", "accounting", "data", "parallel"),

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.formatting import one_line
 from llama_jax.presets import preset
 from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_sections import SourceConfig
@@ -189,10 +190,10 @@ def _load_yaml(path: Path, text: str) -> object:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(
-            f"{path}{line}: plain YAML expected ({_one_line(error.problem or 'damaged')})"
+            f"{path}{line}: plain YAML expected ({one_line(error.problem or 'damaged')})"
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: plain YAML expected ({_one_line(str(error))})") from None
+        raise InputError(f"{path}: plain YAML expected ({one_line(str(error))})") from None
 
 
 def _flatten(values: Mapping, where: str, prefix: str = "") -> Iterator[Pair]:
@@ -298,7 +299,7 @@ def _explain(message: str, values: dict) -> str:
             "every number of the model, a preset as in --model llama3.2-1b, or a model on "
             "disk as in --run.init PATH"
         )
-        return f"{_one_line(missing[1])} missing; give {ways}"
+        return f"{one_line(missing[1])} missing; give {ways}"
     ours = re.search(r"^ *- (\S+: .* given, .* expected.*)$", message, re.MULTILINE)
     if (
         ours
@@ -306,7 +307,7 @@ def _explain(message: str, values: dict) -> str:
         return _with_section(ours[1])
     found = re.search(r'Parser key "([\w.]+)"', message)
     if not found or found[1] not in _KEYS:
-        return _one_line(message)
+        return one_line(message)
     value: typing.Any = values
     for name in found[1].split("."):
         value = value[name] if isinstance(value, dict) and name in value else value
@@ -362,7 +363,7 @@ def _attribute_texts(section: str, kind: type) -> Iterator[tuple[str, str]]:
     for name, text in re.findall(
         r"^      (\w+): (.*(?:\n        .*)*)", kind.__doc__ or "", re.MULTILINE
     ):
-        yield f"{section}.{name}", _one_line(text).rstrip(".")
+        yield f"{section}.{name}", one_line(text).rstrip(".")
 
 
 def _help_text(action: argparse.Action, texts: Mapping[str, str]) -> str | None:
@@ -371,7 +372,3 @@ def _help_text(action: argparse.Action, texts: Mapping[str, str]) -> str | None:
     if action.dest in _SECTIONS or action.dest.endswith(".help"):
         return argparse.SUPPRESS
     return texts.get(action.dest, action.help)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -22,8 +22,8 @@ from llama_jax.cli.models import OWN, check_bias, penalised, settings_of
 from llama_jax.cli.requests import Reader, Request, bound
 from llama_jax.cli.writing import Meter, as_dict, as_json, note
 from llama_jax.errors import InputError
+from llama_jax.formatting import duration
 from llama_jax.storage import sync_directory
-from llama_jax.training.display import duration
 
 if TYPE_CHECKING:
     from llama_jax.generation.generate import Generator, Prefix

@@ -20,6 +20,7 @@ from llama_jax import __version__
 from llama_jax.cli.distributed import keep_compiled_programs, make_room_for_virtual_devices
 from llama_jax.cli.options import OptionParser, positive
 from llama_jax.cli.writing import prepare_output
+from llama_jax.formatting import one_line
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 _EXTRAS = {
@@ -180,7 +181,7 @@ def device_checks(seconds: float) -> list[Check]:
         return [Check("devices", "failed", f"no answer in {seconds:g} s; {advice}")]
     except RuntimeError as error:
         return [
-            Check("devices", "failed", f"{_one_line(error)}; JAX_PLATFORMS=cpu starts without them")
+            Check("devices", "failed", f"{one_line(error)}; JAX_PLATFORMS=cpu starts without them")
         ]
     found = Check("devices", "ok", device_words(devices, jax.device_count()))
     words = (
@@ -193,7 +194,7 @@ def device_checks(seconds: float) -> list[Check]:
     except Exception as error:  # whatever the runtime raises
         return [
             found,
-            Check("collectives", "failed", f"{words}: {type(error).__name__}: {_one_line(error)}"),
+            Check("collectives", "failed", f"{words}: {type(error).__name__}: {one_line(error)}"),
         ]
     if wrong:
         return [
@@ -297,9 +298,5 @@ def environment_checks() -> list[Check]:
         name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)
     }
     return [
-        Check("environment", "note", f"{name}={_one_line(value)}") for name, value in found.items()
+        Check("environment", "note", f"{name}={one_line(value)}") for name, value in found.items()
     ]
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())[:300]

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from llama_jax.cli.distributed import keep_compiled_programs
-from llama_jax.cli.options import OptionParser, add_model_options, resolve_dtype
+from llama_jax.cli.options import OptionParser, add_model_options
 from llama_jax.cli.writing import note
 from llama_jax.data.records import read_corpus
 from llama_jax.data.sources import left_out
@@ -109,6 +109,8 @@ def main(arguments: list[str], prog: str = "eval") -> int:
     prepared = {name: TokenSet.open(pathlib.Path(name)) for name in options.data}
     questions = {name: read_questions(pathlib.Path(name)) for name in options.choices}
     keep_compiled_programs()
+    from llama_jax.model.options import resolve_dtype
+
     dtype = resolve_dtype(options.dtype)
     model = load(options.model, dtype)
     for line in model.report.brief():

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.distributed import keep_compiled_programs
-from llama_jax.cli.options import resolve_dtype
 from llama_jax.cli.writing import note
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
+from llama_jax.generation.checks import MOST_DRAFT_TOKENS, MOST_LOGPROBS
 from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.files import read_text
 from llama_jax.text.formats import FORMATS, named_format
@@ -44,6 +44,8 @@ def load_model(options: argparse.Namespace) -> tuple["Pretrained", "Generator"]:
     from llama_jax.weights.load import load
 
     _check_draft(options)
+    from llama_jax.model.options import resolve_dtype
+
     keep_compiled_programs()
     started = time.perf_counter()
     dtype = resolve_dtype(options.dtype)
@@ -273,8 +275,6 @@ _PENALTIES = {
 }  # with what does nothing
 # Settings that a request of a file may have of its own.
 OWN = (*NUMBERS, "logit_bias", "stop", "max_new_tokens")
-_MOST_LOGPROBS = 100
-_MOST_DRAFT_TOKENS = 32
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     }
     settings |= {"logit_bias": dict(options.logit_bias or ()), "stop": options.stop or []}
     check_settings(settings)
-    _check_speculation(options)
+    _check_draft_options(options)
     return settings
 
 
@@ -303,7 +303,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     _check_count("max_new_tokens", settings.get("max_new_tokens", 0), 0, None)
     _check_count("samples", settings.get("samples", 1), 1, None)
     if settings.get("logprobs") is not None:
-        _check_count("logprobs", settings["logprobs"], 0, _MOST_LOGPROBS)
+        _check_count("logprobs", settings["logprobs"], 0, MOST_LOGPROBS)
     given = {name: settings[name] for name in NUMBERS if name in settings}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -311,9 +311,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     make_sampling(1, **given, logit_bias=settings.get("logit_bias", {}))
 
 
-def _check_speculation(options: argparse.Namespace) -> None:
+def _check_draft_options(options: argparse.Namespace) -> None:
     """Refuses drafting that cannot be, before a model is loaded."""
-    _check_count("speculate", options.speculate, 0, _MOST_DRAFT_TOKENS)
+    _check_count("speculate", options.speculate, 0, MOST_DRAFT_TOKENS)
     if options.draft is not None and not options.speculate:
         raise InputError("--draft given without --speculate; --speculate K expected with it")
     if options.speculate and penalised(vars(options)):

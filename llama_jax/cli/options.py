@@ -246,14 +246,6 @@ def bias(text: str) -> tuple[int, float]:
         ) from None
 
 
-def resolve_dtype(name: str) -> str:
-    """The dtype that `auto` stands for on the devices at hand."""
-    import jax
-
-    on_cpu = jax.devices()[0].platform == "cpu"
-    return name if name != "auto" else "float32" if on_cpu else "bfloat16"
-
-
 # --- counts ---
 #
 # Counts as people write them: `15T` tokens, `1.3M` hours, `405B` parameters; the letters are powers

@@ -16,7 +16,6 @@ from llama_jax.cli.plan_report import (
     Rows,
     decode_json,
     decode_lines,
-    duration,
     gb,
     remedies_json,
     remedy_lines,
@@ -26,6 +25,7 @@ from llama_jax.cli.plan_report import (
 from llama_jax.cli.writing import as_json, note, prepare_output
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.formatting import duration
 from llama_jax.model.remat import REMAT_POLICIES
 from llama_jax.parallel.chips import CHIPS, Topology, parse_topology
 from llama_jax.planning.cost_model import CALIBRATION, Prediction, predict_round, sizes

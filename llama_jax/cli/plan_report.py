@@ -1,6 +1,7 @@
 """Plans in words, a row a fact: what it is about, what it takes, and what follows."""
 
 from llama_jax.accounting import matmul_parameters, parameter_count
+from llama_jax.formatting import duration
 from llama_jax.planning.job import ITEMSIZES, Job, MeshSizes
 from llama_jax.planning.memory import ACCURACY, hosted_bytes
 from llama_jax.planning.plan import Outlook, Plan, Remedy, flags
@@ -205,11 +206,6 @@ def _remedy_text(remedy: Remedy, plan: Plan) -> str:
     note = " (it learns differently)" if "adafactor" in typed else ""
     times = f"{speed.step / plan.speed.step:.2f} times as long"
     return f"{typed}{note}: {gb(remedy.plan.memory.total)}, {duration(speed.step)} a step, {times}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, or milliseconds."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _speed_lines(plan: Plan, tokens: int | None) -> Rows:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from llama_jax.cli.options import OptionParser
 from llama_jax.cli.writing import prepare_output
 from llama_jax.errors import InputError, imported
-from llama_jax.training.display import pack, si
+from llama_jax.formatting import si
+from llama_jax.training.display import pack
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput, read_goodput, read_lines
 from llama_jax.training.metrics import RUN_METRICS, read_metrics
 
@@ -92,8 +93,6 @@ def charts(runs: Sequence["RunCurves"], axis: Literal["step", "tokens"]) -> list
 
 def summary(run: "RunCurves") -> list[str]:
     """A run in a few lines of text."""
-    from llama_jax.training.display import si
-
     (_, losses), (at, held_out) = run.points("train/loss"), run.points("held_out/loss")
     tokens = run.points("train/tokens")[1]
     rows = [

@@ -52,11 +52,13 @@ def job_here(config: TrainConfig) -> tuple[Job, float | None]:
     """
     import jax
 
-    from llama_jax.training.setup import compute_dtype
+    from llama_jax.model.options import resolve_dtype
 
     device = jax.local_devices()[0]  # those of other processes do not tell of their memory
     job = job_of(
-        config, devices_of(device.device_kind, jax.device_count()), compute_dtype(config.compute)
+        config,
+        devices_of(device.device_kind, jax.device_count()),
+        resolve_dtype(config.compute.dtype),
     )
     return job, (device.memory_stats() or {}).get("bytes_limit")
 

@@ -12,6 +12,9 @@ from llama_jax.errors import InputError
 
 _TOKENS = 1 << 31  # ids there are: those that int32 holds
 
+MOST_LOGPROBS = 100  # of the most probable tokens that are given with each
+MOST_DRAFT_TOKENS = 32  # of one step of speculative decoding
+
 Unchecked = Any  # an argument of any type, which one of the functions below looks at first
 
 

@@ -12,7 +12,15 @@ from jax.sharding import Mesh
 from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.generation.checks import Unchecked, check_prompts, stop_table, whole, wholes
+from llama_jax.generation.checks import (
+    MOST_DRAFT_TOKENS,
+    MOST_LOGPROBS,
+    Unchecked,
+    check_prompts,
+    stop_table,
+    whole,
+    wholes,
+)
 from llama_jax.generation.programs import ROOM, platform_of, programs_of, with_kernel
 from llama_jax.generation.sampling import NOWHERE, Sampling, make_sampling
 from llama_jax.generation.session import (
@@ -25,9 +33,6 @@ from llama_jax.generation.session import (
     prefilled,
 )
 from llama_jax.model.llama import model_for
-
-_MOST_LOGPROBS = 100
-_MOST_DRAFT_TOKENS = 32
 
 
 class Speculation(NamedTuple):
@@ -202,9 +207,9 @@ def _check_speculation(speculation: Unchecked, sampling: Sampling, config: Llama
         raise InputError(
             f"speculation: a {type(speculation).__name__} given; Speculation(tokens) expected"
         )
-    if not 1 <= whole("speculation.tokens", speculation.tokens, 1) <= _MOST_DRAFT_TOKENS:
+    if not 1 <= whole("speculation.tokens", speculation.tokens, 1) <= MOST_DRAFT_TOKENS:
         raise InputError(
-            f"speculation.tokens: {speculation.tokens} given; 1 to {_MOST_DRAFT_TOKENS} expected"
+            f"speculation.tokens: {speculation.tokens} given; 1 to {MOST_DRAFT_TOKENS} expected"
         )
     if sampling.penalties is not None:
         raise InputError(
@@ -224,7 +229,7 @@ def _check_speculation(speculation: Unchecked, sampling: Sampling, config: Llama
 def _check_settings(
     sequences: int, sampling: Sampling, logprobs: Unchecked, config: LlamaConfig
 ) -> None:
-    most = min(_MOST_LOGPROBS, config.vocab_size)
+    most = min(MOST_LOGPROBS, config.vocab_size)
     if logprobs is not None and whole("logprobs", logprobs, 0) > most:
         raise InputError(f"logprobs: {logprobs} given; 0 to {most} expected, or none")
     tokens = np.asarray(() if sampling.bias is None else sampling.bias.tokens)

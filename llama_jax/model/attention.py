@@ -83,11 +83,10 @@ def _blockwise(
 
 BACKENDS: dict[str, Callable[..., Array]] = {
     "reference": reference_attention,
-    "chunked": _blockwise,
+    "blockwise": _blockwise,
 }
 
-# Up to this many scores a head, one block of scores is smaller than what a chunked pass would keep
-# anyway.
+# Up to this many scores a head, one block of scores is smaller than the state of a blockwise pass.
 _FEW_SCORES = 512 * 512
 
 
@@ -107,8 +106,8 @@ def choose_backend(
     """The backend that a name stands for.
 
     `auto` is, for whole sequences, `splash` on TPUs and `cudnn` on GPUs where these kernels take
-    them; else `reference` for few scores (decoding, short sequences) and `chunked` for many.
-    Kernels and `chunked` have no forward-mode derivative (`jax.jvp`): name `reference` for one.
+    them; else `reference` for few scores (decoding, short sequences) and `blockwise` for many.
+    Kernels and `blockwise` have no forward-mode derivative (`jax.jvp`): name `reference` for one.
 
     Args:
       name: `auto` or a backend.
@@ -127,7 +126,7 @@ def choose_backend(
     if name == "auto" and platform == "gpu" and fits_cudnn(head_dim, dtype, parts, queries):
         return "cudnn"
     if name == "auto":
-        return "reference" if queries * keys <= _FEW_SCORES else "chunked"
+        return "reference" if queries * keys <= _FEW_SCORES else "blockwise"
     if name not in (*BACKENDS, *KERNELS):
         raise InputError(
             f"attention backend {name!r} is unknown; auto, "

@@ -1,7 +1,7 @@
 """Attention of sequences whose tokens lie on several devices, along the mesh axes that the rules
 name for `length`.
 
-Each device has its own queries and either gathers all keys and values (`gathered`) or sees them
+Each device has its own queries and either gathers all keys and values (`all_gather`) or sees them
 pass by (`ring`). In the first form a backend of `attend` is given the positions of its queries and
 those of all keys, in the order of the devices; grouped queries keep what is moved small. In the
 second one no device ever holds more than two blocks of keys.
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 
 from llama_jax.axes import Array, Float, Int, Num
 from llama_jax.errors import InputError
-from llama_jax.model import blockwise as chunked
+from llama_jax.model import blockwise
 from llama_jax.model.attention import KERNELS, Scales, attend, choose_backend, in_float
 from llama_jax.model.cudnn import cudnn_attention
 from llama_jax.model.mask import Mask
@@ -69,7 +69,7 @@ _Part = tuple[
 
 
 def block_size(backend: str, tokens: int) -> int:
-    """Queries and keys of a block of scores: as `chunked` has them, or all at once, but no block
+    """Queries and keys of a block of scores: as `blockwise` has them, or all at once, but no block
     with tokens of both chunks.
 
     Args:
@@ -77,7 +77,7 @@ def block_size(backend: str, tokens: int) -> int:
       tokens: that a device holds, in two chunks.
     """
     chunk = -(-tokens // 2)
-    blocks = 1 if backend == "reference" else -(-chunk // chunked.BLOCK)
+    blocks = 1 if backend == "reference" else -(-chunk // blockwise.BLOCK)
     return -(-chunk // blocks)
 
 
@@ -119,10 +119,10 @@ def ring_attention(
 
 def _prepare(
     q: Array, k: Array, v: Array, positions: Array, documents: Array | None, ring: Ring
-) -> tuple[Array, _Held, Callable[[_Held], chunked.Blocks]]:
+) -> tuple[Array, _Held, Callable[[_Held], blockwise.Blocks]]:
     """Queries in blocks, what goes round first, and the mask for what is held."""
     mask = Mask(documents=documents, positions=positions, key_positions=positions)
-    q_blocks, keys, values, own = chunked.prepare(q, k, v, mask, True, ring.size)
+    q_blocks, keys, values, own = blockwise.prepare(q, k, v, mask, True, ring.size)
     assert own.key_positions is not None
     held = _Held(keys, values, own.key_positions, own.key_documents)
     return (
@@ -140,7 +140,7 @@ def _ring_forward(
     def attended(held: _Held, sums: _Part) -> _Part:
         """With what the held keys add."""
         return _merged(
-            sums, chunked.forward(queries, held.keys, held.values, blocks(held), jnp.float32)
+            sums, blockwise.forward(queries, held.keys, held.values, blocks(held), jnp.float32)
         )
 
     def turn(_: Array, carry: tuple[_Held, _Part]) -> tuple[_Held, _Part]:
@@ -148,10 +148,15 @@ def _ring_forward(
         held, sums = carry
         return _pass_on(held, ring), attended(held, sums)
 
-    nothing = (jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:-1], chunked.HIDDEN))
+    nothing = (
+        jnp.zeros(queries.shape, jnp.float32),
+        jnp.full(queries.shape[:-1], blockwise.HIDDEN),
+    )
     held, sums = lax.fori_loop(0, ring.devices - 1, turn, (held, nothing))
     out, lse = attended(held, sums)
-    out = checkpoint_name(chunked.join(chunked.unfold(out), q.shape[2]).astype(q.dtype), "context")
+    out = checkpoint_name(
+        blockwise.join(blockwise.unfold(out), q.shape[2]).astype(q.dtype), "context"
+    )
     return out, (q, k, v, positions, documents, out, checkpoint_name(lse, "context"))
 
 
@@ -159,12 +164,12 @@ def _ring_backward(ring: Ring, saved: tuple, d_out: Array) -> tuple:
     q, k, v, positions, documents, out, lse = saved
     queries, held, blocks = _prepare(q, k, v, positions, documents, ring)
     out_blocks, d_blocks = (
-        chunked.fold(chunked.cut(x, ring.size), k.shape[1]) for x in (out, d_out)
+        blockwise.fold(blockwise.cut(x, ring.size), k.shape[1]) for x in (out, d_out)
     )
 
     def gradients(held: _Held) -> tuple[Array, tuple[Array, Array]]:
         """Of the queries, and of the held keys and values, as far as these meet."""
-        dq, dk, dv = chunked.backward(
+        dq, dk, dv = blockwise.backward(
             queries, held.keys, held.values, out_blocks, lse, d_blocks, blocks(held)
         )
         return dq, (dk, dv)
@@ -186,8 +191,8 @@ def _ring_backward(ring: Ring, saved: tuple, d_out: Array) -> tuple:
     dk, dv = _pass_on(
         jax.tree.map(jnp.add, arrived, own), ring
     )  # each device has last held its neighbour's
-    dq = chunked.join(chunked.unfold(dq + more), q.shape[2])
-    dk, dv = chunked.join(dk, k.shape[2]), chunked.join(dv, k.shape[2])
+    dq = blockwise.join(blockwise.unfold(dq + more), q.shape[2])
+    dk, dv = blockwise.join(dk, k.shape[2]), blockwise.join(dv, k.shape[2])
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

@@ -6,15 +6,15 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_policies
 
 from llama_jax.errors import InputError
-from llama_jax.model.remat import hosted_names, parse_remat, saved_names
+from llama_jax.model.remat import CONTEXT_ATTENTION, hosted_names, parse_remat, saved_names
 from llama_jax.parallel.sharding import TRAINING, Rules
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_CONTEXT_ATTENTION = ("gathered", "ring")
 _CACHE_DTYPES = ("auto", *_FLOATS, "int8")
 
 
@@ -37,6 +37,19 @@ def check_options(names: Iterable[str]) -> None:
             raise InputError(f"option {name!r} is unknown; the nearest is {near[0]}")
 
 
+def resolve_dtype(name: str, platform: str | None = None) -> str:
+    """The compute dtype that `auto` stands for: float32 on CPUs, bfloat16 elsewhere.
+
+    Args:
+      name: of a dtype, or `auto`.
+      platform: `cpu`, `gpu` or `tpu`; that of the devices at hand by default.
+    """
+    if name != "auto":
+        return name
+    platform = platform or jax.devices()[0].platform
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Static choices of one compiled program.
@@ -54,7 +67,7 @@ class ModelOptions:
         or a split of the layers, `20*all+attention`. `context@host` is kept by the host.
       attention: attention backend, see `llama_jax.model.attention`.
       context_attention: where the mesh cuts sequences over `context`, whether a device gathers
-        their keys and values (`gathered`) or the keys and values go round the devices (`ring`); see
+        their keys and values (`all_gather`) or they travel around the devices (`ring`); see
         `llama_jax.model.context_parallel`.
       rules: axis name -> mesh axes, see `llama_jax.parallel.sharding`.
       cache_dtype: dtype of keys and values in the cache: `auto` (that of the activations), a float
@@ -68,7 +81,7 @@ class ModelOptions:
     scan: bool = True
     remat: str = "none"
     attention: str = "auto"
-    context_attention: str = "gathered"
+    context_attention: str = "all_gather"
     rules: Rules = TRAINING
     cache_dtype: str = "auto"
 
@@ -80,10 +93,10 @@ class ModelOptions:
                 f"cache_dtype {self.cache_dtype!r} given; one of "
                 f"{', '.join(_CACHE_DTYPES)} expected"
             )
-        if self.context_attention not in _CONTEXT_ATTENTION:
+        if self.context_attention not in CONTEXT_ATTENTION:
             raise InputError(
                 f"context_attention {self.context_attention!r} given; "
-                f"{' or '.join(_CONTEXT_ATTENTION)} expected"
+                f"{' or '.join(CONTEXT_ATTENTION)} expected"
             )
         parse_remat(self.remat)
 

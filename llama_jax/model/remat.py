@@ -15,6 +15,10 @@ from llama_jax.errors import InputError
 # Activations of a layer that can be kept, in the order in which they arise. `context` is what
 # attention gives, with the logarithms of its sums; `middle` is the stream between attention and
 # feed-forward.
+# How attention sees tokens on other devices, see `model.context_parallel`; here because configs are
+# read without JAX.
+CONTEXT_ATTENTION = ("all_gather", "ring")
+
 NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
 # Rungs by what is kept beside a layer's input, from the least computed again to the least kept.
 REMAT_NAMES: Mapping[str, tuple[str, ...]] = {

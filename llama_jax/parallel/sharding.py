@@ -6,6 +6,7 @@ into mesh axes are a value, so that another use of the model can have others; th
 shard weights over `fsdp`, `context` and `tensor` and gather them over the first two when used.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -119,7 +120,7 @@ def _split_along(
     """
     if side is None or len(spec) < 2:
         return spec
-    entries = [_names(entry) for entry in spec]
+    entries = [mesh_axes(entry) for entry in spec]
     other = -3 - side
     moved = tuple(name for name in entries[other] if name in _GATHERED)
     if shape[side] % math.prod(sizes[name] for name in entries[side] + moved):
@@ -131,9 +132,10 @@ def _split_along(
     return PartitionSpec(*[names or None for names in entries])
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in an entry of a spec."""
-    return (entry,) if isinstance(entry, str) else entry or ()
+def mesh_axes(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in entries of a spec, in order."""
+    found = ((entry,) if isinstance(entry, str) else entry or () for entry in entries)
+    return tuple(itertools.chain.from_iterable(found))
 
 
 def adapter_axes(name: str, part: str) -> tuple[str, str]:
@@ -155,7 +157,7 @@ def _fitting(
     """The spec of a part of a quantised weight: scales and groups stay whole along an axis that the
     mesh does not divide.
     """
-    counts = [math.prod(sizes[name] for name in _names(names)) for names in spec]
+    counts = [math.prod(sizes[name] for name in mesh_axes(names)) for names in spec]
     return PartitionSpec(
         *[names if size % count == 0 else None for names, size, count in zip(spec, shape, counts)]
     )

@@ -9,15 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from llama_jax.errors import InputError
+from llama_jax.formatting import one_line
 from llama_jax.text.sandbox import LARGEST_SOURCE
 
 _LARGEST_JSON = 32 << 20
 _SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of a library says, on one line of bounded length: it may quote the file."""
-    return " ".join(str(error).split())[:200]
 
 
 def read_text(path: pathlib.Path, largest: int) -> str:

@@ -12,9 +12,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from llama_jax.errors import InputError
+from llama_jax.formatting import one_line
 from llama_jax.text.byte_level import SPLIT_RULES, require_characters
 from llama_jax.text.byte_pair import BytePairTokenizer
-from llama_jax.text.files import one_line, role_tokens
+from llama_jax.text.files import role_tokens
 from llama_jax.text.sentencepiece import (
     Piece,
     SentencePieceTokenizer,

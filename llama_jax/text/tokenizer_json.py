@@ -15,8 +15,9 @@ from typing import Any
 import tokenizers
 
 from llama_jax.errors import InputError
+from llama_jax.formatting import one_line
 from llama_jax.text.byte_level import is_bounded
-from llama_jax.text.files import one_line, read_text
+from llama_jax.text.files import read_text
 
 _LONGEST_PIECE = 1024  # characters; the longest of known vocabularies have some hundred
 _LARGEST_FILE = 64 << 20

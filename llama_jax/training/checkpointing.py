@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 
 from llama_jax.errors import InputError
+from llama_jax.formatting import duration
 from llama_jax.storage import atomic_write
 from llama_jax.training.config import TrainConfig
-from llama_jax.training.display import duration
 from llama_jax.training.evaluate import RUN_SAMPLES, Evaluation, PairEvaluation
 from llama_jax.training.goodput import RUN_GOODPUT, Goodput
 from llama_jax.training.metrics import RUN_METRICS

@@ -13,7 +13,7 @@ from typing import Literal
 from llama_jax.accounting import parameter_shapes
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.model.remat import EXPECTED, parse_remat
+from llama_jax.model.remat import CONTEXT_ATTENTION, EXPECTED, parse_remat
 from llama_jax.training.config_sections import (
     AdapterConfig,
     DataConfig,
@@ -27,7 +27,6 @@ from llama_jax.training.config_sections import (
 )
 
 _DTYPES = ("auto", "float32", "bfloat16")
-_CONTEXT_ATTENTION = ("gathered", "ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +142,7 @@ class ComputeConfig:
         instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
       context_attention: where mesh.context is above 1: each device gathers the keys and values of
-        whole sequences (`gathered`), or they go round the devices (`ring`), which for very long
+        whole sequences (`all_gather`), or they go round the devices (`ring`), which for very long
         sequences takes less memory and hides the transfer.
       loss_chunk: tokens of one device whose logits exist at one time in the loss; fewer than about
         2,048 make products too narrow to be fast.
@@ -156,12 +155,12 @@ class ComputeConfig:
     remat: str = "none"
     scan_layers: bool = True
     attention: str = "auto"
-    context_attention: Literal["gathered", "ring"] = "gathered"
+    context_attention: Literal["all_gather", "ring"] = "all_gather"
     loss_chunk: int = 2048
 
     def __post_init__(self) -> None:
         require(self.dtype in _DTYPES, "compute.dtype", self.dtype, " or ".join(_DTYPES))
-        form, forms = self.context_attention, _CONTEXT_ATTENTION
+        form, forms = self.context_attention, CONTEXT_ATTENTION
         require(form in forms, "compute.context_attention", form, " or ".join(forms))
         check_fields("compute", self)
         if self.remat != "auto":

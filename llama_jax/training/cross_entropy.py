@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from llama_jax.axes import Array, Float, Int
-from llama_jax.parallel.sharding import TRAINING, Rules, fitting_spec
+from llama_jax.parallel.sharding import TRAINING, Rules, fitting_spec, mesh_axes
 
 
 class _Axes(NamedTuple):
@@ -126,12 +126,12 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
     used = fitting_spec(("width", "vocab"), head.shape, rules)
     kept = fitting_spec(("embed", "vocab"), head.shape, rules)
     sequences = PartitionSpec(*stream[:2])
-    tokens = _names(*sequences)
+    tokens = mesh_axes(*sequences)
     axes = _Axes(
         tokens,
-        _names(sequences[1]),
-        _names(used[1]),
-        tuple(name for name in _names(kept[0]) if name in tokens),
+        mesh_axes(sequences[1]),
+        mesh_axes(used[1]),
+        tuple(name for name in mesh_axes(kept[0]) if name in tokens),
     )
     specs = {
         "s": PartitionSpec(),
@@ -146,13 +146,6 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
         check_vma=False,
     )
     return placed(*given)
-
-
-def _names(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in entries of a spec."""
-    return tuple(
-        name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry or ())
-    )
 
 
 def _whole_head_gradient(d_head: Array, axes: _Axes) -> Array:

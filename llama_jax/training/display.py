@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from llama_jax.formatting import duration, si
 from llama_jax.training.metrics import StepRecord
 
 _REFRESHES_PER_SECOND = 8
@@ -277,32 +278,6 @@ def table(sequences: Mapping[str, str]) -> list[str]:
     """Names and values in two columns."""
     width = max(map(len, sequences), default=0)
     return [f"{name:<{width}}  {value}" for name, value in sequences.items()]
-
-
-def duration(seconds: float) -> str:
-    """A time in its two largest units: `12.3 ms`, `3.46 s`, `4m 05s`, `3h 12m`, `3d 04h`; `?` when
-    not known.
-    """
-    if not math.isfinite(seconds):
-        return "?"
-    if seconds < 59.95:
-        return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    minutes = whole // 60
-    hours = minutes // 60
-    return f"{hours}h {minutes % 60:02d}m" if hours < 24 else f"{hours // 24}d {hours % 24:02d}h"
-
-
-def si(number: float) -> str:
-    """A number to three digits with its SI prefix: `1.21M`."""
-    if not math.isfinite(number):
-        return "?"
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g}{prefix}"
-    return f"{number:.3g}"
 
 
 def glyphs_of(encoding: str | None) -> Glyphs:

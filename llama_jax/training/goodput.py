@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from llama_jax.training.display import duration
+from llama_jax.formatting import duration
 from llama_jax.training.metrics import LineFile
 
 RUN_GOODPUT = "goodput.jsonl"

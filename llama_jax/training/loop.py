@@ -14,6 +14,7 @@ from llama_jax.accounting import parameter_count
 from llama_jax.data.batches import Batches
 from llama_jax.data.prepare import copy_tokenizer
 from llama_jax.data.tokens import unigram_cross_entropy
+from llama_jax.formatting import si
 from llama_jax.parallel.hosts import Hosts
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.training.checkpointing import (
@@ -36,7 +37,7 @@ from llama_jax.training.data import (
     packing_lines,
     split_corpus,
 )
-from llama_jax.training.display import Display, si
+from llama_jax.training.display import Display
 from llama_jax.training.evaluate import (
     Evaluation,
     Evaluator,

@@ -41,7 +41,7 @@ from llama_jax.weights.checkpoint import Checkpoints
 #   spare.
 BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2}
 GROUPS = ("mesh", "accumulation", "layers", "remat", "attention", "documents", "resume")
-_LENGTH = 288  # more than one block of the chunked attention
+_LENGTH = 288  # more than one block of the blockwise attention
 _PLAIN_ATTENTION = "reference"
 _UPDATES = 2
 _REMAT = ("full", "q+k+v+context", "middle")

@@ -18,14 +18,14 @@ from llama_jax.errors import InputError
 from llama_jax.model.attention import choose_backend
 from llama_jax.model.llama import Llama
 from llama_jax.model.lora import Dropout, combine, init_adapters
-from llama_jax.model.options import ModelOptions
+from llama_jax.model.options import ModelOptions, resolve_dtype
 from llama_jax.model.quantize import quantize
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.parallel.sharding import TRAINING, check_divisible, tree_shardings
 from llama_jax.storage import atomic_write
 from llama_jax.text.export import hugging_face_files
 from llama_jax.text.tokenizer import load_tokenizer
-from llama_jax.training.config import ComputeConfig, TrainConfig
+from llama_jax.training.config import TrainConfig
 from llama_jax.training.config_sections import AdapterConfig, micro_batch_size
 from llama_jax.training.data import packing_identity, require_same_tokenizer, sources_identity
 from llama_jax.training.loss import NEXT_TOKEN_FROZEN_HEAD, next_token, preference_objective
@@ -351,14 +351,6 @@ def require_divisible_length(config: TrainConfig, parts: int) -> None:
         )
 
 
-def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> str:
-    """The dtype that `compute.dtype` stands for on the devices at hand, or on those of a
-    platform.
-    """
-    on_cpu = (platform or jax.devices()[0].platform) == "cpu"
-    return compute.dtype if compute.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-
-
 def require_attention(config: TrainConfig, platform: str | None = None) -> str:
     """The attention backend that `compute.attention` stands for; checked by `choose_backend`."""
     platform = platform or jax.devices()[0].platform
@@ -369,7 +361,7 @@ def require_attention(config: TrainConfig, platform: str | None = None) -> str:
         platform,
         config.model.head_dim,
         config.mesh.context,
-        compute_dtype(config.compute, platform),
+        resolve_dtype(config.compute.dtype, platform),
     )
 
 
@@ -380,7 +372,7 @@ def make_recipe(config: TrainConfig, platform: str | None = None) -> Recipe:
     compute = config.compute
     platform = platform or jax.devices()[0].platform
     options = ModelOptions(
-        dtype=compute_dtype(compute, platform),
+        dtype=resolve_dtype(compute.dtype, platform),
         scan=compute.scan_layers,
         remat=compute.remat,
         attention=require_attention(config, platform),

@@ -9,6 +9,7 @@ from llama_jax import __version__
 from llama_jax.accounting import parameter_count
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import InputError
+from llama_jax.formatting import one_line
 from llama_jax.weights.source import flag, quotient, real, shown, whole
 
 # --- hugging face quantized ---
@@ -278,7 +279,7 @@ def model_card(name: str, origin: str, config: LlamaConfig, dtype: str, chat: bo
     """
     rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(config, dtype, chat).items())
     return _CARD.format(
-        name=_one_line(name), origin=_one_line(origin), version=__version__, rows=rows
+        name=one_line(name), origin=one_line(origin), version=__version__, rows=rows
     )
 
 
@@ -359,10 +360,6 @@ def _rope_text(config: LlamaConfig) -> str:
 
 def _one_or_several(ids: tuple[int, ...]) -> int | list[int] | None:
     return list(ids) if len(ids) > 1 else ids[0] if ids else None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 # --- hugging face config ---

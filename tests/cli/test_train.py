@@ -223,7 +223,7 @@ def test_a_finished_run_of_another_model_is_not_this_one(undisturbed, capsys):
     assert snapshot(pathlib.Path(undisturbed.run.dir)) == before
 
 
-@pytest.mark.parametrize("how", [pytest.param("gathered", marks=pytest.mark.slow), "ring"])
+@pytest.mark.parametrize("how", [pytest.param("all_gather", marks=pytest.mark.slow), "ring"])
 def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys, on_devices):
     """Long sequences cut over the mesh, held-out loss and samples included; then on from what they
     left with more steps on one device, with another rhythm and another learning rate, which shows

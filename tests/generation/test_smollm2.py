@@ -37,7 +37,7 @@ def prompts(smollm2_model):
 @pytest.fixture(scope="module")
 def ours(smollm2_model, prompts):
     """Greedy ids: the short prompts as one ragged batch, the long one alone (its attention is
-    chunked), from stacked layers.
+    blockwise), from stacked layers.
     """
     params, config = smollm2_model.params, smollm2_model.config
     unrolled, stacked = Generator(params, config), Generator(stack(params), config)

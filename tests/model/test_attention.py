@@ -1,5 +1,5 @@
 """Backends against float64 attention written out, with every mask, forward and backward; memory of
-the chunked form.
+the blockwise form.
 """
 
 import functools
@@ -60,7 +60,7 @@ def seen_by(mask, causal, batch, queries, keys):
     return seen
 
 
-def run_chunked(q, k, v, mask, causal):
+def run_blockwise(q, k, v, mask, causal):
     return blockwise_attention(q, k, v, mask, causal, 8)
 
 
@@ -68,7 +68,7 @@ def run_chunked(q, k, v, mask, causal):
 def outputs_and_gradients(q, k, v, d_out, mask, causal):
     """Of both backends."""
     found = []
-    for run in (BACKENDS["reference"], run_chunked):
+    for run in (BACKENDS["reference"], run_blockwise):
         out, pull = jax.vjp(lambda q, k, v, run=run: run(q, k, v, mask, causal), q, k, v)
         found.append((out, *pull(d_out)))
     return found
@@ -87,15 +87,16 @@ def test_backends_equal_float64(heads, sizes, causal):
                 np.testing.assert_allclose(got, wanted, atol=5e-6, rtol=0)
 
 
-def test_chunked_equals_reference_at_block_size_and_in_bfloat16():
+def test_blockwise_equals_reference_at_block_size_and_in_bfloat16():
     wide = draw((4, 2), 700, 700, width=16, batch=1)
     narrow = [x.astype(jnp.bfloat16) for x in wide]
-    chunked, reference = (
-        jax.jit(functools.partial(attend, backend=backend)) for backend in ("chunked", "reference")
+    blockwise, reference = (
+        jax.jit(functools.partial(attend, backend=backend))
+        for backend in ("blockwise", "reference")
     )
-    got = chunked(*narrow)
+    got = blockwise(*narrow)
     assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(chunked(*wide), reference(*wide), atol=2e-6)
+    np.testing.assert_allclose(blockwise(*wide), reference(*wide), atol=2e-6)
     rounded = reference(*[np.asarray(x, np.float32) for x in narrow])
     np.testing.assert_allclose(np.asarray(got, np.float32), rounded, atol=0.02)
 
@@ -103,7 +104,7 @@ def test_chunked_equals_reference_at_block_size_and_in_bfloat16():
 def test_no_information_from_later_tokens_or_other_documents():
     q, k, v = draw((2, 1), 24, 24, batch=1)
     documents = np.asarray([[1] * 10 + [2] * 14], np.int32)
-    for run in (BACKENDS["reference"], run_chunked):
+    for run in (BACKENDS["reference"], run_blockwise):
         summed = lambda v, run=run: run(q, k, v, Mask(documents=jnp.asarray(documents)), True).sum(
             axis=(0, 1, 3)
         )
@@ -121,22 +122,25 @@ def temporary_bytes(backend, length):
     return jax.jit(step).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_of_chunked_grows_linearly():
-    chunked, reference = (
+def test_memory_of_blockwise_grows_linearly():
+    blockwise, reference = (
         [temporary_bytes(backend, length) for length in lengths]
-        for backend, lengths in (("chunked", (4096, 8192, 16384)), ("reference", (8192, 16384)))
+        for backend, lengths in (("blockwise", (4096, 8192, 16384)), ("reference", (8192, 16384)))
     )
-    for name, sizes in (("chunked at 4k, 8k, 16k", chunked), ("reference at 8k, 16k", reference)):
+    for name, sizes in (
+        ("blockwise at 4k, 8k, 16k", blockwise),
+        ("reference at 8k, 16k", reference),
+    ):
         print(f"temporaries of {name}: {[f'{b / 2**20:.1f} MiB' for b in sizes]}")
-    assert chunked[1] < 2.1 * chunked[0]
-    assert chunked[2] < 2.1 * chunked[1]
+    assert blockwise[1] < 2.1 * blockwise[0]
+    assert blockwise[2] < 2.1 * blockwise[1]
     assert reference[1] > 3.5 * reference[0]
-    assert chunked[2] < reference[1] / 50
+    assert blockwise[2] < reference[1] / 50
 
 
 def test_choice_of_backend_and_refusals():
     assert choose_backend("auto", 1, 100_000) == "reference"
-    assert choose_backend("auto", 4096, 4096) == "chunked"
+    assert choose_backend("auto", 4096, 4096) == "blockwise"
     with pytest.raises(InputError, match=r"flash9.*reference"):
         choose_backend("flash9", 1, 1)
     q, k, v = draw((2, 1), 4, 9)

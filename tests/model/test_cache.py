@@ -103,7 +103,7 @@ def test_integers_are_within_half_a_scale():
     assert error[0, 1, 2].max() == 0
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
 @pytest.mark.parametrize("queries", [1, 7])
 def test_integer_attention_equals_attention_on_dequantised_keys_and_values(backend, queries):
     rng = np.random.default_rng(1)

@@ -36,7 +36,7 @@ MASKS = (
 EQUAL, REFUSED, AUTO = "equal", "refused", "as auto"
 ROWS = {
     "reference": [EQUAL] * 6,
-    "chunked": [EQUAL] * 6,
+    "blockwise": [EQUAL] * 6,
     "gathered over 2 devices": [EQUAL] * 4 + [REFUSED] * 2,
     "ring over 2 devices": [EQUAL] * 4 + [REFUSED] * 2,
     "splash": [EQUAL] * 4 + [AUTO] * 2,
@@ -114,10 +114,10 @@ RUNS = {
     "reference": lambda q, k, v, documents: attend(
         q, k, v, Mask(documents=documents), backend="reference"
     ),
-    "chunked": lambda q, k, v, documents: attend(
-        q, k, v, Mask(documents=documents), backend="chunked"
+    "blockwise": lambda q, k, v, documents: attend(
+        q, k, v, Mask(documents=documents), backend="blockwise"
     ),
-    "gathered over 2 devices": over_devices(context_attention="gathered"),
+    "gathered over 2 devices": over_devices(context_attention="all_gather"),
     "ring over 2 devices": over_devices(context_attention="ring"),
     "splash": lambda q, k, v, documents: splash_attention(
         q, k, v, documents, TRAINING, interpret=True
@@ -155,7 +155,7 @@ def narrow_heads():
 
 
 @pytest.mark.parametrize("mask", MASKS[4:])
-@pytest.mark.parametrize("backend", ["reference", "chunked", "splash", "cudnn"])
+@pytest.mark.parametrize("backend", ["reference", "blockwise", "splash", "cudnn"])
 def test_tokens_behind_a_cache_equal_float64(backend, mask):
     q, k, v, _ = drawn()
     few, starts = 24, np.array([7, 300], np.int32)
@@ -173,13 +173,13 @@ def test_tokens_behind_a_cache_equal_float64(backend, mask):
         out, float64_attention(q, k, v, np.zeros(q.shape), seen)[0], atol=1e-5
     )
     assert ROWS[backend][MASKS.index(mask)] == (
-        EQUAL if backend in ("reference", "chunked") else AUTO
+        EQUAL if backend in ("reference", "blockwise") else AUTO
     )
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"context_attention": "gathered"}, {"context_attention": "ring"}, {"attention": "splash"}],
+    [{"context_attention": "all_gather"}, {"context_attention": "ring"}, {"attention": "splash"}],
     ids=str,
 )
 def test_a_cache_on_devices_that_share_sequences_is_refused(options):

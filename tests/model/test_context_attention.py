@@ -17,7 +17,7 @@ from matrix import matrix
 from support import TINY, float64_logits, random_parameters, random_tokens
 
 from llama_jax.errors import InputError
-from llama_jax.model import blockwise as chunked
+from llama_jax.model import blockwise
 from llama_jax.model.attention import attend
 from llama_jax.model.context_parallel import Ring, attend_over_mesh, block_size, ring_attention
 from llama_jax.model.llama import Llama, apply, logits
@@ -55,7 +55,7 @@ ORDERS = {
 }
 
 
-@matrix(order=list(ORDERS), backend=["reference", "chunked"], packed=[False, True])
+@matrix(order=list(ORDERS), backend=["reference", "blockwise"], packed=[False, True])
 def test_tokens_in_another_order_are_masked_by_their_positions(order, backend, packed):
     """In blocks of 7, so that some hold padding and some tokens of two chunks."""
     arrays, documents = draw()
@@ -64,8 +64,8 @@ def test_tokens_in_another_order_are_masked_by_their_positions(order, backend, p
         documents=documents, positions=positions, key_positions=positions, key_documents=documents
     )
     run = lambda q, k, v: attend(q, k, v, mask, backend=backend)
-    if backend == "chunked":
-        run = lambda q, k, v: chunked.blockwise_attention(q, k, v, mask, True, 7)
+    if backend == "blockwise":
+        run = lambda q, k, v: blockwise.blockwise_attention(q, k, v, mask, True, 7)
     check(run, arrays, seen_by(positions, documents))
 
 
@@ -76,7 +76,7 @@ def test_queries_of_a_part_see_the_keys_of_all():
         None, None, *map(jnp.asarray, (documents[:, own], positions[own], positions, documents))
     )
     whole = float64_attention(*arrays, seen_by(positions, documents))[0]
-    for backend in ("reference", "chunked"):
+    for backend in ("reference", "blockwise"):
         part = jax.jit(lambda q, k, v, backend=backend: attend(q, k, v, mask, backend=backend))
         np.testing.assert_allclose(
             part(arrays[0][:, :, own], *arrays[1:3]), whole[:, :, own], atol=1e-6
@@ -138,9 +138,9 @@ def test_ring_equals_float64(devices, size):
 @pytest.mark.parametrize(
     ("how", "backend"),
     [
-        ("gathered", "reference"),
-        ("ring", "chunked"),
-        pytest.param("gathered", "chunked", marks=pytest.mark.slow),
+        ("all_gather", "reference"),
+        ("ring", "blockwise"),
+        pytest.param("all_gather", "blockwise", marks=pytest.mark.slow),
         pytest.param("ring", "reference", marks=pytest.mark.slow),
     ],
 )
@@ -162,7 +162,7 @@ def test_heads_sequences_and_length_over_devices_at_once(how, backend):
 def computed_blocks(monkeypatch, run) -> dict[int, int]:
     """Blocks of scores that each device computes while `run` is called, counted where they are."""
     counts: collections.Counter[int] = collections.Counter()
-    scores = chunked._scores
+    scores = blockwise._scores
 
     def counted(*arguments):
         jax.debug.callback(
@@ -170,13 +170,13 @@ def computed_blocks(monkeypatch, run) -> dict[int, int]:
         )
         return scores(*arguments)
 
-    monkeypatch.setattr(chunked, "_scores", counted)
+    monkeypatch.setattr(blockwise, "_scores", counted)
     jax.block_until_ready(run())
     jax.effects_barrier()
     return dict(counts)
 
 
-@pytest.mark.parametrize(("how", "passes"), [("gathered", 3), ("ring", 2)])
+@pytest.mark.parametrize(("how", "passes"), [("all_gather", 3), ("ring", 2)])
 def test_every_device_computes_as_many_blocks(how, passes, monkeypatch):
     """Of 2C x 2C pairs of chunks those on and below the diagonal, `2C + 1` a device, once forward
     and once backward.
@@ -185,7 +185,7 @@ def test_every_device_computes_as_many_blocks(how, passes, monkeypatch):
     otherwise: next test.)
     """
     devices, arrays = 4, draw()[0]
-    options = ModelOptions(attention="chunked", context_attention=how)
+    options = ModelOptions(attention="blockwise", context_attention=how)
 
     def work(positions):
         """Blocks by device; each holds one chunk."""
@@ -196,7 +196,7 @@ def test_every_device_computes_as_many_blocks(how, passes, monkeypatch):
         ):
             patch.setattr(
                 "llama_jax.model.attention.blockwise_attention",
-                functools.partial(chunked.blockwise_attention, size=6),
+                functools.partial(blockwise.blockwise_attention, size=6),
             )
             total = jax.jit(
                 jax.grad(lambda q, k, v: attend_over_mesh(q, k, v, mask, options).sum(), (0, 1, 2))
@@ -215,7 +215,7 @@ def test_gathered_keys_are_gathered_again_and_no_score_is_computed_again():
     """Two products a block forward and five backward are all that there are; keys and values are
     gathered in both.
     """
-    arrays, options = draw()[0][:3], ModelOptions(attention="chunked", scan=False)
+    arrays, options = draw()[0][:3], ModelOptions(attention="blockwise", scan=False)
     with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:4], 4)):
         total = jax.jit(
             jax.grad(lambda q, k, v: attend_over_mesh(q, k, v, Mask(), options).sum(), (0, 1, 2))
@@ -241,10 +241,10 @@ def test_balanced_positions_are_chunks_from_both_ends(length, devices):
     ("backend", "tokens", "size"),
     [
         ("reference", 48, 24),
-        ("chunked", 48, 24),
-        ("chunked", 4096, 256),
-        ("chunked", 600, 150),
-        ("chunked", 7, 4),
+        ("blockwise", 48, 24),
+        ("blockwise", 4096, 256),
+        ("blockwise", 600, 150),
+        ("blockwise", 7, 4),
     ],
 )
 def test_block_size_parts_a_chunk_evenly(backend, tokens, size):
@@ -284,6 +284,6 @@ def test_rows_that_devices_cannot_share_are_refused():
         ):
             attend_over_mesh(q, q, q, cached, ModelOptions())
     with pytest.raises(
-        InputError, match="context_attention 'spiral' given; gathered or ring expected"
+        InputError, match="context_attention 'spiral' given; all_gather or ring expected"
     ):
         ModelOptions(context_attention="spiral")

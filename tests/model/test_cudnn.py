@@ -126,7 +126,7 @@ def test_auto_takes_it_on_gpus_only_and_for_what_it_takes(present):
         ("gpu", 128, 1, "float32"),
         ("cpu", 128, 1, "bfloat16"),
     ]:
-        assert choose_backend("auto", 4096, 4096, *place) == "chunked"
+        assert choose_backend("auto", 4096, 4096, *place) == "blockwise"
 
 
 def test_without_a_gpu_it_is_refused():

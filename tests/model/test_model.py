@@ -68,7 +68,7 @@ def test_stack_and_unstack_are_inverse_and_fit_the_module():
 
 
 def gradient_program(params, tokens, config, remat):
-    loss = lambda p: jnp.sum(logits(p, tokens, config, remat=remat, attention="chunked") ** 2)
+    loss = lambda p: jnp.sum(logits(p, tokens, config, remat=remat, attention="blockwise") ** 2)
     return jax.jit(jax.grad(loss)).lower(params).compile()
 
 

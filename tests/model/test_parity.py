@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parity
 
 WAYS = {
     "reference": {"attention": "reference"},
-    "chunked": {"attention": "chunked", "remat": "full"},
+    "blockwise": {"attention": "blockwise", "remat": "full"},
 }
 
 
@@ -33,9 +33,9 @@ WAYS = {
 # `make test-all`.
 QUICK = {
     "gqa-untied": "reference",
-    "mha-untied": "chunked",
+    "mha-untied": "blockwise",
     "mqa-tied": "reference",
-    "gqa-tied-theta5e5": "chunked",
+    "gqa-tied-theta5e5": "blockwise",
     "llama3-factor32-tied": "reference",
 }
 CASES = [

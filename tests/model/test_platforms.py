@@ -141,7 +141,7 @@ def test_sizes_that_a_kernel_does_not_take(length, dtype, expected):
 
 
 def test_what_is_asked_for_by_name_stays():
-    for name in ("reference", "chunked"):
+    for name in ("reference", "blockwise"):
         run = lambda params, tokens, name=name: logits(params, tokens, CONFIG, attention=name)
         assert kernels(run, narrow(), TOKENS) == {"tpu": 0, "cuda": 0}
 

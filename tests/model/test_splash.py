@@ -103,8 +103,8 @@ def test_auto_takes_it_for_training_on_tpus_only():
     assert (
         choose_backend("auto", 8192, 8192, "tpu", 80)
         == choose_backend("auto", 8000, 8000, "tpu", 128)
-        == "chunked"
+        == "blockwise"
     )
-    assert choose_backend("auto", 8192, 8192, "cpu", 128) == "chunked"
+    assert choose_backend("auto", 8192, 8192, "cpu", 128) == "blockwise"
     assert fits_splash(8192, 64, 32)
     assert not fits_splash(8192, 64, 64)  # chunks of 64 tokens

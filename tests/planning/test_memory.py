@@ -92,7 +92,7 @@ def test_a_small_step_is_within_10_percent_of_the_compiled_one(sizes, remat):
     data, fsdp, tensor, context = sizes
     devices = math.prod(sizes)
     length, sequences, chunk = 1024, 4 * devices, 1024
-    model = Llama(SMALL, ModelOptions(remat=remat, attention="chunked"))
+    model = Llama(SMALL, ModelOptions(remat=remat, attention="blockwise"))
     mesh = make_mesh(data, fsdp, tensor, jax.devices()[:devices], context)
     recipe = Recipe(model, make_optimizer(OptimizerConfig()), lambda step: 1e-3, chunk)
     sharding = batch_sharding(recipe, mesh)

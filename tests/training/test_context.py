@@ -89,19 +89,19 @@ def require_that_of_one_device(sizes, options):
 FORMS = [
     (sizes, how)
     for sizes in MESHES
-    for how in ("gathered", "ring")
-    if how == "gathered" or sizes[2] > 1
+    for how in ("all_gather", "ring")
+    if how == "all_gather" or sizes[2] > 1
 ]
 # Context beside each other axis (tensor below) and of each size, fsdp of 2 and 4, tensor of 8. What
 # the test of the step has besides: data, fsdp and tensor beside each other; and that of the
 #   cross-entropy: fsdp of 8.
 QUICK = (
-    ((1, 2, 4, 1), "gathered"),
+    ((1, 2, 4, 1), "all_gather"),
     ((1, 2, 4, 1), "ring"),
     ((4, 1, 2, 1), "ring"),
     ((1, 1, 8, 1), "ring"),
-    ((2, 4, 1, 1), "gathered"),
-    ((1, 1, 1, 8), "gathered"),
+    ((2, 4, 1, 1), "all_gather"),
+    ((1, 1, 1, 8), "all_gather"),
 )
 
 
@@ -123,8 +123,8 @@ def test_every_mesh_equals_one_device(sizes, how):
 @pytest.mark.parametrize(
     ("how", "changes"),
     [
-        pytest.param("gathered", {"remat": "full"}, marks=pytest.mark.slow),
-        ("gathered", {"remat": "q+k+v+context", "attention": "chunked"}),
+        pytest.param("all_gather", {"remat": "full"}, marks=pytest.mark.slow),
+        ("all_gather", {"remat": "q+k+v+context", "attention": "blockwise"}),
         ("ring", {"remat": "context"}),
         ("ring", {"scan": False}),
     ],
@@ -208,7 +208,7 @@ def gathers(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, shape.split(","))) for shape in found]
 
 
-def compiled(sizes, how="gathered") -> str:
+def compiled(sizes, how="all_gather") -> str:
     return program(sizes, ModelOptions(context_attention=how))[0].as_text()
 
 
@@ -228,7 +228,7 @@ def test_ring_passes_keys_on_and_gathers_none():
     assert [shape for shape in gathers(ring) if len(shape) > 2] == []  # weights alone
 
 
-@pytest.mark.parametrize("how", ["gathered", "ring"])
+@pytest.mark.parametrize("how", ["all_gather", "ring"])
 def test_no_activation_moves_but_keys_and_values(how):
     """Tokens change their order as numbers: no stream is gathered along its length, none
     exchanged.

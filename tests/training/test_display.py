@@ -7,16 +7,8 @@ import re
 import pytest
 from rich.console import Console
 
-from llama_jax.training.display import (
-    LiveDisplay,
-    bar,
-    duration,
-    glyphs_of,
-    open_display,
-    pack,
-    si,
-    sparkline,
-)
+from llama_jax.formatting import duration, si
+from llama_jax.training.display import LiveDisplay, bar, glyphs_of, open_display, pack, sparkline
 from llama_jax.training.metrics import StepRecord
 
 UNICODE, ASCII = glyphs_of("utf-8"), glyphs_of("ascii")

@@ -86,8 +86,8 @@ def test_what_cannot_be_computed_has_failed(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise NotImplementedError("no such\nkernel here")
 
-    monkeypatch.setattr("llama_jax.training.selftest.BACKENDS", ["reference", "chunked"])
-    monkeypatch.setitem(attention.BACKENDS, "chunked", refuse)
+    monkeypatch.setattr("llama_jax.training.selftest.BACKENDS", ["reference", "blockwise"])
+    monkeypatch.setitem(attention.BACKENDS, "blockwise", refuse)
     (case,) = cases(tmp_path, "attention", devices=1).values()
     assert not case.ok
     assert case.note == "NotImplementedError: no such kernel here"
