@@ -364,7 +364,8 @@ def _answer(
             settings |= {"generator": generator, "prefix": prefix, "logprobs": job.logprobs}
             pieces = stream(model, prompts, chunk=16, **settings)
             try:
-                for piece in meter.watch(pieces):
+                for piece in pieces:
+                    meter.count(piece)
                     writer.take(batch, piece)
             except NotFiniteError as error:
                 raise InputError(

@@ -206,7 +206,8 @@ class Terminal:
     def _write(self, meter: Meter, pieces: Iterator[Any]) -> Any:
         """Writes pieces until they end or are stopped; the completion if they ended."""
         completion, heard = None, ""
-        for piece in meter.watch(pieces):
+        for piece in pieces:
+            meter.count(piece)
             completion, heard = piece.completion, heard + piece.text
             if not self._json:
                 write_words(piece.text + ("" if completion is None else "\n"))

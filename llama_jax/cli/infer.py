@@ -7,7 +7,7 @@ Three ways to ask: prompts of the command line or of standard input (`--prompt`)
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.models import check_bias, settings_of
@@ -17,11 +17,11 @@ from llama_jax.cli.options import (
     add_run_options,
     add_sampling_options,
 )
-from llama_jax.cli.writing import Meter, in_order, note, prepare_output, write_json, write_text
+from llama_jax.cli.writing import Meter, Writer, note, prepare_output
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.generation.text import Piece, Prompt
+    from llama_jax.generation.text import Prompt
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _DESCRIPTION = """Generate text with a LLaMA. Prompts come from --prompt, from --input, or
@@ -164,7 +164,8 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
         keys = sequence_keys(
             seed, sequences, start * options.samples
         )  # a text has the same random numbers, whatever its batch
-        pieces = stream(
+        writer = Writer(_echoed(options, prompts[batch]), options.json, options.samples)
+        for piece in stream(
             model,
             asked[batch],
             chat=options.chat,
@@ -172,22 +173,19 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
             prefix=prefix,
             seed=keys,
             **settings,
-        )
-        _write(options, prompts[batch], meter.watch(pieces))
+        ):
+            meter.count(piece)
+            writer.take(piece)
         reused += options.samples * saved(prefix, map(len, encoded[batch]))
     note(meter.report(generator.programs.compilations, reused))
     return 0
 
 
-def _write(options: argparse.Namespace, prompts: list[str], pieces: "Iterator[Piece]") -> None:
-    """Writes the texts of one batch in their order."""
-    sequences = [prompt for prompt in prompts for _ in range(options.samples)]
-    ordered = in_order(pieces, len(sequences))
-    if options.json:
-        write_json(ordered, options.samples)
-    else:
-        echo = sys.stdout.isatty() and not options.chat
-        write_text(ordered, [f"{_DIM}{prompt}{_PLAIN}" if echo else "" for prompt in sequences])
+def _echoed(options: argparse.Namespace, prompts: list[str]) -> list[str]:
+    """What stands before each answer: on a terminal the prompt that it continues."""
+    if not sys.stdout.isatty() or options.chat:
+        return [""] * (len(prompts) * options.samples)
+    return [f"{_DIM}{prompt}{_PLAIN}" for prompt in prompts for _ in range(options.samples)]
 
 
 def _with_system(prompts: list[str], system: str | None) -> "Sequence[Prompt]":

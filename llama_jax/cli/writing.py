@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import InputError
@@ -41,18 +41,6 @@ def write_words(text: str) -> None:
     print(text.translate(_COMMANDS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
-def in_order(pieces: Iterable["Piece"], sequences: int) -> Iterator["Piece"]:
-    """The same pieces, those of a sequence held back until the sequences before it have ended."""
-    held: list[list[Piece]] = [[] for _ in range(sequences)]
-    current = 0
-    for piece in pieces:
-        held[piece.sequence].append(piece)
-        while current < sequences and held[current]:
-            ready, held[current] = held[current], []
-            yield from ready
-            current += ready[-1].completion is not None
-
-
 def as_dict(completion: "Completion") -> dict[str, Any]:
     """A completion for JSON, without log-probabilities that were not asked for."""
     return {name: value for name, value in completion._asdict().items() if value is not None}
@@ -73,23 +61,38 @@ def as_json(values: Mapping[str, Any]) -> str:
         ) from None
 
 
-def write_json(pieces: Iterable["Piece"], samples: int = 1) -> None:
-    """Writes one JSON object a sequence, each as it is complete; with its number among the samples
-    of a prompt, if several.
+class Writer:
+    """Writes the answers of one batch in their order, each as it comes or is complete.
+
+    Args:
+      echoed: text to write before each answer; its length is the number of answers.
+      json: whether to write an object for each answer instead of text.
+      samples: answers to each prompt; an object then has its number among them.
     """
-    for piece in pieces:
-        if piece.completion is not None:
-            number = {"sample": piece.sequence % samples} if samples > 1 else {}
-            print(as_json({**number, **as_dict(piece.completion)}), flush=True)
 
+    def __init__(self, echoed: Sequence[str], json: bool = False, samples: int = 1) -> None:
+        self._echoed, self._json, self._samples = echoed, json, samples
+        self._held: list[list[Piece]] = [[] for _ in echoed]
+        self._current, self._begun = 0, -1
 
-def write_text(pieces: Iterable["Piece"], echoed: Sequence[str]) -> None:
-    """Writes texts as they come, each after what is to be echoed before it."""
-    begun = -1
-    for piece in pieces:
-        if piece.sequence > begun:
-            print(echoed[piece.sequence], end="")
-        begun = piece.sequence
+    def take(self, piece: "Piece") -> None:
+        """Writes a piece, or holds it back until the answers before it have ended."""
+        self._held[piece.sequence].append(piece)
+        while self._current < len(self._held) and self._held[self._current]:
+            ready, self._held[self._current] = self._held[self._current], []
+            for each in ready:
+                self._write(each)
+            self._current += ready[-1].completion is not None
+
+    def _write(self, piece: "Piece") -> None:
+        if self._json:
+            if piece.completion is not None:
+                sample = {"sample": piece.sequence % self._samples} if self._samples > 1 else {}
+                print(as_json({**sample, **as_dict(piece.completion)}), flush=True)
+            return
+        if piece.sequence > self._begun:
+            print(self._echoed[piece.sequence], end="")
+        self._begun = piece.sequence
         write_words(piece.text + ("" if piece.completion is None else "\n"))
 
 
@@ -109,18 +112,16 @@ class Meter:
         self._tokens_at_first = self._prompt = 0
         self._reasons: set[str] = set()
 
-    def watch(self, pieces: Iterable["Piece"]) -> Iterator["Piece"]:
-        """The same pieces, measured."""
-        for piece in pieces:
-            self._last = time.perf_counter()
-            self.tokens += piece.tokens
-            if self._first == self._start:
-                self._first, self._tokens_at_first = self._last, self.tokens
-            if piece.completion is not None:
-                self.finished += 1
-                self._prompt += piece.completion.prompt_tokens
-                self._reasons.add(piece.completion.stop_reason)
-            yield piece
+    def count(self, piece: "Piece") -> None:
+        """Takes note of a piece."""
+        self._last = time.perf_counter()
+        self.tokens += piece.tokens
+        if self._first == self._start:
+            self._first, self._tokens_at_first = self._last, self.tokens
+        if piece.completion is not None:
+            self.finished += 1
+            self._prompt += piece.completion.prompt_tokens
+            self._reasons.add(piece.completion.stop_reason)
 
     @property
     def seconds(self) -> float:

@@ -293,7 +293,7 @@ class TextSession:
 def stream(
     model: Pretrained, prompts: Sequence[Prompt], *, chunk: Unchecked = 4, **settings: Any
 ) -> Iterator[Piece]:
-    """Yields the text of all prompts, decoded together, as it comes.
+    """The text of all prompts, decoded together, as it comes; the prompts are run at once.
 
     Every setting below that says "a sequence" may be one value for all sequences, or a list of one
     a sequence.
@@ -329,8 +329,7 @@ def stream(
     """
     chunk = whole("chunk", chunk, 1)
     check_texts(prompts)
-    if prompts:
-        yield from TextSession(model, prompts, **settings).stream(chunk)
+    return TextSession(model, prompts, **settings).stream(chunk) if prompts else iter(())
 
 
 def generate(

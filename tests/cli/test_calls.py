@@ -71,3 +71,20 @@ def test_six_calls_from_train_to_the_compiled_step(tmp_path):
         "loop.Run._steps",
     ]
     print(found["functions"], found["files"])
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python 3.12 profiles differently")
+def test_seven_calls_from_infer_to_the_compiled_loop(tmp_path, tiny_directory):
+    words = ["--model", str(tiny_directory), "--prompt", "The cat", "--max-new-tokens", "4"]
+    found = calls("advance", tmp_path / "calls", "infer.py", *words)
+    *calls_to_it, tracing = found["stack"]
+    assert calls_to_it == [
+        "main.run_program",
+        "infer.main",
+        "infer._complete",
+        "text.TextSession.stream",
+        "session.Session.stream",
+        "session.Session._advance",
+        "programs.Programs._program.<locals>.run",
+    ]
+    assert tracing == "programs.Programs._program.<locals>.traced"

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from llama_jax.cli.infer import main
 from llama_jax.cli.main import run_program
 from llama_jax.cli.models import rope_scaling
-from llama_jax.cli.writing import as_dict, in_order, write_json, write_text
+from llama_jax.cli.writing import Writer, as_dict
 from llama_jax.config import RopeScaling
 from llama_jax.errors import InputError
 from llama_jax.generation.text import Completion, Piece, generate
@@ -581,9 +581,12 @@ def test_texts_come_in_the_order_of_their_prompts(capsys):
         Piece(1, "d", 1, ends[1]),
         Piece(0, " b", 1, ends[0]),
     ]
-    write_text(in_order(pieces, 2), ["<p0>", "<p1>"])
+    text, objects = Writer(["<p0>", "<p1>"]), Writer(["", ""], json=True)
+    for piece in pieces:
+        text.take(piece)
     assert capsys.readouterr().out == "<p0>a b\n<p1>cd\n"
-    write_json(in_order(pieces, 2))
+    for piece in pieces:
+        objects.take(piece)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
         as_dict(end) for end in ends
     ]

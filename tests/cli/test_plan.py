@@ -38,7 +38,7 @@ def test_a_pod_in_words(capsys):
         "optimizer",
         "gradients",
         "activations",
-        "all_gather",
+        "gathered",
         "working",
         "logits",
         "head",
@@ -61,7 +61,7 @@ def test_a_pod_in_numbers(capsys):
     memory = got["memory"]
     lasting = sum(memory[name] for name in ("parameters", "frozen", "optimizer", "gradients"))
     passes = sum(
-        memory[name] for name in ("activations", "all_gather", "working", "logits", "head")
+        memory[name] for name in ("activations", "gathered", "working", "logits", "head")
     )
     assert memory["total"] == lasting + max(passes, memory["update"])
     assert memory["parameters"] + memory["optimizer"] == pytest.approx(
