@@ -1,4 +1,4 @@
-"""When the state of a run is saved, and what becomes of a save that fails: it is told, and tried
+"""When the state of a run is saved, and how a failed save is handled: it is reported, and tried
 again.
 """
 
@@ -40,8 +40,8 @@ class Saver:
       checkpoints: of the run.
       directory: that lies on the disk which they are written to.
       every: steps between two saves.
-      metadata: gives what a checkpoint is to say of the run.
-      tell: takes one line of text.
+      metadata: gives the metadata of a checkpoint.
+      say: takes one line of text.
 
     Attributes:
       failures: saves that failed.
@@ -53,7 +53,7 @@ class Saver:
         directory: Path,
         every: int,
         metadata: Callable[[], dict],
-        tell: Callable[[str], None],
+        say: Callable[[str], None],
     ) -> None:
         self._checkpoints, self._directory, self._every, self._metadata = (
             checkpoints,
@@ -61,7 +61,7 @@ class Saver:
             every,
             metadata,
         )
-        self._tell = tell
+        self._say = say
         self._looked = False  # at the room on the disk
         self._running = False  # whether a save has begun of which no failure is known
         # Other hosts may not know of a failure, and a save is made by all or by none: they wait for
@@ -73,7 +73,7 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Whether the state after a step is to be saved; to be asked after every step, as it finds
-        out what has failed.
+        out the failed one.
         """
         self._attempt(step, self._checkpoints.poll)
         return step % self._every == 0 or (self._again is not None and step >= self._again)
@@ -81,7 +81,7 @@ class Saver:
     def save(self, step: int, state: TrainState) -> None:
         """Begins to save the state after a step, if its parameters are finite."""
         if not all_finite(state.params):
-            self._tell(f"warning: checkpoint {step} was not written: its parameters are not finite")
+            self._say(f"warning: checkpoint {step} was not written: its parameters are not finite")
             return
         if not self._looked:
             self._look(state)
@@ -91,7 +91,7 @@ class Saver:
             self._running, self._again = True, None
 
     def go_back(self) -> None:
-        """Forgets what was to be tried again: the run has gone back to a checkpoint."""
+        """Forgets pending retries: the run has gone back to a checkpoint."""
         self._again = None
 
     def wait(self, step: int) -> None:
@@ -106,18 +106,18 @@ class Saver:
             self.wait(step)
 
     def _attempt(self, step: int, action: Callable[[], None]) -> bool:
-        """Does something with checkpoints; a failure is told, and a save becomes due again."""
+        """Runs a checkpoint operation; a failure is reported, and the save becomes due again."""
         try:
             action()
         except SaveError as error:
             self._running = False
             self.failures += 1
             self._in_a_sequence += 1
-            # After 1, 2, 4, ... steps: what is full stays full for a while, and a save that fails
+            # After 1, 2, 4, ... steps: a full disk stays full for a while, and a save that fails
             #   costs time too.
             self._again = step + 2 ** min(self._in_a_sequence - 1, 20) if self._alone else None
             times = f" ({self._in_a_sequence} in a row)" if self._in_a_sequence > 1 else ""
-            self._tell(f"warning: {error}{times}")
+            self._say(f"warning: {error}{times}")
             return False
         return True
 
@@ -127,7 +127,7 @@ class Saver:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._directory).free
         if free < _ROOM * size:
-            self._tell(
+            self._say(
                 f"warning: {self._directory}: {free / 1e9:.2f} GB free, a checkpoint has "
                 f"{size / 1e9:.2f} GB; at least "
                 f"{_ROOM * size / 1e9:.2f} GB expected; make room"
@@ -171,8 +171,8 @@ def newest_step(directory: Path) -> int:
 
 
 def clear_run(directory: Path) -> None:
-    """Removes what a run wrote while it trained, so that the next one starts anew; prepared data
-    stays.
+    """Removes the files that a run wrote while training, so that the next one starts anew; prepared
+    data stays.
     """
     for name in (RUN_CHECKPOINTS, RUN_PROFILE, RUN_POSTMORTEM, RUN_CONFIG_HISTORY):
         if (directory / name).exists():
@@ -194,8 +194,8 @@ class Summary(NamedTuple):
     Attributes:
       step: updates done.
       steps: updates wanted.
-      evaluation: on what is held out with the final parameters; `None` where this call did not come
-        to the end, or nothing is.
+      evaluation: on the held-out text with the final parameters; `None` where this call did not
+        come to the end, or nothing is.
       unigram: nats/token of drafting held-out tokens by their frequency in the training text, as a
         baseline; `None` where nothing is held out, and for pairs of answers.
       saved: whether the last state is on disk.
@@ -236,13 +236,13 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
 
 # --- changed settings ---
 #
-# A run resumed with other settings: what has changed, what that does to the learning rate, and the
+# A run resumed with other settings: the changes, their effect on the learning rate, and the
 #   configs before it.
 
 
 _OWN = ("distributed.", "run.dir", "run.overwrite")  # of the program, not of the run
-# relative change of the learning rate that is told; a step of a short decay may change it by some
-# percent
+# relative change of the learning rate that is reported; a step of a short decay may change it by
+# some percent
 _JUMP = 0.05
 
 

@@ -1,7 +1,7 @@
 """One training run as data: every key that `train.py` understands, with its meaning, default and
 range.
 
-The sections are frozen dataclasses; what a YAML file calls `optimizer.learning_rate` is here
+The sections are frozen dataclasses; the YAML key `optimizer.learning_rate` is here
 `OptimizerConfig.learning_rate`. Numbers of the model have no defaults (see `llama_jax.config`).
 """
 
@@ -50,7 +50,7 @@ class RunConfig:
         newest is damaged.
       max_time: wall time of this program, start-up included, as HH:MM:SS or in seconds: the run is
         saved and ended after the step in which it is over; null for no limit.
-      hang_seconds: a run without an update for so long, or for ten times as long as an update
+      hang_seconds: a run without an update for this time, or for ten times as long as an update
         takes, whichever is longer, is taken to hang: it writes down all stacks and exits with
           status 3; 0 never.
       trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each
@@ -59,7 +59,7 @@ class RunConfig:
         `--profile`.
       sample_prompts: texts that the model continues at each evaluation, as in `["def ", "The "]`;
         also kept in `samples.jsonl`.
-      sample_tokens: at most so many tokens each.
+      sample_tokens: limit of tokens for each.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -127,17 +127,18 @@ def profiled_steps(profile: object) -> range:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How the model is computed; nothing here changes what is computed beyond rounding.
+    """How the model is computed; nothing here changes the results beyond rounding.
 
     Attributes:
       dtype: of activations and of weights in matrix products; `auto` is float32 on a CPU and
         bfloat16 elsewhere.
-      remat: what the forward pass keeps for the backward pass, from `none` (nothing is recomputed)
-        over `all`, `no_up`, `attention`, `outputs` and `context` to `full` (each layer is
-        recomputed); or names joined by + of what to keep: `q k v context middle gate up`, `@host`
-        behind those that the host is to keep; or `20*all+attention`: a rung for the first layers
-        and a setting for the others; or `auto`: the first of these rungs whose compiled step fits
-        the devices, `none` on a CPU, kept in the run's config. `docs/performance.md` has a table.
+      remat: the activations that the forward pass keeps for the backward pass, from `none` (nothing
+        is recomputed) over `all`, `no_up`, `attention`, `outputs` and `context` to `full` (each
+        layer is recomputed); or names joined by + of what to keep: `q k v context middle gate up`,
+        `@host` behind those that the host is to keep; or `20*all+attention`: a policy for the first
+        layers and a setting for the others; or `auto`: the first of these policies whose compiled
+        step fits the devices, `none` on a CPU, kept in the run's config. `docs/performance.md` has
+        a table.
       scan_layers: run the layers as one compiled loop (compile time does not grow with depth)
         instead of unrolled.
       attention: backend of the attention; `auto` takes the best that the device supports.
@@ -145,7 +146,7 @@ class ComputeConfig:
         whole sequences (`all_gather`), or they go round the devices (`ring`), which for very long
         sequences takes less memory and hides the transfer.
       loss_chunk: tokens of one device whose logits exist at one time in the loss; fewer than about
-        2,048 make products too narrow to be fast.
+        2,048 make matmuls too small to be fast.
 
     Raises:
       InputError: naming the key, for a value of the wrong kind or out of range.
@@ -226,7 +227,7 @@ class TrainConfig:
       adapter: low-rank adapters instead of whole training.
       preference: pairs of answers instead of the next token.
       distributed: the processes, one a host.
-      guard: what is done about steps that go wrong.
+      guard: handling of steps that go wrong.
 
     Raises:
       InputError: naming the key, where two sections contradict each other.

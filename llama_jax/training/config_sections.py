@@ -32,7 +32,7 @@ class DistributedConfig:
       process: number of this one, from 0; null to take the environment's.
       startup_seconds: how long to wait for the others at the start, and for process 0 while it
         prepares the data.
-      heartbeat_seconds: a process that is not heard of for so long is taken to be dead, and the
+      heartbeat_seconds: a process that is silent for this time is presumed dead, and the
         others end.
 
     Raises:
@@ -131,7 +131,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:
-    """Refuses a value: what was given, what is expected."""
+    """Refuses a value, naming the expected one."""
     if not condition:
         raise InputError(f"{key}: {value!r} given, {expected} expected")
 
@@ -168,7 +168,7 @@ _TIME = re.compile(r"(\d{1,4}):([0-5]\d):([0-5]\d)|(\d{1,8})")
 
 
 def wall_seconds(given: str | int | None) -> float:
-    """Seconds of a time such as `03:50:00` or `13800`; infinite for `None`, 0 for what is no
+    """Seconds of a time such as `03:50:00` or `13800`; infinite for `None`, 0 for anything but a
     time.
     """
     if given is None:
@@ -217,14 +217,14 @@ class DataConfig:
 
     Attributes:
       paths: text files and folders of them; empty for the standard library of the running Python.
-      sources: folders that `prepare` wrote, in place of `paths`: `[{path, weight, name}, ...]`,
+      sources: folders that `prepare` wrote, instead of `paths`: `[{path, weight, name}, ...]`,
         mixed sequence by sequence; their tokenizer is that of the run.
       vocab_size: of the tokenizer to train when `tokenizer` is not given; at most
         `model.vocab_size`.
       tokenizer: path of an existing tokenizer file; null to train one on the text.
       held_out_fraction: share of the documents kept out of training, for evaluation; of a single
         file, its end; 0 for none.
-      length: `T`, tokens predicted in a row.
+      length: `T`, tokens of a sequence.
       batch_size: sequences of one optimizer update, over all devices and micro-batches.
       accumulation: micro-batches an update is computed in; divides `batch_size`.
       packing: `cut`: documents one after another, cut into sequences; `fit`: whole documents side
@@ -234,7 +234,7 @@ class DataConfig:
         it, `cut_front` (a conversation loses the beginning of its prompt), `cut_end` (it loses
         answers), or `refuse` to begin; `auto`: `drop` for conversations and pairs, `cut_end` for
         text. Counted and printed at the start.
-      batch_ramp: later sizes of a batch, `[[step, sequences], ...]`: from that step on so many
+      batch_ramp: later sizes of a batch, `[[step, sequences], ...]`: from that step on this many
         sequences, in more micro-batches of the same size; skipped steps count.
       skip_steps: data that is never used, `[[first, last], ...]`: what these steps would have read
         is left out, and the steps from `first` on read what follows.
@@ -318,7 +318,7 @@ _SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its learning rate and what is added to the loss.
+    """The optimizer, its learning rate and additions to the loss.
 
     Attributes:
       name: `adamw`; `adafactor` (almost no state; the learning rate is relative to the size of a
@@ -343,10 +343,10 @@ class OptimizerConfig:
         state of `adamw` a quarter is saved (the mean of the square stays float32: in bfloat16 its
         small changes would be lost), of that of `lion` half, of that of `muon` half for the
         matrices of the layers; `adafactor` has no such mean.
-      param_dtype: of what is trained, as it is stored; updates are computed in float32 and rounded
-        to it. bfloat16 halves parameters and gradients, for models that would not fit otherwise,
-        but a change smaller than about 1/512 of a number is lost: rounding is to the nearest, not
-        stochastic.
+      param_dtype: of the trained parameters, as they are stored; updates are computed in float32
+        and rounded to it. bfloat16 halves parameters and gradients, for models that would not fit
+        otherwise, but a change smaller than about 1/512 of a number is lost: rounding is to the
+        nearest, not stochastic.
       weight_decay: decoupled, times the learning rate; applied to matrices, not to the scales of
         norms.
       clip_norm: largest global norm of a gradient; a longer one is scaled down to it.
@@ -401,7 +401,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Low-rank adapters (LoRA) over a frozen model, `run.init`, in place of training it whole.
+    """Low-rank adapters (LoRA) over a frozen model, `run.init`, instead of training all of it.
 
     Attributes:
       rank: `r`, columns of an adapter's first factor; 0 for no adapters.
@@ -443,7 +443,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig:
-    """Training on pairs of a chosen and a rejected answer (DPO) in place of the next token.
+    """Training on pairs of a chosen and a rejected answer (DPO) instead of the next token.
 
     Attributes:
       beta: how much it costs to leave the model that the run began with; 0 for training on the next
@@ -468,8 +468,8 @@ class GuardConfig:
       spike_skip: skip steps whose loss or gradient norm stands out above those of the last 128 good
         ones, too.
       spike_sigma: by how many standard deviations it has to stand out.
-      patience: so many skipped steps in a row, or as many as that and at least 10 of the last 200,
-        send the run back to the newest checkpoint before them, to go on without the data they had
+      patience: this many consecutive skipped steps, or this many and at least 10 of the last 200,
+        send the run back to the newest checkpoint before them, to resume without the data they had
         read.
       rewinds: times that a run may go back to the same checkpoint; then it stops with a report.
       check_replicas: steps between two comparisons of the copies of parameters on different

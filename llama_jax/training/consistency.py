@@ -195,7 +195,7 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         odd, rest = (", ".join(map(str, devices)) for devices in (self.devices, self.others))
-        return f"{self.path} on {odd} is not what it is on {rest}"
+        return f"{self.path} on {odd} differs from {rest}"
 
 
 def require_equal_replicas(params: PyTree, mesh: Mesh, step: int) -> None:
@@ -208,7 +208,7 @@ def require_equal_replicas(params: PyTree, mesh: Mesh, step: int) -> None:
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise DivergedError(
-            f"step {step}: {found[0]}{more}: a device or its memory is at fault; go on "
+            f"step {step}: {found[0]}{more}: a device or its memory is at fault; resume "
             "without it from the last checkpoint"
         )
 
@@ -276,14 +276,14 @@ def _program(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[[list[Arr
 
 
 _SIDE = 256  # of the matrices that are multiplied
-_ROWS = 1 << 18  # float32 numbers a device that are summed: 1 MiB
+_ROWS = 1 << 18  # float32 numbers summed at a time on each device: 1 MiB
 
 
 class CollectiveTest(NamedTuple):
     """What came out.
 
     Attributes:
-      wrong: `device_kind` and number of the devices whose product or sum is not what it should be.
+      wrong: `device_kind` and number of the devices whose product or sum is wrong.
       seconds: of one sum over all devices, compiled before.
     """
 

@@ -4,7 +4,7 @@ at a time.
 The forward pass also forms the gradients of features and head while a chunk's logits are at hand,
 so that training makes three matrix products with the head instead of four and never holds `[B, T,
 V]`, neither forward nor backward. On a mesh every device sweeps over its own tokens and its own
-part of the vocabulary; what they find is put together once, at the end.
+part of the vocabulary; their results are combined once, at the end.
 """
 
 import functools
@@ -114,7 +114,7 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
     Args:
       work: from what one device holds to its results, put together.
       rules: axis name -> mesh axes.
-      outputs: what the results are, a letter each: `s` a sum, `r` one number a sequence, `x` like
+      outputs: the kind of each result, by a letter: `s` a sum, `r` one number a sequence, `x` like
         the features, `h` like the head.
       *given: features, head, targets and weights.
     """
@@ -184,7 +184,7 @@ def cross_entropy_and_z(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of weight * -log p(target), and sum of weight * z_loss * log(Z)^2, in nats, float32.
 
-    The first carries the gradients of both, so that what is reported stays the cross-entropy; the
+    The first carries the gradients of both, so that the reported loss stays the cross-entropy; the
     second carries none.
 
     Args:

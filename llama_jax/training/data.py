@@ -26,8 +26,8 @@ class Corpus(NamedTuple):
     Attributes:
       name: for metrics and messages.
       weight: its share of the sequences, beside the weights of the others.
-      train: what is trained on.
-      held_out: what is evaluated on; `None` if nothing was held out.
+      train: tokens to train on.
+      held_out: tokens to evaluate on; `None` if nothing was held out.
     """
 
     name: str
@@ -138,7 +138,7 @@ def _require_targets(batches: Batches, data: DataConfig) -> None:
 
 
 def packing_lines(batches: Batches) -> list[str]:
-    """What a user should know of how documents became sequences: what was dropped or cut, a line a
+    """How documents became sequences: counts of dropped and cut documents, one line for each
     data set.
     """
     lines = []
@@ -176,7 +176,7 @@ def packing_figures(batches: Batches) -> dict[str, int]:
 
 
 def packing_identity(data: DataConfig) -> dict[str, str]:
-    """How a run packs, for its checkpoints: for all data what it is for their kind.
+    """How a run packs its data, for its checkpoints.
 
     Cutting whole documents at their end, as all runs once did, is not told.
     """

@@ -32,7 +32,7 @@ class Stream(Protocol):
         """Takes text."""
 
     def flush(self) -> object:
-        """Hands on what was taken."""
+        """Passes on the records taken so far."""
 
 
 @runtime_checkable
@@ -287,7 +287,7 @@ def glyphs_of(encoding: str | None) -> Glyphs:
 
 
 def encodable(text: str, encoding: str | None) -> str:
-    """The text with `?` in place of what an encoding lacks."""
+    """The text with `?` for characters that an encoding lacks."""
     name = encoding or "utf-8"
     return text.encode(name, "replace").decode(name)
 

@@ -80,7 +80,7 @@ class Evaluation(NamedTuple):
 
 
 class PairEvaluation(NamedTuple):
-    """How well held-out pairs of answers are told apart (DPO).
+    """How well the model ranks held-out pairs of answers (DPO).
 
     Attributes:
       pairs: that were scored.
@@ -150,7 +150,7 @@ def scored_bytes(batch: Batch, sizes: ByteCounts) -> Array:
     inside, opening = map(jnp.asarray, sizes)
     first = jnp.ones_like(batch.documents[:, :1], bool)
     begins = jnp.concatenate([first, batch.documents[:, 1:] != batch.documents[:, :-1]], axis=1)
-    # A text begins behind the begin token of its document, which has no bytes.
+    # A text begins after the begin token of its document, which has no bytes.
     opens = begins & (inside[batch.tokens] == 0)
     return jnp.sum(batch.weights * jnp.where(opens, opening[batch.targets], inside[batch.targets]))
 
@@ -268,7 +268,7 @@ def evaluate(
 
     Args:
       run: a compiled evaluator.
-      params: what it is given.
+      params: passed to it.
       held_out: the sequences; each process reads those of its own devices.
       batch_size: sequences at a time; the last batch is filled up with padding.
       mesh: the devices.
@@ -505,7 +505,7 @@ class Samples:
 
         Args:
           step: updates done.
-          params: what the model runs now, in the form of the module, on the mesh.
+          params: current parameters, in the form of the module, on the mesh.
         """
         if not self._prompts:
             return

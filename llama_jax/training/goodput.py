@@ -2,7 +2,7 @@
 kept.
 
 Beside the metrics lies an append-only file, one JSON object a line: `start` when a program begins
-or goes on with the run, `rewind` when the run goes back, and the seconds by part at every record.
+or resumes the run, `rewind` when the run goes back, and the seconds by part at every record.
 Nothing in it is ever dropped, so that lost work stays visible.
 """
 
@@ -25,10 +25,10 @@ class Goodput(NamedTuple):
     Attributes:
       wall: seconds in all, those between two programs included.
       useful: seconds in updates that the run kept.
-      redone: seconds in updates lost because the run went on from an earlier checkpoint.
+      redone: seconds in updates lost because the run resumed from an earlier checkpoint.
       parts: seconds by other part: `data`, `save`, `eval`, `compile`.
       down: the rest: start-up, and no program running.
-      starts: times that a program began or went on with the run.
+      starts: times that a program began or resumed the run.
     """
 
     wall: float = 0.0
@@ -124,7 +124,7 @@ class GoodputLog:
 
     Args:
       path: the file, `RUN/goodput.jsonl`; `None` to write nothing.
-      step: updates that the state to go on with has; 0 at the start of a run.
+      step: updates of the state to resume from; 0 at the start of a run.
       warn: takes one line of text, once, when the file cannot be written.
       now: seconds since 1970.
     """
@@ -153,7 +153,7 @@ class GoodputLog:
         return self.goodput.share
 
     def go_back(self, step: int) -> None:
-        """Updates after a step are lost: the run goes on from there."""
+        """Updates after a step are lost: the run resumes from there."""
         self._add({"event": "rewind", "step": step})
 
     @property
@@ -209,15 +209,15 @@ class Clock:
     """Seconds of wall time by part; what no part claims is `step`.
 
     The device works while the host does other things, so `data` is time in which the host made or
-    fetched a batch, whether or not the device waited for it: at most so much was lost.
+    fetched a batch, whether or not the device waited for it: this is the most that was lost.
 
     Args:
       now: gives seconds that never run backwards.
 
     Attributes:
       part: the one under way, `None` for none.
-      turns: times that a part has begun or ended, or given a sign of life: what does not grow
-        stands still.
+      turns: times that a part has begun or ended, or given a sign of life: a count that does not
+        grow stands still.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:

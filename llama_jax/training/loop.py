@@ -229,13 +229,13 @@ class Run:
         )
 
     def _write_files(self) -> None:
-        """Clears what is to be done anew; the tokenizer is part of the run."""
+        """Clears the run if it starts anew; the tokenizer is part of the run."""
         if self.config.run.overwrite:
             clear_run(self.directory)
         copy_tokenizer(self.data.tokenizer_path, self.directory / RUN_TOKENIZER)
 
     def _restore_or_init(self) -> TrainState:
-        """The newest good state, or a fresh one, watched from there on."""
+        """The newest good state, or a fresh one, watched by the recovery."""
         restored = self._checkpoints.restore_newest(state_shapes(self.recipe, self.mesh))
         for warning in restored.warnings if restored else ():
             self.display.event(f"warning: {warning}")
@@ -281,7 +281,7 @@ class Run:
                 else [f"baseline  unigram entropy of the held-out text {unigram:.3f} nats/token"]
             ),
             f"run       {self.directory}, "
-            + (f"going on from step {first}" if first else "from the start"),
+            + (f"resumed from step {first}" if first else "from the start"),
         ]
 
     def _mixture_lines(self) -> list[str]:
@@ -349,10 +349,10 @@ class Run:
             record = self._record(step) if recording else None
             if record is not None and not evaluating:
                 self.display.step(record)
-            # After the metrics of the update, so that what a checkpoint holds is never missing
-            # there; before the evaluation, which may take long. Not after a skipped step: nothing
-            # has changed, and a newer checkpoint may push out an older one that the run is to go
-            # back to.
+            # After the metrics of the update, so that the metrics of a checkpoint's step are never
+            # missing there; before the evaluation, which may take long. Not after a skipped step:
+            # nothing has changed, and a newer checkpoint may push out an older one that the run is
+            # to go back to.
             if ending or (saving and not self._recovery.streak):
                 with log.clock("save"):
                     saver.save(step, state)
@@ -367,7 +367,7 @@ class Run:
         return state, None
 
     def _go_back(self, trouble: Trouble, state: TrainState) -> TrainState:
-        """The state to go on with after a trouble.
+        """The state to resume from after a trouble.
 
         Raises:
           DivergedError: if the run has gone back there often enough.
@@ -432,7 +432,7 @@ class Run:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one; 0 is never."""
+    """Whether an event that happens every `every` steps is due after this one; 0 is never."""
     return every > 0 and step % every == 0
 
 

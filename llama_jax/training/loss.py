@@ -76,7 +76,7 @@ class Objective(NamedTuple):
     Attributes:
       loss: from model, parameters, batch `[B, T]` and chunk of the loss to the summed loss, and
         further sums by name.
-      targets: from a batch, or micro-batches `[A, B, T]`, to what the sums are divided by in the
+      targets: from a batch, or micro-batches `[A, B, T]`, to the divisor of the sums in the
         end.
     """
 
@@ -139,7 +139,7 @@ def mean_loss(
         `ModelOptions`.
 
     Raises:
-      InputError: for sequences of fewer than two tokens, and for what is no array `[B, T]` of
+      InputError: for sequences of fewer than two tokens, and for anything but an array `[B, T]` of
         integers.
     """
     require_tokens(tokens)

@@ -60,7 +60,7 @@ class StepRecord(NamedTuple):
     more: Mapping[str, float] = {}
 
     def flat(self) -> dict[str, Metric]:
-        """The record under the names of the metrics file; what is `None` is left out, and what has
+        """The record under the names of the metrics file; `None` is left out, and a value with
         never gone wrong.
         """
         names = {
@@ -82,7 +82,7 @@ class StepRecord(NamedTuple):
 
 
 class LineFile:
-    """A file that lines are appended to, at worst torn at its end; a failing disk is told of once
+    """A file that lines are appended to, at worst torn at its end; a failing disk is reported once
     and never raises.
 
     Args:
@@ -144,7 +144,7 @@ class LineFile:
             if not self._warned:
                 self._warn(
                     f"{self._path}: {self._kind} cannot be written ({error.strerror}); "
-                    "training goes on without"
+                    "training continues without"
                 )
             self._warned = True
 
@@ -204,7 +204,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def read_events(path: Path) -> list[dict]:
-    """The lines of a metrics file that tell of events, oldest first."""
+    """The events of a metrics file, oldest first."""
     return [entry for entry in _entries(path) if "event" in entry]
 
 
@@ -254,8 +254,8 @@ def _plain(value: Metric) -> Metric:
 # Where the numbers of a run go beside its metrics file: TensorBoard, Weights & Biases, trackio;
 #   each by an extra.
 #
-# Training never fails for their sake: what is missing is said before the run begins, what fails
-#   later is warned of once.
+# Training never fails because of them: a missing package is reported before the run begins, a
+#   failure later is warned of once.
 
 
 _PROJECT = "llama_jax"
@@ -266,12 +266,12 @@ Warn = Callable[[str], None]
 
 
 class Tracked(NamedTuple):
-    """What a tracker is told about a run when it begins.
+    """Facts about a run that a tracker gets when it begins.
 
     Attributes:
       directory: of the run; its name is the run's.
       config: of the run as plain data, shown beside the curves.
-      step: updates that the state to go on with has; 0 at the start of a run.
+      step: updates of the state to resume from; 0 at the start of a run.
       identity: the name under which services know the run, over all its resumes.
     """
 
@@ -289,7 +289,7 @@ class Tracker(Protocol):
         """Takes the numbers of one step under flat names such as `train/loss`; all are finite."""
 
     def close(self) -> None:
-        """Hands on what was taken; the last call."""
+        """Passes on the records taken so far; the last call."""
 
 
 class TensorBoard:
@@ -349,7 +349,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A run of the project `llama_jax` in trackio's local data base; `trackio show` draws it."""
+    """A run of the project `llama_jax` in trackio's local data base; `trackio show` plots it."""
 
     def __init__(self, run: Tracked) -> None:
         package = imported("trackio", "trackio")
@@ -397,7 +397,7 @@ class Trackers:
     def _guard(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a foreign library raises: training goes on
+        except Exception as error:  # whatever a foreign library raises: training continues
             if name not in self._warned:
                 self._warn(failure(name, error))
             self._warned.add(name)
@@ -406,14 +406,14 @@ class Trackers:
 def failure(name: str, error: Exception) -> str:
     """One line about a tracker that failed."""
     words = " ".join(str(error).split())
-    return f"warning: {name}: {type(error).__name__}: {words:.150}; training goes on without"
+    return f"warning: {name}: {type(error).__name__}: {words:.150}; training continues without"
 
 
 def require_trackers(names: Sequence[str]) -> None:
     """Checks that the trackers are known and installed; before anything is compiled.
 
     Raises:
-      InputError: naming what is unknown, or the extra that is missing.
+      InputError: naming the unknown tracker, or the missing extra.
     """
     for name in names:
         if name not in TRACKERS:
@@ -430,7 +430,7 @@ def open_trackers(
       names: of `TRACKERS`.
       directory: of the run.
       config: of the run as plain data.
-      step: updates that the state to go on with has; 0 at the start of a run.
+      step: updates of the state to resume from; 0 at the start of a run.
       warn: takes one line of text.
 
     Raises:
@@ -450,7 +450,7 @@ def open_trackers(
 
 
 def run_identity(directory: Path, step: int) -> str:
-    """The identity of a run, kept in its directory: a resumed run goes on with its curve, a fresh
+    """The identity of a run, kept in its directory: a resumed run continues its curve, a fresh
     one gets a new identity.
     """
     path = directory / _ID_FILE

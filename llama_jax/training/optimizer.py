@@ -1,7 +1,7 @@
 """The optimizers, all built from optax: AdamW as published for LLaMA (arXiv:2302.13971, section
 2.3), Adafactor, Lion, Muon.
 
-They have no learning rate: what they give is multiplied by the schedule in the training step,
+They have no learning rate: their updates are multiplied by the schedule in the training step,
   decoupled weight decay included,
 so that the learning rate of an update depends on its step alone. What Adafactor and Muon do to a
 matrix they do to the matrix of every layer, whether the layers are stacked or not.

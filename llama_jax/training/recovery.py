@@ -68,12 +68,12 @@ class Trouble(NamedTuple):
 
 class Watch:
     """Counts skipped steps over the figures of all steps, in their order; a restart changes nothing
-    in what it finds.
+    in the results.
 
     Args:
-      patience: skipped steps in a row that are too many; so are as many as that and at least 5 % of
-        the last 200.
-      guard: of the state to go on with, on the host.
+      patience: this many consecutive skipped steps are too many; so are this many and at least 5 %
+        of the last 200.
+      guard: of the state to resume from, on the host.
       step: updates that this state has.
       since: skipped steps before this one count no more: the run has been sent back for them
         already.
@@ -81,7 +81,7 @@ class Watch:
 
     Attributes:
       skipped: steps skipped since the start of the run.
-      streak: of these, the latest in a row.
+      streak: latest consecutive ones of these.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Watch:
         self._recent = [one for one in self._recent if one.step > skipped.step - WINDOW] + [skipped]
         if self.streak >= self._patience:
             return Trouble(
-                f"{self.streak} steps in a row were skipped", tuple(self._recent[-self.streak :])
+                f"{self.streak} consecutive steps were skipped", tuple(self._recent[-self.streak :])
             )
         if len(self._recent) >= max(self._patience, _MANY):
             return Trouble(
@@ -142,7 +142,7 @@ def in_words(pairs: Pairs, shift: int = 0) -> str:
 
 
 def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
-    """What is said of skipped steps: a line for each that stands alone, one for those in a row.
+    """Messages about skipped steps: one line for each single step, one for consecutive ones.
     Steps count from 1 here.
     """
     lines = []
@@ -201,7 +201,7 @@ def array_figures(
       recipe: what an update is.
       state: of the run; not consumed.
       batch: micro-batches `[A, B, T]`.
-      frozen: what the step is given beside them.
+      frozen: further arguments of the step.
     """
 
     def measured(state: TrainState, batch: Batch, *frozen: Parameters) -> tuple[PyTree, PyTree]:
@@ -229,7 +229,9 @@ def _is_stacked(path: str) -> bool:
 
 
 def _measure(path: str, leaf: Array) -> Float[Array, "layers 2"]:
-    """Norm, and count of what is not finite, of an array, or of each layer of a stacked one."""
+    """Norm, and number of values that are not finite, of an array or of each layer of a stacked
+    one.
+    """
     values = leaf.astype(jnp.float32) if _is_stacked(path) else leaf.astype(jnp.float32)[None]
     each = tuple(range(1, values.ndim))
     bad = jnp.sum(~jnp.isfinite(values), axis=each, dtype=jnp.float32)
@@ -308,7 +310,7 @@ def _plain(value: object) -> object:
 #
 # What was gone back from is kept in `RUN/rewinds.json`. It is written before anything is removed,
 # and checkpoints say how many times the run had gone back when they were made, so a run that is
-# killed in the middle goes on where it was sent.
+# killed in the middle resumes where it was sent.
 
 
 RUN_REWINDS = "rewinds.json"  # in the directory of a run
@@ -322,7 +324,7 @@ class Rewind(NamedTuple):
       to: updates that the state has which it went back to.
       reason: in words.
       steps: which steps had gone wrong, from 0.
-      data: the data steps that they had read, which are left out from then on.
+      data: the data steps that they had read, which are left out afterwards.
     """
 
     to: int
@@ -338,7 +340,7 @@ class Rewinds:
       directory: of the run.
 
     Raises:
-      CorruptError: if what is written there makes no sense.
+      CorruptError: if the file makes no sense.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -379,7 +381,7 @@ class Rewinds:
         ]
 
     def _left(self, step: int, made_after: int) -> bool:
-        """Whether that is so for a checkpoint that was made after so many times."""
+        """Whether this holds for a checkpoint that was made after this number of rewinds."""
         return any(step > rewind.to for rewind in self.done[made_after:])
 
 
@@ -394,7 +396,7 @@ def _read(path: Path) -> tuple[Rewind, ...]:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(
-            f"{path}: not what a run writes there ({error!r}); bring back a copy, or start anew"
+            f"{path}: not written by a run ({error!r}); bring back a copy, or start anew"
         ) from None
 
 
@@ -446,27 +448,25 @@ class Recovery:
         checkpoints: Checkpoints,
         say: Callable[[str], None],
     ) -> None:
-        """Takes up what the run has gone back from before, and ends what a crash has interrupted in
+        """Takes up earlier rewinds of the run, and completes one that a crash interrupted in
         it.
 
         Args:
-          config: what is too much.
+          config: limits.
           skip: data steps that are left out anyway.
           directory: of the run.
           checkpoints: of the run.
           say: takes one line of text.
 
         Raises:
-          CorruptError: if what the run has written down about it makes no sense.
+          CorruptError: if the run's record of it makes no sense.
         """
         self._config, self._skip, self._directory, self._say = config, skip, directory, say
         self._checkpoints, self._rewinds = checkpoints, Rewinds(directory)
         self._watch: Watch
         saved = {}
         for step in checkpoints.steps():
-            with contextlib.suppress(
-                CorruptError
-            ):  # a damaged one is for whoever restores to tell of
+            with contextlib.suppress(CorruptError):  # the reader reports a damaged one
                 saved[step] = checkpoints.metadata(step)
         checkpoints.discard(self._rewinds.left_behind(saved))
 
@@ -477,7 +477,7 @@ class Recovery:
 
     @property
     def streak(self) -> int:
-        """Skipped steps in a row, up to now."""
+        """Consecutive skipped steps up to now."""
         return self._watch.streak
 
     @property
@@ -530,7 +530,7 @@ class Recovery:
     def give_up(
         self, trouble: Trouble, steps: Steps, state: TrainState, arrays: Sequence[ArrayFigures]
     ) -> DivergedError:
-        """Writes the report on a run that cannot go on; the error to end it with.
+        """Writes the report on a run that cannot continue; returns the error to end it with.
 
         Args:
           trouble: of `look`.

@@ -28,17 +28,18 @@ from llama_jax.training.watchdog import RUN_HEARTBEAT, Heartbeat, Watchdog, hang
 class StepLog:
     """Figures of the updates since the last record, left on the device until a record is made.
 
-    The time of an update is what the ledger does not give to evaluation and to the compilation in
+    The time of an update is the time that the ledger gives neither to evaluation nor to the
+    compilation in
       the first update: data and
     saving count, as they do for whoever waits for the run.
 
     Args:
       config: of the run.
       tokens_before: counts the tokens of the steps before a step.
-      device_kinds: `device_kind` of each device that trains, for MFU; none is told where its peak
-        is not known.
+      device_kinds: `device_kind` of each device that trains, for MFU; none is reported where its
+        peak is not known.
       clock: the ledger that the loop books its parts in: `with clock("data"):`.
-      goodput: of the run, over restarts; none is told where `None`.
+      goodput: of the run, over restarts; none is reported if `None`.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class StepLog:
         self._goodput = goodput
 
     def start_clock(self) -> None:
-        """Leaves the time since the last record out of the speed that the next one tells."""
+        """Leaves the time since the last record out of the speed of the next one."""
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves the time inside of a `with` out of the speed that the next record tells."""
+        """Leaves the time inside of a `with` out of the speed of the next record."""
         begin = time.perf_counter()
         try:
             yield
@@ -295,7 +296,7 @@ class RunLog:
           config: of the run.
           tokens_before: counts the tokens of the steps before a step.
           device_kinds: `device_kind` of each device that trains.
-          step: updates that the state to go on with has.
+          step: updates of the state to resume from.
           warn: takes one line of text where something cannot be written.
           writing: false in the processes of a run that leave the writing to the first.
         """

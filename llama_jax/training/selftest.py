@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
     Attributes:
       group: of `GROUPS`.
-      name: what was done otherwise than in the plainest way.
+      name: the difference from the plainest way.
       difference: largest relative difference of a loss or gradient norm; for `resume`, numbers of
         the state that differ.
       bound: largest that is accepted.
@@ -236,8 +236,8 @@ class SelfTest:
         )
 
     def _documents(self, backend: str) -> float:
-        """Documents that share a sequence, and each in a row of its own: the same loss and gradient
-        of all of them.
+        """Documents that share a sequence, and each in a sequence of its own: the same loss and
+        gradient of all of them.
         """
         config, packed = self._computed(attention=backend), self._batches[0]
         together = self._run(config, self._one, [packed]).values
@@ -265,7 +265,7 @@ class SelfTest:
 
 
 def tiny_config(devices: int, dtype: Literal["float32", "bfloat16"]) -> TrainConfig:
-    """A run whose model and batch every mesh of so many devices divides, as far as tensor
+    """A run whose model and batch every mesh of this many devices divides, as far as tensor
     parallelism goes up to 8.
     """
     tensor = math.gcd(devices, 8) if devices > 8 else devices
@@ -347,7 +347,7 @@ def _bits(leaf: object) -> np.ndarray:
 
 
 def _case(group: str, name: str, bound: float, difference: Callable[[], float]) -> Case:
-    """A case; what cannot be computed has failed, and the others go on."""
+    """A case; one that cannot be computed has failed, and the others continue."""
     try:
         return Case(group, name, difference(), bound)
     except Exception as error:  # the compiler's, the runtime's, our own refusals

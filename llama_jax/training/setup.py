@@ -52,7 +52,7 @@ def adapter_recipe(recipe: Recipe, config: TrainConfig) -> Recipe:
     """The recipe with adapters trained instead of the model, by `config.adapter` and
     `config.preference`.
 
-    What is trained is a tree of adapters, in the form of the model; what is frozen comes from
+    The trained tree holds adapters, in the form of the model; the frozen parameters come from
     `frozen_parameters`.
 
     Args:
@@ -96,7 +96,7 @@ def dropout_at(config: AdapterConfig, seed: int, draw: Draw | None) -> Dropout |
 
 def base_dtype(config: AdapterConfig, model: Llama) -> str:
     """The float type in which a base is to be loaded: the one it will have, bfloat16 where it is
-    made narrower still.
+    quantized.
     """
     return {"auto": model.options.dtype, "int8": "bfloat16", "int4": "bfloat16"}.get(
         config.base, config.base
@@ -117,7 +117,7 @@ def frozen_parameters(
 
     Args:
       params: of the base, in the form of the model; no longer needed afterwards where they are made
-        narrower.
+        quantized.
       config: `base` says how the weights are held.
       model: the module that will run them.
       mesh: the devices.
@@ -128,11 +128,11 @@ def frozen_parameters(
 
 # --- identity ---
 #
-# What a run is, as its checkpoints say it: going on with another model, tokenizer or data order is
+# What a run is, as its checkpoints say it: resuming with another model, tokenizer or data order is
 #   refused.
 
 
-# Keys in the metadata of checkpoints that stand for what a config only names the place of.
+# Keys in the metadata of checkpoints for contents whose place alone a config names.
 TEXT = "paths (hash of the text)"
 SOURCES = "sources (hash of the manifest x weight)"
 TOKENIZER = "data.tokenizer (hash)"
@@ -149,13 +149,13 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
         {}
         if split is None
         else {
-            # before the text, whose hash follows it: the first difference is told
+            # before the text, whose hash follows it: the first difference is reported
             "held_out_fraction": data.held_out_fraction,
             TEXT: split.train.sha256[:16],
         }
     )
-    # Data that are to be left out (`skip_steps`) may change: that is how a run gets past what it
-    # stumbled over.
+    # Data that are to be left out (`skip_steps`) may change: this is how a run gets past the data
+    # that it stumbled over.
     values |= {
         "length": data.length,
         "batch_size": data.batch_size,
@@ -193,7 +193,7 @@ def describe_run(config: TrainConfig, split: Split | None) -> dict:
 
 
 def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:
-    """Refuses to go on with another model, tokenizer or data order than the checkpoint's.
+    """Refuses to resume with another model, tokenizer or data order than the checkpoint's.
 
     Args:
       saved: metadata of the checkpoint, if there is one.
@@ -216,7 +216,7 @@ def require_same_run(saved: dict | None, wanted: dict, directory: Path) -> None:
 
 
 def require_same_base(saved: dict | None, made_from: dict | None, directory: Path) -> None:
-    """Refuses to go on with adapters over another model than the one that they were trained over so
+    """Refuses to resume adapters over another model than the one that they were trained over so
     far.
 
     The model may have moved: its weights are compared. Checkpoints of earlier versions name only
@@ -338,10 +338,10 @@ def run_mesh(config: TrainConfig) -> Mesh:
 
 
 def require_divisible_length(config: TrainConfig, parts: int) -> None:
-    """Refuses sequences that so many devices cannot share with equal work, in two chunks each.
+    """Refuses sequences that this many devices cannot share with equal work, in two chunks each.
 
     Raises:
-      InputError: naming the key, its value and what it should be a multiple of.
+      InputError: naming the key, its value and the expected divisor.
     """
     if parts > 1 and config.data.length % (2 * parts):
         raise InputError(

@@ -115,11 +115,11 @@ def preempted(step: int) -> bool:
 # The guard inside an update: where loss or gradient are not finite, or a spike, nothing changes but
 #   the count of steps.
 #
-# It is a part of the training state, so what it remembers is saved and restored with everything
+# It is a part of the training state, so its memory is saved and restored with everything
 # else, bit by bit.
 
 
-RING = 128  # good updates whose loss and gradient norm say what is usual
+RING = 128  # good updates whose loss and gradient norm are the running statistics
 ENOUGH = RING // 2  # of them before anything is called a spike
 WINDOW = 200  # updates of which is remembered whether they were skipped
 
@@ -132,7 +132,7 @@ class Guard(NamedTuple):
       norms: of their gradients.
       good: updates that were made.
       skipped: updates that were skipped.
-      streak: of these, the latest in a row; 0 after a good update.
+      streak: latest consecutive ones of these; 0 after a good update.
       recent: whether each of the last `WINDOW` updates was skipped; that of step `k` is at `k %
         WINDOW`.
     """
@@ -161,8 +161,8 @@ def acceptable(
       guard: of the updates before.
       loss: of this update.
       norm: of its gradient, before clipping.
-      sigma: loss and norm may be so many standard deviations above the mean of the last good ones;
-        any if `None`.
+      sigma: loss and norm may be this many standard deviations above the mean of the last good
+        ones; any if `None`.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     if sigma is None:
@@ -176,7 +176,7 @@ def acceptable(
 def _above(
     ring: Float[Array, " ring"], count: Int[Array, ""], value: Float[Array, ""], sigma: float
 ) -> Bool[Array, ""]:
-    """Whether a value lies so many standard deviations above the mean of the filled part of a
+    """Whether a value lies `sigma` standard deviations above the mean of the filled part of a
     ring.
     """
     filled = jnp.arange(RING) < count
@@ -200,7 +200,7 @@ def noted(
     loss: Float[Array, ""],
     norm: Float[Array, ""],
 ) -> Guard:
-    """The guard after an update; one that was skipped leaves no trace in what is usual."""
+    """The guard after an update; skipped updates do not enter the running statistics."""
     place = guard.good % RING
 
     def put(ring: Float[Array, " ring"], value: Float[Array, ""]) -> Float[Array, " ring"]:
@@ -227,14 +227,14 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on: the data position is the step.
+    """All that a run needs to resume: the data position is the step.
 
     Attributes:
       step: updates done, skipped ones included.
-      params: what is trained, of `Recipe.param_dtype`: the master parameters, stacked form, or a
+      params: trained parameters, of `Recipe.param_dtype`: the master parameters, stacked form, or a
         tree of adapters.
       optimizer: state of the optax optimizer.
-      guard: which updates were skipped, and what is usual.
+      guard: skipped updates, and the running statistics.
     """
 
     step: Int[Array, ""]
@@ -263,7 +263,7 @@ class StepMetrics(NamedTuple):
     more: dict[str, Array]
 
 
-# Number of the update, and of the micro-batch in it, for what is drawn at random in training.
+# Number of the update, and of the micro-batch in it, for random numbers in training.
 Draw = tuple[Int[Array, ""], Int[Array, ""]]
 
 
@@ -278,7 +278,7 @@ def fresh_parameters(model: Llama, key: Key[Array, ""]) -> Parameters:
 
 
 def all_trained(trained: Parameters, frozen: PyTree = None, draw: Draw | None = None) -> Parameters:
-    """The parameters of a model that is trained whole: what is trained."""
+    """The parameters of a model that is trained whole: the trained parameters."""
     return trained
 
 
@@ -291,13 +291,13 @@ class Recipe(NamedTuple):
         schedule.
       schedule: from the step to the learning rate, whatever became of the steps before.
       loss_chunk: tokens of one device whose logits exist at one time.
-      objective: what is made small.
-      init: draws what is trained.
-      parameters: from what is trained, what is frozen and the draw (`None` outside of training) to
-        what the model runs.
-      param_dtype: of what is trained, as it is stored between updates.
-      spike_sigma: an update so many standard deviations above the usual is skipped; none for its
-        height if `None`.
+      objective: the quantity that is minimized.
+      init: makes fresh trained parameters.
+      parameters: from trained parameters, frozen ones and the random numbers (`None` outside of
+        training) to the parameters of the forward pass.
+      param_dtype: of the trained parameters between updates.
+      spike_sigma: an update this many standard deviations above the running mean is skipped; none
+        for its height if `None`.
     """
 
     model: Llama
@@ -332,7 +332,7 @@ def summed_gradients(
         return recipe.objective.loss(recipe.model, params, micro, recipe.loss_chunk)
 
     def sums(micro: Batch, number: Int[Array, ""]) -> Sums:
-        """Of a micro-batch, with the gradient of what is trained."""
+        """Of a micro-batch, with the gradient of the trained parameters."""
         return jax.value_and_grad(loss, has_aux=True)(state.params, micro, number)
 
     first, count = jax.tree.map(lambda x: x[0], batch), batch.tokens.shape[0]
@@ -352,8 +352,8 @@ def summed_gradients(
 def train_step(
     recipe: Recipe, state: TrainState, batch: Batch, frozen: PyTree = None
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer update of what is trained, from micro-batches `[A, B, T]`; what is frozen has
-    no part in it.
+    """One optimizer update of the trained parameters, from micro-batches `[A, B, T]`; frozen ones
+    have no part in it.
 
     Whatever the type of the parameters, the update is computed in float32 and then rounded to it.
     One that the guard does not accept leaves parameters and optimizer as they were; the step counts
@@ -423,7 +423,7 @@ def batch_sharding(recipe: Recipe, mesh: Mesh) -> NamedSharding:
 
 
 def sharded_step(recipe: Recipe, mesh: Mesh, frozen: PyTree = None) -> jax.stages.Wrapped:
-    """`train_step` compiled for a mesh; the state given is consumed, what is frozen (the last
+    """`train_step` compiled for a mesh; the given state is consumed, frozen parameters (the last
     argument, if any) is not.
 
     Args:
@@ -456,7 +456,7 @@ def lowered_step(
       recipe: what an update is.
       mesh: the devices, or descriptions of them.
       shape: of the micro-batches, `[A, B, T]`.
-      frozen: shapes of what is frozen, with shardings.
+      frozen: shapes of frozen parameters, with shardings.
     """
     place = batch_sharding(recipe, mesh)
     dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32)

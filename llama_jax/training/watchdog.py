@@ -1,7 +1,7 @@
 """Ends a run that stands still: all stacks are written down, then the process exits with status 3.
 
 A file system or a collective that never answers shows in no error. A thread of its own asks how
-long ago an update was completed; the loop only tells it of each update that it has begun.
+long ago an update was completed; the loop only reports each update that it has begun.
 """
 
 import collections
@@ -26,11 +26,11 @@ from llama_jax.training.metrics import Metric
 
 HUNG = 3  # exit status
 
-# How many times as long as an update may take what is not one: nobody knows beforehand how long it
-#   will be.
+# Allowance for other work, as a multiple of the time of an update: nobody knows beforehand how long
+#   it will be.
 _ALLOWANCE: Mapping[str, float] = {"compile": 12, "eval": 12, "save": 6}
 _TYPICAL = 10  # times the median time of an update that are never a hang
-_WINDOW = 64  # updates that the median is taken over
+_WINDOW = 64  # updates whose median is used
 # between two looks that lie apart more usual intervals than this, the process itself was stopped
 _LOOKS = 5
 _WRITING = 10  # seconds for the file of stacks, on a disk that may be what hangs
@@ -49,13 +49,13 @@ class Watchdog:
 
     Without an update, or a change of the loop's part, for longer than `max(seconds, 10 x the median
     time of an update)`, the run is ended. The compiler, an evaluation or a save may take some
-    multiple of that, or ten times what it took before.
+    multiple of that, or ten times its earlier duration.
 
     Args:
       path: of the file that stacks are written to, see `hang_file`.
       seconds: the least time without an update that is a hang; 0 watches nothing.
-      clock: of the loop; tells which part is under way.
-      expire: what is done in the end; it is given the line to say.
+      clock: of the loop; knows the part under way.
+      expire: called in the end, with the line to print.
       now: seconds that never run backwards.
     """
 
@@ -94,7 +94,7 @@ class Watchdog:
             self._begun.append((step, figure))
 
     def look(self) -> None:
-        """Takes in what has happened since the last look, and ends the run if that was nothing for
+        """Looks at progress since the last look, and ends the run if there was none for
         too long.
         """
         now, turn, part = self._now(), self._clock.turns, self._clock.part
@@ -131,7 +131,7 @@ class Watchdog:
         return done > 0
 
     def _limit(self, part: str | None) -> float:
-        """Seconds that the part under way may go on without a sign of life."""
+        """Seconds that the part under way may last without a sign of life."""
         limit = max(
             self._seconds, _TYPICAL * statistics.median(self._spent) if self._spent else 0.0
         )
@@ -215,7 +215,7 @@ _EVERY = 10.0  # seconds
 
 
 class Heartbeat:
-    """Writes the file, whole or not at all, at most every ten seconds; a failing disk is told of
+    """Writes the file, whole or not at all, at most every ten seconds; a failing disk is reported
     elsewhere.
 
     Args:

@@ -60,9 +60,7 @@ def test_a_pod_in_numbers(capsys):
     got = figures(capsys, f"{POD} --remat full --tokens 15T")
     memory = got["memory"]
     lasting = sum(memory[name] for name in ("parameters", "frozen", "optimizer", "gradients"))
-    passes = sum(
-        memory[name] for name in ("activations", "gathered", "working", "logits", "head")
-    )
+    passes = sum(memory[name] for name in ("activations", "gathered", "working", "logits", "head"))
     assert memory["total"] == lasting + max(passes, memory["update"])
     assert memory["parameters"] + memory["optimizer"] == pytest.approx(
         70.55e9 * 12 / 128, rel=0.003

@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_in_another_process_to_the_same_bits(run, undistur
     on_devices(1)
     stop_at(run, STOP)
     output = train(arguments(run)).stdout
-    assert f"going on from step {STOP}" in output
+    assert f"resumed from step {STOP}" in output
     assert_same_end(run, undisturbed)
 
 
@@ -256,7 +256,7 @@ def test_rows_over_devices_train_the_same_model(run, undisturbed, how, capsys, o
     on_devices(1)
     status, then, _ = in_process(capsys, *arguments(run, *words))
     assert status == 0
-    assert "going on from step 12" in then
+    assert "resumed from step 12" in then
     assert re.search(
         r"^changed   optimizer\.learning_rate: [0-9.e-]+ -> 0\.001$", then, re.MULTILINE
     )

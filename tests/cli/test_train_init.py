@@ -77,7 +77,7 @@ def test_it_goes_on(run, tiny_directory, capsys, on_devices):
     on_devices(1)
     assert main([*arguments(run.parent, tiny_directory), "--run.steps", "4"]) == 0
     assert [line["step"] for line in read_lines(run) if "event" not in line] == [1, 2, 3, 4]
-    assert "going on from step 3" in capsys.readouterr().out
+    assert "resumed from step 3" in capsys.readouterr().out
 
 
 def test_adapters_go_on_over_their_own_model_only(tmp_path, tiny_directory, capsys, on_devices):
@@ -95,7 +95,7 @@ def test_adapters_go_on_over_their_own_model_only(tmp_path, tiny_directory, caps
     more = ["--adapter.rank", "2", "--run.checkpoint_every", "1"]
     assert main([*arguments(tmp_path, tiny_directory), *more]) == 0
     assert main([*arguments(tmp_path, moved), *more, "--run.steps", "4"]) == 0
-    assert "going on from step 3" in capsys.readouterr().out
+    assert "resumed from step 3" in capsys.readouterr().out
     assert run_program(lambda: main([*arguments(tmp_path, other), *more, "--run.steps", "5"])) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert f"holds adapters over {moved} (" in line

@@ -30,7 +30,7 @@ def test_killed_in_the_middle_of_a_save(spawn, tmp_path, corpus, reference, poin
     # The next update waits for the save, which would otherwise be overtaken by the end of the run.
     assert spawn.train(run, fault=f"{point}:8:kill9,in_data:9:slow=30").end() == -signal.SIGKILL
     assert set(checkpoint_steps(run)) == left
-    spawn.train(run).expect(0).wait_for(f"going on from step {goes_on}$")
+    spawn.train(run).expect(0).wait_for(f"resumed from step {goes_on}$")
     assert_bitwise(run, reference)
     assert entries(run) == {"12"}
 
@@ -75,7 +75,7 @@ def test_a_disk_that_stays_full(spawn, tmp_path, corpus, reference):
     assert [reason for _, reason in warnings(child.output)] == ["File too large"] * 4
     assert "Traceback" not in child.errors
     assert checkpoint_steps(run) == [4]
-    spawn.train(run).expect(0).wait_for("going on from step 4$")
+    spawn.train(run).expect(0).wait_for("resumed from step 4$")
     assert_bitwise(run, reference)
 
 
@@ -106,7 +106,7 @@ def test_a_bit_flipped_while_nobody_looked(spawn, tmp_path, reference):
     child.expect(0).wait_for(
         r"^warning: checkpoint .*/12.* is damaged: .*; passed over for an older checkpoint$"
     )
-    child.wait_for("going on from step 8$")
+    child.wait_for("resumed from step 8$")
     assert "12.corrupt" in entries(run)
     assert checkpoint_steps(run)[-2:] == [12, 13]
 

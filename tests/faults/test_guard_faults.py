@@ -186,7 +186,7 @@ def test_bad_data_is_left_out_after_going_back(make, reference, monkeypatch):
     assert asked == [*range(8), *range(4, 16)]
     warnings = [line for line in display.events if line.startswith("warning")]
     assert warnings[-1] == (
-        "warning: 3 steps in a row were skipped: going back to step 4 (1 of 3 times), "
+        "warning: 3 consecutive steps were skipped: going back to step 4 (1 of 3 times), "
         "and on without the "
         "data of steps 6 to 8"
     )
@@ -198,7 +198,7 @@ def test_bad_data_is_left_out_after_going_back(make, reference, monkeypatch):
         {
             "step": 4,
             "event": "rewound",
-            "reason": "3 steps in a row were skipped",
+            "reason": "3 consecutive steps were skipped",
             "at": 8,
             "steps": "6 to 8",
             "data_steps": "5 to 7",
@@ -239,7 +239,7 @@ def test_what_does_not_end_ends_the_run_with_a_report(make, monkeypatch):
     display = Recorder()
     with pytest.raises(
         DivergedError,
-        match=r"^step 9: 3 steps in a row were skipped \(loss nan, gradient norm nan\) after the "
+        match=r"^step 9: 3 consecutive steps were skipped \(loss nan, gradient norm nan\) after the "
         r"run went back 3 times; .*/postmortem says more; lower optimizer.learning_rate",
     ) as caught:
         prepare(config, display).train()
@@ -363,7 +363,7 @@ def test_killed_while_it_goes_back_past_a_saved_bad_step(make, reference, monkey
     start(config, "nan:5-7", where, -signal.SIGKILL)
     assert saved_steps(config) == ([4, 7] if where == "before-discard" else [4])
     done = start(config, "nan:5-7", "never", 0)
-    assert "going on from step 4" in done.stdout
+    assert "resumed from step 4" in done.stdout
     assert "skipped (" not in done.stdout
     assert_same_weights(config, reference)
     assert numbers(config) == numbers(reference)
@@ -373,7 +373,7 @@ def test_killed_while_it_goes_back_past_a_saved_bad_step(make, reference, monkey
 def test_a_program_that_gives_up_says_so_in_one_line(make):
     done = start(make("run", guard={"rewinds": 0}), "nan-at:2-99", "never", 4)
     assert done.stderr.startswith(
-        "error: step 5: 3 steps in a row were skipped (loss nan, gradient norm nan) after the run "
+        "error: step 5: 3 consecutive steps were skipped (loss nan, gradient norm nan) after the run "
     )
     assert done.stderr.count("\n") == 1
     assert "warning: step 3 skipped" in done.stdout
@@ -452,8 +452,8 @@ def test_a_run_whose_replicas_differ_ends_in_one_line_and_saves_nothing(make, mo
     assert run_program(lambda: prepare(config, Recorder()).train() and 0) == 4
     first, second, odd, last = jax.devices()[:4]
     assert capsys.readouterr().err == (
-        f"error: step 4: params/final_norm/scale on {odd} is not what it is on {first}, "
+        f"error: step 4: params/final_norm/scale on {odd} differs from {first}, "
         f"{second}, {last}: "
-        "a device or its memory is at fault; go on without it from the last checkpoint\n"
+        "a device or its memory is at fault; resume without it from the last checkpoint\n"
     )
     assert saved_steps(config) == [2]

@@ -31,7 +31,7 @@ def test_data_that_never_comes(spawn, tmp_path, corpus, reference):
     assert heartbeat["loss"] > 1
     assert abs(heartbeat["time"] - time.time()) < 600
     assert checkpoint_steps(run) == [4]
-    spawn.train(run).expect(0).wait_for("going on from step 4$")
+    spawn.train(run).expect(0).wait_for("resumed from step 4$")
     assert_bitwise(run, reference)
     assert json.loads(pathlib.Path(run.run.dir, "heartbeat.json").read_text())["step"] == 12
 
@@ -65,5 +65,5 @@ def test_killed_in_its_evaluation_a_run_has_the_checkpoint_of_that_step(
     run = make_run(tmp_path / "run", corpus, reference, run={"eval_every": 8})
     spawn.train(run, fault="in_eval_batch:8:settled,in_eval_batch:8:kill9").expect(-9)
     assert checkpoint_steps(run) == [4, 8]
-    spawn.train(run).expect(0).wait_for("going on from step 8$")
+    spawn.train(run).expect(0).wait_for("resumed from step 8$")
     assert_bitwise(run, reference)

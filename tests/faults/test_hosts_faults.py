@@ -195,7 +195,7 @@ def test_a_signal_to_one_saves_one_step_of_both_and_one_process_goes_on(
             child.expect(0)
     else:
         assert (
-            f"going on from step {stopped}"
+            f"resumed from step {stopped}"
             in spawn.train(run, HOST_ROWS=f"{run.run.dir}.sequences.0").expect(0).output
         )
     assert_same_training(run, alone)
@@ -357,7 +357,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(alone, tmp_path, spawn):
     flip_bit(checkpoints / "12")
     (checkpoints / "8" / "meta" / "metadata").unlink()
     first, _ = [child.expect(0) for child in start(spawn, config, more=[["--run.steps", "13"]] * 2)]
-    assert "going on from step 4" in first.output
+    assert "resumed from step 4" in first.output
     assert {path.name for path in checkpoints.iterdir()} == {
         "12.corrupt",
         "8.corrupt",

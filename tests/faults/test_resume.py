@@ -35,7 +35,7 @@ def test_sigterm_and_the_same_command_again(spawn, run, reference):
     child = spawn.train(run, fault="in_data:6:term").expect(0)
     assert "SIGTERM: saving after this step; Ctrl-C within 5 s ends at once" in child.errors
     assert checkpoint_steps(run)[-1] == 6
-    spawn.train(run).expect(0).wait_for("going on from step 6")
+    spawn.train(run).expect(0).wait_for("resumed from step 6")
     assert_bitwise(run, reference)
 
 
@@ -50,7 +50,7 @@ def test_with_everything_that_has_a_state(spawn, tmp_path, corpus, reference):
     runs = [make_run(tmp_path / name, corpus, **changes) for name in ("straight", "stopped")]
     spawn.train(runs[0]).expect(0)
     spawn.train(runs[1], fault="in_data:5:term").expect(0)
-    spawn.train(runs[1]).expect(0).wait_for("going on from step 5")
+    spawn.train(runs[1]).expect(0).wait_for("resumed from step 5")
     assert_bitwise(runs[1], runs[0])
 
 
@@ -65,7 +65,7 @@ def test_kill_9_at_random_moments(spawn, tmp_path, corpus, reference):
     run = make_run(tmp_path / "run", corpus, reference, run={"checkpoint_every": 1})
     for _ in range(3):
         child = spawn.train(run, fault="before_update:*:slow=0.1")
-        first = int(child.wait_for(r"going on from step (\d+)|from the start")[1] or 0)
+        first = int(child.wait_for(r"resumed from step (\d+)|from the start")[1] or 0)
         if first < STEPS - 2:
             child.wait_for(rf"^ *{first + 1}/")
         time.sleep(source.random() * 0.15)
@@ -120,7 +120,7 @@ def test_going_on_with_another_mesh(spawn, tmp_path, reference, stopped, devices
         f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor", "context"), mesh)
     ]
     child = spawn.train(run, fault="in_data:*:hash", devices=devices, more=axes).expect(0)
-    child.wait_for("going on from step 6")
+    child.wait_for("resumed from step 6")
     assert len(expected) == STEPS - 6
     assert batches(child) == expected
     losses, straight = ([line["train/loss"] for line in metrics(c)] for c in (run, reference))

@@ -140,7 +140,7 @@ def test_a_tracker_that_cannot_start_is_left_out(fakes, tmp_path, monkeypatch):
     trackers = open_trackers(["wandb", "trackio"], tmp_path, {}, 0, warnings.append)
     trackers.log(1, {"a": 1.0})
     assert warnings == [
-        "warning: wandb: ConnectionError: no network at all; training goes on without"
+        "warning: wandb: ConnectionError: no network at all; training continues without"
     ]
     assert fakes["trackio"][-1] == ({"a": 1.0}, {"step": 1})
 

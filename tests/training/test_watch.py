@@ -202,10 +202,10 @@ def test_a_file_that_makes_no_sense_is_refused_in_one_line(tmp_path, content):
 
 
 def test_the_file_is_json_for_people(tmp_path):
-    Rewinds(tmp_path).add(Rewind(20, "10 steps in a row were skipped", ((21, 30),), ((21, 30),)))
+    Rewinds(tmp_path).add(Rewind(20, "10 consecutive steps were skipped", ((21, 30),), ((21, 30),)))
     entry = {
         "to": 20,
-        "reason": "10 steps in a row were skipped",
+        "reason": "10 consecutive steps were skipped",
         "steps": [[21, 30]],
         "data": [[21, 30]],
     }
