@@ -1,4 +1,4 @@
-"""What callers of generation gave, looked at before anything is compiled: one line says what is
+"""Checks of the arguments of generation, before anything is compiled: one line says which value is
 wrong with it.
 """
 
@@ -55,7 +55,8 @@ def wholes(name: str, value: Unchecked, sequences: int, least: int) -> list[int]
 
 
 def check_prompts(prompts: Unchecked, config: LlamaConfig) -> list[list[int]]:
-    """Prompts in token ids, from lists or arrays, as lists; refuses what the model cannot take.
+    """Prompts in token ids, from lists or arrays, as lists; refuses prompts that the model cannot
+    take.
 
     Raises:
       InputError: for an empty prompt, one longer than the context, and a token outside the
@@ -147,7 +148,7 @@ def stop_strings(value: Unchecked, sequences: int) -> list[list[str]]:
 
 
 def check_plain_texts(name: str, texts: Unchecked) -> None:
-    """Refuses what is no list of texts.
+    """Refuses anything but a list of texts.
 
     Raises:
       InputError: with what to give instead.
@@ -161,7 +162,7 @@ def check_plain_texts(name: str, texts: Unchecked) -> None:
 
 
 def check_texts(prompts: Unchecked) -> None:
-    """Refuses what is not prompts, texts or conversations, but one of them or a part.
+    """Refuses a single prompt, or a part of one, given instead of a list of prompts.
 
     Raises:
       InputError: with what to give instead.

@@ -29,10 +29,10 @@ class Progress(NamedTuple):
     """Where each sequence stands between two steps.
 
     Attributes:
-      token: the sequence's last token, drawn but not yet in the cache.
+      token: the sequence's last token, sampled but not yet in the cache.
       cache: keys and values of all tokens before `token`.
-      remaining: tokens the sequence may still draw.
-      done: whether the sequence has drawn a stop token or has nothing remaining.
+      remaining: tokens that the sequence may still sample.
+      done: whether the sequence has sampled a stop token or has nothing remaining.
       history: what penalties look at; `None` without penalties.
     """
 
@@ -44,7 +44,7 @@ class Progress(NamedTuple):
 
 
 class SampledTokens(NamedTuple):
-    """Tokens drawn, with the log-probabilities asked for; one column a step in the output of a
+    """Sampled tokens, with the requested log-probabilities; one column per step in the output of a
     loop.
 
     Log-probabilities are those of the model itself, before bias, penalties, temperature and
@@ -77,7 +77,7 @@ class Rollout(NamedTuple):
 
 
 def sees_itself(model: Llama, length: int) -> bool:
-    """Whether so many tokens behind an empty cache may be run as a sequence of its own: not if the
+    """Whether prefill of this length into an empty cache can use plain self-attention: not if the
     kernel asked for takes others.
     """
     return model.options.attention != "splash" or fits_splash(length, model.config.head_dim)
@@ -91,8 +91,8 @@ def prefill(
     cache: Cache,
     fresh: bool = False,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Runs prompts of unequal length, padded on the right with anything, behind what the cache
-    holds.
+    """Runs prompts of unequal length, padded on the right with anything, after the tokens that the
+    cache holds.
 
     Args:
       model: the module.
@@ -146,7 +146,7 @@ def measured(
     drawn: Int[Array, " *R"],
     logprobs: int | None,
 ) -> SampledTokens:
-    """What was drawn, with log-probabilities: of the token and of the `logprobs` most probable
+    """The sampled tokens, with log-probabilities: of the token and of the `logprobs` most probable
     ones.
     """
     if logprobs is None:
@@ -163,7 +163,7 @@ def finite(logits: Float[Array, "*R V"]) -> Bool[Array, " *R"]:
     """Whether the largest logit is a number: not NaN, which is larger than any other for `argmax`,
     and not infinite.
 
-    A look-up at the place that decoding looks for anyway, instead of another pass over the
+    The value at the argmax that decoding computes anyway, instead of another pass over the
     vocabulary.
     """
     best = jnp.argmax(logits, axis=-1, keepdims=True)
@@ -200,7 +200,7 @@ def begin(
     history: History | None,
     logprobs: int | None = None,
 ) -> tuple[Progress, SampledTokens]:
-    """Draws the first token of each sequence that may draw `budget > 0` tokens, from the logits
+    """Samples the first token of each sequence that may sample `budget > 0` tokens, from the logits
     after its prompt.
     """
     nothing = jnp.zeros(budget.shape, jnp.int32)
@@ -222,8 +222,8 @@ def advance(
     """Up to `steps` (at most `room`) decoding steps; ends as soon as every sequence is done.
 
     Returns:
-      The state after them, and what was drawn, `room` columns with `NOTHING` where a sequence was
-      done.
+      The state after them, and the sampled tokens, `room` columns with `NOTHING` where a sequence
+      was done.
     """
 
     def unfinished(carry: tuple[Array, Progress, SampledTokens]) -> Array:
@@ -254,7 +254,7 @@ def advance(
 
 
 def empty(sequences: int, room: int, logprobs: int | None) -> SampledTokens:
-    """Place for what is drawn in `room` columns."""
+    """Space for sampled tokens in `room` columns."""
     tokens = jnp.full((sequences, room), NOTHING, jnp.int32)
     if logprobs is None:
         return SampledTokens(tokens)
@@ -290,7 +290,7 @@ def generate_tokens(
       sampling: settings of each of the `R = B * samples` sequences of the output.
       stop_ids: tokens that end a sequence (the stop token itself is part of the output), for all
         sequences or for each; may be empty, and filled up with `NOTHING`.
-      max_new_tokens: at most so many tokens a sequence; static. `T + max_new_tokens` slots are
+      max_new_tokens: limit of new tokens per sequence; static. `T + max_new_tokens` slots are
         reserved, as many as the model's context at most.
       samples: answers to each prompt, static; they share its prefill and lie next to each other in
         the output.

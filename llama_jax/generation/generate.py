@@ -36,13 +36,13 @@ from llama_jax.model.llama import model_for
 
 
 class Speculation(NamedTuple):
-    """How tokens are guessed ahead; what is drawn is the same with and without, only the speed is
+    """Speculative decoding: the sampled tokens are the same with and without it, only the speed is
     not.
 
     Attributes:
       tokens: tokens proposed and checked at a time.
       draft: a generator of a smaller model with the same vocabulary; `None` proposes what followed
-        the last tokens when they stood in the text before (prompt look-up).
+        the last tokens when they occurred in the text before (prompt lookup).
     """
 
     tokens: int = 4
@@ -54,8 +54,8 @@ class Generator:
 
     Attributes:
       params: the parameters.
-      programs: what is compiled for them; reports the compilations.
-      speculation: how tokens are guessed ahead where a call does not say.
+      programs: compiled for them; reports the compilations.
+      speculation: the default speculative decoding of calls.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Generator:
           mesh: devices to decode on together: sequences over the axes of `batch`, heads over those
             of `kv_heads` in the rules. A warning says where `fsdp` would have every weight gathered
             at every step.
-          speculation: how to guess tokens ahead, without any change to what is drawn; `None` draws
-            one at a time.
+          speculation: speculative decoding, which does not change the sampled tokens; `None`
+            samples one at a time.
           **options: of `ModelOptions`, except `scan`; `dtype` is that of the parameters unless
             given.
         """
@@ -111,7 +111,7 @@ class Generator:
         prefix: Unchecked = None,
         speculation: Unchecked = None,
     ) -> "Session":
-        """Prefills prompts and draws their first tokens.
+        """Prefills prompts and samples their first tokens.
 
         Args:
           prompts: token ids of each prompt, one at least; lengths may differ. Lists, or an array of
@@ -122,10 +122,10 @@ class Generator:
             greedy by default.
           stop_ids: tokens that end a sequence; for all sequences or for each.
           samples: answers to each prompt; they share its prefill.
-          logprobs: `None` for no log-probabilities, 0 for those of the tokens drawn, `n` for the
+          logprobs: `None` for no log-probabilities, 0 for those of the sampled tokens, `n` for the
             `n` best tokens' as well.
           prefix: tokens run before, from `prefix` or `Session.prefix`.
-          speculation: for this call, in place of the generator's own.
+          speculation: for this call, instead of the generator's own.
 
         Raises:
           InputError: for an empty prompt, one longer than the context, a token outside the
@@ -269,7 +269,7 @@ def common_prefix(prompts: Iterable[Sequence[int]]) -> list[int]:
 
 
 def shared_prefix(generator: Generator, beginning: Sequence[int], prompts: int) -> Prefix | None:
-    """The beginning of so many prompts, run; `None` where it would not save anything.
+    """The common prefix of several prompts, prefilled; `None` where it would not save anything.
 
     Args:
       generator: that is to run the prompts.

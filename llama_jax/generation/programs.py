@@ -98,15 +98,15 @@ def bucket_size(count: int) -> int:
 
 
 def bucket_sequences(count: int, multiple: int = 1) -> int:
-    """The smallest power of two that holds `count` sequences, times what a mesh divides sequences
-    by.
+    """The smallest power of two that holds `count` sequences, times the number of devices that a
+    mesh divides sequences by.
     """
     return multiple * (1 << (-(-count // multiple) - 1).bit_length())
 
 
 def bucket_slots(needed: int, most: int) -> int:
-    """Slots to reserve when `needed` are and at most `most` ever will be: twice what is needed, so
-    that growing is rare.
+    """Slots to reserve when `needed` are and at most `most` ever will be: twice the needed number,
+    so that growing is rare.
     """
     return bucket_size(max(needed, min(most, max(2 * needed, needed + _HEADROOM))))
 
@@ -232,7 +232,7 @@ class Programs:
 
 def platform_of(params: Parameters, mesh: Mesh | None) -> str:
     """Of the devices that run a model: the mesh's, else where its parameters are, else where JAX
-    puts what is nowhere yet.
+    puts arrays that have no device yet.
     """
     if mesh is not None:
         return mesh.devices.flat[0].platform

@@ -2,7 +2,7 @@
 serves every mixture.
 
 The steps, in the order of transformers' processors: logit bias, penalties, temperature, top-k,
-top-p, min-p, draw.
+top-p, min-p, sample.
 """
 
 import numbers
@@ -51,16 +51,16 @@ class Bias(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How each sequence draws its tokens.
+    """How each sequence samples its tokens.
 
     Attributes:
       temperature: logits are divided by it; 0 means the most probable token, always.
-      top_k: only the `k` most probable tokens are drawn from; 0 means all.
-      top_p: only the most probable tokens that together reach this probability are drawn from; 1
+      top_k: only the `k` most probable tokens are sampled from; 0 means all.
+      top_p: only the most probable tokens that together reach this probability are sampled from; 1
         means all.
-      min_p: only tokens at least this fraction as probable as the most probable one are drawn from;
-        0 means all.
-      key: a sequence's draws depend on its key and on the position of the token, not on the other
+      min_p: only tokens at least this fraction as probable as the most probable one are sampled
+        from; 0 means all.
+      key: a sequence's samples depend on its key and on the position of the token, not on the other
         sequences.
       penalties: of repeated tokens; `None` when no sequence has any, which saves their bookkeeping.
       bias: of single tokens; `None` when no sequence has any.
@@ -157,8 +157,8 @@ def sequence_keys(seed: Unchecked, sequences: int, first: int = 0) -> Key[Array,
     """The keys that `sequences` sequences sample with.
 
     With one seed or key, sequence `i` has that key with `first + i` folded in. With one seed a
-    sequence, each sequence has what it would have alone: its seed's key with 0 folded in. Keys that
-      are given one a sequence are taken as they are.
+    sequence, each sequence has the key that it would have alone: its seed's key with 0 folded in.
+      Keys that are given one a sequence are taken as they are.
 
     Args:
       seed: a number, a key, or one of either a sequence; may be traced.
@@ -272,7 +272,7 @@ def begin_history(tokens: Int[Array, "B T"], lengths: Int[Array, " B"], vocab: i
 
 
 def remember(history: History, token: Int[Array, " B"], drawn: Bool[Array, " B"]) -> History:
-    """The history with one token more in every sequence that has `drawn` one."""
+    """The history with one token more in every sequence where `drawn` is true."""
     sequences = jnp.arange(token.shape[0])
     return history._replace(counts=history.counts.at[sequences, token].add(drawn.astype(jnp.int32)))
 
@@ -326,11 +326,12 @@ def _limited(gap: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]
 
 
 def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits after temperature, top-k, top-p and min-p, in that order; tokens that cannot be drawn
-    are at -inf.
+    """Logits after temperature, top-k, top-p and min-p, in that order; tokens that cannot be
+    sampled are at -inf.
 
     The largest logit becomes 0. The most probable token always stays; tokens that tie with the last
-    one kept stay too. Rows at temperature 0 are left at temperature 1: their draw is not used.
+    one kept stay too. Sequences at temperature 0 are left at temperature 1: their sample is not
+      used.
     """
     # Relative to the largest, so that no temperature, however small, makes an infinity of it.
     gap = jnp.max(logits, axis=-1, keepdims=True) - logits
@@ -349,7 +350,7 @@ def sample(
     Args:
       logits: float32, after `adjust`.
       sampling: settings of each sequence.
-      position: position of the token to be drawn, which the sequence's randomness is folded with;
+      position: position of the token to be sampled, which is folded into the sequence's key;
         no key is consumed twice.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -360,5 +361,5 @@ def sample(
         drawn = jax.vmap(jax.random.categorical)(keys, restrict(logits, sampling)).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, best)
 
-    # When every sequence is greedy nothing is drawn.
+    # When every sequence is greedy nothing is sampled.
     return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: best)

@@ -316,7 +316,7 @@ def evaluate_choices(
 
 
 def joined(prompt: str, choice: str) -> str:
-    """A choice as it goes on from a prompt."""
+    """A choice as the continuation of a prompt."""
     apart = not prompt or prompt[-1:].isspace() or choice[:1].isspace()
     return choice if apart else f" {choice}"
 

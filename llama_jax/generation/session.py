@@ -1,5 +1,5 @@
-"""Prompts on their way to their answers: what the host keeps between two calls of the compiled
-programs.
+"""A batch of prompts being answered: the state that the host keeps between two calls of the
+compiled programs.
 """
 
 import itertools
@@ -62,10 +62,10 @@ class Request(NamedTuple):
       sampling: settings of each sequence, `samples` sequences a prompt.
       stop_ids: of each sequence.
       samples: answers to each prompt.
-      logprobs: `None`, 0 for those of the tokens drawn, `n` for the `n` best as well.
+      logprobs: `None`, 0 for those of the sampled tokens, `n` for the `n` best as well.
       prefix: tokens that need not be run again.
-      guesses: tokens to propose at a time; 0 for no speculation.
-      draft: the draft model; `None` for prompt look-up.
+      guesses: draft tokens at a time; 0 for no speculation.
+      draft: the draft model; `None` for prompt lookup.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -130,9 +130,9 @@ class Prefix(NamedTuple):
     here.
 
     Attributes:
-      token_ids: what the cache holds.
+      token_ids: tokens in the cache.
       cache: of one sequence.
-      runner: what it was made with; with other parameters or another kind of cache it means
+      runner: the parameters and programs of the cache; with others it means
         nothing.
     """
 
@@ -156,14 +156,14 @@ class Session:
     """
 
     def __init__(self, runner: Runner, request: Request) -> None:
-        """Prefills the prompts and draws their first tokens."""
+        """Prefills the prompts and samples their first tokens."""
         self._runner, self._request = runner, request
         programs, context = runner.programs, runner.programs.model.config.context_length
         self._prompts = [list(prompt) for prompt in request.prompts for _ in range(request.samples)]
         self.sequences = len(self._prompts)
         limits = zip(request.max_new_tokens, self._prompts)
         budgets = [min(limit, context - len(prompt)) for limit, prompt in limits]
-        self._width = request.guesses + 1  # tokens that a step draws at most
+        self._width = request.guesses + 1  # tokens that a step samples at most
         self._most_slots = (
             max(len(prompt) + budget for prompt, budget in zip(self._prompts, budgets))
             + request.guesses
@@ -241,7 +241,7 @@ class Session:
                 drawn.append(tokens)
             yield new
             self._require_finite(fetched)
-            # A sequence that was not done before the last step has drawn something in its first
+            # A sequence that was not done before the last step has sampled a token in its first
             # column.
             ended = (
                 fetched.token[: self.sequences, -min(self._width, fetched.token.shape[1])]
@@ -252,7 +252,7 @@ class Session:
             pending = jax.tree.map(lambda x: x[:, : steps * self._width], following)
 
     def _require_finite(self, fetched: SampledTokens) -> None:
-        """Refuses what cannot be sampled from, but for sequences that had ended before it."""
+        """Refuses logits that cannot be sampled from, except of sequences that had ended before."""
         for sequence in np.flatnonzero(
             (fetched.token[: self.sequences] == BROKEN).any(axis=1)
         ).tolist():
@@ -321,12 +321,12 @@ class Session:
         return Tokens(ids, stop_reason(ids, self._request.stop_ids[sequence]), logprobs, top)
 
     def prefix(self, sequence: int = 0) -> Prefix:
-        """Prompt and answer of a sequence, as a prefix of what is to follow, a next turn of a
-        conversation say.
+        """Prompt and answer of a sequence, as a prefix of later prompts, such as the next message
+        of a conversation say.
         """
         cache = self._progress.cache
         known = self._prompts[sequence] + self.tokens(sequence).token_ids
-        # A sequence that has ended may have written behind its end: into its last slot, if it was
+        # A sequence that has ended may have written past its end: into its last slot, if it was
         #   full.
         held = min(int(cache.lengths[sequence]), len(known), cache.slots - 1)
         sequences = jnp.full((self._runner.programs.sequence_multiple,), sequence, jnp.int32)

@@ -1,9 +1,9 @@
 """Speculative decoding: several tokens are proposed cheaply and checked by the model in one pass
 (arXiv:2211.17192).
 
-The tokens are distributed exactly as without it, whatever is proposed: a proposal `d` drawn from
+The tokens are distributed exactly as without it, whatever the draft: a draft token `d` sampled from
   `q` is kept with
-probability min(1, p(d) / q(d)); at the first that is not, a token is drawn from max(p - q, 0),
+probability min(1, p(d) / q(d)); at the first rejection, a token is sampled from max(p - q, 0),
 normalised. At temperature 0 a proposal is kept if it is the most probable token. Slot = position
 makes taking back free: lengths alone decide.
 """
@@ -29,7 +29,7 @@ from llama_jax.generation.sampling import Sampling, adjust, restrict
 from llama_jax.model.cache import Cache
 from llama_jax.model.llama import Llama, apply
 
-_LONGEST_MATCH = 3  # tokens that prompt look-up compares at most
+_LONGEST_MATCH = 3  # tokens that prompt lookup compares at most
 
 # What a sequence's random numbers are for, folded into its key beside the position.
 _DRAFT, _ACCEPT, _REPLACE = 1, 2, 3
@@ -41,7 +41,7 @@ class DraftState(NamedTuple):
     Attributes:
       text: each sequence's tokens so far, by slot; those beyond the sequence's last token are
         meaningless.
-      cache: the draft model's, with the same lengths as the model's own; `None` for prompt look-up.
+      cache: the draft model's, with the same lengths as the model's own; `None` for prompt lookup.
     """
 
     text: Int[Array, "B S"]
@@ -49,8 +49,8 @@ class DraftState(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """Proposed tokens, and the probabilities they were drawn with; `None` where nothing was
-    drawn.
+    """Draft tokens, and the probabilities they were sampled with; `None` where nothing was
+    sampled.
     """
 
     tokens: Int[Array, "B k"]
@@ -58,7 +58,8 @@ class Draft(NamedTuple):
 
 
 def look_up(text: Int[Array, "B S"], last: Int[Array, " B"], count: int) -> Int[Array, "B k"]:
-    """What followed the last tokens of each sequence when they stood in it before (prompt look-up).
+    """The tokens that followed the last tokens of each sequence at an earlier occurrence (prompt
+    lookup).
 
     The place with the longest match, up to three tokens, is taken, the latest of these; a
     repetition is continued.
@@ -81,7 +82,7 @@ def look_up(text: Int[Array, "B S"], last: Int[Array, " B"], count: int) -> Int[
 
 
 def _distribution(logits: Float[Array, "B ... V"], sampling: Sampling) -> Float[Array, "B ... V"]:
-    """Probabilities that tokens are drawn with; at temperature 0 all of it lies on the most
+    """Probabilities that tokens are sampled with; at temperature 0 all of it lies on the most
     probable token.
     """
     vocab = logits.shape[-1]
@@ -119,7 +120,7 @@ def propose(
     sampling: Sampling,
     count: int,
 ) -> tuple[Draft, Cache]:
-    """`count` tokens drawn one after the other by a draft model, whose cache takes up `token` and
+    """`count` tokens sampled one after the other by a draft model, whose cache takes up `token` and
     all of them.
     """
 
@@ -210,8 +211,8 @@ def _accept(
     stop_ids: Array,
     sound: Bool[Array, "B W"],
 ) -> tuple[Progress, Array]:
-    """Takes up to `count` tokens a sequence, up to a stop token and to what the sequence may still
-    draw; the rest is `NOTHING`.
+    """Takes up to `count` tokens a sequence, up to a stop token and to the tokens that the sequence
+    may still sample; the rest is `NOTHING`.
 
     The first token that is not `sound` becomes `BROKEN` and ends the sequence.
     """
@@ -255,8 +256,8 @@ def speculate(
     The cache needs slots for `count + 1` tokens beyond the longest text.
 
     Returns:
-      The state after them, and what was drawn: `count + 1` columns a round, of which the first is
-        `NOTHING` only where a
+      The state after them, and the sampled tokens: `count + 1` columns per round, of which the
+        first is `NOTHING` only where a
       sequence was done before.
     """
     width = count + 1

@@ -121,7 +121,7 @@ def require_tokenizer(model: Pretrained) -> Tokenizer:
 
 def require_generator_of(model: Pretrained, generator: Generator) -> None:
     """Refuses a generator of another architecture than the model's; its parameters may be others,
-    narrower ones say.
+    such as quantized ones.
 
     Raises:
       InputError: with what to give instead.
@@ -184,8 +184,8 @@ class _Row:
         added, used = "", 0
         for token in new.token_ids:
             used += 1
-            # A model may have more sequences than its tokenizer has tokens (padding); a token drawn
-            # from these has no text.
+            # A model may have more sequences than its tokenizer has tokens (padding); a token
+            # sampled from these has no text.
             known = token < self._vocab_size
             added += self._watch.push(self._decoder.push(token)) if known else ""
             if self._watch.found:
@@ -307,10 +307,10 @@ def stream(
         `max_new_tokens` (128): a sequence; limit of new tokens; the model's context is another.
         `chat` (False): whether a text is one user message, to be put through the model's chat
         template. `temperature` (0): a sequence; 0 for the most probable token always.
-        `top_k` (0): a sequence; draw from the `k` most probable tokens only; 0 for all.
-        `top_p` (1): a sequence; draw from the most probable tokens that together reach this
-        probability. `min_p` (0): a sequence; draw from tokens at least this fraction as probable as
-        the best. `repetition_penalty` (1), `presence_penalty` (0), `frequency_penalty` (0): a
+        `top_k` (0): a sequence; sample from the `k` most probable tokens only; 0 for all.
+        `top_p` (1): a sequence; sample from the most probable tokens that together reach this
+        probability. `min_p` (0): a sequence; sample from tokens at least this fraction as probable
+        as the best. `repetition_penalty` (1), `presence_penalty` (0), `frequency_penalty` (0): a
         sequence; see `Penalties`. `logit_bias`: a sequence; token id -> number added to its logit.
         `seed` (0): a number or a `jax.random.key`, for all sequences, which sample independently of
         each other, or one a sequence. `stop`: a sequence; strings that end the text and are no part
@@ -320,7 +320,7 @@ def stream(
         `logprobs`: 0 for the log-probability of each new token, `n` for those of the `n` best as
           well.
         `prefix`: from `Generator.prefix` or `Session.prefix`, tokens that need not be run again.
-        `speculation`: a `Speculation`, to guess tokens ahead; the text is the same.
+        `speculation`: a `Speculation` (speculative decoding); the text is the same.
         `generator`: a `Generator` to use; else one is made with the remaining settings: `mesh` and
           those of `ModelOptions`.
 
@@ -389,7 +389,7 @@ class Conversation:
 
         Args:
           model: from `llama_jax.load`, with a chat template.
-          messages: what was said before.
+          messages: the conversation so far.
           generator: a `Generator` of this model to use; else one is made for the life of the
             conversation.
           **options: of the generator: `mesh` and those of `ModelOptions`.
@@ -409,7 +409,7 @@ class Conversation:
         )
 
     def system(self, text: str) -> None:
-        """Puts a system message in front, in place of the one that is there; none for an empty
+        """Puts a system message in front, replacing an existing one; none for an empty
         text.
         """
         self._require_closed()
@@ -422,11 +422,11 @@ class Conversation:
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     def ask(self, text: str, *, chunk: Unchecked = 4, **settings: Any) -> Iterator[Piece]:
-        """The answer to what the user says next, as it comes.
+        """The answer to the user's next message, as it comes.
 
         Question and answer join the messages when the answer has ended. An iterator that is closed
-        before ends the answer: what came so far is what the assistant said; where nothing came, the
-          messages stay as they were. So does one that nobody
+        before ends the answer: the text so far becomes the assistant's message; where nothing came,
+          the messages stay as they were. So does one that nobody
         holds any more. One answer is given at a time.
 
         Args:

@@ -3,7 +3,7 @@ name for `length`.
 
 Each device has its own queries and either gathers all keys and values (`all_gather`) or sees them
 pass by (`ring`). In the first form a backend of `attend` is given the positions of its queries and
-those of all keys, in the order of the devices; grouped queries keep what is moved small. In the
+those of all keys, in the order of the devices; grouped queries keep the transfers small. In the
 second one no device ever holds more than two blocks of keys.
 """
 
@@ -52,8 +52,8 @@ class Ring(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What goes round: a device's keys and values in blocks, and what the mask has to know of
-    them.
+    """The state that travels around the ring: a device's keys and values in blocks, and the mask's
+    view of them.
     """
 
     keys: Float[Array, "blocks B K C H"]
@@ -120,7 +120,7 @@ def ring_attention(
 def _prepare(
     q: Array, k: Array, v: Array, positions: Array, documents: Array | None, ring: Ring
 ) -> tuple[Array, _Held, Callable[[_Held], blockwise.Blocks]]:
-    """Queries in blocks, what goes round first, and the mask for what is held."""
+    """Queries in blocks, the first state of the ring, and the mask for the held keys."""
     mask = Mask(documents=documents, positions=positions, key_positions=positions)
     q_blocks, keys, values, own = blockwise.prepare(q, k, v, mask, True, ring.size)
     assert own.key_positions is not None
@@ -138,7 +138,7 @@ def _ring_forward(
     queries, held, blocks = _prepare(q, k, v, positions, documents, ring)
 
     def attended(held: _Held, sums: _Part) -> _Part:
-        """With what the held keys add."""
+        """The sums with the held keys added."""
         return _merged(
             sums, blockwise.forward(queries, held.keys, held.values, blocks(held), jnp.float32)
         )
@@ -221,7 +221,7 @@ def attend_over_mesh(
         sequence. A kernel on devices that share sequences takes them in the order of
         `balanced_positions`, whatever the mask says.
       options: backend, rules, and how devices share keys. A kernel takes sequences that see
-        themselves; `auto` stands beside it for tokens behind a cache. `auto` itself takes, for
+        themselves; `auto` is taken for tokens after a cached prefix. `auto` itself takes, for
         sequences that see themselves and lie on one device each, the kernel of the platform for
         which the program is compiled, where there is one for these sizes.
       scales: of integer keys and values.

@@ -38,7 +38,7 @@ from llama_jax.parallel.sharding import (
 )
 
 _ROWS_A_ROUND = 8  # of the cache, where layers are unrolled; see `append`
-# Standard deviation of fresh weights; those that write into the residual stream are narrower by
+# Standard deviation of fresh weights; those that write into the residual stream are smaller by
 # sqrt(2 * layers), so that the stream's variance does not grow with depth (Radford et al. 2019,
 # section 2.3).
 _INIT_STD = 0.02
@@ -83,8 +83,8 @@ class RMSNorm(nn.Module):
 
 
 def declare(module: nn.Module, name: str, std: float, shape: tuple[int, int]) -> Matrix:
-    """A matrix of the module, drawn with `std` by `init`; the parameters may hold a quantised or
-    adapted one in its place.
+    """A matrix of the module, initialized with `std` by `init`; the parameters may hold a quantised
+    or adapted one in its place.
     """
     held = module.get_variable("params", name) if module.has_variable("params", name) else None
     return (
@@ -96,7 +96,7 @@ def declare(module: nn.Module, name: str, std: float, shape: tuple[int, int]) ->
 
 def gather_weight(weight: Weight, name: str, options: ModelOptions) -> Weight:
     """The weight `name` gathered for use; a plain one in the compute dtype, or its own where that
-    is narrower.
+    is smaller.
     """
     if isinstance(weight, Quantized):
         return jax.tree.map(
@@ -296,8 +296,8 @@ class Layer(nn.Module):
 
 
 def row_major(x: Float[Array, "B T _"]) -> Float[Array, "B T _"]:
-    """With its last axis innermost in memory: XLA for TPU would stack what a scan keeps the other
-    way around.
+    """With its last axis innermost in memory: XLA for TPU would stack the outputs of a scan the
+    other way around.
 
     That costs two copies a layer. Elsewhere there is no other layout.
     """

@@ -219,7 +219,7 @@ class Llama(nn.Module):
 
 
 def require_inputs(inputs: Any) -> None:
-    """Refuses what is no batch of sequences.
+    """Refuses anything but a batch of sequences.
 
     Raises:
       InputError: for lists, and for arrays of other dimensions than those of token ids or
@@ -243,7 +243,7 @@ def require_inputs(inputs: Any) -> None:
 
 
 def require_tokens(tokens: Any) -> None:
-    """Refuses what is no batch of token ids.
+    """Refuses anything but a batch of token ids.
 
     Raises:
       InputError: as `require_inputs`, and for embeddings.
@@ -370,7 +370,7 @@ def hidden_states(
 
 
 def embed(params: Parameters, tokens: Any) -> Float[Array, "B T D"]:
-    """The embeddings of token ids `[B, T]`, to be changed and passed on in place of the tokens.
+    """The embeddings of token ids `[B, T]`, to be changed and passed on instead of the tokens.
 
     Raises:
       InputError: for anything but an array of token ids.

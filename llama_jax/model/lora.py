@@ -2,7 +2,7 @@
 they come from.
 
 A tree of adapters has the nesting of the parameters, `{"a", "b"}` at the names that are adapted and
-nothing elsewhere. It is what is trained, saved and sharded; `combine` puts it over frozen
+nothing elsewhere. It is the tree that is trained, saved and sharded; `combine` puts it over frozen
 parameters for a forward pass, without a sum of weights.
 """
 
@@ -100,9 +100,9 @@ def init_adapters(
     new_tokens: int = 0,
 ) -> Parameters:
     """Fresh adapters that change nothing yet, stacked: `a` uniform within 1 / sqrt(I), as PEFT
-    draws it, and `b` zero.
+    initializes it, and `b` zero.
 
-    With new tokens the tree has `new_tokens` too: what is added to the last entries of the
+    With new tokens the tree has `new_tokens` too: a change of the last entries of the
     embedding (`inputs`, `[n, D]`) and, unless it is tied, of the head (`outputs`, `[D, n]`).
 
     Args:
@@ -184,7 +184,7 @@ def combine(
 
 
 def _with_new_tokens(tree: dict, adapters: Parameters) -> dict:
-    """The flat tree with what was learned about new tokens added to embedding and head."""
+    """The flat tree with the trained changes of new tokens added to embedding and head."""
     for name, part, axis in (("embedding", "inputs", 0), ("head", "outputs", 1)):
         change = adapters.get("new_tokens", {}).get(part)
         if change is None:

@@ -1,12 +1,12 @@
 """The one product of activations and weights, in the form that is fast where it runs.
 
-Accelerators widen narrow weights on their way to the product. On GPUs one row is filled up to
-eight, for which there are faster programs. XLA's CPU compiler writes the widened weights to memory
-first, every time, with two exceptions that this module keeps to. One row times rows of channels
-(`[O, I]`, transposed in so many words) is a single loop that widens as it reads. And it multiplies
-rows of the weights' own type, two or more: so the activations are split into narrow parts that add
-up to them (`x = a + b + c`, exactly to rounding), which are rows of one product: bfloat16 parts for
-bfloat16 weights, 8-bit integers for 8-bit integers.
+Accelerators dequantize quantized weights on their way to the matmul. On GPUs one row is filled up
+to eight, for which there are faster programs. XLA's CPU compiler writes the widened weights to
+memory first, every time, with two exceptions that this module keeps to. One row times rows of
+channels (`[O, I]`, transposed in so many words) is a single loop that widens as it reads. And it
+multiplies rows of the weights' own type, two or more: so the activations are split into
+low-precision parts that add up to them (`x = a + b + c`, exactly to rounding), which are rows of
+one product: bfloat16 parts for bfloat16 weights, 8-bit integers for 8-bit integers.
 """
 
 import functools
@@ -40,7 +40,7 @@ def _dot(
 
 
 def _split_float(x: Float[Array, "M I"], dtype: DTypeLike) -> list[Array]:
-    """Parts in a narrow float type whose sum is `x`: itself, or three for the 24 bits of a
+    """Parts in a low-precision float type whose sum is `x`: itself, or three for the 24 bits of a
     float32.
     """
     if x.dtype == dtype:  # one row wants company
@@ -55,7 +55,7 @@ def _split_float(x: Float[Array, "M I"], dtype: DTypeLike) -> list[Array]:
 def _float_parts(
     x: Float[Array, "M I"], matrix: Float[Array, "..."], axis: int, dtype: DTypeLike
 ) -> Float[Array, "M O"]:
-    """`x` times a narrow float matrix, without a wide copy of the matrix."""
+    """`x` times a low-precision float matrix, without a float32 copy of the matrix."""
     if axis == 1 and x.shape[0] == 1:
         return _one_row(x, matrix).astype(dtype)
     parts = _split_float(x, matrix.dtype)

@@ -1,4 +1,4 @@
-"""How a model is run: choices that never change what it computes, only where, how fast and in how
+"""How a model is run: choices that never change its results, only where, how fast and in how
 much memory.
 """
 
@@ -61,7 +61,7 @@ class ModelOptions:
       scan: run the layers as one scanned body over stacked weights (compile time does not grow with
         depth), or unrolled over per-layer weights (faster decoding). The parameter tree has the
         matching form; see `llama_jax.weights.assemble`.
-      remat: what the backward pass keeps of each layer: a rung of
+      remat: the activations that are kept for the backward pass: a policy of
         `llama_jax.model.remat.REMAT_POLICIES`, from `none` (everything, nothing is recomputed) to
         `full` (only the layer's input), or names joined by `+`, of `q k v context middle gate up`;
         or a split of the layers, `20*all+attention`. `context@host` is kept by the host.
@@ -102,8 +102,8 @@ class ModelOptions:
 
     @property
     def remat_policy(self) -> Callable[..., bool]:
-        """The policy for `jax.checkpoint` of a layer, whose backward pass recomputes what is not
-        kept; not of a split.
+        """The policy for `jax.checkpoint` of a layer, whose backward pass recomputes activations
+        that are not kept; not of a split.
         """
         hosted = sorted(hosted_names(self.remat))
         here = [*sorted(saved_names(self.remat) - set(hosted)), "root"]

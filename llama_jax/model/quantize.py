@@ -6,7 +6,7 @@ integers are themselves products: a 4-bit number a weight times a small integer 
   of the same channel, so that both widths are
 multiplied in the same way, integers first and the scale last, and a group costs a quarter of a bit
 a weight. Channels come first, in rows of their inputs: the order of an embedding table, and the one
-  in which XLA's CPU compiler reads narrow weights
+  in which XLA's CPU compiler reads quantized weights
 inside a product of one row instead of widening them in memory.
 """
 
@@ -31,7 +31,7 @@ _EIGHT_BITS = (
 
 
 class Quantized(NamedTuple):
-    """A matrix in narrow integers, `O` channels of `I` inputs, or such matrices stacked on a
+    """A matrix in 8-bit integers, `O` channels of `I` inputs, or such matrices stacked on a
     leading axis `L`.
 
     Attributes:
@@ -157,7 +157,8 @@ def _quantize_leaf(name: str, leaf: Array, bits: int, group: int) -> Weight:
 
 
 def quantize(params: Parameters, bits: int = 8, group: int = 32) -> Parameters:
-    """The same model in narrower weights: every matrix becomes `Quantized`, norms stay as they are.
+    """The same model in quantized weights: every matrix becomes `Quantized`, norms stay as they
+    are.
 
     8 bits take a quarter of float32 and 4 bits an eighth; activations stay floats. The embedding
     table and the head keep 8 bits in both. The result goes wherever parameters go to be run

@@ -1,10 +1,10 @@
-"""What the backward pass keeps of each layer: one ladder of named rungs, for the model, its configs
+"""Rematerialization: named policies, ordered by memory, for the model, its configs
 and its plans; without JAX.
 
-What a rung takes in bytes and what it computes again are in `llama_jax.planning.memory`, and in a
-table in `docs/performance.md`. Memory that is enough for one rung in some layers and for another in
-the rest is used by a split: `20*all+attention`. Names with `@host` behind them are kept in the
-  memory of the host.
+The bytes of a policy and the FLOPs that it computes again are in `llama_jax.planning.memory`, and
+in a table in `docs/performance.md`. Memory that is enough for one policy in some layers and for
+another in the rest is used by a split: `20*all+attention`. Names with `@host` behind them are kept
+  in the memory of the host.
 """
 
 import re
@@ -20,7 +20,8 @@ from llama_jax.errors import InputError
 CONTEXT_ATTENTION = ("all_gather", "ring")
 
 NAMES = ("q", "k", "v", "context", "middle", "gate", "up")
-# Rungs by what is kept beside a layer's input, from the least computed again to the least kept.
+# Policies by the activations kept beside a layer's input, from the least recomputed to the least
+# kept.
 REMAT_NAMES: Mapping[str, tuple[str, ...]] = {
     "all": NAMES,
     "no_up": ("q", "k", "v", "context", "middle", "gate"),
@@ -47,10 +48,10 @@ def saved_names(remat: str) -> frozenset[str]:
     keeps more than these.
 
     Args:
-      remat: a rung of the ladder, or names joined by `+`; no split.
+      remat: a policy, or names joined by `+`; no split.
 
     Raises:
-      InputError: for what is neither.
+      InputError: for anything else.
     """
     if remat in REMAT_POLICIES:
         return frozenset(REMAT_NAMES.get(remat, NAMES))
@@ -71,8 +72,8 @@ def parse_remat(remat: str) -> tuple[int, str, str]:
     one twice for no split.
 
     Args:
-      remat: a rung, names joined by `+`, or a split: `20*all+attention`, where what stands before
-        the `+` is a rung.
+      remat: a policy, names joined by `+`, or a split: `20*all+attention`, where the part before
+        the `+` is a policy.
 
     Raises:
       InputError: for anything else.

@@ -1,9 +1,9 @@
 """Flash attention on TPUs by the kernel `splash_attention` of `jax.experimental.pallas`, forward
 and backward.
 
-A compiler cannot split a kernel, so on a mesh every device is told its sequences, heads and tokens.
-Devices that share sequences gather all keys, put them into the order of the sequence, and run the
-kernel over their own queries with their own part of the mask.
+A compiler cannot split a kernel, so on a mesh every device gets its own sequences, heads and
+tokens. Devices that share sequences gather all keys, put them into the order of the sequence, and
+run the kernel over their own queries with their own part of the mask.
 """
 
 import functools
@@ -35,14 +35,14 @@ _BLOCKS = (
 
 
 def fits_splash(length: int, head_dim: int, parts: int = 1) -> bool:
-    """Whether the kernel takes sequences of so many tokens, cut into so many parts, and heads of
+    """Whether the kernel takes sequences of this length, cut into this many parts, and heads of
     that width.
     """
     return length % (2 * parts * _LANES if parts > 1 else _LANES) == 0 and head_dim % 64 == 0
 
 
 def _block(length: int) -> int:
-    """The largest block that divides so many tokens."""
+    """The largest block that divides a number of tokens."""
     return max(
         block
         for block in range(_LANES, min(length, _LARGEST_BLOCK) + 1, _LANES)
