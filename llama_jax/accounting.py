@@ -57,7 +57,7 @@ def parameter_count(config: LlamaConfig) -> int:
 
 
 def matmul_parameters(config: LlamaConfig) -> int:
-    """Parameters that multiply activations: the head counts (tied or not), the embedding look-up
+    """Parameters that multiply activations: the head counts (tied or not), the embedding lookup
     and the norms do not.
     """
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -92,7 +92,7 @@ def training_flops_per_token(
     counted as causal.
 
     `6 * matmul_parameters + 6 * layers * heads * head_dim * length`; no recomputation is counted.
-    Under adapters no gradient of a frozen matrix is formed: 4 in place of the first 6, and 6 for
+    Under adapters no gradient of a frozen matrix is formed: 4 instead of the first 6, and 6 for
       every parameter of the adapters.
 
     Args:
@@ -142,7 +142,7 @@ class TrainingCompute(NamedTuple):
 def training_compute(
     parameters: int, tokens: int, config: LlamaConfig | None = None, length: int = 0
 ) -> TrainingCompute:
-    """What it takes to train a model on so many tokens.
+    """The compute of training a model on a number of tokens.
 
     Args:
       parameters: of the model, all of them.
@@ -158,5 +158,5 @@ def training_compute(
 
 
 def delivered_flops(hours: float, flops_per_second: float) -> float:
-    """FLOPs that accelerators have done in so many hours of one of them."""
+    """FLOPs that accelerators have done in a number of accelerator-hours."""
     return hours * 3600 * flops_per_second

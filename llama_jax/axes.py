@@ -2,9 +2,9 @@
 
 | letter | meaning |
 |---|---|
-| `B` | batch rows |
-| `T` | new tokens of a row (queries) |
-| `S` | key/value slots of a row (keys); `S = T` without a cache |
+| `B` | batch: sequences |
+| `T` | new tokens of a sequence (queries) |
+| `S` | key/value slots of a sequence (keys); `S = T` without a cache |
 | `D` | width of the residual stream |
 | `N` | query heads |
 | `K` | key/value heads |

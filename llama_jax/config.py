@@ -1,4 +1,5 @@
-"""The architecture of a LLaMA as data: what the weights mean, and nothing about how they are run.
+"""The architecture of a LLaMA as data: the meaning of the weights, and nothing about how they are
+run.
 
 No field that is a number of the model has a default: a forgotten one is an error, never a silent
   1e-6.

@@ -17,7 +17,7 @@ class CorruptError(InputError):
 
 
 class DivergedError(RuntimeError):
-    """A training that cannot go on by itself: too many bad steps, or devices that disagree.
+    """A training that cannot continue by itself: too many bad steps, or devices that disagree.
     Programs exit with status 4.
     """
 

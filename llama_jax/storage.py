@@ -41,7 +41,7 @@ def claimed(path: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(
             OSError
-        ):  # of a file system without locks: what is left there stays
+        ):  # of a file system without locks: abandoned files stay there
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -81,7 +81,7 @@ def sync_directory(directory: Path) -> None:
 # A directory that is either whole or absent, whatever interrupts the writing.
 
 
-_SLACK = 4 << 20  # bytes for headers and what a file system rounds up
+_SLACK = 4 << 20  # bytes for headers and the rounding of file systems
 
 
 @contextlib.contextmanager

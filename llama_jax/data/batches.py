@@ -144,7 +144,7 @@ def _are_pairs(pairs: Sequence[Sequence[object]]) -> bool:
 # cycles until a number below `count` comes up makes it one on `count` numbers (Black and Rogaway,
 # "Ciphers with arbitrary finite domains", 2002). Integer arithmetic only, so the order is the same
 # on every machine and with every version of numpy. It is part of a run's identity: changing it
-# changes what a resumed training reads.
+# changes the data of a resumed training.
 
 
 _ROUNDS = 8
@@ -233,7 +233,7 @@ class Batches:
     shares are whole thousandths.
 
     Attributes:
-      sources: what is mixed.
+      sources: the data sets of the mixture.
       steps: how many sequences each step has, and which it reads.
       seed: chooses the order.
 
@@ -355,7 +355,7 @@ class Batches:
 
 
 def round_shares(weights: list[float]) -> list[int]:
-    """Rows of each source in a million: proportional to its weight, what is left over by largest
+    """Sequences of each source in a million: proportional to its weight, the remainder by largest
     remainder.
 
     Raises:
@@ -394,7 +394,7 @@ def sequential_windows(tokens: Tokens, length: int, batch_size: int) -> Iterator
     """The windows of some tokens in order, each once: every token that is learned from is a target
     of weight 1 once.
 
-    First tokens of documents are not. A document that a window cuts goes on in the next sequence
+    First tokens of documents are not. A document that a window cuts continues in the next sequence
     without its past. What is missing in the last batch is padding, so all batches have one shape.
     Of text, the weights sum to tokens minus documents.
 
@@ -411,7 +411,7 @@ def sequential_windows(tokens: Tokens, length: int, batch_size: int) -> Iterator
 
 
 def sequential_sequences(packing: Packing, batch_size: int) -> Iterator[Batch]:
-    """The sequences of a packing in order, each once; what is missing in the last batch is
+    """The sequences of a packing in order, each once; the rest of the last batch is
     padding.
     """
     for first in range(0, packing.count, batch_size):

@@ -1,6 +1,6 @@
 """Conversations in the forms in which they are published, as messages with a role and a content.
 
-Nothing that changes the meaning is dropped: what a message says beside its content is kept for the
+Nothing that changes the meaning is dropped: other fields of a message are kept for the
   template (`tool_calls`,
 `name` and `tool_call_id` of a tool) or for the loss mask (`weight`), or it is refused.
 """
@@ -198,7 +198,7 @@ def read_tools(place: str, values: Mapping[str, Any]) -> Tools | None:
 
 
 def with_system(place: str, values: Mapping[str, Any], messages: Messages) -> Messages:
-    """The messages behind the record's own `system` message, where it has one.
+    """The messages after the record's own `system` message, where it has one.
 
     Raises:
       InputError: naming the place, if the messages begin with another one.
@@ -253,7 +253,7 @@ def _parsed(value: object) -> object:
 
 
 def _pruned(value: Any) -> Any:
-    """Without what is null: Parquet gives every field of every struct."""
+    """Without null fields: Parquet gives every field of every struct."""
     if isinstance(value, Mapping):
         return {key: _pruned(part) for key, part in value.items() if part is not None}
     return [_pruned(part) for part in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Which text is trained on, and which is held out to see what was learned."""
+"""The split into text to train on and held-out text for evaluation."""
 
 import bisect
 import functools
@@ -49,10 +49,10 @@ def ignore_progress(stage: str, done: int, total: int) -> None:
 def split_documents(
     documents: Documents, fraction: float, on_progress: Progress = ignore_progress
 ) -> Split:
-    """Reads all documents and decides what is held out: whole documents, each by its name alone.
+    """Reads all documents and chooses the held-out ones: whole documents, each by its name alone.
 
     Where that leaves a side without text, as it does with a single file, the end of the last
-    document is held out in place of whole ones: about `fraction` of its text, from a line end on.
+    document is held out instead of whole ones: about `fraction` of its text, from a line end on.
 
     Args:
       documents: gives the documents anew at each call, such as `standard_library`.

@@ -74,7 +74,7 @@ class _OpenRows:
         self._lefts: list[int] = []  # keys of `_sequences`, ascending
 
     def put(self, left: int, sequences: np.ndarray) -> None:
-        """Keeps sequences with so much room left."""
+        """Keeps sequences with this much room left."""
         if left and sequences.size:
             if left not in self._sequences:
                 bisect.insort(self._lefts, left)
@@ -82,7 +82,7 @@ class _OpenRows:
 
     def fullest(self, length: int, documents: int) -> tuple[int, np.ndarray]:
         """Takes out all sequences with the least room in which `length` fits; else new ones, enough
-        for so many documents.
+        for this many documents.
         """
         index = bisect.bisect_left(self._lefts, length)
         if index < len(self._lefts):
@@ -152,7 +152,7 @@ class Counts(NamedTuple):
       documents: in all (of pairs: answers).
       too_long: of more tokens than fit into a sequence.
       dropped: of these, left out (of pairs: with the other answer).
-      masked: of these, left out because what is left of them holds nothing to learn.
+      masked: of these, left out because the rest of them holds nothing to learn.
     """
 
     documents: int
@@ -166,7 +166,7 @@ class Packing(Protocol):
     """The sequences of one pass over some tokens.
 
     Attributes:
-      tokens: what is packed.
+      tokens: to pack.
       length: `T`, tokens of a sequence.
       unit: neighbouring sequences that stay together in any order: 2 for pairs of answers, else 1.
       count: sequences in all, a multiple of `unit`.
@@ -236,7 +236,7 @@ class _Whole:
       learn.
 
     Attributes:
-      tokens: what is packed.
+      tokens: to pack.
       length: see `Packing`, as are the next three.
       unit: sequences that stay together.
       count: sequences in all.

@@ -166,7 +166,7 @@ def plan_parts(
     held = 0
     for number, (file, (size, _)) in enumerate(zip(files, stats)):
         if size < most // 2:
-            # Where a group ends depends on names too: behind a file that has changed its size the
+            # Where a group ends depends on names too: after a file that has changed its size the
             # groups soon are those of before.
             group.append(number)
             held += size
@@ -238,7 +238,7 @@ def encode_part(job: Job, part: Part, tokenizer: Tokenizer, report: Report) -> N
       report: takes the bytes of the sources that were read since its last call.
 
     Raises:
-      InputError: naming file and line of what cannot be read or encoded.
+      InputError: naming file and line of a record that cannot be read or encoded.
     """
     reader = PartReader(part, job.skip, job.most_bad)
     key, reported = job.part_key(part), 0
@@ -356,7 +356,7 @@ class _Shards:
 
 
 class PartReader:
-    """The records of a part, the digests of what was read, and the records that were left out.
+    """The records of a part, the digests of its files, and the records that were left out.
 
     Attributes:
       kind: of the records; `None` before the first.

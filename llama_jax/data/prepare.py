@@ -37,8 +37,8 @@ def train_vocabulary(documents: Iterable[Document], vocab_size: int, path: Path,
     """Trains a vocabulary and writes it to `path`; the same documents, size and seed give the same
     pieces.
 
-    The ids are those of LLaMA 1 and 2: `<unk>` 0, `<s>` 1, `</s>` 2, then 256 bytes for what is in
-      no piece. Digits
+    The ids are those of LLaMA 1 and 2: `<unk>` 0, `<s>` 1, `</s>` 2, then 256 bytes for characters
+      in no piece. Digits
     stand alone. Unlike LLaMA's, the text is not given a leading space, and runs of spaces are
     pieces, so code comes back exactly and its indentation is cheap. One character does not come
       back: U+2581, which SentencePiece
@@ -338,7 +338,7 @@ def _train_tokenizer(recipe: _Recipe, on_progress: Progress, path: Path) -> Path
 def _report(
     documents: Iterable[Document], done: int, total: int, on_progress: Progress
 ) -> Iterator[Document]:
-    """Passes documents on and tells how many bytes of text have gone by."""
+    """Passes documents on and reports how many bytes of text have passed."""
     for document in documents:
         yield document
         done += len(document.text.encode())

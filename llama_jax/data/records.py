@@ -134,8 +134,8 @@ def read_records(files: Sequence[SourceFile]) -> Iterator[Record]:
     """The records of files, all of one kind.
 
     Raises:
-      InputError: naming file and line of what cannot be read, or is of another kind than the first
-        record.
+      InputError: naming file and line of a record that cannot be read, or is of another kind than
+        the first record.
     """
     kind: Kind | None = None
     for file in files:
@@ -410,7 +410,7 @@ def make_record(place: str, values: object, nbytes: int, fields: Fields | None =
 
     Args:
       place: file and line.
-      values: what the line holds.
+      values: of the line.
       nbytes: its share of the file.
       fields: for fields of a record, their names in `values`. A field that is named decides the
         form.
@@ -543,7 +543,7 @@ def read_corpus(paths: Sequence[str | Path]) -> Iterator[Document]:
     named by its text.
 
     Raises:
-      InputError: naming what cannot be read or is no text: conversations are for `prepare`.
+      InputError: naming a file that cannot be read or is no text: conversations are for `prepare`.
     """
     for record in read_records(list_files(paths)):
         if not isinstance(record.body, str):

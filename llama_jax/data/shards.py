@@ -65,7 +65,7 @@ class Settings(NamedTuple):
     """How a folder is prepared.
 
     Attributes:
-      held_out: what is kept out of training: a share of the records from 0 to below 1, or about a
+      held_out: text kept out of training: a share of the records from 0 to below 1, or about a
         number of tokens; `None` is the smaller of 1 % and 10M tokens.
       shard_tokens: at which a shard ends; its last document is whole. A part of the sources ends
         its shards too.
@@ -125,8 +125,8 @@ def prepare_set(
       on_progress: called with `hash` or `encode`, the bytes of the sources done and all of them.
 
     Raises:
-      InputError: naming what cannot be read or encoded; or if the folder holds, or another process
-        writes, something else.
+      InputError: naming a record that cannot be read or encoded; or if the folder holds, or another
+        process writes, something else.
     """
     _check(settings)
     files = list_files(paths, settings.fields)

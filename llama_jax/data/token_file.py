@@ -29,7 +29,7 @@ from llama_jax.storage import atomic_write
 
 # --- token header ---
 #
-# The header of a token file: what it says about itself, and where in the file what lies.
+# The header of a token file, and the layout of the file.
 #
 # magic, version, length and CRC-32 of the header   20 bytes
 # header                                            JSON, up to byte 4096
@@ -56,13 +56,13 @@ class TokenHeader(NamedTuple):
     """What a token file says about itself.
 
     Attributes:
-      kind: `text`, learned from as a whole; `chat`, conversations with a mask of what the assistant
-        says; `pairs`, the same with two neighbouring documents for one prompt, the chosen answer
-        before the rejected one.
+      kind: `text`, learned from as a whole; `chat`, conversations with a mask of the tokens that
+        the assistant says; `pairs`, the same with two neighbouring documents for one prompt, the
+        chosen answer before the rejected one.
       dtype: `uint16` where the vocabulary allows, else `uint32`.
       tokens: number of tokens, begin and end tokens included.
       documents: number of documents; each has at least one token.
-      bytes_of_text: UTF-8 bytes of what is learned from, all text or what the assistant says: the
+      bytes_of_text: UTF-8 bytes of the targets, all text or the assistant's messages: the
         denominator of bits per byte.
       vocab_size: every token is below it.
       tokenizer_sha256: of the tokenizer's file.
@@ -190,7 +190,7 @@ def token_writer(path: Path, vocab_size: int, kind: Kind) -> Iterator["TokenWrit
 
 
 class TokenWriter:
-    """Takes documents and, in the end, what is said about them.
+    """Takes documents and, in the end, the values of the header.
 
     Attributes:
       tokens: written so far.
@@ -260,12 +260,12 @@ class TokenWriter:
         return values
 
     def finish(self, *, bytes_of_text: int, tokenizer_sha256: str, sources_sha256: str) -> None:
-        """Writes what stands behind the tokens and before them.
+        """Writes the parts after the tokens, and the header.
 
         Args:
-          bytes_of_text: UTF-8 bytes of what is learned from.
+          bytes_of_text: UTF-8 bytes of the targets.
           tokenizer_sha256: of the tokenizer's file.
-          sources_sha256: of what was encoded.
+          sources_sha256: of the encoded sources.
 
         Raises:
           InputError: if there were no documents.
@@ -305,7 +305,7 @@ class TokenFile:
 
     Attributes:
       path: where it is.
-      header: what it says about itself.
+      header: of the file.
       tokens: all documents one after another, memory-mapped.
       starts: position in `tokens` of each document's first token, memory-mapped, increasing from 0.
       mask: which tokens are learned from, one bit each, memory-mapped; `None` where all are.
@@ -387,7 +387,7 @@ class TokenFile:
 
     @property
     def bytes_of_text(self) -> int:
-        """UTF-8 bytes of what is learned from."""
+        """UTF-8 bytes of the targets."""
         return self.header.bytes_of_text
 
     @property
@@ -411,7 +411,7 @@ class TokenFile:
                 "prepare the data again"
             )
         # Keys of the array's own type: any other would have the whole mapped array converted for
-        # each look-up.
+        # each lookup.
         begin, end = np.searchsorted(self.starts, np.array([first, first + len(ids)], np.uint64))
         begins = np.zeros(len(ids), bool)
         begins[(self.starts[begin:end] - np.uint64(first)).astype(np.int64)] = True
@@ -457,7 +457,7 @@ class TokenFile:
         """Reads everything once and compares it with the header.
 
         Raises:
-          CorruptError: naming the file and what is wrong.
+          CorruptError: naming the file and the damage.
         """
         self.mapped.madvise(mmap.MADV_SEQUENTIAL)
         parts = {"tokens": self.tokens, "starts": self.starts} | (
@@ -503,7 +503,7 @@ def write_tokens(
       vocab_size: ids must be below it; decides between `uint16` and `uint32`.
       bytes_of_text: UTF-8 bytes that the documents had as text.
       tokenizer_sha256: of the tokenizer's file.
-      sources_sha256: of what was encoded.
+      sources_sha256: of the encoded sources.
 
     Raises:
       InputError: no documents, or an id outside the vocabulary, naming it and its document's number

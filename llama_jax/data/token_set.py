@@ -22,7 +22,7 @@ from llama_jax.storage import atomic_write
 
 # --- manifest ---
 #
-# `manifest.json` of a prepared folder: what it was made of, and what it holds.
+# `manifest.json` of a prepared folder: its sources, settings and contents.
 
 
 MANIFEST = "manifest.json"
@@ -52,7 +52,7 @@ class ShardEntry(NamedTuple):
       file: its name in the folder.
       documents: in it.
       tokens: in it.
-      bytes_of_text: UTF-8 bytes of what is learned from in it.
+      bytes_of_text: UTF-8 bytes of the targets in it.
       bytes: its size.
       sha256: of its content.
     """
@@ -217,7 +217,7 @@ def _is_name(file: str) -> bool:
 
 OPEN_AT_ONCE = 64  # token files of a process, however many data sets it reads: one descriptor each
 
-_Common = tuple[str, int, str]  # kind, vocabulary, tokenizer: what the headers of all shards say
+_Common = tuple[str, int, str]  # kind, vocabulary, tokenizer: equal in the headers of all shards
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -259,7 +259,7 @@ class Shards:
 
     @functools.cached_property
     def bytes_of_text(self) -> int:
-        """UTF-8 bytes of what is learned from."""
+        """UTF-8 bytes of the targets."""
         return sum(entry.bytes_of_text for entry in self.entries)
 
     def read(self, first: int, stop: int) -> Piece:
@@ -321,7 +321,7 @@ class TokenSet:
 
     Attributes:
       directory: where it is.
-      manifest: what it says about itself.
+      manifest: of the folder.
       train: tokens to train on.
       held_out: tokens to evaluate on; `None` if nothing was held out.
     """

@@ -65,7 +65,7 @@ class Tokens(Protocol):
 
     @property
     def bytes_of_text(self) -> int:
-        """UTF-8 bytes of what is learned from."""
+        """UTF-8 bytes of the targets."""
         ...
 
     @property
@@ -87,10 +87,10 @@ class Tokens(Protocol):
         ...
 
     def counts(self) -> TokenCounts:
-        """Which tokens occur, from what was kept when they were written.
+        """Which tokens occur, by the counts that were kept when they were written.
 
         Raises:
-          CorruptError: what was kept is missing or damaged.
+          CorruptError: the counts are missing or damaged.
         """
         ...
 
@@ -187,8 +187,8 @@ def write_counts(path: Path, counts: TokenCounts, key: str) -> None:
 
     Args:
       path: file to write.
-      counts: what it holds.
-      key: what was counted; `read_counts` compares it.
+      counts: to write.
+      key: identity of the counted tokens; `read_counts` compares it.
     """
     targets = counts.targets.tolist()
     values = {
@@ -241,7 +241,7 @@ def unigram_cross_entropy(train: Sequence[Tokens], held_out: Sequence[Tokens]) -
 
     The targets are those of evaluation: all tokens but the first of each document, and of
       conversations only what the
-    assistant says. Reads what was counted when the tokens were written, not the tokens.
+    assistant says. Reads the counts that were kept when the tokens were written, not the tokens.
     """
     size = max(tokens.vocab_size for tokens in (*train, *held_out))
     counts, targets = _sum_targets(train, size) + 1, _sum_targets(held_out, size)

@@ -47,8 +47,8 @@ class Workers(Generic[Item, Result]):
     """Processes that all do the same; a context manager.
 
     Args:
-      make: called once in each process; gives what is then called with each item and a function
-        that takes amounts of work as they are done. It can be pickled.
+      make: called once in each process; gives the function that is called with each item and a
+        function that takes amounts of work as they are done. It can be pickled.
       count: of the processes.
     """
 
@@ -85,7 +85,7 @@ class Workers(Generic[Item, Result]):
 
         Raises:
           WorkerDied: if a process ended without a word.
-          Exception: what the work raised, at its turn.
+          Exception: the error of the work, at its turn.
         """
         source = iter(items)
         held: collections.deque[Item] = collections.deque()  # given out, and not yet handed back
@@ -188,7 +188,7 @@ class Document(NamedTuple):
     Attributes:
       ids: its tokens.
       mask: which of them are learned from; `None` for all.
-      bytes_of_text: UTF-8 bytes of what is learned from.
+      bytes_of_text: UTF-8 bytes of the targets.
     """
 
     ids: np.ndarray
@@ -202,7 +202,7 @@ def encode_record(
     """The documents of a record: one, or two for a pair of answers.
 
     Text begins as prompts of the model do, and ends with the tokenizer's end token, where it has
-    one; a conversation is what the template makes of it. Of a conversation all turns of the
+    one; a conversation is rendered by the template. Of a conversation all turns of the
     assistant are learned from (but those of weight 0), of a pair the last turn only.
 
     Raises:
@@ -260,7 +260,7 @@ def _encode_chat(
 
 
 def _said_bytes(message: Mapping[str, Any]) -> int:
-    """UTF-8 bytes of what a message says, calls as JSON."""
+    """UTF-8 bytes of a message's content, calls as JSON."""
     calls = [
         json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())
     ]

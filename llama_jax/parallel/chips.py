@@ -1,8 +1,8 @@
 """What chips hold and move, and how they are put together: one table with its sources, and the
 parser of topologies.
 
-The peaks are those of `llama_jax.parallel.chips`. Memory is what a program can have, which is less
-than what is on the label.
+The peaks are those of `llama_jax.parallel.chips`. Memory is the part that a program can have, which
+is less than the nominal size.
 """
 
 import difflib
@@ -254,7 +254,7 @@ class Topology(NamedTuple):
         return self.chip.link * max(sum(rings), 0.5)
 
     def along(self, count: int) -> float:
-        """Bytes a second that a chip takes in from so many neighbours in a row: one way only,
+        """Bandwidth of a ring over `count` chips, in bytes/s: one direction only,
         unless they are a whole ring.
         """
         is_ring = not self.chip.axes or (count in self.shape and count % self.chip.ring == 0)

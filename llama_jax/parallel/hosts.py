@@ -2,7 +2,7 @@
 a compiled program.
 
 They speak through the key-value store of JAX's coordination service. Unlike a collective it needs
-no devices, waits no longer than it is told, and knows by name who has not come. `Hosts()` is a run
+no devices, waits no longer than its limit, and names missing processes. `Hosts()` is a run
 of one process: nothing waits there.
 """
 
@@ -84,7 +84,7 @@ class Hosts:
             return [value]
         name, seconds = self._meeting(name), seconds or self._seconds
         self._set(f"{name}/{self.process}", value)
-        if self.first:  # asks everyone, and tells everyone: n + n requests instead of n * n
+        if self.first:  # asks everyone, and answers everyone: n + n requests instead of n * n
             end = time.monotonic() + seconds
             said = [self._get(f"{name}/{number}", end) for number in range(self.count)]
             missing = [number for number, words in enumerate(said) if words is None]
@@ -267,7 +267,7 @@ class _Roll:
         return [number for number in range(1, self.count) if number not in self.present]
 
     def take(self, connection: socket.socket) -> bool:
-        """Reads what a connection says; whether it is to be kept."""
+        """Reads the message of a connection; returns whether to keep it."""
         said = b""
         with contextlib.suppress(OSError):
             said = connection.recv(_LONGEST)

@@ -17,7 +17,7 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 def resolve_sizes(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
-    """Sizes of the mesh axes, with at most one -1 replaced by what the number of devices leaves.
+    """Sizes of the mesh axes, with at most one -1 replaced by the remaining number of devices.
 
     Raises:
       InputError: when the product does not come to the number of devices.
@@ -93,7 +93,7 @@ def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, ...]:
     it.
 
     Raises:
-      InputError: when the axes cannot be cut into so many.
+      InputError: when the axes cannot be cut into this many slices.
     """
     parts, left = [], slices
     for size in sizes:

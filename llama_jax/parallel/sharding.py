@@ -103,7 +103,7 @@ def stored_spec(
 
 def gathered_side(name: str) -> int | None:
     """The side along which a matrix is split where it is stored: -2 for sequences, -1 for columns;
-    `None` for what is no matrix.
+    `None` for anything but a matrix.
     """
     if len(PARAMETER_AXES.get(name, ())) < 2:
         return None
@@ -201,7 +201,7 @@ def optimizer_shardings(state: PyTree, params: PyTree, mesh: Mesh, rules: Rules)
 
     Args:
       state: of an optimizer whose moments repeat the tree of parameters, arrays or shapes.
-      params: what it optimizes, arrays or shapes.
+      params: the trained parameters, arrays or shapes.
       mesh: the devices.
       rules: axis name -> mesh axes.
     """
@@ -275,10 +275,10 @@ def _in_use(rules: Rules) -> Rules:
 def gathered(
     weight: Array, axes: tuple[str, ...], dtype: DTypeLike, rules: Rules, side: int | None = None
 ) -> Array:
-    """A weight shard in the compute dtype, or its own where that is narrower, gathered over `fsdp`
+    """A weight shard in the compute dtype, or its own where that is smaller, gathered over `fsdp`
     and `context` for use.
 
-    Cast first, so that the gather moves the narrow type; the transpose of the first constraint
+    Cast first, so that the gather moves the smaller type; the transpose of the first constraint
     brings the gradient back sharded (reduce-scattered), which the compiler does not do by itself.
     On one device there is nothing to gather, and a constraint would be one more copy of the weights
     of all layers, kept by the scan for the backward pass.
@@ -351,12 +351,12 @@ def require_divisible(name: str, size: int, parts: int) -> None:
     """Refuses what devices cannot share.
 
     Args:
-      name: of what is to be cut.
+      name: of the array to cut.
       size: of it.
       parts: in which it is to be cut.
 
     Raises:
-      InputError: with the size, and what it should be a multiple of.
+      InputError: with the size and its expected divisor.
     """
     if size % parts:
         raise InputError(

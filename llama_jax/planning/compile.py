@@ -108,7 +108,7 @@ def compile_training(job: Job) -> Compiled:
     """Compiles the training step of a job, on this machine, for its topology.
 
     Raises:
-      InputError: for what cannot be compiled here.
+      InputError: for a job that cannot be compiled here.
       jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
     """
     return _compile(job_recipe(job), job)
@@ -123,7 +123,7 @@ def compile_config(config: TrainConfig, job: Job) -> Compiled:
         auto` stands for.
 
     Raises:
-      InputError: for what cannot be compiled here.
+      InputError: for a job that cannot be compiled here.
       jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
     """
     require_whole(job)
@@ -161,7 +161,7 @@ def timed_compile(
     prediction: Callable[[str], Prediction],
     flops: float,
 ) -> Compiled:
-    """A program compiled for a mesh of a topology, with what the compiler says of its memory.
+    """A program compiled for a mesh of a topology, with the compiler's memory figures.
 
     Args:
       lowered: the program.
@@ -258,7 +258,7 @@ def compile_decoding(
       cache_dtype: of keys and values.
 
     Raises:
-      InputError: for what cannot be compiled here.
+      InputError: for a job that cannot be compiled here.
       jax.errors.JaxRuntimeError: with RESOURCE_EXHAUSTED in it, if even the temporaries do not fit.
     """
     mesh = make_mesh(

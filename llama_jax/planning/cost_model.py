@@ -64,7 +64,7 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """The names of what it works on."""
+        """The names of its operands."""
         return re.findall(
             r"%([\w.\-]+)", self.line.partition(f" {self.operation}(")[2].partition(")")[0]
         )
@@ -182,7 +182,7 @@ def sizes(result: str) -> list[float]:
     ]
 
 
-# --- ruler ---
+# --- cost model ---
 
 
 CALIBRATION = (
@@ -195,7 +195,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _FETCHES = (
     "copy-start",
     "slice-start",
-)  # asynchronous, between memory and what is on the chip; the compiler takes them as free
+)  # asynchronous, between HBM and on-chip memory; the compiler takes them as free
 _LARGE = 2**20  # bytes from which a copy inside of a loop is listed
 
 
@@ -277,9 +277,7 @@ class _Clock:
     def run(self, name: str, times: int = 1, inside: bool = False) -> float:
         """Seconds of one run of a computation, which runs `times` in all."""
         now = links_free = network_free = memory_free = 0.0
-        between: dict[
-            str, float
-        ] = {}  # meeting of slices -> when what they send each other is there
+        between: dict[str, float] = {}  # meeting of slices -> arrival of their data
         pending: dict[
             str, tuple[float | None, float]
         ] = {}  # name -> when it is there, or how long it takes once it begins
@@ -331,7 +329,7 @@ class _Clock:
         return now
 
     def _sent(self, step: Instruction, times: int) -> float:
-        """Seconds in which slices add up what a chip sends: each part of it goes round twice."""
+        """Seconds in which slices add up the data of a chip: each part of it goes round twice."""
         size, slices = sizes(step.result)[0], self.topology.slices
         self.counts["sum between slices"] += times
         self.moved["sum between slices"] += times * size
@@ -385,7 +383,9 @@ class _Clock:
             self.copies[f"{step.operation} {step.result.split(' ')[0][:60]}"] += times
 
     def _transfer(self, step: Instruction) -> _Transfer | None:
-        """The transfer that an instruction makes or begins, itself or inside of what it calls."""
+        """The transfer that an instruction makes or begins, itself or inside of a called
+        computation.
+        """
         base = step.operation.removesuffix("-start")
         if base in COLLECTIVES:
             return self._priced(base, step, step, step.operation.endswith("-start"))

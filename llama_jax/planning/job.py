@@ -67,11 +67,11 @@ class Job:
       param_dtype: of the parameters that are trained.
       compute_dtype: of activations and of weights in use.
       loss_chunk: `compute.loss_chunk`, tokens of one chip whose logits exist at one time.
-      rank: of adapters (LoRA) in place of whole training; 0 for none.
+      rank: of adapters (LoRA) instead of whole training; 0 for none.
       base_dtype: of the frozen weights under adapters.
 
     Raises:
-      InputError: naming what does not fit together.
+      InputError: naming the values that do not fit together.
     """
 
     config: LlamaConfig
@@ -136,7 +136,7 @@ def require_divisible(config: LlamaConfig, mesh: MeshSizes, length: int) -> None
     `llama_jax.parallel.sharding.check_divisible` does at run time.
 
     Raises:
-      InputError: naming the axis and what it does not divide.
+      InputError: naming the axis and the size that it does not divide.
     """
     shared = {
         "kv_heads": config.kv_heads,

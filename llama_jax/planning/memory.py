@@ -116,7 +116,7 @@ def trained_size(job: Job) -> float:
 
 
 def parameter_bytes(job: Job) -> float:
-    """Bytes of what is trained, on one chip."""
+    """Bytes of the trained parameters, on one chip."""
     return trained_size(job) * ITEMSIZES[job.param_dtype]
 
 
@@ -179,8 +179,8 @@ def _factored_size(array: Array) -> float:
 
 # --- remat ---
 #
-# What rematerialisation keeps of a layer for the backward pass, in bytes, and what it computes
-# again, in FLOPs.
+# The activations that rematerialization keeps of a layer for the backward pass, in bytes, and the
+# FLOPs that it computes again, in FLOPs.
 
 
 _SHORT_SCORES = 512 * 512  # up to here attention keeps its scores, see `llama_jax.model.attention`
@@ -348,7 +348,7 @@ class Memory(NamedTuple):
       parameters: that are trained.
       frozen: weights under adapters.
       optimizer: its state.
-      gradients: of what is trained; where micro-batches are added up a sum in float32, too.
+      gradients: of the trained parameters; where micro-batches are added up a sum in float32, too.
       activations: kept for the backward pass, all layers.
       gathered: weights of the layers in use; with remat `none`, of all layers.
       working: the layer at work in the backward pass: gradients of its activations, and what it

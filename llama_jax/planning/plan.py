@@ -19,7 +19,7 @@ from llama_jax.training.config import TrainConfig
 
 
 class Plan(NamedTuple):
-    """A job, and what it takes.
+    """A job, and its cost.
 
     Attributes:
       job: the training.
@@ -157,7 +157,7 @@ def job_of(config: TrainConfig, topology: Topology, compute_dtype: str = "bfloat
 
 
 def first_fitting_remat(job: Job, memory: float | None = None) -> str:
-    """The rung of the ladder with the least to be computed again that fits into 95 % of a chip's
+    """The remat policy with the least recomputation that fits into 95 % of a chip's
     memory.
 
     `full` where none fits, and where the memory is not known.
@@ -181,7 +181,8 @@ def remat_candidates(
     """What `compute.remat: auto` may stand for, in the order in which to ask the compiler; the last
     need not be asked.
 
-    What the run has had before, then the rungs that fit by the closed form, into the whole memory:
+    The policy that the run had before, then the policies that fit by the closed form, into the
+    whole memory:
       it may be some percent too
     large. `full` is always the last. Where the memory is not known, what was before, else `full`.
 
@@ -203,7 +204,7 @@ def remat_candidates(
 
 
 def leaves_room(needed: float, limit: float) -> bool:
-    """Whether what a compiled step needs, in bytes of one chip, is at most 95 % of them."""
+    """Whether the bytes that a compiled step needs are at most 95 % of a chip's."""
     return needed <= _SHARE * limit
 
 
@@ -213,7 +214,7 @@ def leaves_room(needed: float, limit: float) -> bool:
 
 
 _SPLITS = (1, 2, 4, 8)  # ways of `tensor` and `context` that are tried
-_CHUNK_DIVISORS = (2, 4)  # of the loss chunk: smaller ones make products too narrow to be fast
+_CHUNK_DIVISORS = (2, 4)  # of the loss chunk: smaller ones make matmuls too small to be fast
 _NARROWEST_CHUNK = 512  # tokens
 _MOST_MICROBATCHES = 64
 _FASTER = 0.98
@@ -341,7 +342,7 @@ def _other_meshes(job: Job) -> list[MeshSizes]:
         for tensor, context in dict.fromkeys(pairs):
             if chips % (data * tensor * context) == 0:
                 found.append(MeshSizes(data, chips // (data * tensor * context), tensor, context))
-    # A wish for `tensor` or `context` is not taken back.
+    # A given `tensor` or `context` is kept.
     return [
         mesh
         for mesh in found
@@ -476,7 +477,7 @@ def _words(change: Change, job: Job) -> Iterator[str]:
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating", re.IGNORECASE)
 _WANTED = re.compile(r"allocat\w*\s+([0-9][0-9.,]*)\s*([KMGT]i?B|bytes)", re.IGNORECASE)
 _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_LESS = 0.9  # of what a job seemed to need when it did not fit
+_LESS = 0.9  # of the estimated need of a job that did not fit
 
 
 def is_out_of_memory(text: str) -> bool:

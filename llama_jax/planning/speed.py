@@ -1,4 +1,4 @@
-"""Time of a training step in closed form: what compute, memory and links need at least, and what is
+"""Time of a training step in closed form: lower bounds of compute, memory and links, and the time
 to be expected.
 """
 

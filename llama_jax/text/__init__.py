@@ -1,1 +1,1 @@
-"""Text to token ids and back: tokenizers behind one protocol, chat templates."""
+"""Text to token ids and back: tokenizers with one protocol, chat templates."""

@@ -161,7 +161,7 @@ class BytePairTokenizer:
         return self.tokenizer.encode(require_characters(text), add_special_tokens=False).ids
 
     def encode_after_special(self, text: str) -> list[int]:
-        """Ids of text behind a special token, where no word begins unless the tokenizer says so for
+        """Ids of text after a special token, where no word begins unless the tokenizer says so for
         every stretch.
         """
         return self._inner.encode(require_characters(text), add_special_tokens=False).ids
@@ -187,7 +187,7 @@ class BytePairTokenizer:
 
 
 def load_byte_pair(path: pathlib.Path) -> BytePairTokenizer:
-    """Reads a `tokenizer.json`, and what the files beside it say about begin and end.
+    """Reads a `tokenizer.json`, and begin and end tokens from the files beside it.
 
     Whether prompts begin with the begin token is said by the tokenizer's own post-processor. An
     `add_bos_token` in `tokenizer_config.json` is passed over where there is a `tokenizer.json`, as
@@ -260,7 +260,7 @@ def byte_pair_from_ranks(tokenizer: Llama3Tokenizer) -> BytePairTokenizer:
     `tokenizer.json`.
 
     Raises:
-      InputError: if a rank spells a special token, which could then not be told from it.
+      InputError: if a rank spells a special token, from which it could not be distinguished.
     """
     rule = SPLIT_RULES["llama-bpe"]
     ranks = {byte_level_piece(token): rank for rank, token in enumerate(tokenizer.tokens)}

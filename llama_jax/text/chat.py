@@ -166,7 +166,7 @@ class _Marks(NamedTuple):
 
     plain: str  # before a special token that is text
     seam: str  # where encoding starts anew
-    opening: str  # before what the assistant says
+    opening: str  # before the assistant's text
     closing: str  # after it
 
 

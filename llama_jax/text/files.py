@@ -20,7 +20,8 @@ def read_text(path: pathlib.Path, largest: int) -> str:
     """A UTF-8 file of at most `largest` bytes.
 
     Raises:
-      InputError: for larger files, other encodings, and what is no file (a device may have no end).
+      InputError: for larger files, other encodings, and anything but a file (a device may have no
+        end).
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: a device or a pipe given, a regular file expected")

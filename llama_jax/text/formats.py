@@ -70,7 +70,7 @@ def llama2(begin_token: str | None, end_token: str | None) -> ChatTemplate:
 
 
 def llama3(begin_token: str | None, end_token: str | None) -> ChatTemplate:
-    """Llama 3's format: each message behind a header with its role, up to `<|eot_id|>`; a tool
+    """Llama 3's format: each message after a header with its role, up to `<|eot_id|>`; a tool
     speaks as `ipython`.
 
     Contents are not trimmed, and become tokens apart from the header, as in Meta's code. (The
@@ -99,7 +99,7 @@ FORMATS: Mapping[str, Callable[[str | None, str | None], ChatTemplate]] = {
 def format_for(tokenizer: Tokenizer) -> ChatTemplate | None:
     """The format that a tokenizer's special tokens were made for.
 
-    `None` if they tell nothing: the tokenizer of LLaMA 1 and 2 is the same for base and chat
+    `None` if they say nothing: the tokenizer of LLaMA 1 and 2 is the same for base and chat
       models.
     """
     telling = (
@@ -159,8 +159,8 @@ def _probe(*turns: str, system: str | None = None) -> _Probe:
     return _Probe(lead + spoken, system is not None)
 
 
-# What tells formats apart: one and several turns, with and without a system message, several lines,
-#   words of templates.
+# Probes that distinguish formats: one and several messages, with and without a system message,
+#   several lines, words of templates.
 # No white space at the edges of contents: whether it is trimmed is no matter of format.
 _PROBES = (
     _probe("Hi", system="Be brief."),

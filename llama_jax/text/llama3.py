@@ -20,7 +20,7 @@ from llama_jax.text.byte_level import LLAMA3_PATTERN, TokenBytes, require_charac
 # Reads the tiktoken text form of a byte-pair vocabulary: a line a token, in base64, then a space
 # and its rank.
 #
-# The loader of the tiktoken library is not used: it keeps what it once read in a folder that
+# The loader of the tiktoken library is not used: it caches files in a folder that
 #   everybody can write to and
 # answers from there. Source of the form: Meta's `tokenizer.model` of Llama 3, 128,000 such lines.
 
@@ -161,7 +161,7 @@ class Llama3Tokenizer:
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, int]:
-        """Special tokens and their ids, behind the ranks in the order of Meta's code."""
+        """Special tokens and their ids, after the ranks in the order of Meta's code."""
         return {token: len(self.tokens) + n for n, token in enumerate(SPECIAL_TOKENS)}
 
     @functools.cached_property

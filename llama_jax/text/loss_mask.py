@@ -11,7 +11,7 @@ from typing import NamedTuple
 from llama_jax.errors import InputError
 from llama_jax.text.tokenizer import Tokenizer
 
-_SPACE = "\u2581"  # how SentencePiece spells a space, and what it takes for one in a text
+_SPACE = "\u2581"  # how SentencePiece spells a space
 
 
 class Span(NamedTuple):
@@ -98,7 +98,7 @@ def cut_at(text: str, start: int, spans: Sequence[Span]) -> list[str]:
     outside.
 
     Args:
-      text: what is cut.
+      text: to cut.
       start: where it begins, counted as the spans are.
       spans: disjoint, in ascending order; only those with a character in the text count.
     """

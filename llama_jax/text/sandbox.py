@@ -3,7 +3,7 @@ and a budget.
 
 Jinja's sandbox keeps a template away from Python's internals, but not from `'a' * 10**9`, from `x ~
 x` forty times over or from loops inside loops. Here every step costs, and every value costs its
-size before anything walks over it; what a template may cost is bounded (about a second and 100 MB;
+size before anything walks over it; the cost of a template is bounded (about a second and 100 MB;
 for a conversation of more than a million characters in proportion to it), and the same template
 always costs the same.
 """
@@ -30,7 +30,7 @@ from llama_jax.text import sandbox as meter
 
 LARGEST_SOURCE = 64 << 10
 LARGEST_OUTPUT = 1 << 20
-_OUTPUT_PER_CHARACTER = 4  # of what a template is given, where that makes more
+_OUTPUT_PER_CHARACTER = 4  # of the template's input, where that is more
 
 _FILTERS = (
     "abs",
@@ -150,7 +150,7 @@ class _Toll(NodeTransformer):
         return node
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
-        """A filter pays for what it takes and for what it makes."""
+        """A filter pays for its input and its output."""
         self.generic_visit(node)
         self._pay_arguments(node)
         if node.node is None:  # of a filter block, which hands it the text printed inside
@@ -159,7 +159,7 @@ class _Toll(NodeTransformer):
         return self._through(node, "_made")
 
     def visit_Test(self, node: nodes.Test) -> nodes.Test:
-        """A test pays for what it looks at."""
+        """A test pays for its input."""
         self.generic_visit(node)
         node.node = self._through(node.node, "_pay")
         self._pay_arguments(node)
@@ -337,7 +337,7 @@ def render(source: str, variables: Mapping[str, object]) -> str:
     Raises:
       InputError: with the template's own message where it refuses; also for syntax errors,
         undefined attributes, names that are not allowed, too much work, and output above 1 MiB and
-        four times what the template is given.
+        four times the template's input.
     """
     if len(source) > LARGEST_SOURCE:
         raise InputError(
@@ -383,7 +383,7 @@ def _characters(value: object) -> int:
 
 
 _BUDGET = 1 << 24
-_WORK_PER_CHARACTER = 16  # of what a template is given, where that makes more than the budget
+_WORK_PER_CHARACTER = 16  # of the template's input, where that is more than the budget
 FORBIDDEN = 1 << 62
 STEP_COST = 256  # an iteration or a call
 _ENTRY_COST = 64  # a value held by a list
@@ -413,7 +413,7 @@ METER: contextvars.ContextVar[Meter] = contextvars.ContextVar("meter")  # of the
 
 
 def charge(cost: int) -> None:
-    """Takes a cost off what the rendering under way may spend."""
+    """Subtracts a cost from the budget of the current rendering."""
     METER.get().charge(cost)
 
 
@@ -480,14 +480,14 @@ def made(value: Any) -> Any:
 
 
 def steps(values: Iterable[Any]) -> Iterator[Any]:
-    """For what a loop runs over."""
+    """For the iterable of a loop."""
     for value in values:
         charge(STEP_COST)
         yield value
 
 
 def printed(value: object) -> str:
-    """For what is put out; objects of the engine have no text."""
+    """For output; objects of the engine have no text."""
     if not isinstance(value, str | int | float | list | tuple | dict | jinja2.Undefined | None):
         raise SecurityError(f"it prints a {type(value).__name__}")
     return str(pay(value))

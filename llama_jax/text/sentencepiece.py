@@ -14,7 +14,7 @@ from llama_jax.text.byte_level import TokenBytes, require_characters
 
 # --- model proto ---
 #
-# Writes a SentencePiece model from its pieces, and reads what the library does not tell of one.
+# Writes a SentencePiece model from its pieces, and reads fields that the library does not expose.
 #
 # The message is small and its field numbers are fixed, so its protocol-buffer form is written here
 # directly: the generated classes that ship with sentencepiece demand one exact protobuf version.
@@ -25,7 +25,7 @@ from llama_jax.text.byte_level import TokenBytes, require_characters
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # wire types
 
-# Fields that are read, by message, with what they hold.
+# Fields that are read, by message, with their types.
 _MODEL_FIELDS: Mapping[int, type] = {1: bytes, 2: bytes, 3: bytes, 5: bytes}
 _PIECE_FIELDS: Mapping[int, type] = {1: bytes, 2: float, 3: int}
 _TRAINER_FIELDS: Mapping[int, type] = {3: int, 24: int, 35: int}
@@ -98,7 +98,7 @@ class Model(NamedTuple):
         left as it is.
       space_prefix: whether a text is encoded as if a space came before it.
       plain_spaces: whether every space becomes one `▁`: none is removed, escaped otherwise or put
-        behind its word.
+        after its word.
     """
 
     pieces: tuple[Piece, ...]
@@ -133,7 +133,7 @@ def read_model(model: bytes) -> Model:
 
 
 def longest_replacement(model: bytes) -> int:
-    """The most bytes that a serialized model puts in place of one stretch of text before encoding.
+    """The most bytes by which a serialized model replaces one stretch of text before encoding.
 
     Raises:
       InputError: as `read_model`.
@@ -270,7 +270,7 @@ class SentencePieceTokenizer:
         return self.processor.encode(require_characters(text))
 
     def encode_after_special(self, text: str) -> list[int]:
-        """Ids of text behind a special token: it begins a word there as well (so Meta's code
+        """Ids of text after a special token: it begins a word there as well (so Meta's code
         encodes turns).
         """
         return self.encode(text)

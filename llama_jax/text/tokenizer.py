@@ -1,4 +1,4 @@
-"""Tokenizers behind one protocol: text to token ids and back, at once or token by token."""
+"""Tokenizers with one protocol: text to token ids and back, at once or token by token."""
 
 import codecs
 import dataclasses
@@ -125,7 +125,7 @@ def _number(token: str) -> int | str:
 
 
 def _require_dense(added: Mapping[int, str], size: int, directory: pathlib.Path) -> None:
-    """Refuses ids behind a hole, which the tokenizers library cannot give, and one text with two
+    """Refuses ids after a gap, which the tokenizers library cannot give, and one text with two
     ids.
     """
     last = size + len(added) - 1
@@ -213,7 +213,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_after_special(self, text: str) -> list[int]:
-        """As `encode`, for text that stands behind a special token: not every tokenizer begins a
+        """As `encode`, for text that follows a special token: not every tokenizer begins a
         word there.
         """
         ...
@@ -273,7 +273,7 @@ def load_tokenizer(path: pathlib.Path) -> Tokenizer:
     added.
 
     Raises:
-      InputError: naming what was looked for, or what is wrong with the file.
+      InputError: naming the expected file, or the damage.
     """
     if not path.is_dir():
         return _load_file(path)

@@ -46,10 +46,10 @@ def read_tokenizer_json(path: pathlib.Path) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode("", add_special_tokens=True)  # a post-processor may name what is not there
+        tokenizer.encode("", add_special_tokens=True)  # a post-processor may name missing tokens
     except (KeyboardInterrupt, SystemExit):
         raise
-    # the library raises bare Exception, and for what it did not foresee a BaseException
+    # the library raises bare Exception, and for unforeseen errors a BaseException
     except BaseException as error:
         raise InputError(f"{path}: not a tokenizer.json ({one_line(error)})") from None
     return tokenizer
@@ -85,7 +85,7 @@ def _require_known(state: Any, origin: str) -> None:
 
 
 def _require(condition: bool, origin: str, what: str, given: object = None) -> None:
-    """Refuses what is malformed, or larger than any known tokenizer has it."""
+    """Refuses anything malformed, or larger than in any known tokenizer."""
     if not condition:
         shown = "" if given is None else f" ({given!r:.160})"
         raise InputError(
@@ -173,7 +173,7 @@ def _is_anything(step: Part) -> bool:
 
 
 def _does_not_grow(step: Part) -> bool:
-    """Whether a replacement of plain text is no longer than what it replaces."""
+    """Whether a replacement of plain text is no longer than the replaced text."""
     pattern, content = step.get("pattern"), step.get("content")
     literal = pattern.get("String") if isinstance(pattern, dict) and len(pattern) == 1 else None
     return _is_short(literal) and isinstance(content, str) and len(content) <= len(str(literal))

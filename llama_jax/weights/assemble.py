@@ -303,10 +303,10 @@ class ParameterSource:
 
 @dataclasses.dataclass(frozen=True)
 class WatchedSource:
-    """A source that tells how far the reading is.
+    """A source that reports the progress of reading.
 
     Attributes:
-      source: what is read.
+      source: the source to read.
       watcher: called after each tensor with its number of parameters.
     """
 

@@ -309,7 +309,7 @@ class Checkpoints:
         """The newest checkpoint that is whole, or `None` where there is none at all.
 
         Damaged ones are passed over with a warning and renamed to `STEP.corrupt`, so that training
-        can go on from an older one. If none is whole, nothing is renamed.
+        can resume from an older one. If none is whole, nothing is renamed.
 
         Raises:
           InputError: naming the path, if a checkpoint is whole but not of this run: nothing is
@@ -488,7 +488,7 @@ def _tidy(directory: Path) -> None:
 
 
 def _sweep(directory: Path, step: int) -> None:
-    """Removes what a failed save of the same step has left; its writers may still be at work there
+    """Removes the remains of a failed save of the same step; its writers may still be at work there
     for a moment.
     """
     for _ in range(20):
@@ -514,7 +514,7 @@ def _read(where: Path, like: PyTree) -> PyTree:
 
 
 def check_arrays(directory: Path, step: int, together: int) -> None:
-    """Reads all arrays of a checkpoint, some at a time, and compares them with what was saved.
+    """Reads all arrays of a checkpoint, some at a time, and compares them with the saved checksums.
 
     Args:
       directory: as for `Checkpoints.open`.

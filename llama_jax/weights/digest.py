@@ -1,4 +1,4 @@
-"""A short name for what a model's files hold, for telling whether two are the same without reading
+"""A digest of the contents of a model's files, to compare two models without reading
 all of them.
 """
 
@@ -107,7 +107,7 @@ def _borders(file: pathlib.Path, data: np.ndarray) -> list[int]:
             with zipfile.ZipFile(file) as archive:
                 return [member.header_offset for member in archive.infolist()] + [archive.start_dir]
     except (InputError, zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
-        return []  # the reader says what is wrong with it
+        return []  # the reader names the damage
     return []
 
 
@@ -128,7 +128,7 @@ def _safetensors_borders(file: pathlib.Path, data: np.ndarray) -> list[int]:
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that decide what a model says, sorted by name."""
+    """The files that determine a model's outputs, sorted by name."""
     if path.is_file():
         return part_paths(path)
     checkpoints = path / RUN_CHECKPOINTS

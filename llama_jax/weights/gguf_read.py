@@ -128,7 +128,7 @@ def _mapped(path: str | os.PathLike[str]) -> np.ndarray:
     """The bytes of a file, mapped read-only."""
     try:
         size = os.path.getsize(path)
-        # An empty file cannot be mapped; the parser says what it lacks.
+        # An empty file cannot be mapped; the parser refuses it.
         return np.asarray(np.memmap(path, np.uint8, "r")) if size else np.empty(0, np.uint8)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from None

@@ -193,8 +193,8 @@ def dequantized(weight: np.ndarray, scale: np.ndarray, scheme: Mapping[str, Any]
 # version 5 `rope_parameters` and `dtype`. Both spellings are there and say the same.
 
 
-# transformers' only use of it is to draw new weights; this is the standard deviation that it takes
-# for a LLaMA.
+# transformers' only use of it is to initialize new weights; this is the standard deviation that it
+# takes for a LLaMA.
 _INITIALIZER_RANGE = 0.02
 
 
@@ -257,7 +257,7 @@ def generation_values(tokens: TokenIds, declared: Mapping[str, Any]) -> dict[str
 
     Args:
       tokens: special tokens.
-      declared: what the model's files said before, such as a temperature; kept.
+      declared: earlier values of the model's files, such as a temperature; kept.
     """
     ids = {
         "bos_token_id": tokens.begin,
@@ -272,7 +272,7 @@ def model_card(name: str, origin: str, config: LlamaConfig, dtype: str, chat: bo
 
     Args:
       name: of the model.
-      origin: one line that says what it was made from.
+      origin: one line that names its source.
       config: the architecture.
       dtype: name of the dtype of the weights.
       chat: whether it has a chat template.

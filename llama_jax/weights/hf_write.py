@@ -75,7 +75,7 @@ class Beside(NamedTuple):
       tokens: its special tokens.
       files: of the tokenizer and the chat template, by name.
       generation: what its earlier `generation_config.json` said.
-      origin: one line that says what it was made from.
+      origin: one line that names its source.
       chat: whether it has a chat template.
     """
 

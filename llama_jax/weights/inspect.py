@@ -292,8 +292,8 @@ def _plain(value: object) -> str:
 
 
 def _of_begin(opened: Opened, directory: pathlib.Path) -> Iterator[str]:
-    """What `tokenizer_config.json` says against what is done: about the begin token, and about chat
-    templates.
+    """Contradictions between `tokenizer_config.json` and the tokenizer: about the begin token, and
+    about chat templates.
     """
     declared, tokenizer = (
         read_json(directory / "tokenizer_config.json").get("add_bos_token"),
@@ -328,7 +328,7 @@ def _of_quantization(source: HuggingFaceSource) -> Iterator[str]:
 
 
 def _of_description(values: Mapping[str, Any], held: Contents) -> Iterator[str]:
-    """What `config.json` says against what the tensors are."""
+    """Contradictions between `config.json` and the tensors."""
     declared = values.get("dtype") or values.get("torch_dtype")
     if isinstance(declared, str) and declared.removeprefix("torch.") not in held.types:
         yield (
@@ -373,7 +373,7 @@ class Report:
     """Facts about a model on disk, all from headers and small files.
 
     Attributes:
-      origin: one line that says what it is.
+      origin: one line that describes it.
       path: where it is.
       format: `run`, `hugging_face`, `meta` or `gguf`.
       preset: name of the published architecture that it has, number for number; `None` for any

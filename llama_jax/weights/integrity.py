@@ -110,7 +110,7 @@ def _mix(bits: Array) -> Array:
 
 
 _LONGEST = 1 << 48  # of an axis
-_SCHEMA = 1  # raised when an older reader could not understand what is written
+_SCHEMA = 1  # raised when an older reader could not understand the file
 
 
 class ArrayRecord(NamedTuple):

@@ -31,9 +31,9 @@ class Pretrained(NamedTuple):
       tokenizer: text to ids and back; `None` for a Hugging Face directory without tokenizer files.
       template: how the model wants a conversation written; `None` if its files say nothing.
       stop_ids: tokens that end a text.
-      origin: one line that says what was loaded, damaged checkpoints that were passed over
+      origin: one line that names the loaded files, damaged checkpoints that were passed over
         included; for people.
-      report: what was found out from the files' headers; `report.to_dict()` is JSON, for what is
+      report: findings from the files' headers; `report.to_dict()` is JSON, for what is
         made of this model.
     """
 

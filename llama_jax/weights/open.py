@@ -167,7 +167,7 @@ class Opened(NamedTuple):
       stop_ids: tokens that end a text.
       format: which kind of files it is.
       path: where it is.
-      origin: one line that says what it is; for people.
+      origin: one line that describes it, for people.
       beside: where the files of its tokenizer are, if not at `path`.
       rewritten: whether the tokenizer is another than that of the files.
     """

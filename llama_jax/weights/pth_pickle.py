@@ -127,7 +127,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: bytes) -> Any:
-        """Carries out all operations and returns what is left."""
+        """Carries out all operations and returns the result."""
         try:
             for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
                 if operation.name not in _OPERATIONS:

@@ -281,7 +281,7 @@ class CheckpointState(NamedTuple):
       condition: `committed`: whole by its manifest; `ok`: all arrays were read and are what was
         saved; `damaged`: they are not; `set aside`: found damaged by a run that went on from an
         older one; `not committed`: left by an interrupted save, or still being written.
-      reason: what is wrong with a damaged one.
+      reason: the damage, if any.
     """
 
     name: str

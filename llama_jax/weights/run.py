@@ -106,7 +106,7 @@ class RunSource:
     Attributes:
       directory: where the run is.
       config: the architecture that was trained.
-      manifest: what the newest checkpoint says about itself; damage of its arrays shows when they
+      manifest: of the newest checkpoint; damage of its arrays shows when they
         are restored.
     """
 
@@ -116,7 +116,7 @@ class RunSource:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "RunSource":
-        """Reads what the newest checkpoint says about itself, and no array.
+        """Reads the manifest of the newest checkpoint, and no array.
 
         Raises:
           InputError: if there is no checkpoint, or none of a whole model.

@@ -165,7 +165,7 @@ def mapped(path: str | os.PathLike[str]) -> np.ndarray:
     """
     try:
         size = _regular(pathlib.Path(path)).stat().st_size
-        # An empty file cannot be mapped; the parser says what it lacks.
+        # An empty file cannot be mapped; the parser refuses it.
         return np.asarray(np.memmap(path, np.uint8, "r")) if size else np.empty(0, np.uint8)
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from None
@@ -273,7 +273,7 @@ class MergedSource:
         )
 
     def _with_new_tokens(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Embedding or head with what was learned about its last entries; see `init_adapters`."""
+        """Embedding or head with the trained change of its last entries; see `init_adapters`."""
         part = {"embedding": "inputs", "head": "outputs"}.get(name)
         change = self.adapters.tree.get("new_tokens", {}).get(part)
         if change is None:

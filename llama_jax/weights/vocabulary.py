@@ -77,7 +77,7 @@ class Added(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Tables:
-    """Embedding and head in place of a model's; see `Factors`."""
+    """Embedding and head that replace a model's; see `Factors`."""
 
     replaced: Mapping[tuple[str, int | None], np.ndarray]
     tied: bool
