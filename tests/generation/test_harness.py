@@ -2,6 +2,7 @@
 local task end to end.
 """
 
+import dataclasses
 import json
 import types
 
@@ -178,7 +179,9 @@ def test_pairs_are_those_of_the_harness(tiny, tiny_directory, kind):
     if kind == "begin token":
         begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
         theirs.backend_tokenizer.post_processor = begin
-        model = tiny._replace(tokenizer=BeginsTexts(tiny.tokenizer))
+        model = tiny._replace(
+            tokenizer=dataclasses.replace(tiny.tokenizer, begin_id=0, adds_begin=True)
+        )
     ours = HarnessMethods(model, None, 3, 8)
     for context, continuation in PAIRS:
         kept = context.rstrip()
@@ -189,18 +192,6 @@ def test_pairs_are_those_of_the_harness(tiny, tiny_directory, kind):
         )
     assert ours._pair("", " dog") == ([0], theirs.encode(" dog", add_special_tokens=False))
     assert ours._windows("The cat") == [([0], theirs.encode("The cat"))]
-
-
-class BeginsTexts:
-    """A tokenizer whose prompts begin with its token 0."""
-
-    begin_id, adds_begin = 0, True
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
 
 
 def test_white_space_that_ends_a_template_belongs_to_the_answer(tiny, methods):
