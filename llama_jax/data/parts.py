@@ -7,12 +7,13 @@ part whose key is the same and encodes the others, so a file that was mended cos
 """
 
 import base64
+import collections
 import contextlib
 import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,12 +47,14 @@ class Part(NamedTuple):
     Attributes:
       files: neighboring files; one if a range is given.
       stats: size and time of change (ns) of each, when the work began.
+      places: number of each among the sources of its name: two folders may have files alike.
       start: of a range of a file with one record a line: lines that begin at this byte or later.
       stop: and before this one; `None` for whole files.
     """
 
     files: tuple[SourceFile, ...]
     stats: tuple[tuple[int, int], ...]
+    places: tuple[int, ...]
     start: int = 0
     stop: int | None = None
 
@@ -91,13 +94,13 @@ class Job(NamedTuple):
     def part_key(self, part: Part) -> str:
         """Names a part and all that its tokens depend on."""
         names = [file.name for file in part.files]
-        values = [self.key, names, part.stats, part.start, part.stop]
+        values = [self.key, names, part.places, part.stats, part.start, part.stop]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def shard_identity(self, part: Part, name: str) -> str:
         """What the header of a shard says about its sources: equal input gives equal files."""
         sizes = [(file.name, size) for file, (size, _) in zip(part.files, part.stats)]
-        values = [self.key, sizes, part.start, part.stop, name]
+        values = [self.key, sizes, part.places, part.start, part.stop, name]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def path(self, key: str, name: str) -> Path:
@@ -154,16 +157,23 @@ def plan_parts(
     # A power of two, so that a file that was mended does not move the borders of all others.
     wanted = max(LEAST_BYTES, 1 << (total // _MOST_PARTS).bit_length())
     most = max(1, min(wanted, _BYTES_PER_TOKEN * shard_tokens))
+    seen: collections.Counter[str] = collections.Counter()
+    places = []
+    for file in files:
+        places.append(seen[file.name])
+        seen[file.name] += 1
     parts: list[Part] = []
     group: list[int] = []
+    held = 0
 
     def end_group() -> None:
+        nonlocal held
         if group:
             own = tuple(files[i] for i in group), tuple(stats[i] for i in group)
-            parts.append(Part(*own))
-            group.clear()
+            parts.append(Part(*own, tuple(places[i] for i in group)))
+        group.clear()
+        held = 0
 
-    held = 0
     for number, (file, (size, _)) in enumerate(zip(files, stats)):
         if size < most // 2:
             # Where a group ends depends on names too: after a file that has changed its size the
@@ -172,11 +182,9 @@ def plan_parts(
             held += size
             if held >= most or (held >= most // 4 and zlib.crc32(file.name.encode()) % 4 == 0):
                 end_group()
-                held = 0
             continue
         end_group()
-        held = 0
-        own = (file,), (stats[number],)
+        own = (file,), (stats[number],), (places[number],)
         if size > most and has_lines(file.path):
             borders = [*range(0, size, most), size]
             if len(borders) > 2 and borders[-1] - borders[-2] < most // 2:
@@ -489,19 +497,15 @@ def part_digests(part: Part) -> list[str]:
     return [digest.hexdigest() for digest in digests]
 
 
-def source_digests(
-    files: Sequence[SourceFile], parts: Sequence[tuple[Part, Sequence[str]]]
-) -> Mapping[str, str]:
-    """SHA-256 of each source by name: of its content, or for a file in several parts of the parts'
-    digests.
+def source_digests(parts: Iterable[tuple[Part, Sequence[str]]]) -> list[str]:
+    """SHA-256 of each source, in order: of its content, or for a file in several parts of the
+    parts' digests.
     """
-    found: dict[str, list[str]] = {file.name: [] for file in files}
+    found: dict[tuple[str, int], list[str]] = {}
     for part, digests in parts:
-        for file, digest in zip(part.files, digests):
-            found[file.name].append(digest)
-    return {
-        name: digests[0]
-        if len(digests) == 1
-        else hashlib.sha256("".join(digests).encode()).hexdigest()
-        for name, digests in found.items()
-    }
+        for file, place, digest in zip(part.files, part.places, digests):
+            found.setdefault((file.name, place), []).append(digest)
+    return [
+        own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
+        for own in found.values()
+    ]

@@ -352,7 +352,7 @@ def _finish(
                 file.write((line + "\n").encode("utf-8", "replace"))
     with atomic_write(directory / _SEEN) as file:
         file.write(json.dumps([(f.name, *stat) for f, stat in zip(files, stats)]).encode())
-    digests = source_digests(files, [(p, each.sources) for p, each in zip(parts, done)])
+    digests = source_digests((part, each.sources) for part, each in zip(parts, done))
     kind = next(each.kind for each in done if each.kind is not None)
     shards = [*entries[TRAIN], *entries[HELD_OUT]]
     manifest = Manifest(
@@ -364,8 +364,8 @@ def _finish(
         held_out=job.held_out,
         shard_tokens=job.shard_tokens,
         sources=tuple(
-            SourceEntry(file.name, size, digests[file.name])
-            for file, (size, _) in zip(files, stats)
+            SourceEntry(file.name, size, digest)
+            for file, (size, _), digest in zip(files, stats, digests, strict=True)
         ),
         dropped=sum(each.dropped for each in done),
         bad_records=len(bad),
@@ -434,9 +434,7 @@ def _require_same(
     with contextlib.suppress(OSError, ValueError):
         seen = json.loads((directory / _SEEN).read_bytes())
     if same and seen != [[file.name, *stat] for file, stat in zip(files, stats)]:
-        same = _digests(files, parts, on_progress) == {
-            entry.name: entry.sha256 for entry in manifest.sources
-        }
+        same = _digests(parts, on_progress) == [entry.sha256 for entry in manifest.sources]
     if not same:
         raise InputError(
             f"{directory}: holds a data set made of other input; name another "
@@ -444,16 +442,14 @@ def _require_same(
         )
 
 
-def _digests(
-    files: Sequence[SourceFile], parts: Sequence[Part], on_progress: OnProgress
-) -> Mapping[str, str]:
+def _digests(parts: Sequence[Part], on_progress: OnProgress) -> list[str]:
     """The digests of the sources, read anew."""
     total, passed, found = sum(part.nbytes for part in parts), 0, []
     for part in parts:
         found.append((part, part_digests(part)))
         passed += part.nbytes
         on_progress("hash", passed, total)
-    return source_digests(files, found)
+    return source_digests(found)
 
 
 def _files(text: Text) -> Mapping[str, bytes]:

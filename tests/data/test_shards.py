@@ -126,6 +126,24 @@ def test_parts_follow_the_sources_alone(tmp_path, monkeypatch):
     assert len(planned) > 100
 
 
+@pytest.mark.parametrize("least", [16, 1 << 20], ids=["apart", "in one part"])
+def test_files_alike_in_two_folders_are_two_files(tmp_path, text, tokenizer, monkeypatch, least):
+    """Of one name, size and time; and one file that is given twice."""
+    monkeypatch.setattr(parts_module, "LEAST_BYTES", least)
+    paths = []
+    for name, word in (("x", "one"), ("y", "two")):
+        (tmp_path / name).mkdir()
+        paths.append(write_lines(tmp_path / name / "a.jsonl", [{"text": word}]))
+        os.utime(paths[-1], ns=(10**18, 10**18))
+    given = [tmp_path / "x", tmp_path / "y", paths[0]]
+    manifest, _ = prepare(given, tmp_path / "out", text, held_out=0)
+    assert documents_of(TokenSet.open(tmp_path / "out").train, tokenizer) == ["one", "two", "one"]
+    wanted = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*paths, paths[0])]
+    assert [source.sha256 for source in manifest.sources] == wanted
+    os.utime(paths[0])  # the same content at another time
+    assert prepare(given, tmp_path / "out", text, held_out=0).manifest == manifest
+
+
 @pytest.mark.usefixtures("many_parts")
 def test_digests_are_those_of_the_files(tmp_path, lines, text):
     """Of a file in one part, of its bytes; of several, of the digests of the parts."""
