@@ -161,6 +161,7 @@ def _cleaned_up(directory: Path, made: bool) -> Iterator[None]:
     except BaseException:
         if not (directory / MANIFEST).exists() and not any((directory / PARTS).glob("*/*.json")):
             shutil.rmtree(directory / PARTS, ignore_errors=True)
+            (directory / _SHARE).unlink(missing_ok=True)
             if made:
                 shutil.rmtree(directory / TOKENIZER, ignore_errors=True)
                 with contextlib.suppress(OSError):
@@ -199,20 +200,19 @@ def _job(
 def _share(
     directory: Path, wanted: float | None, files: Sequence[SourceFile], encoder: Encoder
 ) -> float:
-    """The share of the records to hold out. One that was estimated from the sources is kept, so
-    that a file that is mended does not change it for all others.
+    """The share of the records to hold out. An estimate from the sources is kept beside the result,
+    so that a file that is mended does not change it for all others.
     """
-    path = directory / PARTS / _SHARE
+    path = directory / _SHARE
     names = hashlib.sha256(json.dumps([file.name for file in files]).encode()).hexdigest()
     key = [wanted, hash_tokenizer(encoder.tokenizer_path), names]
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         values = json.loads(path.read_bytes())
         if values["key"] == key and 0 <= values["share"] < 1:
             return float(values["share"])
-    if (directory / MANIFEST).exists() and (wanted is None or wanted >= 1):
-        return Manifest.read(directory).held_out
     share = held_out_share(wanted, files, encoder)
-    path.parent.mkdir(exist_ok=True)
+    if (directory / MANIFEST).exists():
+        return share
     with atomic_write(path) as file:
         file.write(json.dumps({"key": key, "share": share}).encode())
     return share

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from llama_jax.cli.prepare import make_parser
-from llama_jax.data import held_out, parts
+from llama_jax.data import held_out, parts, shards
 from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.records import is_held_out
 from llama_jax.data.shards import Settings, Text, prepare_set
@@ -96,9 +96,11 @@ def test_a_limit_gives_the_same_for_any_workers_and_on_resume(tmp_path, sources,
         prepare(sources, tmp_path / "3", text, stop, held_out=20_000)
     assert prepare(sources, tmp_path / "3", text, held_out=20_000).kept > 0
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "3")
-    assert (
-        prepare(sources, tmp_path / "3", text, held_out=20_000).manifest == whole.manifest
-    )  # finished: nothing to do
+    monkeypatch.setattr(shards, "held_out_share", None)  # finished: nothing to estimate
+    assert prepare(sources, tmp_path / "3", text, held_out=20_000).manifest == whole.manifest
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="other input"):
+        prepare(sources, tmp_path / "3", text, held_out=10_000)
 
 
 def test_fewer_tokens_hold_out_a_part_of_more(tmp_path, sources, text):
