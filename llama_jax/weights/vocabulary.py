@@ -3,12 +3,12 @@ of the head that begin as the mean of those that are there.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from llama_jax.axes import Parameters
 from llama_jax.config import LlamaConfig
@@ -111,16 +111,18 @@ def add_tokens(opened: Opened, tokens: Sequence[str], multiple: int = 1) -> tupl
         raise InputError(f"multiple: {multiple} given, at least 1 expected")
     library = as_byte_pair(tokenizer)
     grown, ids = _with_tokens(library, tokens)
-    first = tokenizer.vocab_size
     config = opened.source.config
+    # A tokenizer may have tokens that the model has no entries for, or fewer.
+    first = min(tokenizer.vocab_size, config.vocab_size)
     size = -(-max(config.vocab_size, grown.vocab_size) // multiple) * multiple
     tables: dict[tuple[str, int | None], np.ndarray] = {}
     tables["embedding", None] = _resized(opened.source.read("embedding", None), size, first, np)
     if not config.tied_head:
         head = opened.source.read("head", None).T
         tables["head", None] = _resized(head, size, first, np).T
-    new = {token: number for token, number in ids.items() if number >= first}
-    present = {token: number for token, number in ids.items() if number < first}
+    known = tokenizer.vocab_size
+    new = {token: number for token, number in ids.items() if number >= known}
+    present = {token: number for token, number in ids.items() if number < known}
     changed = opened._replace(
         source=MergedSource(opened.source, _Tables(tables, config.tied_head)),
         tokenizer=grown,
@@ -134,14 +136,10 @@ def _with_tokens(
     tokenizer: BytePairTokenizer, tokens: Sequence[str]
 ) -> tuple[Tokenizer, dict[str, int]]:
     """A copy of a tokenizer with special tokens added, and the ids of all of them."""
-    import tokenizers
-
     library = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.to_str())
     taken = library.get_vocab(with_added_tokens=True)
     new = [token for token in tokens if token not in taken]
     library.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in new])
     vocabulary = library.get_vocab(with_added_tokens=True)
-    state = json.loads(library.to_str())
-    assert {entry["content"] for entry in state["added_tokens"]}.issuperset(new)
     grown = dataclasses.replace(tokenizer, tokenizer=library)
     return grown, {token: vocabulary[token] for token in tokens}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from llama_jax.training.config_sections import (
     SourceConfig,
 )
 from llama_jax.weights.open import open_model
+from llama_jax.weights.vocabulary import add_tokens
 
 NEW = ("<|tool|>", "<|/tool|>")
 
@@ -88,6 +90,21 @@ def test_transformers_loads_it_and_resizes_as_we_do(tmp_path, tiny_model, tied, 
     got = llama_jax.logits(model.params, jnp.asarray([ids]), model.config)
     np.testing.assert_allclose(np.asarray(got[0]), ours.numpy(), atol=2e-5)
     assert f"{NEW[0]} {before}" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tiny_model):
+    """Its own tokens beyond the model's vocabulary get entries too."""
+    opened = open_model(tiny_model(False))
+    more = dataclasses.replace(opened.source.config, vocab_size=270)  # of 280
+    table, head = (opened.source.read(name, None) for name in ("embedding", "head"))
+    tables = {"embedding": table[:270], "head": head[:, :270]}
+    source = types.SimpleNamespace(config=more, read=lambda name, layer: tables[name])
+    changed, added = add_tokens(opened._replace(source=source), NEW)
+    assert (added.first, added.size) == (270, 282)
+    assert list(added.tokens.values()) == [280, 281]
+    assert changed.source.read("embedding", None).shape == (282, 48)
+    assert changed.source.read("head", None).shape == (48, 282)
+    np.testing.assert_array_equal(changed.source.read("embedding", None)[:270], table[:270])
 
 
 def test_in_memory_it_is_the_same(tmp_path, tiny_model):
