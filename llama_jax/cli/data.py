@@ -2,7 +2,6 @@
 prints documents as a model sees them.
 """
 
-import itertools
 import pathlib
 import sys
 from typing import TYPE_CHECKING
@@ -126,22 +125,10 @@ def _show_documents(directory: pathlib.Path, first: int, count: int) -> int:
         )
     tokenizer = load_tokenizer(opened.tokenizer_path)
     special = {number: text for text, number in tokenizer.special_tokens.items()}
-    number = token = 0
-    for entry in part.entries:  # shard by shard: few are opened
-        if number + entry.documents <= first:
-            number, token = number + entry.documents, token + entry.tokens
-            continue
-        ids, begins, learned = part.read(token, token + entry.tokens)
-        starts = [*begins.nonzero()[0].tolist(), len(ids)]
-        for start, stop in itertools.pairwise(starts):
-            if first <= number < first + count:
-                own = learned[start:stop]
-                print(f"document {number}: {stop - start} tokens, {int(own.sum())} learned from")
-                print(_marked(ids[start:stop].tolist(), own.tolist(), tokenizer, special))
-            number += 1
-        token += entry.tokens
-        if number >= first + count:
-            break
+    for number, document in enumerate(part.documents_from(first, count), first):
+        learned = document.learned.tolist()
+        print(f"document {number}: {len(learned)} tokens, {sum(learned)} learned from")
+        print(_marked(document.ids.tolist(), learned, tokenizer, special))
     return 0
 
 

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -297,6 +298,26 @@ class Shards:
     def lengths(self) -> np.ndarray:
         """Tokens of each document."""
         return np.concatenate([self._file(number).lengths() for number in range(len(self.entries))])
+
+    def documents_from(self, first: int, count: int) -> Iterator[Piece]:
+        """Documents one by one; of other documents no token is read.
+
+        Args:
+          first: number of the first document, from 0.
+          count: at most this many.
+        """
+        end = first + count
+        for number, entry in enumerate(self.entries):
+            if first >= entry.documents:
+                first, end = first - entry.documents, end - entry.documents
+                continue
+            lengths = self._file(number).lengths()
+            starts = np.cumsum(lengths) - lengths
+            for start, length in zip(starts[first:end].tolist(), lengths[first:end].tolist()):
+                yield self._file(number).read(start, start + length)
+            first, end = 0, end - entry.documents
+            if end <= 0:
+                return
 
     def counts(self) -> TokenCounts:
         """Which tokens occur, as `prepare` counted them.

@@ -141,6 +141,16 @@ def test_documents_are_shown_with_their_masks(tmp_path, tiny_directory, capsys):
     assert "\n".join(text) == (
         "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[[two<|im_end|>]]\n"
     )
+    words[-1] = tmp_path / "shards"  # one document in each
+    given = [*map(str, words), "--shard-tokens", "1", "--held-out", "0", "--workers", "1"]
+    assert run_verb(["prepare", *given]) == 0
+    assert "shards: 2;" in capsys.readouterr().out
+    assert run_verb(["data", "show", str(tmp_path / "shards")]) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("document")] == [
+        first.replace("1:", "0:", 1),
+        first,
+    ]
     with pytest.raises(InputError, match="documents from 0 to 1"):
         run_verb(["data", "show", str(tmp_path / "out"), "--first", "2"])
 
