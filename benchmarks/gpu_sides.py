@@ -2,7 +2,7 @@
 measures it.
 
 Weights are random: each side draws its own, of the same shapes. Preparing compiles and warms up, so
-  that asking measures.
+that asking measures.
 """
 
 import os

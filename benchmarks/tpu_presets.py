@@ -9,7 +9,7 @@ are predictions from its estimates (`llama_jax/planning/cost_model.py`). Ends wi
 step does not fit or does not compile. Needs the extra `tpu`; on two cores a config takes minutes,
 whatever its depth, as layers are one body of a loop. With --quick kernels are given the memory that
 the compiler gives them by default, and attention goes by smaller blocks: compiled in a third of the
-  time, for nearly the same memory of the chip; the predicted times are longer than those of a run.
+time, for nearly the same memory of the chip; the predicted times are longer than those of a run.
 """
 
 import argparse

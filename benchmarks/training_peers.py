@@ -3,7 +3,7 @@
 
 All start from the same weights, read the same batches in the same order and use the same AdamW in
 float32. Each takes the name of a model: a preset whose weights are read from `path`, or `medium`,
-  whose weights are drawn.
+whose weights are drawn.
 """
 
 import functools

@@ -93,7 +93,7 @@ def training_flops_per_token(
 
     `6 * matmul_parameters + 6 * layers * heads * head_dim * length`; no recomputation is counted.
     Under adapters no gradient of a frozen matrix is formed: 4 instead of the first 6, and 6 for
-      every parameter of the adapters.
+    every parameter of the adapters.
 
     Args:
       config: the architecture.

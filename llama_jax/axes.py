@@ -34,5 +34,5 @@ __all__ = [
 ]
 
 # A nested dict of arrays: {"embedding": ..., "layers": {...}, "final_norm": {...}}; see
-#   `accounting.parameter_shapes`.
+# `accounting.parameter_shapes`.
 Parameters = dict

@@ -2,7 +2,7 @@
 run.
 
 No field that is a number of the model has a default: a forgotten one is an error, never a silent
-  1e-6.
+1e-6.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from llama_jax.errors import InputError
 
 # Bounds for values read from untrusted files: far above any LLaMA, far below what would exhaust
-#   memory by accident.
+# memory by accident.
 _LARGEST = {
     "vocab_size": 1 << 22,
     "dim": 1 << 17,

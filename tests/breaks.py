@@ -2,9 +2,9 @@
 test-breaks`).
 
 Two kinds of break. `BREAKS` are promises: each replaces one passage, which must occur exactly once,
-  and must make a test
-fail by an assertion. `make test-mutations` picks places by a fixed seed across the package, so that
-no test can be written for them in advance, and prints the share that is caught.
+and must make a test fail by an assertion. `make test-mutations` picks places by a fixed seed across
+the package, so that no test can be written for them in advance, and prints the share that is
+caught.
 
 A run takes the tests of the folders that the broken file belongs to, stops at the first failure,
 and shares compiled programs with the other runs.

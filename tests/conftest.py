@@ -7,7 +7,7 @@ import pathlib
 import signal
 
 # Before jax is imported: virtual devices for the mesh tests, and a cache of compiled programs that
-#   outlives the session.
+# outlives the session.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

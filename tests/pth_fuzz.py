@@ -2,7 +2,7 @@
 
     python pth_fuzz.py open FILE ...          CPU seconds and what became of each, a line a file
     python pth_fuzz.py damage FILE ROUNDS     damages a good file in as many ways: how many were
-      refused, how many read
+    refused, how many read
 
 Anything but an `InputError`, and a damaged archive that is read with other numbers, ends it with a
 traceback.
@@ -95,7 +95,7 @@ def damage(path: pathlib.Path, rounds: int) -> None:
         got = copies(target)
         refused += isinstance(got, str)
         # A damaged pickle in a valid archive may have other names and shapes: then it is another
-        #   good file.
+        # good file.
         require_line_or_same(got, got if number % 2 and isinstance(got, dict) else good)
     print(f"{rounds} damaged files: {refused} refused, {rounds - refused} read")
 

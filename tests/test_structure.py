@@ -36,7 +36,7 @@ FLOORS = (
 HEIGHT = {unit: height for height, units in enumerate(FLOORS) for unit in units}
 
 # What starts without JAX: these modules and all that they import. `--help` and errors in a config
-#   depend on it.
+# depend on it.
 WITHOUT_JAX = (
     *(
         "errors",

@@ -3,7 +3,7 @@ continued where it ends.
 
 Requests are taken in windows of some batches; inside a window they are sorted by length, so that
 little is padding. Windows lie where they lie whatever was answered before: a continued output is
-  the one that an undisturbed run writes.
+the one that an undisturbed run writes.
 """
 
 import argparse
@@ -309,7 +309,7 @@ def batches(job: Job, lengths: Sequence[int]) -> Iterator[list[Request]]:
     window = _WINDOW * job.batch_size
     for start in range(0, len(job.requests), window):
         # A short answer would wait for a long one beside it: limits within a factor of two come
-        #   together.
+        # together.
         keys = [
             (
                 request.settings["max_new_tokens"].bit_length(),

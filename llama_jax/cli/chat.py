@@ -3,7 +3,7 @@
 The model's words go to standard output, everything else to standard error. (Where both are the
 terminal, readline draws the prompt there.) Ctrl-C stops an answer, what came of it is kept; Ctrl-D
 leaves. A program can hold a conversation too: a line in, an answer out, with `--json` as one JSON
-  object: `{"text": ...}`, or `{"error": ...}` for a message that is
+object: `{"text": ...}`, or `{"error": ...}` for a message that is
 refused, or `{"command": ..., "note": ...}` for a command.
 """
 

@@ -228,7 +228,7 @@ def _leave(status: int) -> None:
 # --- stopping ---
 #
 # When a training is to end before its last step: signals, a time limit, a file; on one host or on
-#   several.
+# several.
 
 
 RUN_STOP = "STOP"  # `touch RUN/STOP` saves and ends a run
@@ -319,7 +319,7 @@ class StopRequest:
 # --- compilation ---
 #
 # What JAX is told before it starts: where to keep compiled programs, and how many threads virtual
-#   devices need.
+# devices need.
 
 
 def keep_compiled_programs() -> None:

@@ -1,8 +1,8 @@
 """`infer`: prompts in, text out. Text goes to standard output, everything else to standard error.
 
 Three ways to ask: prompts of the command line or of standard input (`--prompt`), a file of many
-  (`--input`, see
-`llama_jax.cli.batch`), and a conversation (`--chat` alone, see `llama_jax.cli.chat`).
+(`--input`, see `llama_jax.cli.batch`), and a conversation (`--chat` alone, see
+`llama_jax.cli.chat`).
 """
 
 import argparse

@@ -75,8 +75,7 @@ def open_missing_streams() -> None:
     """Puts the null device where standard input, output or error is closed (as by `>&-`).
 
     Otherwise the next file opened takes the place, and Python has no stream there: reading fails,
-      and notes meant for
-    standard error go to standard output.
+    and notes meant for standard error go to standard output.
     """
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:

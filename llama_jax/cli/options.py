@@ -249,7 +249,7 @@ def bias(text: str) -> tuple[int, float]:
 # --- counts ---
 #
 # Counts as people write them: `15T` tokens, `1.3M` hours, `405B` parameters; the letters are powers
-#   of ten.
+# of ten.
 
 
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12, "P": 15}

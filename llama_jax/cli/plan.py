@@ -505,7 +505,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     with, where that is here.
 
     Nothing is fetched: where that model is not here, a line on stderr says so, and the numbers
-      under `model` are taken.
+    under `model` are taken.
 
     Args:
       path: of the file.

@@ -352,7 +352,7 @@ def _panel(
 # --- terminal plot ---
 #
 # Curves in a terminal: the first in Braille, eight dots a character, others as letters at their
-#   points; no dependency.
+# points; no dependency.
 
 
 # Bits of the dots of U+2800 by row and column.

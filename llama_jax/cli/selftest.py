@@ -13,7 +13,7 @@ from llama_jax.cli.writing import note, prepare_output
 from llama_jax.errors import InputError
 
 # Measured on two cores: 44 s, 8 min on 8 virtual devices; 12 s and 4 min with the programs compiled
-#   before.
+# before.
 _TAKES = "about a minute on one device of a CPU, up to ten minutes on eight, less the next time"
 _HEAD = f"{'case':14}{'computed otherwise':46}{'difference':>12}{'bound':>10}"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llama_jax.generation.text import Completion, Piece
 
 # Control characters but tab and line feed: on a terminal they are commands, and a model's words are
-#   not to give any.
+# not to give any.
 _COMMANDS = {
     code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"
 }

@@ -18,7 +18,7 @@ from llama_jax.errors import InputError
 # --- steps ---
 #
 # Which sequences of the endless data a step reads: skipped steps and a growing batch, in closed
-#   form.
+# form.
 
 
 Pairs = tuple[tuple[int, int], ...]
@@ -205,7 +205,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 ROUND = 1_000_000
 BLOCK = 1000
 # of all that are prime to a thousand the one whose multiples are spread most evenly: to within 3.5
-#   sequences
+# sequences
 _STRIDE = 367
 _OFF = 0.01  # the largest relative error of a share
 _MIXING = 1 << 62  # set in the seed of the order of sources, and of no source's own

@@ -1,8 +1,8 @@
 """Conversations in the forms in which they are published, as messages with a role and a content.
 
-Nothing that changes the meaning is dropped: other fields of a message are kept for the
-  template (`tool_calls`,
-`name` and `tool_call_id` of a tool) or for the loss mask (`weight`), or it is refused.
+Nothing that changes the meaning is dropped: other fields of a message are kept for the template
+(`tool_calls`, `name` and `tool_call_id` of a tool) or for the loss mask (`weight`), or it is
+refused.
 """
 
 import json

@@ -118,7 +118,7 @@ def _find_border(text: str, fraction: float) -> int:
 # --- held out ---
 #
 # How much `prepare` holds out: a share of the records, or a number of tokens that is turned into a
-#   share.
+# share.
 #
 # Whether a record is held out depends on its content and the share alone (`corpus.is_held_out`). A
 # limit on the tokens that are already held out would depend on the order of the records and favor

@@ -23,10 +23,9 @@ def best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
     none has.
 
     The longest are placed first. Documents of one length are placed together: the fullest sequence
-      with room for one stays
-    the fullest, so it takes as many as fit, and sequences with the same room left take as many
-    each. A million documents thus take as many steps as there are different lengths, a few times
-    over.
+    with room for one stays the fullest, so it takes as many as fit, and sequences with the same
+    room left take as many each. A million documents thus take as many steps as there are different
+    lengths, a few times over.
 
     Args:
       lengths: of the documents, from 1 to `room`.
@@ -233,7 +232,7 @@ class _Whole:
       happens: it is dropped, loses tokens at its front
     (the prompt, where answers are last) or at its end, or is refused. One that is cut and has no
     target left is left out, and of pairs the other answer too: every sequence has something to
-      learn.
+    learn.
 
     Attributes:
       tokens: to pack.

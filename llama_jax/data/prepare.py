@@ -26,7 +26,7 @@ from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 # --- vocabulary ---
 #
 # Training a vocabulary: SentencePiece BPE with LLaMA's conventions, keeping the white space of
-#   code.
+# code.
 
 
 _CHUNK = 4096  # characters shown to the trainer at once
@@ -38,9 +38,9 @@ def train_vocabulary(documents: Iterable[Document], vocab_size: int, path: Path,
     pieces.
 
     The ids are those of LLaMA 1 and 2: `<unk>` 0, `<s>` 1, `</s>` 2, then 256 bytes for characters
-      in no piece. Digits
-    stand alone. Unlike LLaMA's, the text is not given a leading space, and runs of spaces are
-    pieces, so code comes back exactly and its indentation is cheap. One character does not come
+    in no piece. Digits stand alone. Unlike LLaMA's, the text is not given a leading space, and runs
+    of spaces are pieces, so code comes back exactly and its indentation is cheap. One character
+    does not come
       back: U+2581, which SentencePiece
     itself uses to write a space.
 
@@ -81,7 +81,7 @@ def _train(chunks: list[str], vocab_size: int) -> bytes:
             allow_whitespace_only_pieces=True,
             max_sentence_length=4 * _CHUNK,
             # Its own sampling and threads are left out: they would make the result vary from run to
-            #   run.
+            # run.
             num_threads=1,
             input_sentence_size=0,
             shuffle_input_sentence=False,

@@ -1,7 +1,7 @@
 """What `prepare`, `train.py` and `eval` read: text, JSON, tables and Parquet, record by record.
 
 Reading is two steps: `read_rows` takes a file apart without looking into its lines, `parse_row`
-  makes the record of one.
+makes the record of one.
 """
 
 import csv

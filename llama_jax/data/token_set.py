@@ -475,5 +475,5 @@ def _open(directory: Path, entry: ShardEntry, common: _Common) -> TokenFile:
 
 
 # One for the process: what a run reads from many data sets must not open more files than what it
-#   reads from one.
+# reads from one.
 _opened = functools.lru_cache(OPEN_AT_ONCE)(_open)

@@ -118,7 +118,7 @@ def joined(parts: list[Piece]) -> Piece:
 # --- token counts ---
 #
 # How often each token is a target: counted while tokens are written, kept in a file, so that no
-#   start reads the tokens.
+# start reads the tokens.
 
 
 _COUNTED_AT_ONCE = (
@@ -240,8 +240,8 @@ def unigram_cross_entropy(train: Sequence[Tokens], held_out: Sequence[Tokens]) -
     one.
 
     The targets are those of evaluation: all tokens but the first of each document, and of
-      conversations only what the
-    assistant says. Reads the counts that were kept when the tokens were written, not the tokens.
+    conversations only what the assistant says. Reads the counts that were kept when the tokens were
+    written, not the tokens.
     """
     size = max(tokens.vocab_size for tokens in (*train, *held_out))
     counts, targets = _sum_targets(train, size) + 1, _sum_targets(held_out, size)

@@ -27,7 +27,7 @@ from llama_jax.text.tokenizer import Tokenizer, encode_prompt
 #
 # Each process has a pipe of its own, which is closed when it dies. (The pool of the standard
 # library shares one pipe: a process that is killed while it hands over a result leaves the others
-#   waiting for ever.)
+# waiting for ever.)
 
 
 Item = TypeVar("Item")

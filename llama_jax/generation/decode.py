@@ -237,7 +237,7 @@ def advance(
         lengths = progress.cache.lengths
         logits, cache = decode(model, params, progress.token, progress.cache)
         # A sequence that is done runs along with the others: its length stays, so it overwrites a
-        #   slot that nobody reads.
+        # slot that nobody reads.
         cache = Cache(cache.layers, jnp.where(progress.done, lengths, cache.lengths))
         progress, drawn = _draw(
             logits, progress._replace(cache=cache), sampling, stop_ids, logprobs

@@ -250,7 +250,7 @@ def _check_settings(
 # --- beginning ---
 #
 # What several prompts begin with: found once, so that a shared system message is prefilled once for
-#   all of them.
+# all of them.
 
 
 _WORTH_IT = 16  # tokens; fewer are run again faster than their cache is copied

@@ -127,8 +127,8 @@ class Programs:
     generators.
 
     Every program is compiled once for each combination of shapes that it meets: sequences are
-      powers of two, lengths and slots
-    of the series of `bucket_size`, so their number grows with the logarithm of the longest text.
+    powers of two, lengths and slots of the series of `bucket_size`, so their number grows with the
+    logarithm of the longest text.
 
     Attributes:
       model: the module that is run.

@@ -158,7 +158,7 @@ def sequence_keys(seed: Unchecked, sequences: int, first: int = 0) -> Key[Array,
 
     With one seed or key, sequence `i` has that key with `first + i` folded in. With one seed a
     sequence, each sequence has the key that it would have alone: its seed's key with 0 folded in.
-      Keys that are given one a sequence are taken as they are.
+    Keys that are given one a sequence are taken as they are.
 
     Args:
       seed: a number, a key, or one of either a sequence; may be traced.
@@ -331,7 +331,7 @@ def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
 
     The largest logit becomes 0. The most probable token always stays; tokens that tie with the last
     one kept stay too. Sequences at temperature 0 are left at temperature 1: their sample is not
-      used.
+    used.
     """
     # Relative to the largest, so that no temperature, however small, makes an infinity of it.
     gap = jnp.max(logits, axis=-1, keepdims=True) - logits

@@ -117,9 +117,9 @@ def encode_pair(
     """Token ids of a prompt and of what follows it, as the text of both together is tokenised.
 
     Every character of the continuation is scored: a token across the border counts to it, and so
-      does white space at the
-    end of the prompt where the tokenizer puts it there. Where that leaves no token of the prompt,
-    the token that begins a text stands for it, or else the one that ends the text before.
+    does white space at the end of the prompt where the tokenizer puts it there. Where that leaves
+    no token of the prompt, the token that begins a text stands for it, or else the one that ends
+    the text before.
 
     Raises:
       InputError: for a tokenizer that knows neither of these, where one of them is needed.

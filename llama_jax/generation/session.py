@@ -233,7 +233,7 @@ class Session:
         pending = jax.tree.map(lambda x: x[:, None], self._first)
         for _ in range(-(-self._longest_budget // steps) + 1):
             # The next chunk is under way before the last one is fetched: the device never waits for
-            #   the host.
+            # the host.
             following = self._advance(steps)
             fetched: SampledTokens = jax.tree.map(np.asarray, pending)
             new = [_sequence(fetched, sequence) for sequence in range(self.sequences)]
@@ -327,7 +327,7 @@ class Session:
         cache = self._progress.cache
         known = self._prompts[sequence] + self.tokens(sequence).token_ids
         # A sequence that has ended may have written past its end: into its last slot, if it was
-        #   full.
+        # full.
         held = min(int(cache.lengths[sequence]), len(known), cache.slots - 1)
         sequences = jnp.full((self._runner.programs.sequence_multiple,), sequence, jnp.int32)
         return Prefix(

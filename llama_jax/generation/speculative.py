@@ -2,10 +2,9 @@
 (arXiv:2211.17192).
 
 The tokens are distributed exactly as without it, whatever the draft: a draft token `d` sampled from
-  `q` is kept with
-probability min(1, p(d) / q(d)); at the first rejection, a token is sampled from max(p - q, 0),
-normalised. At temperature 0 a proposal is kept if it is the most probable token. Slot = position
-makes taking back free: lengths alone decide.
+`q` is kept with probability min(1, p(d) / q(d)); at the first rejection, a token is sampled from
+max(p - q, 0), normalised. At temperature 0 a proposal is kept if it is the most probable token.
+Slot = position makes taking back free: lengths alone decide.
 """
 
 from typing import NamedTuple
@@ -135,7 +134,7 @@ def propose(
         return (token, cache), (token, probabilities)
 
     # One step more than proposals: the last one's keys and values are needed if all of them are
-    #   kept.
+    # kept.
     (_, cache), (tokens, probabilities) = lax.scan(step, (token, cache), None, length=count + 1)
     return Draft(tokens[:count].T, probabilities[:count].swapaxes(0, 1)), cache
 
@@ -257,8 +256,7 @@ def speculate(
 
     Returns:
       The state after them, and the sampled tokens: `count + 1` columns per round, of which the
-        first is `NOTHING` only where a
-      sequence was done before.
+      first is `NOTHING` only where a sequence was done before.
     """
     width = count + 1
 

@@ -44,7 +44,7 @@ _SAMPLING = (
     "seed",
 )
 # All that is taken by name on the way from `generate` to the generator: a misspelt name is near one
-#   of them.
+# of them.
 _SETTINGS = (
     *_SAMPLING,
     "mesh",
@@ -314,7 +314,7 @@ def stream(
         sequence; see `Penalties`. `logit_bias`: a sequence; token id -> number added to its logit.
         `seed` (0): a number or a `jax.random.key`, for all sequences, which sample independently of
         each other, or one a sequence. `stop`: a sequence; strings that end the text and are no part
-          of it.
+        of it.
         `stop_ids`: a sequence; token ids that end the text, beside the model's own.
         `samples` (1): answers to each prompt, which share its prefill; each is a sequence.
         `logprobs`: 0 for the log-probability of each new token, `n` for those of the `n` best as
@@ -360,7 +360,7 @@ def generate(
 # --- conversation ---
 #
 # A conversation with a chat model: turn after turn, each of them running only the tokens that are
-#   new.
+# new.
 
 
 class Conversation:
@@ -426,8 +426,8 @@ class Conversation:
 
         Question and answer join the messages when the answer has ended. An iterator that is closed
         before ends the answer: the text so far becomes the assistant's message; where nothing came,
-          the messages stay as they were. So does one that nobody
-        holds any more. One answer is given at a time.
+        the messages stay as they were. So does one that nobody holds any more. One answer is given
+        at a time.
 
         Args:
           text: the user's words.
@@ -495,5 +495,5 @@ class Conversation:
             if said or ended:
                 self.messages = [*asked, {"role": "assistant", "content": said}]
             # After any other interruption the cache may be gone: the device was given it to write
-            #   into.
+            # into.
             self._prefix = None if session is None else session.prefix(0)

@@ -3,7 +3,7 @@ backends.
 
 All arrays have heads before length, so that the products are batched matrix products without
 copies. A backend computes exactly what `reference` computes or is not in the table: no mask is ever
-  dropped.
+dropped.
 """
 
 from collections.abc import Callable

@@ -182,7 +182,7 @@ def backward(
     along.
 
     Output and logsumexp are those over all keys, of which `k` and `v` may be a part: then the
-      gradient of `q` is one too.
+    gradient of `q` is one too.
     """
     scale = q.shape[-1] ** -0.5
     inner = jnp.sum(

@@ -191,7 +191,7 @@ def append(
 
     The caller sees to it that `lengths + T` does not exceed the capacity: XLA would clamp the slot,
     silently. On a mesh that cuts the sequences, as the rules say, each device writes its own: a
-      loop over all of them would gather the new tokens sequence by sequence.
+    loop over all of them would gather the new tokens sequence by sequence.
 
     Rows are written `rows_a_round` at a time. On TPU most of the time of a sequence is that of
     starting its kernels, of which a loop has more; but inside of a scan over layers more than one a

@@ -316,7 +316,7 @@ def _local(options: ModelOptions, parts: int, length: int) -> Callable[..., Arra
             _ring, ring=Ring(axes, parts, block_size(backend, length // parts))
         )
     # The gathered keys are gathered anew for the backward pass, not kept: every layer would keep
-    #   those of whole sequences.
+    # those of whole sequences.
     kept = checkpoint_policies.save_only_these_names("context")
     gathered = functools.partial(_gathered, axes=axes, backend=backend)
     return jax.checkpoint(gathered, policy=kept, prevent_cse=not options.scan)

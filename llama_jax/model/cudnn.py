@@ -300,7 +300,7 @@ def cudnn_attention(
             "with cuDNN expected (auto suits all)"
         )
     # The kernel wants tokens before heads, as the products before it leave them: these transposes
-    #   cancel.
+    # cancel.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     tokens = () if documents is None else (documents,)
 

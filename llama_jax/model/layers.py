@@ -144,9 +144,8 @@ def split_heads(
     """The stream times `weight [D, n*H]`, not gathered yet, as heads.
 
     A plain weight that is gathered is used transposed, as `[n, H, D]`: on TPUs the product then
-      gives the heads of all tokens
-    one after the other, as attention takes them, and neither heads nor weight are copied into
-    another layout.
+    gives the heads of all tokens one after the other, as attention takes them, and neither heads
+    nor weight are copied into another layout.
     """
     batch, length, dim = x.shape
     if (

@@ -190,7 +190,7 @@ def product(
         return _quantized_matmul(rows, weight, dtype).reshape(*shape, -1)
     if weight.dtype != jnp.bfloat16 or math.prod(x.shape[:-1]) > _FEW_ROWS:
         # As rows where they all lie on one device: for a weight's gradient XLA's CPU compiler would
-        #   transpose `[B, T, O]`.
+        # transpose `[B, T, O]`.
         x = rows if jax.sharding.get_abstract_mesh().size <= 1 else x
         return _plain(x, weight, axis, dtype).reshape(*shape, -1)
     few = _filled_up if rows.shape[0] == 1 else _plain

@@ -3,9 +3,9 @@ place of matrices.
 
 A quantised matrix is a matrix of 8-bit integers and one scale an output channel. In 4 bits the
 integers are themselves products: a 4-bit number a weight times a small integer a group of weights
-  of the same channel, so that both widths are
-multiplied in the same way, integers first and the scale last, and a group costs a quarter of a bit
-a weight. Channels come first, in rows of their inputs: the order of an embedding table, and the one
+of the same channel, so that both widths are multiplied in the same way, integers first and the
+scale last, and a group costs a quarter of a bit a weight. Channels come first, in rows of their
+inputs: the order of an embedding table, and the one
   in which XLA's CPU compiler reads quantized weights
 inside a product of one row instead of widening them in memory.
 """

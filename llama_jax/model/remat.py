@@ -4,7 +4,7 @@ and its plans; without JAX.
 The bytes of a policy and the FLOPs that it computes again are in `llama_jax.planning.memory`, and
 in a table in `docs/performance.md`. Memory that is enough for one policy in some layers and for
 another in the rest is used by a split: `20*all+attention`. Names with `@host` behind them are kept
-  in the memory of the host.
+in the memory of the host.
 """
 
 import re

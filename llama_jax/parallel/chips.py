@@ -19,7 +19,7 @@ from llama_jax.errors import InputError
 
 # Dense bfloat16 FLOP/s of one JAX device, by the beginning of its `device_kind`; the first that
 # fits counts. TPUs: cloud.google.com/tpu/docs, by chip; v2, v3 and 7x show each of a chip's two
-#   cores as a device of its own.
+# cores as a device of its own.
 # GPUs: NVIDIA's data sheets, without sparsity.
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("TPU v2", 45e12 / 2),
@@ -103,9 +103,9 @@ class Chip(NamedTuple):
 # TPU memory: what XLA's compiler for TPUs allows a program (v5p 95.7 GiB, v6e 31.25 GiB, v5e 15.75
 #   GiB), v4 by its label less
 # the same reserve. GPU memory: 95 % of what the driver leaves (78, 139, 79 GiB), as with
-#   XLA_PYTHON_CLIENT_MEM_FRACTION=.95;
-# JAX itself takes 75 %. Bandwidths: cloud.google.com/tpu/docs by chip; links and data-centre
-# network of TPUs: "How to scale your model" (jax-ml.github.io/scaling-book/tpus), one axis in both
+# XLA_PYTHON_CLIENT_MEM_FRACTION=.95; JAX itself takes 75 %. Bandwidths: cloud.google.com/tpu/docs
+# by chip; links and data-centre network of TPUs: "How to scale your model"
+# (jax-ml.github.io/scaling-book/tpus), one axis in both
 #   directions; GPUs: NVIDIA's data sheets, network of one
 # 400 Gb/s adapter a GPU (A100: 200 Gb/s).
 # Shares: causal model FLOPs of a published training over peak. They are applied to recomputed

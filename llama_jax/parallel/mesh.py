@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 from llama_jax.errors import InputError
 
 # The last one has the nearest neighbours: `tensor` communicates in every product, `context` once a
-#   layer, `data` once a step.
+# layer, `data` once a step.
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
@@ -46,7 +46,7 @@ def make_mesh(
 
     Devices of several slices (or GPUs of several nodes), which a slower network joins, are cut
     along the outermost axis that they divide: `data`, where it is a multiple of their number. Use
-      it as `with jax.set_mesh(mesh):`.
+    it as `with jax.set_mesh(mesh):`.
 
     Raises:
       InputError: when the sizes do not make up the number of devices, or the slices.

@@ -39,8 +39,8 @@ Rules = tuple[
 ]  # axis name -> mesh axes; a tuple of pairs, so that modules can be hashed
 
 # Axis names of activations: `batch`, `length`, `width` (the residual stream) and the names above;
-#   `stream_length` is the
-# length of the stream between blocks, where `tensor` has nothing else to split (arXiv:2205.05198).
+# `stream_length` is the length of the stream between blocks, where `tensor` has nothing else to
+# split (arXiv:2205.05198).
 TRAINING: Rules = (
     ("batch", ("data", "fsdp")),
     ("embed", ("fsdp", "context")),
@@ -61,9 +61,8 @@ _GATHERED = (
     "context",
 )  # mesh axes that hold parts of the weights and compute with whole ones
 # Parts that are gathered should follow each other in memory: of others a TPU makes a copy, every
-#   time. So matrices are split by
-# sequences where they are stored, and these three, whose columns are gathered, are used transposed
-# (`Attention`).
+# time. So matrices are split by sequences where they are stored, and these three, whose columns are
+# gathered, are used transposed (`Attention`).
 USED_TRANSPOSED = ("wq", "wk", "wv")
 
 

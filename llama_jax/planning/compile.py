@@ -237,7 +237,7 @@ def job_recipe(job: Job) -> Recipe:
 # --- ahead decode ---
 #
 # A decoding step compiled for chips that are not here: the loop that generation runs, with a
-#   model's shapes and no weights.
+# model's shapes and no weights.
 
 
 _BITS = {"int8": 8, "int4": 4}

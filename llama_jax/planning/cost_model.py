@@ -24,7 +24,7 @@ from llama_jax.parallel.chips import Topology
 # Programs as XLA's compilers leave them, read from their text: computations, instructions, sizes.
 #
 # The text is that of a scheduled program: an instruction outside of fusions is a kernel, and the
-#   order is that of execution.
+# order is that of execution.
 
 
 _BYTES: dict[str, float] = {
@@ -492,9 +492,8 @@ def predict_round(text: str, topology: Topology, longest: bool = False) -> Predi
     """The time of one round of the longest loop of a program, such as one step of decoding.
 
     Most of that is to move weights, also ahead of the products that want them: these take turns on
-      the memory, at its nominal
-    bandwidth, beside everything else. (In training they hide, and are not counted, as they were not
-    for the calibration.)
+    the memory, at its nominal bandwidth, beside everything else. (In training they hide, and are
+    not counted, as they were not for the calibration.)
 
     Args:
       text: of the compiled program.

@@ -17,19 +17,18 @@ from llama_jax.planning.job import ITEMSIZES, Job
 # --- state ---
 #
 # Bytes that a training keeps between two updates: parameters, frozen weights, the state of the
-#   optimizer; closed form.
+# optimizer; closed form.
 #
 # Every matrix is split over `fsdp` times `context` times `tensor`, norms are on every chip whole:
-#   `llama_jax.parallel.sharding`.
-# A test compares with the tree and the shardings that the training step itself declares. `stored`
-# is `fsdp` times `context`.
+# `llama_jax.parallel.sharding`. A test compares with the tree and the shardings that the training
+# step itself declares. `stored` is `fsdp` times `context`.
 
 
 # Adafactor keeps sums of sequences and columns where both sides have so many; optax's
 # min_dim_size_to_factor
 _FACTORED = 128
 # The side along which a matrix is gathered, where it is not the one on the residual stream: 0 for
-#   sequences, 1 for columns.
+# sequences, 1 for columns.
 _GATHERED_SIDE = {"embedding": 0, "wo": 0, "down": 0, "wq": 1, "wk": 1, "wv": 1}
 _ONTO_STREAM = ("embedding", "wo", "down")  # matrices whose columns are the residual stream
 
@@ -187,7 +186,7 @@ _SHORT_SCORES = 512 * 512  # up to here attention keeps its scores, see `llama_j
 _ROOT_BYTES = (
     2 * 4
     # of one token and layer: both norms keep the root of the mean square, float32, whatever else is
-    #   kept
+    # kept
 )
 _SCORE_BYTES = 26  # of each: five arrays in float32, two masks, the softmax in the compute dtype
 
@@ -221,9 +220,8 @@ def saved_bytes(config: LlamaConfig, remat: str, itemsize: int, tensor: int = 1)
     and the roots in its norms.
 
     `none` keeps all that differentiation asks for, which is more than the names: both norms in
-      float32 (before and after
-    scaling) with the roots of their mean squares, the normed streams, and six arrays as wide as the
-    feed-forward layer.
+    float32 (before and after scaling) with the roots of their mean squares, the normed streams, and
+    six arrays as wide as the feed-forward layer.
 
     Args:
       config: the architecture.
@@ -320,8 +318,8 @@ ACCURACY = (
     "of both; fragmentation is not modelled"
 )
 # What is alive of the layer that the backward pass is in, over the bytes of its named activations:
-#   what one more sequence adds to a
-# compiled step beyond what is kept. TPUs: the difference of two compiled steps of 8B. Others, with
+# what one more sequence adds to a compiled step beyond what is kept. TPUs: the difference of two
+# compiled steps of 8B. Others, with
 #   attention in plain XLA:
 # compiled steps of a small model on CPUs, one and eight, which the closed form meets within 10 %.
 _IN_FLIGHT_TPU, _IN_FLIGHT, _IN_FLIGHT_ALONE = (
@@ -330,14 +328,14 @@ _IN_FLIGHT_TPU, _IN_FLIGHT, _IN_FLIGHT_ALONE = (
     2.7,
 )  # alone: on one device products take all sequences as one
 # Beyond the state, over this form: 1B with AdamW took 36.2 GB of 30.5 on a GPU, 8B with adapters
-#   asked for 36.3 of 31.7.
+# asked for 36.3 of 31.7.
 _ON_GPU = 1.17
 _LAYERS_GATHERED = 2  # the one at work and the next, whose weights are on their way
 _TABLE_COPIES = (
     8  # fitted to a compiled step of 8B with two layers, where this is the most at one time
 )
 # Copies of what an update makes of the largest array, float32, before it is added: sums over a
-#   matrix come between.
+# matrix come between.
 _UPDATE_COPIES = {"adamw": 0, "lion": 0, "adafactor": 1, "muon": 3}
 
 

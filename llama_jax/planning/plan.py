@@ -110,7 +110,7 @@ def changed(job: Job, changes: tuple[Change, ...]) -> Job | None:
 
 
 # Any chip whose figures are not known: its memory is what the job seems to need, so that it has to
-#   need less.
+# need less.
 _UNKNOWN = Chip("unknown", "TPU v5e", 0.0, 1e12, 1e11, 1e10, 0.5, "", 0, 1, 8)
 _SHARE = 0.95  # of the memory that `auto` plans with: fragmentation is in no figure
 
@@ -471,7 +471,7 @@ def _words(change: Change, job: Job) -> Iterator[str]:
 # --- advice ---
 #
 # Advice for a training that has run out of memory: what to change in its config, from the same
-#   search as a plan.
+# search as a plan.
 
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OOM when allocating", re.IGNORECASE)

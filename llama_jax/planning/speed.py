@@ -21,8 +21,8 @@ from llama_jax.planning.memory import (
 )
 
 # Bytes between chip and memory for one token and layer, forward and backward, over the bytes of its
-#   named activations: each is
-# written and read in both passes, in fused kernels (8B: 24 MB/token in all).
+# named activations: each is written and read in both passes, in fused kernels (8B: 24 MB/token in
+# all).
 _TRAFFIC = 8
 _FORWARD, _BACKWARD = (
     1,
@@ -223,7 +223,7 @@ def _data_traffic(job: Job) -> float:
 # --- decode ---
 #
 # Decoding in closed form: memory of weights and cache on a chip, bytes/step moves, the limit that
-#   they set.
+# they set.
 
 
 class DecodePlan(NamedTuple):

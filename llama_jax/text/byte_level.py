@@ -73,8 +73,7 @@ def is_bounded(pattern: str) -> bool:
     told from outside.
 
     It does if it is a known one, or if it is simple: every alternative a few characters or classes,
-      of which only the
-    last may repeat, so that a match never has to be tried again.
+    of which only the last may repeat, so that a match never has to be tried again.
     """
     return pattern in _KNOWN_PATTERNS or (
         len(pattern) <= _LONGEST_PATTERN and _SIMPLE.fullmatch(pattern) is not None
@@ -129,7 +128,7 @@ SPLIT_RULES = {
 # --- token_bytes ---
 #
 # What each token id adds to decoded text, in bytes: a character may be cut between two tokens, a
-#   byte never is.
+# byte never is.
 
 
 class TokenBytes(NamedTuple):

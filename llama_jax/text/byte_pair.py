@@ -247,9 +247,8 @@ def _declared_id(path: pathlib.Path, tokenizer: tokenizers.Tokenizer, role: str)
 #
 # Either way the pair to merge next is the one whose union ranks best, so the list holds, best union
 # first, every pair of known parts that a known token can be cut into. Of several such cuts of one
-#   token no two can ever compete: when the
-# token is about to be formed, all better merges inside it have been made, which leaves a single
-# cut.
+# token no two can ever compete: when the token is about to be formed, all better merges inside it
+# have been made, which leaves a single cut.
 
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # types of pieces
@@ -285,7 +284,7 @@ def byte_pair_from_pieces(tokenizer: SentencePieceTokenizer) -> BytePairTokenize
 
     Unused pieces keep their ids, and no text becomes one. User-defined pieces become added tokens,
     as transformers has them: where a text is encoded with a space before it, so is then what stands
-      behind such a piece.
+    behind such a piece.
 
     Raises:
       InputError: for what such a tokenizer cannot do alike: other models than byte pairs, tables of

@@ -202,9 +202,8 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, object]:
 
     Returns:
       Text, numbers and lists of them: `model`, `pre`, `tokens`, `token_type`, `scores` or `merges`,
-        `add_bos_token`,
-      `add_eos_token`, for SentencePiece `add_space_prefix`, and the ids of special tokens that
-      there are.
+      `add_bos_token`, `add_eos_token`, for SentencePiece `add_space_prefix`, and the ids of special
+      tokens that there are.
 
     Raises:
       InputError: for a tokenizer that GGUF has no name for, such as another rule of splitting

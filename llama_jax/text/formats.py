@@ -99,8 +99,7 @@ FORMATS: Mapping[str, Callable[[str | None, str | None], ChatTemplate]] = {
 def format_for(tokenizer: Tokenizer) -> ChatTemplate | None:
     """The format that a tokenizer's special tokens were made for.
 
-    `None` if they say nothing: the tokenizer of LLaMA 1 and 2 is the same for base and chat
-      models.
+    `None` if they say nothing: the tokenizer of LLaMA 1 and 2 is the same for base and chat models.
     """
     telling = (
         name
@@ -160,8 +159,8 @@ def _probe(*turns: str, system: str | None = None) -> _Probe:
 
 
 # Probes that distinguish formats: one and several messages, with and without a system message,
-#   several lines, words of templates.
-# No white space at the edges of contents: whether it is trimmed is no matter of format.
+# several lines, words of templates. No white space at the edges of contents: whether it is trimmed
+# is no matter of format.
 _PROBES = (
     _probe("Hi", system="Be brief."),
     _probe("What is 2 + 3?", "5", "And\n\nthen?", system="Answer like\na clerk."),
@@ -178,10 +177,9 @@ def recognise(template: ChatTemplate) -> str | None:
 
     Both write a set of conversations, with and without a generation prompt. The texts must be
     equal, with these liberties: a begin token in front or none (`encode_chat` puts exactly one
-      there), contents trimmed or not, and, in
-    conversations without a system message, any words in front of those of the format (a system
-    message of the template's own, such as SmolLM2's). Tools are not looked at. A template that
-    fails is none of the formats.
+    there), contents trimmed or not, and, in conversations without a system message, any words in
+    front of those of the format (a system message of the template's own, such as SmolLM2's). Tools
+    are not looked at. A template that fails is none of the formats.
     """
     return next((name for name in FORMATS if _equivalent(template, name)), None)
 

@@ -190,7 +190,7 @@ def _vocabulary(metadata: Mapping[str, object]) -> _Vocabulary:
     plain = _USER_DEFINED if typed else _NORMAL
     ordinary = (token for token, kind in zip(tokens, kinds) if kind == plain)
     # Of tokens without types only the known ones: "[0]" is a word of a vocabulary, and stands in
-    #   many a template.
+    # many a template.
     promoted = role_tokens(
         ordinary, str(metadata.get("tokenizer.chat_template", "")) if typed else ""
     )

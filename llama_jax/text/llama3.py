@@ -20,9 +20,9 @@ from llama_jax.text.byte_level import LLAMA3_PATTERN, TokenBytes, require_charac
 # Reads the tiktoken text form of a byte-pair vocabulary: a line a token, in base64, then a space
 # and its rank.
 #
-# The loader of the tiktoken library is not used: it caches files in a folder that
-#   everybody can write to and
-# answers from there. Source of the form: Meta's `tokenizer.model` of Llama 3, 128,000 such lines.
+# The loader of the tiktoken library is not used: it caches files in a folder that everybody can
+# write to and answers from there. Source of the form: Meta's `tokenizer.model` of Llama 3, 128,000
+# such lines.
 
 
 _LARGEST_FILE = 32 << 20  # Llama 3's has 2.1 MiB

@@ -379,7 +379,7 @@ def _characters(value: object) -> int:
 # --- meter ---
 #
 # What a chat template costs: every step is charged, and every value its size, before anything walks
-#   over it.
+# over it.
 
 
 _BUDGET = 1 << 24

@@ -19,7 +19,7 @@ from llama_jax.text.sentencepiece import SentencePieceTokenizer, load_sentence_p
 # --- added tokens ---
 #
 # Tokens that lie beside a SentencePiece model: `added_tokens.json`, or `added_tokens_decoder` in
-#   `tokenizer_config.json`.
+# `tokenizer_config.json`.
 #
 # Source: transformers 5, whose ids these are: text is cut at added tokens, and each stretch is
 #   encoded on its own; it begins a

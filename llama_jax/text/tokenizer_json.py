@@ -1,10 +1,9 @@
 """Opens a `tokenizer.json` that nobody vouches for.
 
 The library runs what the file describes: regular expressions that take for ever, replacements that
-  make a text grow
-without end, padding to four billion tokens; and it aborts on some contradictions. So the parts are
-held against a list of what LLaMA's relatives use, in sizes that bound time and memory, before the
-library sees the file.
+make a text grow without end, padding to four billion tokens; and it aborts on some contradictions.
+So the parts are held against a list of what LLaMA's relatives use, in sizes that bound time and
+memory, before the library sees the file.
 """
 
 import json

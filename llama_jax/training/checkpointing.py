@@ -29,7 +29,7 @@ from llama_jax.weights.checkpoint import Checkpoints, SaveError, list_steps
 from llama_jax.weights.load import RUN_CHECKPOINTS
 
 # free space that is asked for, in sizes of a state: the old checkpoint goes only when the new one
-#   is there
+# is there
 _ROOM = 2.2
 
 
@@ -65,7 +65,7 @@ class Saver:
         self._looked = False  # at the room on the disk
         self._running = False  # whether a save has begun of which no failure is known
         # Other hosts may not know of a failure, and a save is made by all or by none: they wait for
-        #   the next that is due.
+        # the next that is due.
         self._alone = jax.process_count() == 1
         self._in_a_sequence = 0  # failures since the last save that went well
         self._again: int | None = None  # the step after which a save that failed is tried again
@@ -114,7 +114,7 @@ class Saver:
             self.failures += 1
             self._in_a_sequence += 1
             # After 1, 2, 4, ... steps: a full disk stays full for a while, and a save that fails
-            #   costs time too.
+            # costs time too.
             self._again = step + 2 ** min(self._in_a_sequence - 1, 20) if self._alone else None
             times = f" ({self._in_a_sequence} in a row)" if self._in_a_sequence > 1 else ""
             self._say(f"warning: {error}{times}")
@@ -236,8 +236,8 @@ def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
 
 # --- changed settings ---
 #
-# A run resumed with other settings: the changes, their effect on the learning rate, and the
-#   configs before it.
+# A run resumed with other settings: the changes, their effect on the learning rate, and the configs
+# before it.
 
 
 _OWN = ("distributed.", "run.dir", "run.overwrite")  # of the program, not of the run

@@ -52,7 +52,7 @@ class RunConfig:
         saved and ended after the step in which it is over; null for no limit.
       hang_seconds: a run without an update for this time, or for ten times as long as an update
         takes, whichever is longer, is taken to hang: it writes down all stacks and exits with
-          status 3; 0 never.
+        status 3; 0 never.
       trackers: where metrics go beside `metrics.jsonl`: some of tensorboard, wandb, trackio, each
         an extra to install.
       profile: `FIRST:LAST`, steps to trace (they take longer) into `dir/profile`, as in 10:15; also

@@ -177,7 +177,7 @@ def _revision() -> dict[str, str]:
 # --- replicas ---
 #
 # Copies of the same numbers on several devices, compared: where they differ, a device computes
-#   wrongly.
+# wrongly.
 
 
 class Difference(NamedTuple):

@@ -241,7 +241,7 @@ def _cross_entropy_forward(
         start = (_zero_sums(), jnp.zeros(head.shape, jnp.float32))
         pieces = _cut(features, targets, weights, chunk)
         # The last chunk by itself: the cast of the head's gradient is then a part of its product,
-        #   not another pass over it.
+        # not another pass over it.
         before, last = (
             jax.tree.map(lambda x, part=part: x[part], pieces) for part in (slice(-1), -1)
         )

@@ -168,7 +168,7 @@ def mean_loss(
 #
 # Rows come in pairs, sequence `2i` the chosen and sequence `2i + 1` the rejected answer, with
 # weights on the tokens of the answers. What the policy is compared with is the model without its
-#   adapters: the same arrays, not a second copy.
+# adapters: the same arrays, not a second copy.
 
 
 def preference_objective(beta: float) -> Objective:

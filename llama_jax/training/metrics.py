@@ -252,10 +252,10 @@ def _plain(value: Metric) -> Metric:
 # --- trackers ---
 #
 # Where the numbers of a run go beside its metrics file: TensorBoard, Weights & Biases, trackio;
-#   each by an extra.
+# each by an extra.
 #
 # Training never fails because of them: a missing package is reported before the run begins, a
-#   failure later is warned of once.
+# failure later is warned of once.
 
 
 _PROJECT = "llama_jax"
@@ -336,7 +336,7 @@ class WeightsAndBiases:
             settings=quiet,
         )
         # A step of our own: W&B's only ever grows, and steps done again after a crash would be
-        #   thrown away.
+        # thrown away.
         self._run.define_metric("*", step_metric=_STEP)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -2,9 +2,9 @@
 2.3), Adafactor, Lion, Muon.
 
 They have no learning rate: their updates are multiplied by the schedule in the training step,
-  decoupled weight decay included,
-so that the learning rate of an update depends on its step alone. What Adafactor and Muon do to a
-matrix they do to the matrix of every layer, whether the layers are stacked or not.
+decoupled weight decay included, so that the learning rate of an update depends on its step alone.
+What Adafactor and Muon do to a matrix they do to the matrix of every layer, whether the layers are
+stacked or not.
 """
 
 from collections.abc import Callable, Mapping
@@ -155,8 +155,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     """Learning rate of update number `count` (from 0).
 
     It rises linearly to the peak: the first update already has a learning rate, the last of the
-      warm-up has the peak. Then it
-    falls to `final_fraction` of the peak, which the last update has: `cosine` and `linear` from the
+    warm-up has the peak. Then it falls to `final_fraction` of the peak, which the last update has:
+    `cosine` and `linear` from the
       warm-up on, `wsd` (warm-up,
     stable, decay; arXiv:2404.06395) in the last `decay_fraction` of the steps, by 1 - sqrt, which
     was the best of the shapes compared in arXiv:2405.18392. `config.decay_from`, where it is not 0,

@@ -186,7 +186,7 @@ def flops_per_token(config: TrainConfig) -> int:
 # --- profile ---
 #
 # A trace of some updates: what host and devices do in them, for whoever looks for time that is
-#   lost.
+# lost.
 
 
 RUN_PROFILE = "profile"  # in the directory of a run

@@ -38,7 +38,7 @@ from llama_jax.weights.assemble import unstack
 from llama_jax.weights.checkpoint import Checkpoints
 
 # Largest relative difference of a loss or gradient norm: rounding in another order, with room to
-#   spare.
+# spare.
 BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2}
 GROUPS = ("mesh", "accumulation", "layers", "remat", "attention", "documents", "resume")
 _LENGTH = 288  # more than one block of the blockwise attention

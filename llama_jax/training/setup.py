@@ -129,7 +129,7 @@ def frozen_parameters(
 # --- identity ---
 #
 # What a run is, as its checkpoints say it: resuming with another model, tokenizer or data order is
-#   refused.
+# refused.
 
 
 # Keys in the metadata of checkpoints for contents whose place alone a config names.
@@ -220,7 +220,7 @@ def require_same_base(saved: dict | None, made_from: dict | None, directory: Pat
     far.
 
     The model may have moved: its weights are compared. Checkpoints of earlier versions name only
-      its place.
+    its place.
 
     Args:
       saved: metadata of the checkpoint, if there is one.

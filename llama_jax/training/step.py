@@ -113,7 +113,7 @@ def preempted(step: int) -> bool:
 # --- guard ---
 #
 # The guard inside an update: where loss or gradient are not finite, or a spike, nothing changes but
-#   the count of steps.
+# the count of steps.
 #
 # It is a part of the training state, so its memory is saved and restored with everything
 # else, bit by bit.
@@ -320,8 +320,8 @@ def summed_gradients(
     """Summed loss and its gradient over micro-batches `[A, B, T]`, added up one after the other.
 
     Sums, not means: dividing once by the targets of the whole batch weights every token alike,
-      whatever the split. What several
-    micro-batches add up to is float32, whatever the type of the parameters.
+    whatever the split. What several micro-batches add up to is float32, whatever the type of the
+    parameters.
     """
 
     def loss(

@@ -27,7 +27,7 @@ from llama_jax.training.metrics import Metric
 HUNG = 3  # exit status
 
 # Allowance for other work, as a multiple of the time of an update: nobody knows beforehand how long
-#   it will be.
+# it will be.
 _ALLOWANCE: Mapping[str, float] = {"compile": 12, "eval": 12, "save": 6}
 _TYPICAL = 10  # times the median time of an update that are never a hang
 _WINDOW = 64  # updates whose median is used
@@ -207,7 +207,7 @@ def _write_stacks(path: Path, line: str) -> None:
 # --- heartbeat ---
 #
 # A small file that says how far a run is, for whoever watches from outside: `{"step": 40, "time":
-#   ..., "loss": 2.31}`.
+# ..., "loss": 2.31}`.
 
 
 RUN_HEARTBEAT = "heartbeat.json"  # in the directory of a run

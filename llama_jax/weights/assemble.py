@@ -31,14 +31,14 @@ from llama_jax.weights.source import (
 Form = Literal["stacked", "unrolled"]
 
 # What becomes of an array of the tree when it is there: from its path in the tree and the array to
-#   what takes its place.
+# what takes its place.
 Finish = Callable[[str, jax.Array], PyTree]
 
 Unchecked = Any  # an argument of any type, which is looked at first
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # columns copied at a time: a transposed copy in strips stays in the cache and is 3 to 7 times as
-#   fast
+# fast
 _STRIP = 64
 _ALIGNMENT = 64  # bytes; what XLA's CPU client asks of an array that it is to use without a copy
 

@@ -1,9 +1,8 @@
 """Our own checkpoints: written atomically by Orbax, checked by us.
 
 Orbax commits a checkpoint whole or not at all, but it does not look at the content: a flipped bit
-  in a data file is
-restored as a wrong weight, and a wrong dtype is cast, without a word. So each checkpoint carries a
-manifest that is compared before a restore and recomputed after it.
+in a data file is restored as a wrong weight, and a wrong dtype is cast, without a word. So each
+checkpoint carries a manifest that is compared before a restore and recomputed after it.
 
 On disk, `DIRECTORY/STEP/state` holds the arrays and `DIRECTORY/STEP/meta` the manifest with the
 caller's metadata. A checkpoint found damaged becomes `STEP.corrupt`; nothing is ever deleted but
@@ -157,7 +156,7 @@ def newest_whole(
 
 
 # What a file system or device reports when it is not the files that are wrong: never a reason to
-#   give a checkpoint up.
+# give a checkpoint up.
 _NOT_DAMAGE = (
     "PERMISSION_DENIED",
     "RESOURCE_EXHAUSTED",
@@ -256,7 +255,7 @@ class Checkpoints:
         """Raises `SaveError` once a save in the background is known to have failed; never waits.
 
         With several processes it is known at the next save: they could not agree without waiting
-          for each other.
+        for each other.
         """
         if self._hosts.count == 1 and not self._manager.is_saving_in_progress():
             self.wait()

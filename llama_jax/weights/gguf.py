@@ -75,7 +75,7 @@ def config_from_gguf(file: GgufFile) -> LlamaConfig:
     """The architecture of a LLaMA stored as GGUF.
 
     Numbers that the file holds in float32 become the shortest decimal of that float32: 1e-5, not
-      9.99999974e-06.
+    9.99999974e-06.
 
     Raises:
       InputError: naming the key, for another architecture, a missing or wrong value, or a key whose

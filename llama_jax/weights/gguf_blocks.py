@@ -109,7 +109,7 @@ def iq4_xs(blocks: np.ndarray, weights: np.ndarray) -> None:
     """
     weights[:] = UNEVEN[_unpacked(blocks[:, 8:], 16, _HALVES, 15)]
     # Scales in the order of the weights: the low half of a byte before its high half, the lowest
-    #   two bits first.
+    # two bits first.
     scales = (
         _unpacked(blocks[:, 4:8], 1, _HALVES, 15) | _unpacked(blocks[:, 2:4], 1, _QUARTERS, 3) << 4
     )

@@ -30,7 +30,7 @@ from llama_jax.weights.source import Shape, Source, file_shapes, flat_shapes, or
 # --- gguf write ---
 #
 # Writing a GGUF file, version 3: typed metadata, a record a tensor, and the tensors one after the
-#   other.
+# other.
 #
 # Source: the GGUF specification of the ggml project.
 
@@ -39,7 +39,7 @@ _VERSION = 3
 _ALIGNMENT = 32
 
 # Metadata types by the type in Python: number and `struct` letter. Ids and counts are unsigned; a
-#   list may have any sign.
+# list may have any sign.
 _SINGLE = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}
 _LISTED = _SINGLE | {int: (5, "i")}
 _TEXT, _LIST = 8, 9

@@ -20,7 +20,7 @@ from llama_jax.weights.source import flag, quotient, real, shown, whole
 # A weight in 8-bit floats has a scale beside it, `weight_scale` or `weight_scale_inv` (both are
 # multiplied with): one number for the tensor, one an output channel, or one a block. Scales of
 # activations and of the cache are left aside, since this project quantizes neither: the logits are
-#   those of the weights alone.
+# those of the weights alone.
 #
 # Sources: transformers (`finegrained_fp8`, `fbgemm_fp8`), compressed-tensors (format
 #   `float-quantized`).
@@ -186,11 +186,11 @@ def dequantized(weight: np.ndarray, scale: np.ndarray, scheme: Mapping[str, Any]
 # --- hugging face describe ---
 #
 # What a Hugging Face directory says about a model beside its weights: configuration, generation,
-#   model card.
+# model card.
 #
 # `config.json` is written for transformers 4 and 5 alike: version 4 reads `rope_theta`,
-#   `rope_scaling` and `torch_dtype`,
-# version 5 `rope_parameters` and `dtype`. Both spellings are there and say the same.
+# `rope_scaling` and `torch_dtype`, version 5 `rope_parameters` and `dtype`. Both spellings are
+# there and say the same.
 
 
 # transformers' only use of it is to initialize new weights; this is the standard deviation that it
@@ -411,7 +411,7 @@ _NEUTRAL: dict[str, object] = {
 }
 
 # Known keys that change no logit: tokens, generation, training, book-keeping of transformers and of
-#   other tools.
+# other tools.
 _HARMLESS = {
     "_attn_implementation",
     "_attn_implementation_autoset",

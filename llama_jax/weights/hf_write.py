@@ -201,7 +201,7 @@ def layered_places(source: Source) -> list[Place]:
     """The tensors of all layers: layer by layer, the order of use; those of a run path by path.
 
     A checkpoint of ours holds all layers of a parameter in one array: so that each is read once,
-      and one at a time.
+    and one at a time.
     """
     inner = source.source if isinstance(source, WatchedSource) else source
     paths = [path for path in flat_shapes(source.config) if path.startswith("layers/")]

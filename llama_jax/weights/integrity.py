@@ -35,7 +35,7 @@ def checksums(tree: PyTree) -> dict[str, str]:
     """Checksum of every array of a tree, as 16 hexadecimal digits.
 
     The value is part of the format of our checkpoints: the same on every device, sharding and
-      version of JAX.
+    version of JAX.
 
     Args:
       tree: arrays with elements of 1, 2, 4 or 8 bytes.

@@ -75,7 +75,7 @@ _OTHERS = {
 }
 
 # Context of models that nobody published, by the base of their rotary embedding: LLaMA 1, Llama 3,
-#   Code Llama.
+# Code Llama.
 _CONTEXTS = {1e4: 2048, 5e5: 8192, 1e6: 16384}
 _SCALED = PRESETS[
     "llama3.1-8b"

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # `hf`).
 #
 # What the client is told by the environment holds here too: where the cache is, whether to stay
-#   offline, who is asking.
+# offline, who is asking.
 
 
 _NAME = re.compile(r"([a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
@@ -88,7 +88,7 @@ def names_model(path: pathlib.Path) -> bool:
     `@revision` or without.
 
     A path into a folder that is there is a path: a slip of the pen in it asks nobody on the
-      network.
+    network.
     """
     return (
         _NAME.fullmatch(path.as_posix()) is not None

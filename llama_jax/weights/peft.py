@@ -52,8 +52,8 @@ from llama_jax.weights.source import (
 # words of their description.
 #
 # What is targeted need not be read from `target_modules`, which may be a regular expression: the
-#   tensors say it. Only the keys of
-# `alpha_pattern` are matched with names, since they decide about scales.
+# tensors say it. Only the keys of `alpha_pattern` are matched with names, since they decide about
+# scales.
 #
 # Source: PEFT (`tuners/tuners_utils.py`, `utils/other.py`, `utils/save_and_load.py`).
 

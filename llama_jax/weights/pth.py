@@ -29,9 +29,8 @@ from llama_jax.weights.source import blamed_on, mapped, shown
 # where they lie.
 #
 # A reader of its own because the archive may be hostile: every count and extent is checked against
-#   the bytes there are, no
-# entry lies over another, and nothing of the archive is unpacked. Only the end of the file, the
-# directory and the header in front of each entry are read.
+# the bytes there are, no entry lies over another, and nothing of the archive is unpacked. Only the
+# end of the file, the directory and the header in front of each entry are read.
 #
 # Source: PKWARE's APPNOTE.TXT 6.3 (records 4.3.7, 4.3.12, 4.3.14 to 4.3.16, extra field 0x0001).
 

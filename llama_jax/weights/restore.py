@@ -35,7 +35,7 @@ from llama_jax.weights.integrity import by_path, fold_part, groups, nest
 _PARAMETERS = "params"  # the subtree of a state that inference needs
 
 # What becomes of a parameter that has been read: from its path and the array to what takes its
-#   place in the tree, by path.
+# place in the tree, by path.
 Place = Callable[[str, Array], Mapping[str, PyTree]]
 
 _TOGETHER = 16 << 20  # bytes of small arrays that are read at a time
@@ -56,8 +56,7 @@ def restore_parameters(
 
     Nothing in the directory is changed, so a run may be writing to it. One array after the other,
     or several small ones, are read, verified, cast and placed: beside the result, no more than the
-      largest of them is in memory. Damage that shows late
-    begins anew with an older one.
+    largest of them is in memory. Damage that shows late begins anew with an older one.
 
     Args:
       directory: as for `Checkpoints.open`.
@@ -132,7 +131,7 @@ def _parameter_groups(directory: Path, step: int) -> list[list[str]]:
 # --- slices ---
 #
 # The arrays of a checkpoint layer by layer, read and verified in slices: no more than one layer of
-#   one of them is in memory.
+# one of them is in memory.
 #
 # Checkpoints are written a layer a chunk (`layer_chunks`), so that a slice is all that a read takes
 # from the files. In those of older versions a chunk holds all layers; they are read all the same,

@@ -1,8 +1,7 @@
 """The tensors of a safetensors file, as views of the mapped file.
 
 The library checks the header: no holes, no overlaps, nothing outside. The bytes are mapped here,
-  since the library copies
-each tensor once more than needed.
+since the library copies each tensor once more than needed.
 
 Source: the format's own description; eight bytes hold the length of a JSON header, the tensors'
   bytes follow it.
@@ -119,9 +118,8 @@ def _damage_named(what: str) -> Iterator[None]:
 #
 # The safetensors library writes a file from all of its tensors at once; here they pass by, so that
 # a model of any size needs the memory of one tensor. The format: eight bytes with the length of the
-#   header, little-endian; the header, a JSON object
-# from names to dtype, shape and place, padded with spaces; then the tensors without gaps, in the
-# order of their places.
+# header, little-endian; the header, a JSON object from names to dtype, shape and place, padded with
+# spaces; then the tensors without gaps, in the order of their places.
 
 
 INDEX = "model.safetensors.index.json"
@@ -135,7 +133,7 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 8
 # written at a time: a transposed copy in strips stays in the cache, and the cast needs no second
-#   tensor
+# tensor
 _ROWS = 64
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _PREFIXES = ("", "K", "M", "G", "T")

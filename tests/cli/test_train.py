@@ -476,7 +476,7 @@ def test_a_disk_that_fails_is_told_and_training_goes_on(run, undisturbed):
     # Metrics and config fit under the limit, which stands for a full disk; checkpoints do not.
     fixed = ("--optimizer.schedule_steps", str(STEPS))  # the very programs of the other run
     # Compiled programs are read, but none is written: the cache must not be left with halves of
-    #   them.
+    # them.
     environment = child_environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     shutil.copytree(f"{undisturbed.run.dir}/data", f"{run.run.dir}/data")
     with start_train(arguments(run, "--run.steps", "12", *fixed), env=environment) as process:

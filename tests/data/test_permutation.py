@@ -55,7 +55,7 @@ def test_first_images_are_uniform_over_seeds():
 
 def test_order_is_part_of_the_format():
     # Golden values, from plain Python integers: whoever changes them changes what every resumed
-    #   training reads.
+    # training reads.
     assert order(13, seed=0).tolist() == GOLDEN_13
     assert permute(np.arange(5), 10**12, seed=1234, epoch=7).tolist() == GOLDEN_LARGE
 

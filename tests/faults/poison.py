@@ -2,9 +2,8 @@
 and the program with them.
 
 `python poison.py WHAT WHERE train ...` is the command line with faults: WHAT is `nan:3-5` (data
-  steps) or `nan-at:3-5` (steps
-of the run, whatever they read), WHERE the moment to be killed at: `before-discard`, `after-discard`
-or `never`.
+steps) or `nan-at:3-5` (steps of the run, whatever they read), WHERE the moment to be killed at:
+`before-discard`, `after-discard` or `never`.
 """
 
 import os

@@ -15,7 +15,7 @@ from llama_jax.weights.assemble import stack
 from llama_jax.weights.load import Pretrained, load
 
 # As templates of reasoning models do: thoughts of earlier turns are left out, and the number of
-#   messages is in front.
+# messages is in front.
 REWRITES = (
     "{{ messages | length }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{{ message.content[:3] if message.role == 'assistant' and not loop.last else "

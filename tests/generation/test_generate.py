@@ -21,7 +21,7 @@ from llama_jax.parallel.sharding import TRAINING, tree_shardings
 CONFIG = dataclasses.replace(TINY, layers=2, vocab_size=98)  # which meshes divide
 PARAMS = unrolled_parameters(CONFIG)
 # Most tests run these five, with 12 to 24 new tokens, or the first of them, with 12: the same
-#   programs.
+# programs.
 PROMPTS = [
     np.random.default_rng(length).integers(0, 98, length).tolist() for length in (6, 17, 5, 40, 9)
 ]

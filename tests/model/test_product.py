@@ -110,7 +110,7 @@ def test_no_wide_copy_of_the_weights(form):
     the matrix.
 
     In a loop, as in decoding: what does not change from turn to turn may be widened once, before
-      it.
+    it.
     """
     axis = int("table" in form)
     held = jnp.asarray(drawn(1024, 1024))

@@ -34,7 +34,7 @@ def kept_by_differentiation(remat: str, dtype: str, attention: str) -> float:
     sequences and layers share.
 
     On a mesh: on one device each product has its input flattened, which tracing takes for an array
-      of its own.
+    of its own.
     """
     options = ModelOptions(dtype=dtype, remat=remat, attention=attention)
     layer, positions = (

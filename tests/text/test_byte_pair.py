@@ -181,7 +181,7 @@ def test_llama2s_tokenizer_json(
                 == library.encode("<s>" + text, add_special_tokens=False).ids[1:]
             )
         # Metaspace adds no space before one that is there, and the decoder then takes that one
-        #   away: so does the library's.
+        # away: so does the library's.
         ids = ours.encode(text)
         assert ours.decode([1, *ids, 2]) == library.decode(ids) or "\ufffd" in library.decode(ids)
         assert ours.decode(ids).lstrip(" ") == text.replace("▁", " ").lstrip(" ")

@@ -129,7 +129,7 @@ BOMBS = {
 }
 
 # In a process of its own: no type checks of the test run that slow it down, little memory, and a
-#   bound on its time.
+# bound on its time.
 RUNNER = """
 import json, random, re, resource, sys, time
 from llama_jax.errors import InputError

@@ -155,7 +155,7 @@ HOSTILE = {
 
 # In a process of its own, where no type checks of the test run slow it down, with an address space
 # too small for a template that makes something large: the refusal would then be a MemoryError, and
-#   say so.
+# say so.
 PROBE = """
 import json, resource, sys, time
 from llama_jax.errors import InputError

@@ -2,8 +2,7 @@
 kernels it starts.
 
 The text is that of a scheduled program: an instruction outside of fusions is a kernel, its result
-  is in device memory
-unless the layout says `S(n)`, which is memory on the chip.
+is in device memory unless the layout says `S(n)`, which is memory on the chip.
 """
 
 import re
@@ -61,7 +60,7 @@ class Program(hlo.Program):
         whole.
 
         Without those that the compiler itself moved onto the chip and writes back: whether it pays
-          is its own reckoning.
+        is its own reckoning.
         """
         kernels = self.kernels(self.loop())
         back = {

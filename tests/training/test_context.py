@@ -94,7 +94,7 @@ FORMS = [
 ]
 # Context beside each other axis (tensor below) and of each size, fsdp of 2 and 4, tensor of 8. What
 # the test of the step has besides: data, fsdp and tensor beside each other; and that of the
-#   cross-entropy: fsdp of 8.
+# cross-entropy: fsdp of 8.
 QUICK = (
     ((1, 2, 4, 1), "all_gather"),
     ((1, 2, 4, 1), "ring"),

@@ -167,7 +167,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(case):
     np.testing.assert_array_equal(guard.losses[:3], [figures[0].loss, figures[3].loss, 0])
     np.testing.assert_array_equal(guard.norms[:3], [figures[0].grad_norm, figures[3].grad_norm, 0])
     # As if the bad batches had never come: the rate is constant here, and nothing else knows of
-    #   them.
+    # them.
     assert leaves(states[4].params, states[4].optimizer) == leaves(
         without[2].params, without[2].optimizer
     )

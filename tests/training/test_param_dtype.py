@@ -69,7 +69,7 @@ def test_an_update_is_that_of_float32_rounded(name):
     """From the same numbers and the same gradient: nothing between the two roundings is narrow.
 
     Operation by operation: inside of one program the compiler may contract products and sums of one
-      form and not of the other.
+    form and not of the other.
     """
     narrow, wide = recipe(name, "bfloat16"), recipe(name, "float32")
     state = fresh_state(narrow)

@@ -81,7 +81,7 @@ def test_loss_figures_and_gradient_equal_the_formula():
             np.testing.assert_allclose(metrics.more[name], np.mean(values), rtol=1e-3, atol=1e-4)
         assert metrics.targets == real / 2
         # The chain rule with slopes in float64: -beta sigmoid(-margin) for chosen sequences, the
-        #   opposite for rejected ones.
+        # opposite for rejected ones.
         slope = BETA / (1 + np.exp(given)) / len(given)
         slopes = np.zeros(8, np.float32)
         slopes[:real] = np.stack([-slope, slope], axis=1).reshape(-1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 # A plain LLaMA with unequal widths everywhere, so that a swapped axis shows: V 96, D 64, L 2, N 4,
-#   K 2, H 32, F 160.
+# K 2, H 32, F 160.
 METADATA = {
     "llama.block_count": 2,
     "llama.context_length": 128,

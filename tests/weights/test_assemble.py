@@ -161,9 +161,8 @@ def test_trees_outlive_the_file(write_gguf, tensors):
 
 
 # Which mesh axes cut which dimension of a matrix in training: parallel.sharding's table, written
-#   out.
-# Rows and columns by mesh axes; matrices that are gathered for use are split along one side, by
-# rows or by columns.
+# out. Rows and columns by mesh axes; matrices that are gathered for use are split along one side,
+# by rows or by columns.
 BOTH = ("tensor", "fsdp")
 CUTS = {
     "embedding": (BOTH, ()),
@@ -243,7 +242,7 @@ def loader():
     """A process of its own that loads one model after the other."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     # Arrays have pages of their own, which go back when they are freed: holes in the heap are no
-    #   memory that loading needs.
+    # memory that loading needs.
     allocation = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **allocation}
     with subprocess.Popen([sys.executable, "-c", CHILD], env=environment, **pipes) as process:
