@@ -97,7 +97,7 @@ def make_parser(prog: str) -> OptionParser:
         type=count,
         default=1000,
         metavar="N",
-        help="stop all the same if more than N are bad",
+        help="stop if more than N records are bad",
     )
     return parser
 

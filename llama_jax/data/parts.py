@@ -1,9 +1,10 @@
-"""Sources in parts: what one worker reads, encodes and writes at a time.
+"""Parts of the sources: the unit of work of `prepare`, read, encoded and written by one worker.
 
-A part is a range of lines of one large file, one whole file, or some neighboring small files. The
-parts depend on the sources alone, so the result is the same for any number of workers. A part's key
-names its files, their sizes and times of change, and the settings: a resumed run takes over every
-part whose key is the same and encodes the others, so a file that was mended costs its own parts.
+A part is a range of lines of one large file, one whole file, or a group of consecutive small files.
+The parts depend on the sources alone, so the result is the same for any number of workers. A part's
+key is a hash of the names, sizes and modification times of its files and of the settings. A resumed
+run keeps every part whose key has not changed and encodes the others, so a file that was edited
+costs only its own parts.
 """
 
 import base64
@@ -29,8 +30,8 @@ from llama_jax.errors import CorruptError, InputError
 from llama_jax.storage import atomic_write
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-SIDES = ("train", "held_out")
-TRAIN, HELD_OUT = SIDES
+SPLITS = ("train", "held_out")
+TRAIN, HELD_OUT = SPLITS
 
 LEAST_BYTES = 4 << 20  # of a part, unless the shards are smaller
 _MOST_PARTS = 512  # where the shards are large enough
@@ -42,12 +43,12 @@ Report = Callable[[int], None]
 
 
 class Part(NamedTuple):
-    """What is encoded at a time.
+    """A range of lines of one file, or whole files, encoded together.
 
     Attributes:
-      files: neighboring files; one if a range is given.
-      stats: size and time of change (ns) of each, when the work began.
-      places: number of each among the sources of its name: two folders may have files alike.
+      files: consecutive files; one if a range is given.
+      stats: size and modification time (ns) of each, when the work began.
+      places: number of each among the sources of the same name: two folders may have files alike.
       start: of a range of a file with one record a line: lines that begin at this byte or later.
       stop: and before this one; `None` for whole files.
     """
@@ -67,7 +68,7 @@ class Part(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What all parts of one result have in common; small enough to be sent to a process.
+    """Settings shared by all parts of one result; small enough to be sent to a process.
 
     Attributes:
       directory: where finished parts are kept until the result is whole.
@@ -78,7 +79,7 @@ class Job(NamedTuple):
       tokenizer_sha256: of the tokenizer's files.
       key: hash of all settings that the tokens depend on.
       skip: whether bad records are left out and listed.
-      most_bad: bad records at which the work stops all the same.
+      most_bad: limit of bad records, beyond which the work stops.
     """
 
     directory: Path
@@ -92,24 +93,24 @@ class Job(NamedTuple):
     most_bad: int = 0
 
     def part_key(self, part: Part) -> str:
-        """Names a part and all that its tokens depend on."""
+        """Identifies a part and everything that its tokens depend on."""
         names = [file.name for file in part.files]
         values = [self.key, names, part.places, part.stats, part.start, part.stop]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
     def shard_identity(self, part: Part, name: str) -> str:
-        """What the header of a shard says about its sources: equal input gives equal files."""
+        """`sources_sha256` of a shard's header: equal input gives equal files."""
         sizes = [(file.name, size) for file, (size, _) in zip(part.files, part.stats)]
         values = [self.key, sizes, part.places, part.start, part.stop, name]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def path(self, key: str, name: str) -> Path:
-        """A file of a finished part; few lie in one folder."""
+        """A file of a finished part, in one of 256 folders."""
         return self.directory / key[:2] / f"{key}{name}"
 
 
 class Done(NamedTuple):
-    """A finished part.
+    """The record of a finished part.
 
     Attributes:
       key: of `Job.part_key`.
@@ -117,10 +118,10 @@ class Done(NamedTuple):
       first: place of its first record.
       dropped: records without anything to learn from.
       bad: place and reason of each record that was left out.
-      sources: SHA-256 of the bytes that were read of each file.
-      shards: by side; `file` is the end of the name in the folder of parts.
+      sources: SHA-256 of the bytes read of each file.
+      shards: by split; `file` is the end of the name in the folder of parts.
       crc32: of the tokens of each shard.
-      counts: of the tokens, by side: base64 of compressed 64-bit numbers, and the largest token.
+      counts: token counts by split: base64 of compressed 64-bit numbers, and the largest token.
     """
 
     key: str
@@ -133,11 +134,11 @@ class Done(NamedTuple):
     crc32: list[int]
     counts: dict[str, tuple[str, int]]
 
-    def token_counts(self, side: str) -> TokenCounts | None:
-        """The counts of one side; `None` without tokens."""
-        if side not in self.counts:
+    def token_counts(self, split: str) -> TokenCounts | None:
+        """The counts of one split; `None` without tokens."""
+        if split not in self.counts:
             return None
-        packed, largest = self.counts[side]
+        packed, largest = self.counts[split]
         return TokenCounts(
             np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.int64), largest
         )
@@ -150,11 +151,11 @@ def plan_parts(
 
     Args:
       files: the sources.
-      stats: size and time of change (ns) of each.
-      shard_tokens: at which a shard ends; a part has not many more tokens.
+      stats: size and modification time (ns) of each.
+      shard_tokens: at which a shard ends; a part rarely has more tokens.
     """
     total = sum(size for size, _ in stats)
-    # A power of two, so that a file that was mended does not move the borders of all others.
+    # A power of two, so that editing one file does not move the borders in all others.
     wanted = max(LEAST_BYTES, 1 << (total // _MOST_PARTS).bit_length())
     most = max(1, min(wanted, _BYTES_PER_TOKEN * shard_tokens))
     seen: collections.Counter[str] = collections.Counter()
@@ -176,8 +177,8 @@ def plan_parts(
 
     for number, (file, (size, _)) in enumerate(zip(files, stats)):
         if size < most // 2:
-            # Where a group ends depends on names too: after a file that has changed its size the
-            # groups soon are those of before.
+            # Groups also end at certain names, so that after a file of another size they soon fall
+            # back in step with the earlier groups.
             group.append(number)
             held += size
             if held >= most or (held >= most // 4 and zlib.crc32(file.name.encode()) % 4 == 0):
@@ -197,7 +198,7 @@ def plan_parts(
 
 
 def has_lines(path: Path) -> bool:
-    """Whether a file is JSON lines that can be read from any of them on."""
+    """Whether a file is JSON lines, so that reading can start at any line."""
     if kind_of(path) != "json" or compression_of(path) or path.suffix.lower() == ".json":
         return False
     with contextlib.suppress(OSError), path.open("rb") as file:
@@ -206,20 +207,22 @@ def has_lines(path: Path) -> bool:
 
 
 def read_done(job: Job, key: str) -> Done:
-    """What was written down about a finished part."""
+    """The record of a finished part."""
     values = json.loads(job.path(key, ".json").read_bytes())
-    shards = {side: [ShardEntry(*e) for e in entries] for side, entries in values["shards"].items()}
+    shards = {
+        split: [ShardEntry(*e) for e in entries] for split, entries in values["shards"].items()
+    }
     return Done(**{**values, "shards": shards})
 
 
 def finished_part(job: Job, part: Part) -> Done | None:
-    """A part that an earlier call finished: its shards have the sizes, and by their headers the
-    content, that were written down. They are not read.
+    """The record of a part that an earlier call finished, if its shards are there with the recorded
+    sizes and checksums, by their headers. The shards are not read.
     """
     key = job.part_key(part)
     try:
         done = read_done(job, key)
-        entries = [entry for side in SIDES for entry in done.shards[side]]
+        entries = [entry for split in SPLITS for entry in done.shards[split]]
         for entry, crc32 in zip(entries, done.crc32, strict=True):
             path = job.path(key, entry.file)
             written = path.stat().st_size, TokenFile.header_of(path).tokens_crc32
@@ -231,19 +234,19 @@ def finished_part(job: Job, part: Part) -> Done | None:
 
 
 def make_encode(job: Job) -> Callable[[Part, Report], None]:
-    """What a process does with each part."""
+    """The work of a process, called with each part."""
     tokenizer = load_tokenizer(job.encoder.tokenizer_path)
     return lambda part, report: encode_part(job, part, tokenizer, report)
 
 
 def encode_part(job: Job, part: Part, tokenizer: Tokenizer, report: Report) -> None:
-    """Encodes a part into shards, and writes down in the end that it is finished.
+    """Encodes a part into shards, and records at the end that it is finished.
 
     Args:
       job: the settings.
       part: of the sources.
       tokenizer: of `job.encoder`.
-      report: takes the bytes of the sources that were read since its last call.
+      report: called with the bytes of the sources read since its last call.
 
     Raises:
       InputError: naming file and line of a record that cannot be read or encoded.
@@ -252,7 +255,7 @@ def encode_part(job: Job, part: Part, tokenizer: Tokenizer, report: Report) -> N
     key, reported = job.part_key(part), 0
     job.path(key, "").parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        sides = {side: stack.enter_context(_Shards(job, part, side)) for side in SIDES}
+        splits = {split: stack.enter_context(_Shards(job, part, split)) for split in SPLITS}
         for record in reader.records():
             if reader.passed >= reported + _REPORT_EVERY:
                 report(reader.passed - reported)
@@ -261,12 +264,12 @@ def encode_part(job: Job, part: Part, tokenizer: Tokenizer, report: Report) -> N
                 reader.dropped += 1
                 continue
             documents: list[Document] = []
-            with reader.naming(record.name):
+            with reader.blame_line(record.name):
                 documents = encode_record(record, tokenizer, job.encoder.template)
             if documents:
-                side = HELD_OUT if is_held_out(record.key, job.held_out) else TRAIN
-                sides[side].add(record.kind, documents)
-        for shards in sides.values():
+                split = HELD_OUT if is_held_out(record.key, job.held_out) else TRAIN
+                splits[split].add(record.kind, documents)
+        for shards in splits.values():
             shards.close()
     if any(stat_source(file) != stat for file, stat in zip(part.files, part.stats)):
         raise InputError(
@@ -280,11 +283,11 @@ def encode_part(job: Job, part: Part, tokenizer: Tokenizer, report: Report) -> N
         dropped=reader.dropped,
         bad=reader.bad,
         sources=reader.digests(),
-        shards={side: shards.entries for side, shards in sides.items()},
-        crc32=[crc for shards in sides.values() for crc in shards.crc32],
+        shards={split: shards.entries for split, shards in splits.items()},
+        crc32=[crc for shards in splits.values() for crc in shards.crc32],
         counts={
-            side: (_packed(shards.counts), shards.counts.largest)
-            for side, shards in sides.items()
+            split: (_packed(shards.counts), shards.counts.largest)
+            for split, shards in splits.items()
             if shards.counts is not None
         },
     )
@@ -299,13 +302,13 @@ def _packed(counts: TokenCounts) -> str:
 
 
 def stat_source(file: SourceFile) -> tuple[int, int]:
-    """Size and time of change in ns."""
+    """Size and modification time (ns)."""
     stat = file.path.stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 class _Shards:
-    """The shards of one side of a part; a context manager that removes one that is not finished.
+    """The shards of one split of a part; a context manager that removes an unfinished one.
 
     Attributes:
       entries: finished shards.
@@ -313,8 +316,8 @@ class _Shards:
       counts: of the tokens in them; `None` without any.
     """
 
-    def __init__(self, job: Job, part: Part, side: str) -> None:
-        self._job, self._part, self._side, self._key = job, part, side, job.part_key(part)
+    def __init__(self, job: Job, part: Part, split: str) -> None:
+        self._job, self._part, self._split, self._key = job, part, split, job.part_key(part)
         self._stack = contextlib.ExitStack()
         self._writer: TokenWriter | None = None
         self._bytes = 0
@@ -330,7 +333,7 @@ class _Shards:
 
     @property
     def _name(self) -> str:
-        return f"-{self._side}-{len(self.entries)}.tokens"
+        return f"-{self._split}-{len(self.entries)}.tokens"
 
     def add(self, kind: Kind, documents: Sequence[Document]) -> None:
         """Appends the documents of one record; they stay in one shard."""
@@ -371,7 +374,7 @@ class PartReader:
       first: place of the first record.
       dropped: records without anything to learn from, counted by the caller.
       bad: place and reason of each record that was left out.
-      passed: bytes of the sources that were read.
+      passed: bytes of the sources read so far.
     """
 
     def __init__(self, part: Part, skip: bool = False, most_bad: int = 0) -> None:
@@ -382,7 +385,7 @@ class PartReader:
         self.bad: list[tuple[str, str]] = []
 
     def digests(self) -> list[str]:
-        """SHA-256 of the bytes that were read of each file."""
+        """SHA-256 of the bytes read of each file."""
         return [digest.hexdigest() for digest in self._digests]
 
     def records(self) -> Iterator[Record]:
@@ -396,7 +399,7 @@ class PartReader:
             for row in self._rows(file, digest):
                 self.passed += row.nbytes
                 record = None
-                with self.naming(row.place):
+                with self.blame_line(row.place):
                     record = parse_row(row, file)
                 if record is None:
                     continue
@@ -412,8 +415,8 @@ class PartReader:
                 yield record
 
     @contextlib.contextmanager
-    def naming(self, place: str) -> Iterator[None]:
-        """Takes a record that is bad off the block's hands, where bad records are skipped."""
+    def blame_line(self, place: str) -> Iterator[None]:
+        """Names the line of an error in the block; with `skip`, lists the record instead."""
         try:
             yield
         except InputError as error:
@@ -451,7 +454,7 @@ class PartReader:
 
 
 def _read_lines(path: Path, start: int, stop: int, digest: Any) -> Iterator[Row]:
-    """The lines that begin in a range of bytes, numbered from the range's first."""
+    """The lines that begin in a range of bytes, numbered from 1 at the start of the range."""
     try:
         with path.open("rb", buffering=_READ_AT_ONCE) as file:
             if start:
@@ -486,7 +489,7 @@ def _lines_before(path: Path, start: int) -> int:
 
 
 def part_digests(part: Part) -> list[str]:
-    """SHA-256 of the bytes of each file of a part, read anew."""
+    """SHA-256 of the bytes of each file of a part, by reading them."""
     digests = [hashlib.sha256() for _ in part.files]
     for file, digest in zip(part.files, digests):
         if part.stop is None:

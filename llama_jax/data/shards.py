@@ -19,7 +19,7 @@ from typing import NamedTuple
 from llama_jax.data.held_out import EXPECTED, held_out_share, is_held_out_amount
 from llama_jax.data.parts import (
     HELD_OUT,
-    SIDES,
+    SPLITS,
     TRAIN,
     Done,
     Job,
@@ -54,7 +54,7 @@ from llama_jax.text.chat import ChatTemplate
 from llama_jax.text.tokenizer import load_tokenizer
 
 PARTS = "parts"  # folder of finished parts, until the result is whole
-_SEEN = "sources.json"  # sizes and times of change of the sources of a finished result
+_SEEN = "sources.json"  # sizes and modification times of the sources of a finished result
 _RENAMES = "renames.json"
 _SHARE = "held_out.json"
 
@@ -69,10 +69,10 @@ class Settings(NamedTuple):
         number of tokens; `None` is the smaller of 1 % and 10M tokens.
       shard_tokens: at which a shard ends; its last document is whole. A part of the sources ends
         its shards too.
-      workers: processes; changes nothing in the result.
+      workers: processes; the result does not depend on them.
       fields: for fields of a record, their names in the files; a part of the names of the sources.
       bad_records: `stop` at the first record that cannot be read or encoded, or `skip` and list it.
-      most_bad_records: number of bad records at which the work stops all the same.
+      most_bad_records: limit of bad records, beyond which the work stops.
     """
 
     held_out: float | None = None
@@ -155,7 +155,7 @@ def prepare_set(
 
 @contextlib.contextmanager
 def _cleaned_up(directory: Path, made: bool) -> Iterator[None]:
-    """Leaves nothing of work that fails before a part is finished."""
+    """Removes everything if the work fails before a part is finished."""
     try:
         yield
     except BaseException:
@@ -173,10 +173,8 @@ def _job(
     directory: Path, encoder: Encoder, share: float, settings: Settings
 ) -> tuple[Job, str | None]:
     """The settings of all parts, and the hash of the template."""
-    tokenizer, tokenizer_sha256 = (
-        load_tokenizer(encoder.tokenizer_path),
-        hash_tokenizer(encoder.tokenizer_path),
-    )
+    tokenizer = load_tokenizer(encoder.tokenizer_path)
+    tokenizer_sha256 = hash_tokenizer(encoder.tokenizer_path)
     template = None
     if encoder.template is not None:
         template = hashlib.sha256(repr(encoder.template).encode()).hexdigest()
@@ -221,7 +219,7 @@ def _share(
 def _encode(
     job: Job, parts: Sequence[Part], workers: int, on_progress: OnProgress
 ) -> tuple[list[Done], int]:
-    """All parts, finished; and how many shards an earlier call had finished."""
+    """The records of all parts, and the number of shards that an earlier call had finished."""
     found = [_without_counts(finished_part(job, part)) for part in parts]
     kept = sum(len(entries) for done in found if done for entries in done.shards.values())
     total = sum(part.nbytes for part in parts)
@@ -244,7 +242,7 @@ def _encode(
 
 
 def _without_counts(done: Done | None) -> Done | None:
-    """A finished part as it is kept in memory: counts have a number for each token."""
+    """The record without its counts, which have a number for each token of the vocabulary."""
     return None if done is None else done._replace(counts={})
 
 
@@ -259,7 +257,9 @@ def _work(
 ) -> Iterator[int]:
     """Numbers of parts as they are finished, in order."""
     make = functools.partial(make_encode, job)
-    if workers == 1 or not missing:
+    if not missing:
+        return
+    if workers == 1:
         passed = before
 
         def report(amount: int) -> None:
@@ -268,10 +268,9 @@ def _work(
             passed += amount
             on_progress("encode", passed, total)
 
-        encode = make() if missing else None
+        encode = make()
         for number in missing:
-            if encode is not None:
-                encode(parts[number], report)
+            encode(parts[number], report)
             yield number
         return
     last: Part | None = None
@@ -286,7 +285,7 @@ def _work(
         except WorkerDied:
             where = "at the beginning" if last is None else f"after {last.files[-1].path}"
             raise InputError(
-                f"{where} a process that encodes ended without a word (out of memory?); the same "
+                f"{where} a worker process ended without an error (out of memory?); the same "
                 "command resumes with what is missing, --workers 1 needs the least memory"
             ) from None
     on_progress("encode", total, total)
@@ -318,31 +317,31 @@ def _finish(
 ) -> Manifest:
     """Puts the shards into their places and writes the manifest."""
     renames: list[tuple[str, str]] = []
-    entries: dict[str, list[ShardEntry]] = {side: [] for side in SIDES}
+    entries: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for each in done:
-        for side in SIDES:
-            for entry in each.shards[side]:
-                name = f"{side}-{len(entries[side]):05d}.tokens"
+        for split in SPLITS:
+            for entry in each.shards[split]:
+                name = f"{split}-{len(entries[split]):05d}.tokens"
                 path = job.path(each.key, entry.file).relative_to(directory)
                 renames.append((str(path), name))
-                entries[side].append(entry._replace(file=name))
+                entries[split].append(entry._replace(file=name))
     if not entries[TRAIN]:
         raise InputError(
             "no document to train on in these sources; give text, or a smaller --held-out"
         )
     with atomic_write(job.directory / _RENAMES) as file:
         file.write(json.dumps(renames).encode())
-    for left in (path for side in SIDES for path in directory.glob(f"{side}-*.tokens")):
+    for left in (path for split in SPLITS for path in directory.glob(f"{split}-*.tokens")):
         left.unlink()
     for old, new in renames:
         (directory / old).rename(directory / new)
     counts = []
-    for side in SIDES:
-        if not entries[side]:
+    for split in SPLITS:
+        if not entries[split]:
             continue
-        whole = _sum_counts(each.token_counts(side) for each in _reread(job, parts))
-        path = directory / f"{side}_counts.json"
-        write_counts(path, whole, f"{job.key} {side}")
+        whole = _sum_counts(each.token_counts(split) for each in _reread(job, parts))
+        path = directory / f"{split}_counts.json"
+        write_counts(path, whole, f"{job.key} {split}")
         counts.append(CountsEntry(path.name, path.stat().st_size, file_sha256(path)))
     bad = [record for each in done for record in each.bad]
     if bad:
@@ -395,7 +394,7 @@ def _sum_counts(counts: Iterator[TokenCounts | None]) -> TokenCounts:
 
 
 def _undo_renames(directory: Path) -> None:
-    """Puts shards back where a call that was killed at its very end took them from."""
+    """Moves shards back into the folder of parts, if a call was killed while moving them."""
     path = directory / PARTS / _RENAMES
     if not path.exists():
         return
@@ -416,8 +415,8 @@ def _require_same(
     parts: Sequence[Part],
     on_progress: OnProgress,
 ) -> None:
-    """Refuses a finished folder of other input. Sources with the sizes and times of change of then
-    are not read again.
+    """Refuses a finished folder of other input. Sources whose sizes and modification times have not
+    changed are not read again.
 
     Raises:
       InputError: if it was made of other settings or sources.
@@ -443,7 +442,7 @@ def _require_same(
 
 
 def _digests(parts: Sequence[Part], on_progress: OnProgress) -> list[str]:
-    """The digests of the sources, read anew."""
+    """The digests of the sources, by reading them."""
     total, passed, found = sum(part.nbytes for part in parts), 0, []
     for part in parts:
         found.append((part, part_digests(part)))

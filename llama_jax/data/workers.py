@@ -40,7 +40,7 @@ _AHEAD = 3  # items a process may be ahead of the one that is waited for
 
 
 class WorkerDied(RuntimeError):
-    """A process that ended without a word."""
+    """A process that ended without an error."""
 
 
 class Workers(Generic[Item, Result]):
@@ -84,7 +84,7 @@ class Workers(Generic[Item, Result]):
           on_amount: called now and then with the amount of work done so far.
 
         Raises:
-          WorkerDied: if a process ended without a word.
+          WorkerDied: if a process ended without an error.
           Exception: the error of the work, at its turn.
         """
         source = iter(items)

@@ -224,5 +224,5 @@ def test_worker_that_dies_is_an_error(tmp_path, lines, tiny_directory):
         os.kill(children[-1], signal.SIGKILL)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "ended without a word" in errors
+    assert "ended without an error" in errors
     assert not (tmp_path / "out" / "manifest.json").exists()
