@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data import parts as parts_module
+from llama_jax.data import shards as shards_module
 from llama_jax.data.parts import plan_parts
 from llama_jax.data.prepare import read_tokenizer_files
 from llama_jax.data.records import is_held_out, list_files, read_records, standard_library
@@ -258,6 +259,76 @@ def test_bad_records_stop_or_are_listed(tmp_path, text, workers):
         "not JSON",
         "fields txt given, text",
     ]
+
+
+@pytest.mark.usefixtures("many_parts")
+@pytest.mark.parametrize("bad", [(3, 4, 5), (3, 60, 90)], ids=["in one part", "over all parts"])
+def test_too_many_bad_records_stop_the_work(tmp_path, text, bad):
+    values = [json.dumps({"text": f"line {i}"}) for i in range(100)]
+    for number in bad:
+        values[number] = "{"
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(values) + "\n")
+    settings = {"bad_records": "skip", "most_bad_records": 2}
+    with pytest.raises(InputError, match=rf"a\.jsonl:{bad[2] + 1}: .*more than 2 bad records"):
+        prepare(path, tmp_path / "out", text, **settings)
+    assert prepare(path, tmp_path / "two", text, bad_records="skip", most_bad_records=3)
+
+
+@pytest.mark.usefixtures("many_parts")
+def test_other_kinds_in_other_parts_are_refused(tmp_path, text):
+    paths = [
+        write_lines(tmp_path / "a.jsonl", [{"text": f"line {i}" * 9} for i in range(20)]),
+        write_lines(tmp_path / "b.jsonl", [{"prompt": "q" * 300, "completion": "a" * 300}]),
+    ]
+    for workers in (1, 2):
+        with pytest.raises(InputError, match=r"b\.jsonl:1: chat given, but the first .* was text"):
+            prepare(paths, tmp_path / f"{workers}", text, workers=workers)
+
+
+@pytest.mark.usefixtures("many_parts")
+@pytest.mark.parametrize("harm", ["another size", "another content", "missing"])
+def test_a_finished_shard_that_is_not_as_it_was_is_written_again(tmp_path, lines, text, harm):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(lines, out, text, interrupt_after(3))
+    first, second, *_ = sorted(out.glob("parts/*/*-train-*.tokens"))
+    if harm == "another size":
+        first.write_bytes(first.read_bytes() + b"0")
+    elif harm == "another content":
+        first.write_bytes(second.read_bytes().ljust(first.stat().st_size, b"0"))
+    else:
+        first.unlink()
+    prepare(lines, out, text)
+    prepare(lines, tmp_path / "fresh", text)
+    assert snapshot(out) == snapshot(tmp_path / "fresh")
+
+
+@pytest.mark.usefixtures("many_parts")
+def test_killed_at_the_very_end_nothing_is_encoded_again(tmp_path, lines, text, monkeypatch):
+    """All shards were in their places, but not the manifest."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", lambda *given: interrupt_after(1)("encode", 0, 0))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(lines, out, text)
+    moved = len(list(out.glob("*.tokens")))
+    assert moved > 3
+    monkeypatch.setattr(parts_module, "encode_part", None)
+    assert prepare(lines, out, text).kept == moved
+    assert len(TokenSet.open(out).train.entries) + len(TokenSet.open(out).held_out.entries) == moved
+
+
+@pytest.mark.usefixtures("many_parts")
+def test_parts_made_by_another_rule_of_begin_tokens_are_not_kept(
+    tmp_path, lines, text, monkeypatch
+):
+    """The rule is this program's: files of the tokenizer do not show that it has changed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "encode_text", lambda tokenizer, text: [0, 1])
+        with pytest.raises(KeyboardInterrupt):
+            prepare(lines, tmp_path / "out", text, interrupt_after(3))
+    assert prepare(lines, tmp_path / "out", text).kept == 0
 
 
 def test_work_that_fails_at_once_leaves_nothing(tmp_path, text):

@@ -15,6 +15,7 @@ import llama_jax
 from llama_jax.cli.main import run_verb
 from llama_jax.cli.train import main as train
 from llama_jax.errors import InputError
+from llama_jax.model.lora import combine, init_adapters
 from llama_jax.training.config import RunConfig, TrainConfig
 from llama_jax.training.config_sections import (
     AdapterConfig,
@@ -180,6 +181,25 @@ def test_new_tokens_are_trained_beside_adapters_and_nothing_else_moves(tmp_path,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, after)
     with pytest.raises(InputError, match="merge them"):
         run_verb(["adapters", "export", str(tmp_path / "run"), str(tmp_path / "apart")])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_forward_pass_adds_what_was_trained(tiny_model, tied):
+    """To the last entries of embedding and head, as NumPy adds it."""
+    model = llama_jax.load(tiny_model(tied), form="stacked")
+    params, config = model.params, model.config
+    adapters = init_adapters(jax.random.key(0), config, 2, ("wq",), 3)
+    change = np.random.default_rng(0).normal(size=(3, config.dim)).astype(np.float32)
+    adapters["new_tokens"] = {"inputs": jnp.asarray(change)}
+    wanted = {**params, "embedding": np.array(params["embedding"])}
+    wanted["embedding"][-3:] += change
+    if not tied:
+        adapters["new_tokens"]["outputs"] = jnp.asarray(2 * change.T)
+        wanted["head"] = np.array(params["head"])
+        wanted["head"][:, -3:] += 2 * change.T
+    tokens = jnp.asarray([[1, config.vocab_size - 1, 5, config.vocab_size - 3]])
+    got = llama_jax.logits(combine(params, adapters, 1.0), tokens, config)
+    np.testing.assert_allclose(got, llama_jax.logits(wanted, tokens, config), atol=1e-5)
 
 
 @pytest.mark.parametrize(
