@@ -78,8 +78,8 @@ def table(results: Mapping[str, Figures]) -> list[str]:
     return [
         head,
         *[
-            "  ".join([f"{file:{width}}", *[f"{_shown(v):>15}" for v in sequence.values()]])
-            for file, sequence in results.items()
+            "  ".join([f"{file:{width}}", *[f"{_shown(v):>15}" for v in row.values()]])
+            for file, row in results.items()
         ],
     ]
 

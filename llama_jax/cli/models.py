@@ -188,7 +188,7 @@ def _finish(options: argparse.Namespace) -> "Finish":
 
 
 def _group(*widths: int) -> int:
-    """The largest group of weights, up to 32, into which sequences of all these widths can be
+    """The largest group of weights, up to 32, into which rows of all these widths can be
     divided.
     """
     groups = [

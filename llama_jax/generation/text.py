@@ -184,7 +184,7 @@ class _Row:
         added, used = "", 0
         for token in new.token_ids:
             used += 1
-            # A model may have more sequences than its tokenizer has tokens (padding); a token
+            # A model may have more entries than its tokenizer has tokens (padding); a token
             # sampled from these has no text.
             known = token < self._vocab_size
             added += self._watch.push(self._decoder.push(token)) if known else ""

@@ -186,7 +186,7 @@ class Llama(nn.Module):
 
     def _head(self) -> tuple[Weight, int]:
         """The output head gathered for use, and the axis of it that meets the features: a tied
-        table has sequences for columns.
+        table has rows for columns.
         """
         name = "embedding" if self.config.tied_head else "head"
         return gather_weight(getattr(self, name), name, self.options), int(self.config.tied_head)

@@ -61,7 +61,7 @@ _GATHERED = (
     "context",
 )  # mesh axes that hold parts of the weights and compute with whole ones
 # Parts that are gathered should follow each other in memory: of others a TPU makes a copy, every
-# time. So matrices are split by sequences where they are stored, and these three, whose columns are
+# time. So matrices are split by rows where they are stored, and these three, whose columns are
 # gathered, are used transposed (`Attention`).
 USED_TRANSPOSED = ("wq", "wk", "wv")
 
@@ -101,7 +101,7 @@ def stored_spec(
 
 
 def gathered_side(name: str) -> int | None:
-    """The side along which a matrix is split where it is stored: -2 for sequences, -1 for columns;
+    """The side along which a matrix is split where it is stored: -2 for rows, -1 for columns;
     `None` for anything but a matrix.
     """
     if len(PARAMETER_AXES.get(name, ())) < 2:

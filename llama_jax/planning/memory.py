@@ -24,11 +24,11 @@ from llama_jax.planning.job import ITEMSIZES, Job
 # step itself declares. `stored` is `fsdp` times `context`.
 
 
-# Adafactor keeps sums of sequences and columns where both sides have so many; optax's
+# Adafactor keeps sums of rows and columns where both sides have so many; optax's
 # min_dim_size_to_factor
 _FACTORED = 128
 # The side along which a matrix is gathered, where it is not the one on the residual stream: 0 for
-# sequences, 1 for columns.
+# rows, 1 for columns.
 _GATHERED_SIDE = {"embedding": 0, "wo": 0, "down": 0, "wq": 1, "wk": 1, "wv": 1}
 _ONTO_STREAM = ("embedding", "wo", "down")  # matrices whose columns are the residual stream
 
@@ -166,14 +166,14 @@ def _moments(array: Array, optimizer: str, mean: float) -> Iterator[float]:
 
 
 def _factored_size(array: Array) -> float:
-    """Numbers that Adafactor keeps: sums over sequences and over columns, or all squares; and a
+    """Numbers that Adafactor keeps: sums over rows and over columns, or all squares; and a
     number for each part left out.
     """
     factored = len(array.shape) == 2 and min(array.shape) >= _FACTORED
     if not factored:
         return array.size + 2 * array.layers
-    (sequences, columns), (first, second) = array.shape, array.ways
-    return array.layers * (sequences / first + columns / second + 1)
+    (rows, columns), (first, second) = array.shape, array.ways
+    return array.layers * (rows / first + columns / second + 1)
 
 
 # --- remat ---

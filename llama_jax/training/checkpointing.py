@@ -67,7 +67,7 @@ class Saver:
         # Other hosts may not know of a failure, and a save is made by all or by none: they wait for
         # the next that is due.
         self._alone = jax.process_count() == 1
-        self._in_a_sequence = 0  # failures since the last save that went well
+        self._consecutive = 0  # failures since the last save that went well
         self._again: int | None = None  # the step after which a save that failed is tried again
         self.failures = 0
 
@@ -86,7 +86,7 @@ class Saver:
         if not self._looked:
             self._look(state)
         if self._running:  # and so has ended well
-            self._in_a_sequence = 0
+            self._consecutive = 0
         if self._attempt(step, lambda: self._checkpoints.save(step, state, self._metadata())):
             self._running, self._again = True, None
 
@@ -112,11 +112,11 @@ class Saver:
         except SaveError as error:
             self._running = False
             self.failures += 1
-            self._in_a_sequence += 1
+            self._consecutive += 1
             # After 1, 2, 4, ... steps: a full disk stays full for a while, and a save that fails
             # costs time too.
-            self._again = step + 2 ** min(self._in_a_sequence - 1, 20) if self._alone else None
-            times = f" ({self._in_a_sequence} in a row)" if self._in_a_sequence > 1 else ""
+            self._again = step + 2 ** min(self._consecutive - 1, 20) if self._alone else None
+            times = f" ({self._consecutive} consecutive failures)" if self._consecutive > 1 else ""
             self._say(f"warning: {error}{times}")
             return False
         return True
@@ -217,21 +217,21 @@ class Summary(NamedTuple):
 
 
 def summary_lines(summary: Summary, seconds: float) -> dict[str, str]:
-    """A summary as the sequences of the display's last table."""
-    sequences = {"steps": f"{summary.step} of {summary.steps}", "time": duration(seconds)}
+    """A summary as the rows of the display's last table."""
+    rows = {"steps": f"{summary.step} of {summary.steps}", "time": duration(seconds)}
     if summary.evaluation:
-        sequences["held-out"] = summary.evaluation.line()
+        rows["held-out"] = summary.evaluation.line()
     if summary.evaluation and summary.unigram is not None:
-        sequences["unigram"] = f"{summary.unigram:.4f} nats/token (the entropy to beat)"
+        rows["unigram"] = f"{summary.unigram:.4f} nats/token (the entropy to beat)"
     if summary.skipped or summary.rewinds:
-        sequences["skipped"] = (
+        rows["skipped"] = (
             f"{summary.skipped} steps that went wrong; went back {summary.rewinds} times"
         )
     if summary.failed_saves:
-        sequences["checkpoints"] = f"{summary.failed_saves} could not be written" + (
+        rows["checkpoints"] = f"{summary.failed_saves} could not be written" + (
             "" if summary.saved else ", the last among them"
         )
-    return sequences | summary.goodput.lines()
+    return rows | summary.goodput.lines()
 
 
 # --- changed settings ---

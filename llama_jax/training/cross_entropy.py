@@ -28,7 +28,7 @@ class _Axes(NamedTuple):
       tokens: those of batch and length.
       length: those of length alone.
       vocab: those of the head's columns.
-      kept: those of `tokens` over which the head's gradient is left split, by sequences.
+      kept: those of `tokens` over which the head's gradient is left split, by rows.
     """
 
     tokens: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ def _over_devices(work: Callable, rules: Rules, outputs: str, *given: Array) -> 
 
 
 def _whole_head_gradient(d_head: Array, axes: _Axes) -> Array:
-    """The sum of all devices' gradients of the head, left split by sequences where its weight
+    """The sum of all devices' gradients of the head, left split by rows where its weight
     is.
     """
     if axes.kept:

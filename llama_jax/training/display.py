@@ -274,10 +274,10 @@ def pack(texts: Sequence[str], width: int) -> list[str]:
     return lines
 
 
-def table(sequences: Mapping[str, str]) -> list[str]:
+def table(rows: Mapping[str, str]) -> list[str]:
     """Names and values in two columns."""
-    width = max(map(len, sequences), default=0)
-    return [f"{name:<{width}}  {value}" for name, value in sequences.items()]
+    width = max(map(len, rows), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in rows.items()]
 
 
 def glyphs_of(encoding: str | None) -> Glyphs:

@@ -528,7 +528,7 @@ class Samples:
             return
         file = self._file()
         for prompt, sequence in zip(self._prompts, sequences):
-            # The model may have more sequences than the tokenizer has tokens; those have no text.
+            # The model may have more entries than the tokenizer has tokens; those have no text.
             text = self._tokenizer.decode(
                 [token for token in sequence.token_ids if token < self._tokenizer.vocab_size]
             )

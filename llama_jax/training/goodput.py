@@ -44,10 +44,10 @@ class Goodput(NamedTuple):
         return self.useful / self.wall if self.wall > 0 else None
 
     def lines(self) -> dict[str, str]:
-        """The sequences of a table."""
+        """The rows of a table."""
         if self.share is None:
             return {}
-        sequences = {
+        rows = {
             "goodput": f"{self.share:.1%}: {duration(self.useful)} in updates that were kept, of "
             f"{duration(self.wall)} "
             f"since the start of the run ({self.starts} start{'s' if self.starts != 1 else ''})"
@@ -58,7 +58,7 @@ class Goodput(NamedTuple):
             for name, seconds in spent.items()
             if seconds / self.wall >= 0.0005
         ]
-        return sequences | ({"other time": ", ".join(told)} if told else {})
+        return rows | ({"other time": ", ".join(told)} if told else {})
 
 
 class Ledger:

@@ -215,13 +215,13 @@ def array_figures(
         return params, gradients
 
     params, gradients = jax.device_get(jax.jit(measured)(state, batch, *frozen))
-    sequences = []
+    rows = []
     for path, of_parameter in params.items():
         for layer, figures in enumerate(np.concatenate([of_parameter, gradients[path]], axis=1)):
             name = path.replace("layers/", f"layers/{layer}/", 1) if _is_stacked(path) else path
             norm, bad, gradient_norm, gradient_bad = map(float, figures)
-            sequences.append(ArrayFigures(name, norm, int(bad), gradient_norm, int(gradient_bad)))
-    return sequences
+            rows.append(ArrayFigures(name, norm, int(bad), gradient_norm, int(gradient_bad)))
+    return rows
 
 
 def _is_stacked(path: str) -> bool:
@@ -267,14 +267,7 @@ def write_postmortem(
     if jax.process_index():
         return folder
     folder.mkdir(exist_ok=True)
-    broken = next(
-        (
-            sequence.path
-            for sequence in arrays
-            if sequence.not_finite or sequence.gradient_not_finite
-        ),
-        None,
-    )
+    broken = next((row.path for row in arrays if row.not_finite or row.gradient_not_finite), None)
     with atomic_write(folder / "report.json") as file:
         file.write(
             (
@@ -282,11 +275,11 @@ def write_postmortem(
             ).encode()
         )
     with atomic_write(folder / "arrays.tsv") as file:
-        for sequence in (ArrayFigures._fields, *arrays):
+        for row in (ArrayFigures._fields, *arrays):
             file.write(
                 (
                     "\t".join(
-                        f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in sequence
+                        f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row
                     )
                     + "\n"
                 ).encode()

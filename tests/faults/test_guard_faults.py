@@ -261,14 +261,14 @@ def test_what_does_not_end_ends_the_run_with_a_report(make, monkeypatch):
     # What those steps read was left out each time, and the last three have read what follows.
     assert report["skip_steps"] == [[6, 14]]
     assert [one["data_step"] for one in report["skipped"]] == [15, 16, 17]
-    sequences = [line.split("\t") for line in (folder / "arrays.tsv").read_text().splitlines()]
-    assert sequences[0] == ["path", "norm", "not_finite", "gradient_norm", "gradient_not_finite"]
+    rows = [line.split("\t") for line in (folder / "arrays.tsv").read_text().splitlines()]
+    assert rows[0] == ["path", "norm", "not_finite", "gradient_norm", "gradient_not_finite"]
     assert {"embedding", "layers/0/attention/wq", "layers/1/attention/wq"} <= {
-        sequence[0] for sequence in sequences
+        row[0] for row in rows
     }
     embedding = np.asarray(read_state(config, 4).params["embedding"])
-    sequence = next(sequence for sequence in sequences if sequence[0] == "embedding")
-    assert sequence[2:] == ["0", "nan", str(embedding.size)]
+    row = next(row for row in rows if row[0] == "embedding")
+    assert row[2:] == ["0", "nan", str(embedding.size)]
 
     # It is remembered: the same command gives up at once, and one that starts anew forgets.
     with pytest.raises(DivergedError, match="step 9: "):

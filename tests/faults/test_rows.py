@@ -1,5 +1,5 @@
 """The catalogue of faults and the contract name tests that exist; the tests of this folder say
-which of its sequences they are.
+which of its rows they are.
 """
 
 import ast
@@ -11,9 +11,9 @@ from tiny_runs import ROOT
 
 
 @pytest.mark.parametrize(
-    ("sequence", "test"), [(sequence, test) for sequence, tests in ROWS.items() for test in tests]
+    ("row", "test"), [(row, test) for row, tests in ROWS.items() for test in tests]
 )
-def test_a_sequence_names_a_test(sequence, test):
+def test_a_row_names_a_test(row, test):
     file, _, name = test.partition("::")
     functions = {
         node.name: node
@@ -23,8 +23,8 @@ def test_a_sequence_names_a_test(sequence, test):
     assert name in functions
     if file.startswith("tests/faults/"):
         numbers = re.match(r"([\d, ]+)[,:]", ast.get_docstring(functions[name]) or "")
-        assert numbers, f"{test} does not begin with the numbers of its sequences"
-        assert sequence.split()[0] in numbers[1].split(", ")
+        assert numbers, f"{test} does not begin with the numbers of its rows"
+        assert row.split()[0] in numbers[1].split(", ")
 
 
 def test_the_contract_names_tests_that_exist():

@@ -80,7 +80,7 @@ def test_documents_equal_float64(length, width, kind):
 
 
 @pytest.mark.parametrize("mask", MASKS[:4])
-def test_the_sequence_of_the_table_is_right(mask):
+def test_the_row_of_the_table_is_right(mask):
     """`tests/model/test_conformance.py` shows it."""
     assert ROWS["cudnn"][MASKS.index(mask)] == EQUAL
     arrays, numbers = draw(LENGTH, 128), documents_of(mask)

@@ -1,7 +1,7 @@
 """Backends of attention against float64, mask by mask, forward and backward; docs/performance.md
 shows the same table.
 
-`python tests/model/test_conformance.py` prints the table. Its sequence of GPUs is checked on one by
+`python tests/model/test_conformance.py` prints the table. Its row of GPUs is checked on one by
 tests/gpu/test_gpu_attention.py.
 """
 
@@ -53,12 +53,12 @@ WHERE = {
 
 def table() -> str:
     head = ["backend", *MASKS, "where"]
-    sequences = [[name, *cells, WHERE.get(name, "CPU")] for name, cells in ROWS.items()]
+    rows = [[name, *cells, WHERE.get(name, "CPU")] for name, cells in ROWS.items()]
     return "\n".join(
         [
             f"| {' | '.join(head)} |",
             f"|{'---|' * len(head)}",
-            *[f"| {' | '.join(sequence)} |" for sequence in sequences],
+            *[f"| {' | '.join(row)} |" for row in rows],
         ]
     )
 

@@ -23,16 +23,16 @@ UNEVEN = dataclasses.replace(
 )
 
 
-def sequences() -> dict[str, list[str]]:
+def rows() -> dict[str, list[str]]:
     """The cells after the name, by rung."""
     cells = [
         [cell.strip() for cell in line.strip("| \n").split("|")]
         for line in PAGE.read_text("utf8").splitlines()
     ]
     return {
-        sequence[0].strip("`"): sequence[1:]
-        for sequence in cells
-        if len(sequence) == 6 and sequence[0].strip("`") in REMAT_POLICIES
+        row[0].strip("`"): row[1:]
+        for row in cells
+        if len(row) == 6 and row[0].strip("`") in REMAT_POLICIES
     }
 
 
@@ -54,13 +54,13 @@ def value(text: str, config: LlamaConfig) -> int:
 
 
 def test_the_table_has_every_rung_in_order():
-    assert tuple(sequences()) == REMAT_POLICIES
+    assert tuple(rows()) == REMAT_POLICIES
 
 
 @pytest.mark.parametrize("config", [EIGHT, UNEVEN], ids=["8b", "uneven"])
 @pytest.mark.parametrize("rung", REMAT_POLICIES)
-def test_a_sequence_is_what_the_plan_reckons_with(rung, config):
-    kept, numbers, again, kilobytes, share = sequences()[rung]
+def test_a_row_is_what_the_plan_reckons_with(rung, config):
+    kept, numbers, again, kilobytes, share = rows()[rung]
     roots = 16 if rung == "none" else 8  # of the mean squares in two norms
     beside = 4 * config.heads * ("context" in saved_names(rung)) + roots  # logsumexp
     assert saved_bytes(config, rung, 2) == 2 * value(numbers, config) + beside

@@ -59,16 +59,16 @@ def adafactor(config: OptimizerConfig) -> Direction:
     As in all implementations, small matrices and vectors (here a side below 128) keep the square of
     every entry.
     """
-    sequences, columns, v, t = 0.0, 0.0, 0.0, 0
+    rows, columns, v, t = 0.0, 0.0, 0.0, 0
 
     def direction(g, p):
-        nonlocal sequences, columns, v, t
+        nonlocal rows, columns, v, t
         t += 1
         decay, square = 1 - t**-0.8, g * g + 1e-30
         if g.ndim == 2 and min(g.shape) >= 128:
-            sequences = decay * sequences + (1 - decay) * square.sum(axis=1)
+            rows = decay * rows + (1 - decay) * square.sum(axis=1)
             columns = decay * columns + (1 - decay) * square.sum(axis=0)
-            mean_square = np.outer(sequences, columns) / sequences.sum()
+            mean_square = np.outer(rows, columns) / rows.sum()
         else:
             v = decay * v + (1 - decay) * square
             mean_square = v

@@ -74,7 +74,7 @@ def test_a_failed_save_is_tried_again(late, tried):
     assert disk.kept == [step for step in tried if step not in disk.full]
     assert saver.failures == len(lines) == len([step for step in tried if step in disk.full])
     assert lines[0] == "warning: checkpoint 10 was not written: full"
-    assert lines[1].endswith("full (2 in a row)")
+    assert lines[1].endswith("full (2 consecutive failures)")
 
 
 def test_after_a_success_it_counts_from_one_again():
