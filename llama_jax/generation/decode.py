@@ -78,7 +78,7 @@ class Rollout(NamedTuple):
 
 def sees_itself(model: Llama, length: int) -> bool:
     """Whether prefill of this length into an empty cache can use plain self-attention: not if the
-    kernel asked for takes others.
+    requested kernel does not take this length.
     """
     return model.options.attention != "splash" or fits_splash(length, model.config.head_dim)
 

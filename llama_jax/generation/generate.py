@@ -36,13 +36,13 @@ from llama_jax.model.llama import model_for
 
 
 class Speculation(NamedTuple):
-    """Speculative decoding: the sampled tokens are the same with and without it, only the speed is
-    not.
+    """Speculative decoding: the same tokens, or samples of the same distribution, at another
+    speed.
 
     Attributes:
-      tokens: tokens proposed and checked at a time.
-      draft: a generator of a smaller model with the same vocabulary; `None` proposes what followed
-        the last tokens when they occurred in the text before (prompt lookup).
+      tokens: draft tokens that are checked at a time.
+      draft: a generator of a smaller model with the same vocabulary; `None` takes the tokens that
+        followed an earlier occurrence of the last ones (prompt lookup).
     """
 
     tokens: int = 4

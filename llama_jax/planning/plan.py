@@ -181,10 +181,9 @@ def remat_candidates(
     """What `compute.remat: auto` may stand for, in the order in which to ask the compiler; the last
     need not be asked.
 
-    The policy that the run had before, then the policies that fit by the closed form, into the
-    whole memory:
-      it may be some percent too
-    large. `full` is always the last. Where the memory is not known, what was before, else `full`.
+    The policy that the run had before, then the policies that fit into the whole memory by the
+    closed form, which may be some percent too large. `full` is always the last. If the memory is
+    not known: the policy before, else `full`.
 
     Args:
       job: the training.

@@ -95,7 +95,7 @@ def dropout_at(config: AdapterConfig, seed: int, draw: Draw | None) -> Dropout |
 
 
 def base_dtype(config: AdapterConfig, model: Llama) -> str:
-    """The float type in which a base is to be loaded: the one it will have, bfloat16 where it is
+    """The float type in which a base is loaded: its type in training, or bfloat16 if it is then
     quantized.
     """
     return {"auto": model.options.dtype, "int8": "bfloat16", "int4": "bfloat16"}.get(
@@ -116,7 +116,7 @@ def frozen_parameters(
     """The base as it is held in training, on its shards.
 
     Args:
-      params: of the base, in the form of the model; no longer needed afterwards where they are made
+      params: of the base, in the form of the model; no longer needed afterwards if they are
         quantized.
       config: `base` says how the weights are held.
       model: the module that will run them.
