@@ -17,7 +17,7 @@ from llama_jax.cli.options import (
     add_run_options,
     add_sampling_options,
 )
-from llama_jax.cli.writing import Meter, Writer, note, prepare_output
+from llama_jax.cli.writing import AnswerWriter, Meter, note, prepare_output
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _complete(options: argparse.Namespace, prompts: list[str]) -> int:
         keys = sequence_keys(
             seed, sequences, start * options.samples
         )  # a text has the same random numbers, whatever its batch
-        writer = Writer(_echoed(options, prompts[batch]), options.json, options.samples)
+        writer = AnswerWriter(_echoed(options, prompts[batch]), options.json, options.samples)
         for piece in stream(
             model,
             asked[batch],

@@ -61,7 +61,7 @@ def as_json(values: Mapping[str, Any]) -> str:
         ) from None
 
 
-class Writer:
+class AnswerWriter:
     """Writes the answers of one batch in their order, each as it comes or is complete.
 
     Args:

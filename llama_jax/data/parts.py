@@ -42,7 +42,7 @@ _REPORT_EVERY = 1 << 18  # bytes of the sources
 Report = Callable[[int], None]
 
 
-class Part(NamedTuple):
+class SourcePart(NamedTuple):
     """A range of lines of one file, or whole files, encoded together.
 
     Attributes:
@@ -67,7 +67,7 @@ class Part(NamedTuple):
         return self.stop - self.start
 
 
-class Job(NamedTuple):
+class PartSettings(NamedTuple):
     """Settings shared by all parts of one result; small enough to be sent to a process.
 
     Attributes:
@@ -92,13 +92,13 @@ class Job(NamedTuple):
     skip: bool = False
     most_bad: int = 0
 
-    def part_key(self, part: Part) -> str:
+    def part_key(self, part: SourcePart) -> str:
         """Identifies a part and everything that its tokens depend on."""
         names = [file.name for file in part.files]
         values = [self.key, names, part.places, part.stats, part.start, part.stop]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
-    def shard_identity(self, part: Part, name: str) -> str:
+    def shard_identity(self, part: SourcePart, name: str) -> str:
         """`sources_sha256` of a shard's header: equal input gives equal files."""
         sizes = [(file.name, size) for file, (size, _) in zip(part.files, part.stats)]
         values = [self.key, sizes, part.places, part.start, part.stop, name]
@@ -113,7 +113,7 @@ class Done(NamedTuple):
     """The record of a finished part.
 
     Attributes:
-      key: of `Job.part_key`.
+      key: of `PartSettings.part_key`.
       kind: of its records; `None` if there are none.
       first: place of its first record.
       dropped: records without anything to learn from.
@@ -146,7 +146,7 @@ class Done(NamedTuple):
 
 def plan_parts(
     files: Sequence[SourceFile], stats: Sequence[tuple[int, int]], shard_tokens: int
-) -> list[Part]:
+) -> list[SourcePart]:
     """The parts of some files, in the order of the files.
 
     Args:
@@ -163,7 +163,7 @@ def plan_parts(
     for file in files:
         places.append(seen[file.name])
         seen[file.name] += 1
-    parts: list[Part] = []
+    parts: list[SourcePart] = []
     group: list[int] = []
     held = 0
 
@@ -171,7 +171,7 @@ def plan_parts(
         nonlocal held
         if group:
             own = tuple(files[i] for i in group), tuple(stats[i] for i in group)
-            parts.append(Part(*own, tuple(places[i] for i in group)))
+            parts.append(SourcePart(*own, tuple(places[i] for i in group)))
         group.clear()
         held = 0
 
@@ -190,9 +190,9 @@ def plan_parts(
             borders = [*range(0, size, most), size]
             if len(borders) > 2 and borders[-1] - borders[-2] < most // 2:
                 del borders[-2]
-            parts += [Part(*own, start, stop) for start, stop in itertools.pairwise(borders)]
+            parts += [SourcePart(*own, start, stop) for start, stop in itertools.pairwise(borders)]
         else:
-            parts.append(Part(*own))
+            parts.append(SourcePart(*own))
     end_group()
     return parts
 
@@ -206,7 +206,7 @@ def has_lines(path: Path) -> bool:
     return False
 
 
-def read_done(job: Job, key: str) -> Done:
+def read_done(job: PartSettings, key: str) -> Done:
     """The record of a finished part."""
     values = json.loads(job.path(key, ".json").read_bytes())
     shards = {
@@ -215,7 +215,7 @@ def read_done(job: Job, key: str) -> Done:
     return Done(**{**values, "shards": shards})
 
 
-def finished_part(job: Job, part: Part) -> Done | None:
+def finished_part(job: PartSettings, part: SourcePart) -> Done | None:
     """The record of a part that an earlier call finished, if its shards are there with the recorded
     sizes and checksums, by their headers. The shards are not read.
     """
@@ -233,13 +233,13 @@ def finished_part(job: Job, part: Part) -> Done | None:
     return done if done.key == key else None
 
 
-def make_encode(job: Job) -> Callable[[Part, Report], None]:
+def make_encode(job: PartSettings) -> Callable[[SourcePart, Report], None]:
     """The work of a process, called with each part."""
     tokenizer = load_tokenizer(job.encoder.tokenizer_path)
     return lambda part, report: encode_part(job, part, tokenizer, report)
 
 
-def encode_part(job: Job, part: Part, tokenizer: Tokenizer, report: Report) -> None:
+def encode_part(job: PartSettings, part: SourcePart, tokenizer: Tokenizer, report: Report) -> None:
     """Encodes a part into shards, and records at the end that it is finished.
 
     Args:
@@ -316,7 +316,7 @@ class _Shards:
       counts: of the tokens in them; `None` without any.
     """
 
-    def __init__(self, job: Job, part: Part, split: str) -> None:
+    def __init__(self, job: PartSettings, part: SourcePart, split: str) -> None:
         self._job, self._part, self._split, self._key = job, part, split, job.part_key(part)
         self._stack = contextlib.ExitStack()
         self._writer: TokenWriter | None = None
@@ -377,7 +377,7 @@ class PartReader:
       passed: bytes of the sources read so far.
     """
 
-    def __init__(self, part: Part, skip: bool = False, most_bad: int = 0) -> None:
+    def __init__(self, part: SourcePart, skip: bool = False, most_bad: int = 0) -> None:
         self._part, self._skip, self._most_bad = part, skip, most_bad
         self._digests = [hashlib.sha256() for _ in part.files]
         self.kind: Kind | None = None
@@ -488,7 +488,7 @@ def _lines_before(path: Path, start: int) -> int:
     return count + 1
 
 
-def part_digests(part: Part) -> list[str]:
+def part_digests(part: SourcePart) -> list[str]:
     """SHA-256 of the bytes of each file of a part, by reading them."""
     digests = [hashlib.sha256() for _ in part.files]
     for file, digest in zip(part.files, digests):
@@ -500,7 +500,7 @@ def part_digests(part: Part) -> list[str]:
     return [digest.hexdigest() for digest in digests]
 
 
-def source_digests(parts: Iterable[tuple[Part, Sequence[str]]]) -> list[str]:
+def source_digests(parts: Iterable[tuple[SourcePart, Sequence[str]]]) -> list[str]:
     """SHA-256 of each source, in order: of its content, or for a file in several parts of the
     parts' digests.
     """

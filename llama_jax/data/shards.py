@@ -22,8 +22,8 @@ from llama_jax.data.parts import (
     SPLITS,
     TRAIN,
     Done,
-    Job,
-    Part,
+    PartSettings,
+    SourcePart,
     finished_part,
     make_encode,
     part_digests,
@@ -171,7 +171,7 @@ def _cleaned_up(directory: Path, made: bool) -> Iterator[None]:
 
 def _job(
     directory: Path, encoder: Encoder, share: float, settings: Settings
-) -> tuple[Job, str | None]:
+) -> tuple[PartSettings, str | None]:
     """The settings of all parts, and the hash of the template."""
     tokenizer = load_tokenizer(encoder.tokenizer_path)
     tokenizer_sha256 = hash_tokenizer(encoder.tokenizer_path)
@@ -181,7 +181,7 @@ def _job(
     # How a text begins and ends is a rule of this program, not of the tokenizer's files.
     framing = encode_text(tokenizer, "")
     ingredients = [VERSION, tokenizer_sha256, template, framing, share, settings.shard_tokens]
-    job = Job(
+    job = PartSettings(
         directory=directory / PARTS,
         encoder=encoder,
         held_out=share,
@@ -217,7 +217,7 @@ def _share(
 
 
 def _encode(
-    job: Job, parts: Sequence[Part], workers: int, on_progress: OnProgress
+    job: PartSettings, parts: Sequence[SourcePart], workers: int, on_progress: OnProgress
 ) -> tuple[list[Done], int]:
     """The records of all parts, and the number of shards that an earlier call had finished."""
     found = [_without_counts(finished_part(job, part)) for part in parts]
@@ -247,8 +247,8 @@ def _without_counts(done: Done | None) -> Done | None:
 
 
 def _work(
-    job: Job,
-    parts: Sequence[Part],
+    job: PartSettings,
+    parts: Sequence[SourcePart],
     missing: Sequence[int],
     workers: int,
     before: int,
@@ -273,7 +273,7 @@ def _work(
             encode(parts[number], report)
             yield number
         return
-    last: Part | None = None
+    last: SourcePart | None = None
     with Workers(make, min(workers, len(missing))) as processes:
         given = (parts[number] for number in missing)
         numbers = iter(missing)
@@ -308,11 +308,11 @@ def _require_one_kind(first: Done | None, *parts: Done) -> Done | None:
 
 def _finish(
     directory: Path,
-    job: Job,
+    job: PartSettings,
     template: str | None,
     files: Sequence[SourceFile],
     stats: Sequence[tuple[int, int]],
-    parts: Sequence[Part],
+    parts: Sequence[SourcePart],
     done: Sequence[Done],
 ) -> Manifest:
     """Puts the shards into their places and writes the manifest."""
@@ -379,7 +379,7 @@ def _finish(
     return manifest
 
 
-def _reread(job: Job, parts: Sequence[Part]) -> Iterator[Done]:
+def _reread(job: PartSettings, parts: Sequence[SourcePart]) -> Iterator[Done]:
     """Finished parts with their counts, one at a time."""
     return (read_done(job, job.part_key(part)) for part in parts)
 
@@ -408,11 +408,11 @@ def _undo_renames(directory: Path) -> None:
 def _require_same(
     directory: Path,
     manifest: Manifest,
-    job: Job,
+    job: PartSettings,
     template: str | None,
     files: Sequence[SourceFile],
     stats: Sequence[tuple[int, int]],
-    parts: Sequence[Part],
+    parts: Sequence[SourcePart],
     on_progress: OnProgress,
 ) -> None:
     """Refuses a finished folder of other input. Sources whose sizes and modification times have not
@@ -441,7 +441,7 @@ def _require_same(
         )
 
 
-def _digests(parts: Sequence[Part], on_progress: OnProgress) -> list[str]:
+def _digests(parts: Sequence[SourcePart], on_progress: OnProgress) -> list[str]:
     """The digests of the sources, by reading them."""
     total, passed, found = sum(part.nbytes for part in parts), 0, []
     for part in parts:

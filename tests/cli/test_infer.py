@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from llama_jax.cli.infer import main
 from llama_jax.cli.main import run_program
 from llama_jax.cli.models import rope_scaling
-from llama_jax.cli.writing import Writer, as_dict
+from llama_jax.cli.writing import AnswerWriter, as_dict
 from llama_jax.config import RopeScaling
 from llama_jax.errors import InputError
 from llama_jax.generation.text import Completion, Piece, generate
@@ -581,7 +581,7 @@ def test_texts_come_in_the_order_of_their_prompts(capsys):
         Piece(1, "d", 1, ends[1]),
         Piece(0, " b", 1, ends[0]),
     ]
-    text, objects = Writer(["<p0>", "<p1>"]), Writer(["", ""], json=True)
+    text, objects = AnswerWriter(["<p0>", "<p1>"]), AnswerWriter(["", ""], json=True)
     for piece in pieces:
         text.take(piece)
     assert capsys.readouterr().out == "<p0>a b\n<p1>cd\n"
